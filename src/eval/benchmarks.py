@@ -1,0 +1,60 @@
+"""What a benchmark is: load, prompt, extract, grade. One small class each; a dict maps names to classes.
+
+Not a command. `python src/eval/vllm_eval8.py --benchmarks tiny_math,tiny_know` runs the classes that register here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from console import UserError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. ``question`` is the user turn; ``gold`` is what the grader compares with."""
+
+    id: str
+    question: str
+    gold: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Benchmark:
+    """The interface that every benchmark has. Subclasses set ``name`` and ``revision`` and fill in four methods."""
+
+    name: str
+    revision: str
+
+    def load(self, n: int | None = None) -> list[Item]:
+        """The first ``n`` test items (all when None), always in the same order."""
+        raise TypeError(f"{type(self).__name__} does not define load")
+
+    def messages(self, item: Item) -> list[dict[str, str]]:
+        """The chat turns that the model is asked to continue. The same for every backend."""
+        return [{"role": "user", "content": item.question}]
+
+    def extract(self, item: Item, answer: str) -> str | None:
+        """The final answer found in the text after the thinking, or None."""
+        raise TypeError(f"{type(self).__name__} does not define extract")
+
+    def grade(self, item: Item, extracted: str | None) -> bool:
+        """Whether the extracted answer is right. None is wrong."""
+        return extracted is not None and extracted == item.gold
+
+    def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
+        """Grade many answers; benchmarks that run code override this to run them side by side."""
+        return [self.grade(item, answer) for item, answer in zip(items, extracted, strict=True)]
+
+
+def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
+    """Instances of the named benchmarks, or one line that lists the known ones."""
+    from tiny_tasks import TINY_TASKS
+
+    known = {task.name: task for task in TINY_TASKS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"unknown benchmark {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+    return [known[name]() for name in names]

@@ -1,0 +1,244 @@
+"""Four axes of capability for razor-tiny, from a seeded generator: tiny_know, tiny_math, tiny_reason, tiny_code.
+
+Not a command. Same interface as the real benchmarks (benchmarks.Benchmark), plus `generate` and `solution`, which
+training and calibration use. Splits cannot overlap: an item belongs to the split that the hash of its defining
+content says (for tiny_know the hash of the fact asked about), so no seed can put one item in both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+
+from benchmarks import Benchmark, Item
+from code_sandbox import run_many
+from graders import extract_boxed, extract_code, extract_letter, grade_integer
+from tiny_world import FINISHES, RELATIONS, Step, default_world
+
+TEST_ITEMS = 1000
+TEST_SHARE = 16  # one key in 16 belongs to the test split
+GENERATOR_REVISION = "tiny-tasks-1"
+PERSONS = (
+    "Ada Ben Cleo Dan Eve Finn Gus Hana Ivo Jane Kit Lea Max Nora Otto Pia Quin Rosa Sam Tess Uma Vic Wim Xena Yan Zoe"
+).split()
+
+
+def split_of(key: str) -> str:
+    """'train' or 'test', a pure function of what defines the item."""
+    return "test" if int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % TEST_SHARE == 0 else "train"
+
+
+def letters_of(n: int) -> str:
+    return "ABCDEFGH"[:n]
+
+
+def option_lines(options: Sequence[str]) -> str:
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(letters_of(len(options)), options, strict=True))
+
+
+class TinyTask(Benchmark):
+    """Shared part: draw items of a split, de-duplicate the test set, build the training transcript."""
+
+    revision = GENERATOR_REVISION
+
+    def draw(self, rng: random.Random) -> tuple[str, Item, str]:
+        """One random item: (key that decides its split, item without id, reference assistant turn with thinking)."""
+        raise TypeError(f"{type(self).__name__} does not define draw")
+
+    def generate(self, rng: random.Random, split: str) -> tuple[Item, str]:
+        """One item of ``split`` and its reference solution, drawn from ``rng``."""
+        while True:
+            key, item, solution = self.draw(rng)
+            if split_of(key) == split:
+                return item, solution
+
+    def load_with_solutions(self, n: int | None = None, split: str = "test") -> list[tuple[Item, str]]:
+        """The first ``n`` distinct items of a split with their reference assistant turns, the same on every machine."""
+        rng = random.Random(f"{self.name}:{self.revision}:{split}")
+        found: dict[str, tuple[Item, str]] = {}
+        while len(found) < (TEST_ITEMS if n is None else n):
+            item, solution = self.generate(rng, split)
+            if item.question not in found:
+                numbered = Item(f"{self.name}-{split}-{len(found):05d}", item.question, item.gold, item.meta)
+                found[item.question] = (numbered, solution)
+        return list(found.values())
+
+    def load(self, n: int | None = None) -> list[Item]:
+        return [item for item, _ in self.load_with_solutions(n)]
+
+
+class TinyKnow(TinyTask):
+    """Multiple choice over memorised facts. Every fact is stated in training; the test facts are never asked there."""
+
+    name = "tiny_know"
+    options = 8
+    wordings = {
+        "city": "Which city is {} from?",
+        "guild": "Which guild is {} in?",
+        "pet": "Which pet does {} keep?",
+        "dish": "Which dish does {} cook?",
+    }
+
+    def draw(self, rng: random.Random) -> tuple[str, Item, str]:
+        world = default_world()
+        person, relation = rng.choice(world.people), rng.choice(RELATIONS)
+        value = world.facts[person][relation]
+        options = rng.sample([v for v in world.values[relation] if v != value], self.options - 1)
+        place = rng.randrange(self.options)
+        options.insert(place, value)
+        letter = letters_of(self.options)[place]
+        question = self.wordings[relation].format(person) + "\n" + option_lines(options)
+        solution = f"<think>\n{person}: {relation} {value}.\nOption {letter}.\n</think>\n\nThe answer is {letter}."
+        return f"{person}:{relation}", Item("", question, letter), solution
+
+    def extract(self, item: Item, answer: str) -> str | None:
+        return extract_letter(answer, letters_of(self.options))
+
+
+class TinyMath(TinyTask):
+    """A chain of 4 to 10 integer operations on values up to 9999, worked out step by step, answer in a box."""
+
+    name = "tiny_math"
+    steps = (4, 10)
+    limit = 9999
+
+    def draw(self, rng: random.Random) -> tuple[str, Item, str]:
+        value = rng.randint(10, 999)
+        clauses, lines = [f"Start with {value}."], []
+        for _ in range(rng.randint(*self.steps)):
+            clause, line, value = self.operation(rng, value)
+            clauses.append(clause)
+            lines.append(line)
+        question = " ".join(clauses) + " What is the result?"
+        work = "\n".join(lines)
+        solution = f"<think>\n{work}\n</think>\n\nThe result is \\boxed{{{value}}}."
+        return question, Item("", question, str(value)), solution
+
+    def operation(self, rng: random.Random, value: int) -> tuple[str, str, int]:
+        """One step that keeps the value within 0..limit: (clause of the question, line of the work, new value)."""
+        kinds = [kind for kind, allowed in (
+            ("add", value + 10 <= self.limit), ("subtract", value >= 10), ("multiply", 2 <= value <= self.limit // 2)
+        ) if allowed]  # fmt: skip
+        kind = rng.choice(kinds)
+        if kind == "multiply":
+            k = rng.randint(2, min(9, self.limit // value))
+            return f"Multiply by {k}.", f"{value} * {k} = {value * k}", value * k
+        top = min(10 ** rng.randint(2, 4) - 1, self.limit - value if kind == "add" else value)
+        k = rng.randint(10, top)
+        if kind == "add":
+            return f"Add {k}.", f"{value} + {k} = {value + k}", value + k
+        return f"Subtract {k}.", f"{value} - {k} = {value - k}", value - k
+
+    def extract(self, item: Item, answer: str) -> str | None:
+        return extract_boxed(answer)
+
+    def grade(self, item: Item, extracted: str | None) -> bool:
+        return grade_integer(extracted, int(item.gold))
+
+
+class TinyReason(TinyTask):
+    """Ages through 4 to 8 shuffled clues (some need inverting) among clues about strangers; multiple choice."""
+
+    name = "tiny_reason"
+    options = 6
+    hops = (4, 8)
+
+    def draw(self, rng: random.Random) -> tuple[str, Item, str]:
+        hops, strangers = rng.randint(*self.hops), rng.randint(2, 4)
+        names = rng.sample(PERSONS, hops + 1 + strangers)
+        chain, others = names[: hops + 1], names[hops + 1 :]
+        age = rng.randint(15, 90)
+        clues, lines, ages = [f"{chain[0]} is {age}."], [f"{chain[0]} = {age}"], [age]
+        for known, new in zip(chain, chain[1:], strict=False):
+            clue, line, age = self.link(rng, known, new, age)
+            clues.append(clue)
+            lines.append(line)
+            ages.append(age)
+        for a, b in zip(others, others[1:], strict=False):
+            clues.append(self.link(rng, a, b, 50)[0])
+        rng.shuffle(clues)
+        options, letter = self.make_options(rng, ages)
+        question = " ".join(clues) + f" How old is {chain[-1]}?\n" + option_lines(options)
+        work = "\n".join(lines)
+        solution = f"<think>\n{work}\nOption {letter}.\n</think>\n\nThe answer is {letter}."
+        return question, Item("", question, letter), solution
+
+    @staticmethod
+    def link(rng: random.Random, known: str, new: str, age: int) -> tuple[str, str, int]:
+        """A clue that ties ``new`` to ``known``: (clue, line of the work, age of new), ages kept within 1..199."""
+        kind = rng.choice(["older", "older", "younger", "younger", "twice" if age < 100 else "younger"])
+        if kind == "twice":
+            return f"{new} is twice as old as {known}.", f"{new} = {known} * 2 = {age * 2}", age * 2
+        if kind == "older" and age > 150 or kind == "younger" and age < 12:
+            kind = "younger" if kind == "older" else "older"
+        k = rng.randint(2, min(48, age - 1)) if kind == "younger" else rng.randint(2, 48)
+        result = age + k if kind == "older" else age - k
+        inverse = {"older": "younger", "younger": "older"}[kind]
+        clue = f"{new} is {k} {kind} than {known}." if rng.random() < 0.5 else f"{known} is {k} {inverse} than {new}."
+        return clue, f"{new} = {known} {'+' if kind == 'older' else '-'} {k} = {result}", result
+
+    def make_options(self, rng: random.Random, ages: list[int]) -> tuple[list[str], str]:
+        """Six ages: the right one, ages met on the way, and near misses."""
+        gold = ages[-1]
+        wrong = set(rng.sample(ages[:-1], 2))
+        while len(wrong - {gold}) < self.options - 1:
+            wrong.add(max(1, gold + rng.choice([-20, -10, -4, -3, -2, -1, 1, 2, 3, 4, 10, 20])))
+        options = sorted(wrong - {gold})[: self.options - 1]
+        rng.shuffle(options)
+        place = rng.randrange(self.options)
+        options.insert(place, gold)
+        return [str(option) for option in options], letters_of(self.options)[place]
+
+    def extract(self, item: Item, answer: str) -> str | None:
+        return extract_letter(answer, letters_of(self.options))
+
+
+class TinyCode(TinyTask):
+    """A short Python function from 2 to 5 list steps, half of them memorised spells, run against three asserts."""
+
+    name = "tiny_code"
+    steps = (2, 5)
+
+    def draw(self, rng: random.Random) -> tuple[str, Item, str]:
+        world = default_world()
+        name, finish = rng.choice(world.function_names), rng.choice(FINISHES)
+        cases = [[rng.randint(-20, 60) for _ in range(rng.randint(8, 12))] for _ in range(3)]
+        values: list[object] = []
+        while len(set(map(repr, values))) < 2:  # a program that gives one result for every list proves nothing
+            pools = [world.spells if rng.random() < 0.5 else world.steps for _ in range(rng.randint(*self.steps))]
+            steps = [rng.choice(pool) for pool in pools]
+            values = [expected([*steps, finish], xs) for xs in cases]
+        question = (
+            f"Write a Python function {name}(xs) for a list of integers: "
+            + "; ".join(step.text for step in steps)
+            + f"; return {finish.text}."
+        )
+        program = f"def {name}(xs):\n" + "\n".join(f"    {step.code}" for step in [*steps, finish])
+        plan = "\n".join(f"{step.text}: {step.code}" for step in steps)
+        solution = f"<think>\n{plan}\n</think>\n\n```python\n{program}\n```"
+        tests = [f"assert {name}({xs}) == {value!r}" for xs, value in zip(cases, values, strict=True)]
+        return question, Item("", question, program, {"entry_point": name, "tests": tests}), solution
+
+    def extract(self, item: Item, answer: str) -> str | None:
+        return extract_code(answer, item.meta["entry_point"])
+
+    def grade(self, item: Item, extracted: str | None) -> bool:
+        return self.grade_all([item], [extracted])[0]
+
+    def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
+        """Run every program in the sandbox, two at a time; an answer without a program is wrong."""
+        jobs = [(program, item.meta["tests"]) for item, program in zip(items, extracted, strict=True) if program]
+        verdicts = iter(run_many(jobs))
+        return [next(verdicts).passed if program else False for program in extracted]
+
+
+def expected(steps: Sequence[Step], xs: list[int]) -> object:
+    """What a program of these steps returns, from the steps themselves and not from the text of the program."""
+    value: object = list(xs)
+    for step in steps:
+        value = step.apply(value)
+    return value
+
+
+TINY_TASKS = (TinyKnow, TinyMath, TinyReason, TinyCode)

@@ -1,0 +1,88 @@
+"""What every command line of the project shares: errors, progress bars, atomic writes.
+
+Not a command by itself. A module's last lines are
+
+    if __name__ == "__main__":
+        run_cli(main)
+
+Exit codes: 0 done, 1 a check or a gate failed, 2 bad input (one line says what, where and how to mend it), 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Bad input or a machine that cannot do what was asked. Its text is one line: what, where, how to mend it."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Run ``main`` and turn what a user can mend into one line on stderr and an exit code. Bugs keep their traceback."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing half-written was left behind", file=sys.stderr)
+        code = 130
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def progress(total: int, desc: str, unit: str = "it", unit_scale: bool = False) -> tqdm:
+    """A progress bar on stderr with rate and remaining time; one line every 10 s when stderr is not a terminal."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=desc,
+        unit=unit,
+        unit_scale=unit_scale,
+        dynamic_ncols=terminal,
+        ncols=None if terminal else 100,
+        mininterval=0.2 if terminal else 10.0,
+        file=sys.stderr,
+    )
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; rename it to ``path`` on success, remove it on any failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a missing or broken one is a :class:`UserError` that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None

@@ -1,0 +1,194 @@
+"""The pure grids: symmetric integers with one scale per group of inputs (absmax, MSE clip search) and absmean ternary.
+
+Not a command. Tensors and numbers in, tensors out. Letters: N groups, G group size, I inputs (the last axis).
+
+The arithmetic is float32 and spelled out so that every backend can give the same bits:
+    scale   = bfloat16(absmax * f), f = float32(ratio / qmax), one multiplication and one rounding; below 2**-100 it is 0
+    inverse = 1 / scale, correctly rounded; 0 where the scale is 0
+    code    = clamp(round_half_even(w * inverse), -qmax, qmax)
+    error   = sum over the group of (w - code * scale)**2 by a fixed tree: the upper half of the axis (padded with zeros
+              to a power of two) is added to the lower half until one value is left; no fused multiply-add
+code * scale has at most 15 significant bits, so it is exact in float32. Ties in the search keep the larger ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from console import UserError
+
+MIN_SCALE = 2.0**-100  # keeps the inverse finite and subnormal weights at code 0, whether or not a device flushes them
+CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}  # elements worked on at once: what stays in a CPU's cache, what fills a GPU
+
+
+class Quantized(NamedTuple):
+    """Codes int8 [..., I] and float32 scales [..., I/G] whose values a bfloat16 can hold; weight ~ code * scale."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def check_grid(shape: Iterable[int], bits: int, group: int) -> None:
+    """Raise :class:`UserError` unless bits is in 2..8 and ``group`` divides the last axis."""
+    shape = tuple(shape)
+    if not 2 <= bits <= 8:
+        raise UserError(f"bits {bits} is outside 2..8")
+    if group < 1 or not shape or shape[-1] % group:
+        raise UserError(f"group {group} does not divide the last axis of shape {list(shape)}")
+
+
+def clip_factors(bits: int, clip_steps: int, clip_low: float) -> list[float]:
+    """float32(ratio / qmax) for the ratios from 1.0 down to ``clip_low``; one factor (absmax) when clip_steps <= 1."""
+    qmax = 2 ** (bits - 1) - 1
+    ratios = [1.0 - (1.0 - clip_low) * step / (clip_steps - 1) for step in range(clip_steps)] if clip_steps > 1 else [1.0]
+    return torch.tensor([ratio / qmax for ratio in ratios], dtype=torch.float64).float().tolist()
+
+
+def tree_sum_(values: Tensor) -> Tensor:
+    """Sum of [G, N] over G by halving adds (module docstring); overwrites ``values``. Returns a view, [N]."""
+    size = values.shape[0]
+    while size > 1:
+        half = 1 << (size - 1).bit_length() - 1
+        values[: size - half] += values[half:size]
+        size = half
+    return values[0]
+
+
+def _rounded_scale(magnitude: Tensor, factor: float) -> Tensor:
+    scale = (magnitude * factor).bfloat16().float()
+    return torch.where(scale < MIN_SCALE, 0.0, scale)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, scale.reciprocal(), 0.0)
+
+
+def _search(w: Tensor, bits: int, factors: list[float]) -> Tensor:
+    """The scale [N] of least squared error for groups in columns, float32 [G, N]."""
+    qmax = 2 ** (bits - 1) - 1
+    size = w.abs()  # the grid is symmetric: code and error of -w mirror those of w
+    absmax = size.amax(0)
+    best = _rounded_scale(absmax, factors[0])
+    if not bool(torch.isfinite(best).all()):
+        raise UserError("the weight contains NaN, infinity or values beyond bfloat16")
+    if len(factors) == 1:
+        return best
+    code, error = torch.empty_like(size), torch.empty_like(size)
+    best_error = None
+    for factor in factors:
+        scale = _rounded_scale(absmax, factor)
+        torch.mul(size, _inverse(scale), out=code)
+        code.round_().clamp_(max=qmax)
+        torch.addcmul(size, code, scale, value=-1, out=error)
+        total = tree_sum_(error.mul_(error))
+        if best_error is None:
+            best_error = total.clone()
+            continue
+        better = total < best_error
+        best, best_error = torch.where(better, scale, best), torch.where(better, total, best_error)
+    return best
+
+
+def _columns(weight: Tensor, group: int, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """Groups of ``weight`` in pieces of bounded size: (slice of N, float32 [G, n]). Groups lie in columns so that
+    reductions over a group run along contiguous memory."""
+    groups = weight.detach().reshape(-1, group)  # [N, G]
+    count = max(1, (chunk or CHUNK.get(weight.device.type, CHUNK["cpu"])) // group)
+    for start in range(0, len(groups), count):
+        piece = slice(start, start + count)
+        yield piece, groups[piece].t().to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+
+
+def quantize_group(
+    weight: Tensor, bits: int, group: int, clip_steps: int, clip_low: float = 0.65, chunk: int | None = None
+) -> Quantized:
+    """Round weight [..., I] to a symmetric grid of ``bits`` (2..8; codes -qmax..qmax, qmax = 2**(bits-1) - 1).
+
+    Each group of ``group`` consecutive inputs gets the scale of least squared error among ``clip_steps`` ratios of its
+    absmax, spaced evenly from 1.0 down to ``clip_low``; clip_steps <= 1 is absmax. All-zero groups get scale 0.
+    ``chunk`` bounds the elements worked on at once and does not change the result. Raises :class:`UserError` on a
+    group that does not divide, bits outside 2..8, NaN or infinity.
+    """
+    check_grid(weight.shape, bits, group)
+    qmax = 2 ** (bits - 1) - 1
+    factors = clip_factors(bits, clip_steps, clip_low)
+    codes = torch.empty(weight.numel() // group, group, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(codes), dtype=torch.float32, device=weight.device)
+    for piece, w in _columns(weight, group, chunk):
+        scale = _search(w, bits, factors)
+        scales[piece] = scale
+        codes[piece] = w.mul_(_inverse(scale)).round_().clamp_(-qmax, qmax).t()
+    return Quantized(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1))
+
+
+def ternary(weight: Tensor, group: int, chunk: int | None = None) -> Quantized:
+    """Absmean ternary of weight [..., I]: scale = mean |w| of the group, codes = clamp(round(w / scale), -1, 1).
+
+    Source: BitNet b1.58 (Ma et al. 2024, "The Era of 1-bit LLMs", section 2), per group instead of per tensor.
+    """
+    check_grid(weight.shape, 2, group)
+    codes = torch.empty(weight.numel() // group, group, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(codes), dtype=torch.float32, device=weight.device)
+    for piece, w in _columns(weight, group, chunk):
+        scale = _rounded_scale(tree_sum_(w.abs()), torch.tensor(1 / group).item())
+        if not bool(torch.isfinite(scale).all()):
+            raise UserError("the weight contains NaN, infinity or values beyond bfloat16")
+        scales[piece] = scale
+        codes[piece] = w.mul_(_inverse(scale)).round_().clamp_(-1, 1).t()
+    return Quantized(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1))
+
+
+def dequantize(q: Quantized, group: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """code * scale in float32 (exact), rounded once to ``dtype``; [..., I]."""
+    codes, scales = q.codes.reshape(-1, group), q.scale.reshape(-1, 1)
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    count = max(1, CHUNK.get(codes.device.type, CHUNK["cpu"]) // group)
+    for start in range(0, len(codes), count):
+        piece = slice(start, start + count)
+        out[piece] = codes[piece] * scales[piece]
+    return out.view(q.codes.shape)
+
+
+def fake_quant(
+    weight: Tensor, bits: int, group: int, clip_steps: int, clip_low: float = 0.65, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``dequantize(quantize_group(weight, ...))`` in ``dtype`` (default: the weight's); same shape as the weight."""
+    return dequantize(quantize_group(weight, bits, group, clip_steps, clip_low), group, dtype or weight.dtype)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight: Tensor, quantize_fn: Callable[[Tensor], Tensor]) -> Tensor:
+        return quantize_fn(weight.detach())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def straight_through(weight: Tensor, quantize_fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """``quantize_fn(weight)`` exactly, with the gradient of the identity (Bengio et al. 2013, arXiv 1308.3432)."""
+    return _StraightThrough.apply(weight, quantize_fn)
+
+
+def effective_bits(bits: float, group: int | None, scale_bits: int = 16) -> tuple[float, float]:
+    """(weight bits, stored bits) of one tensor: the codes alone, and the codes with one scale per group.
+
+    ``group`` None is a tensor without scales (kept as it is).
+    """
+    return float(bits), bits + (scale_bits / group if group else 0.0)
+
+
+def average_bits(parts: Iterable[tuple[int, float, int | None]], scale_bits: int = 16) -> tuple[float, float]:
+    """(weight bits, stored bits) per parameter over (numel, bits, group) parts; (0, 0) when there are none."""
+    total = weight_sum = stored_sum = 0.0
+    for numel, bits, group in parts:
+        weight_bits, stored_bits = effective_bits(bits, group, scale_bits)
+        total += numel
+        weight_sum += numel * weight_bits
+        stored_sum += numel * stored_bits
+    return (weight_sum / total, stored_sum / total) if total else (0.0, 0.0)
