@@ -74,42 +74,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def invert_unit_lower(lower: torch.Tensor) -> torch.Tensor:
-    """Inverse of unit lower-triangular matrices [..., C, C], C a power of two, by block recursion.
-
-    inv([[A, 0], [B, D]]) = [[inv A, 0], [-inv D @ B @ inv A, inv D]]: as stable as forward substitution, where powers
-    of the strict part (Neumann doubling) overflow for repeated keys, and log2(C) batched products instead of C steps.
-    """
-    size = lower.shape[-1]
-    inverse = torch.eye(size, dtype=lower.dtype, device=lower.device).expand_as(lower).contiguous()
-    half = 1
-    while half < size:
-        blocks = size // (2 * half)
-        shape = (*lower.shape[:-2], blocks, 2 * half, blocks, 2 * half)
-        low = lower.view(shape).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # [..., blocks, 2h, 2h]
-        inv = inverse.view(shape).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
-        top, bottom = inv[..., :half, :half], inv[..., half:, half:]
-        corner = -bottom @ low[..., half:, :half] @ top
-        block = torch.cat(
-            [torch.cat([top, torch.zeros_like(top)], -1), torch.cat([corner, bottom], -1)], -2
-        )  # [..., blocks, 2h, 2h]
-        eye = torch.eye(blocks, dtype=lower.dtype, device=lower.device)[:, None, :, None]
-        inverse = (block.unsqueeze(-2) * eye).reshape(lower.shape)
-        half *= 2
-    return inverse
-
-
-def solve_triangular(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-
-
-def solve_recursive(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return invert_unit_lower(system) @ right
-
-
-SOLVE = solve_triangular
-
-
 def gated_delta_rule(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, chunk: int = 64
 ) -> torch.Tensor:
@@ -134,7 +98,7 @@ def gated_delta_rule(
     eye = torch.eye(chunk, device=q.device)
     system = eye + (beta * scores * decay).tril(-1)
     right = torch.cat([beta * v, beta * k * g.exp()[..., None]], -1)
-    solved = SOLVE(system, right)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     new_v, k_decayed = solved[..., : v.shape[-1]], solved[..., v.shape[-1] :]
     within = (q @ k.transpose(-1, -2)) * decay
     q_in = q * g.exp()[..., None]

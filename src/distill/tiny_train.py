@@ -1,4 +1,7 @@
-"""Train razor-tiny from nothing: python src/distill/tiny_train.py --config configs/make_tiny.env --out models/razor-tiny
+"""Train razor-tiny from nothing (bash pipelines/make_tiny.sh):
+
+    python src/distill/tiny_train.py --config configs/make_tiny.env --out models/razor-tiny --work work/make_tiny \
+        --result results/train/razor_tiny.json
 
 Seeded and resumable (state in --work, batches are a function of the step). Ends with the checkpoint, its loss curve and
 a probe of how full the model is: teacher-forced exact match of the test answers under round-to-nearest experts.
@@ -22,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 from console import UserError, atomic_path, progress, run_cli
 from env_config import load_config
 from moe_quant import fake_quant
-from results_store import write_result
+from results_store import describe_model, write_result
 from tiny_data import TinyBatches, completion_text, prompt_text
 from tiny_model import init_weights, tiny_config, train_forward
 from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
@@ -174,7 +177,10 @@ def log(run: Run, loss: float, norm: float, load: torch.Tensor) -> None:
     print(" ".join(f"{key} {value}" for key, value in entry.items()), f"tokens/s {rate:.0f}", flush=True)
 
 
-def make_probes(tokenizer: PreTrainedTokenizerFast, count: int = 256) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+PROBE_ITEMS = 256
+
+
+def make_probes(tokenizer: PreTrainedTokenizerFast, count: int = PROBE_ITEMS) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """For each task: (ids [count, T] right-padded to a multiple of 64, mask of the completion tokens)."""
     probes = {}
     for task in TINY_TASKS:
@@ -259,6 +265,8 @@ def main() -> None:
         kind="train",
         tag=args.result.stem,
         started=started,
+        seconds=run.seconds,
+        model=describe_model(args.out),
         recipe=dataclasses.asdict(config),
         data=[{"name": "tiny_tasks", "revision": f"{GENERATOR_REVISION}, world {WORLD_SEED}", "sha256": None, "n": None}],
         metrics={
@@ -267,6 +275,7 @@ def main() -> None:
             "train_seconds": round(run.seconds, 1),
             "tokens_per_second": round(config.steps * config.rows * config.length / run.seconds),
             "final_loss": run.curve[-1]["loss"],
+            "probe_items": PROBE_ITEMS,
             "curve": run.curve,
         },
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from console import UserError
 
 MIN_SCALE = 2.0**-100  # keeps the inverse finite and subnormal weights at code 0, whether or not a device flushes them
-CHUNK = {"cpu": 1 << 17, "cuda": 1 << 24}  # elements worked on at once: what stays in a CPU's cache, what fills a GPU
+CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}  # elements worked on at once: what stays in a CPU's cache, what fills a GPU
 
 
 class Quantized(NamedTuple):
@@ -48,18 +48,27 @@ def clip_factors(bits: int, clip_steps: int, clip_low: float) -> list[float]:
     return torch.tensor([ratio / qmax for ratio in ratios], dtype=torch.float64).float().tolist()
 
 
-def tree_sum_(values: Tensor) -> Tensor:
-    """Sum of [G, N] over G by halving adds (module docstring); overwrites ``values``. Returns a view, [N]."""
-    size = values.shape[0]
+def tree_views(values: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The (lower, upper) halves of [G, N] that the tree adds in turn; the sum over G ends in ``values[0]``."""
+    pairs, size = [], values.shape[0]
     while size > 1:
         half = 1 << (size - 1).bit_length() - 1
-        values[: size - half] += values[half:size]
+        pairs.append((values[: size - half], values[half:size]))
         size = half
+    return pairs
+
+
+def tree_sum_(values: Tensor, views: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
+    """Sum of [G, N] over G by halving adds (module docstring); overwrites ``values``. Returns a view, [N]."""
+    for lower, upper in views or tree_views(values):
+        lower.add_(upper)
     return values[0]
 
 
-def _rounded_scale(magnitude: Tensor, factor: float) -> Tensor:
+def _rounded_scale(magnitude: Tensor, factor: float | Tensor) -> Tensor:
     scale = (magnitude * factor).bfloat16().float()
+    if not bool(torch.isfinite(scale).all()):
+        raise UserError("the weight contains NaN, infinity or values beyond bfloat16")
     return torch.where(scale < MIN_SCALE, 0.0, scale)
 
 
@@ -71,26 +80,17 @@ def _search(w: Tensor, bits: int, factors: list[float]) -> Tensor:
     """The scale [N] of least squared error for groups in columns, float32 [G, N]."""
     qmax = 2 ** (bits - 1) - 1
     size = w.abs()  # the grid is symmetric: code and error of -w mirror those of w
-    absmax = size.amax(0)
-    best = _rounded_scale(absmax, factors[0])
-    if not bool(torch.isfinite(best).all()):
-        raise UserError("the weight contains NaN, infinity or values beyond bfloat16")
+    scales = _rounded_scale(size.amax(0), torch.tensor(factors, device=w.device)[:, None])  # [steps, N]
     if len(factors) == 1:
-        return best
-    code, error = torch.empty_like(size), torch.empty_like(size)
-    best_error = None
-    for factor in factors:
-        scale = _rounded_scale(absmax, factor)
-        torch.mul(size, _inverse(scale), out=code)
-        code.round_().clamp_(max=qmax)
-        torch.addcmul(size, code, scale, value=-1, out=error)
-        total = tree_sum_(error.mul_(error))
-        if best_error is None:
-            best_error = total.clone()
-            continue
-        better = total < best_error
-        best, best_error = torch.where(better, scale, best), torch.where(better, total, best_error)
-    return best
+        return scales[0]
+    errors, work = torch.empty_like(scales), torch.empty_like(size)
+    views = tree_views(work)  # made once: at this size a slice costs as much as the addition
+    for scale, inverse, error in zip(scales, _inverse(scales), errors, strict=True):
+        torch.mul(size, inverse, out=work).round_().clamp_(max=qmax)  # codes
+        torch.addcmul(size, work, scale, value=-1, out=work).square_()
+        error.copy_(tree_sum_(work, views))
+    # A larger ratio never has a smaller scale, so of tied steps the largest scale is the earliest.
+    return torch.where(errors == errors.amin(0), scales, 0.0).amax(0)
 
 
 def _columns(weight: Tensor, group: int, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
@@ -135,8 +135,6 @@ def ternary(weight: Tensor, group: int, chunk: int | None = None) -> Quantized:
     scales = torch.empty(len(codes), dtype=torch.float32, device=weight.device)
     for piece, w in _columns(weight, group, chunk):
         scale = _rounded_scale(tree_sum_(w.abs()), torch.tensor(1 / group).item())
-        if not bool(torch.isfinite(scale).all()):
-            raise UserError("the weight contains NaN, infinity or values beyond bfloat16")
         scales[piece] = scale
         codes[piece] = w.mul_(_inverse(scale)).round_().clamp_(-1, 1).t()
     return Quantized(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1))

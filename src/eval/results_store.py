@@ -1,0 +1,229 @@
+"""The record of a run: one JSON, written by `write_result` after success and never by hand; per-sample logs beside it.
+
+Not a command. Schema 1; kinds: quantize, eval, kl, compare, distill, pack, bench, train. A record names no directory
+outside the repository: models and commands are given relative to it, other paths by their last part.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint import Checkpoint
+from console import UserError, read_json, write_json
+
+SCHEMA = 1
+KINDS = ("quantize", "eval", "kl", "compare", "distill", "pack", "bench", "train")
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "vllm", "datasets", "gguf")
+REPO = Path(__file__).resolve().parent.parent.parent
+
+
+def public_path(text: str) -> str:
+    """A path inside the repository relative to it, another absolute path by its last part, any other text as it is."""
+    if not text.startswith("/"):
+        return text
+    path = Path(text)
+    return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else path.name
+
+
+def public_command() -> list[str]:
+    """This process's command line, fit to be typed in the repository's top directory."""
+    arguments = [f"{key}={public_path(value)}" if eq and key.startswith("--") else public_path(argument)
+                 for argument in sys.argv for key, eq, value in [argument.partition("=")]]  # fmt: skip
+    return ["python", *arguments]
+
+
+def code_state() -> dict[str, Any]:
+    """Commit and whether the sources differ from it; a machine without git is told by MOE_LOWBIT_COMMIT."""
+    given = os.environ.get("MOE_LOWBIT_COMMIT")
+    if given:
+        return {"commit": given, "dirty": False}
+    try:
+        run = ["git", "-C", str(REPO)]
+        commit = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        paths = ["src", "pipelines", "configs", "env.sh"]
+        status = subprocess.run([*run, "status", "--porcelain", "--", *paths], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit, "dirty": bool(status.stdout.strip())}
+
+
+def hardware() -> dict[str, Any]:
+    """CPU model, cores this process may use, memory, GPU."""
+    try:
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        info = ""
+    name = re.search(r"model name\s*:\s*(.+)", info)
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpu": name[1].strip() if name else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "ram_gib": round(pages / 2**30, 1),
+        "gpu": ", ".join(gpus) or None,
+    }
+
+
+def packages() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_model(path: str | Path) -> dict[str, Any]:
+    """{path, config_sha256, bytes, tensors, index_sha256} of a checkpoint directory, from its headers alone."""
+    checkpoint = Checkpoint(path)
+    shapes = [(name, str(info.dtype), list(info.shape)) for name, info in checkpoint.tensors.items()]
+    return {
+        "path": public_path(str(checkpoint.path.resolve())),
+        "config_sha256": checkpoint.config_sha256,
+        "bytes": checkpoint.bytes,
+        "tensors": len(checkpoint.tensors),
+        "header_sha256": sha256_json(shapes),
+    }
+
+
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Digest of the canonical JSON text of a value."""
+    return sha256_text(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
+
+
+def data_entry(name: str, revision: str, rows: Sequence[Any]) -> dict[str, Any]:
+    """The record of one data set: what was used, as a digest of its rows."""
+    return {"name": name, "revision": revision, "sha256": sha256_json(list(rows)), "n": len(rows)}
+
+
+def peak_rss_mib() -> int:
+    """Peak resident memory of this process (Linux reports KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def write_result(
+    path: str | Path,
+    *,
+    kind: str,
+    tag: str,
+    started: float,
+    metrics: Mapping[str, Any],
+    seconds: float | None = None,
+    model: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    data: Sequence[Mapping[str, Any]] = (),
+    sampling: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the record of a finished run atomically and return it. ``started``: time.time() at its start; ``seconds``:
+    work time when the run was resumed (default: since ``started``). ``extra``: further top-level keys."""
+    if kind not in KINDS:
+        raise UserError(f"result kind {kind!r} is unknown; known: {', '.join(KINDS)}")
+    vram = torch.cuda.max_memory_allocated() >> 20 if torch.cuda.is_available() else None
+    record = {
+        "schema": SCHEMA,
+        "kind": kind,
+        "tag": tag,
+        "command": public_command(),
+        "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started if seconds is None else seconds, 2),
+        "code": code_state(),
+        "model": dict(model) if model else None,
+        "recipe": dict(recipe) if recipe else None,
+        "data": [dict(entry) for entry in data],
+        "sampling": dict(sampling) if sampling else None,
+        "hardware": hardware(),
+        "packages": packages(),
+        "metrics": dict(metrics),
+        "peak_rss_mib": peak_rss_mib(),
+        "peak_vram_mib": vram,
+        **(extra or {}),
+    }
+    write_json(path, record)
+    return record
+
+
+class SampleLog:
+    """Append-only JSON lines of finished samples; the first line holds the settings that make samples comparable.
+
+    Opening a log of the same settings resumes it (a torn last line of a killed run is dropped); other settings are a
+    :class:`UserError`, so samples of two different runs never mix. ``done``: {(benchmark, id): row}.
+    """
+
+    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.done: dict[tuple[str, str], dict[str, Any]] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._resume(dict(settings))
+        else:
+            write_json_line(self.path, {"settings": dict(settings)}, "w")
+
+    def _resume(self, settings: dict[str, Any]) -> None:
+        whole, kept = self.path.read_bytes(), 0
+        for number, line in enumerate(whole.splitlines(keepends=True)):
+            if not line.endswith(b"\n"):
+                break
+            row = json.loads(line)
+            if number == 0 and row != {"settings": json.loads(json.dumps(settings))}:
+                changed = sorted(k for k in settings.keys() | row["settings"] if settings.get(k) != row["settings"].get(k))
+                raise UserError(
+                    f"{self.path}: holds samples of other settings ({', '.join(changed)}); give another --tag or remove it"
+                )
+            if number:
+                self.done[row["benchmark"], row["id"]] = row
+            kept += len(line)
+        if kept < len(whole):
+            os.truncate(self.path, kept)
+        if not kept:
+            write_json_line(self.path, {"settings": settings}, "w")
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            self.done[row["benchmark"], row["id"]] = dict(row)
+            write_json_line(self.path, row, "a")
+
+
+def write_json_line(path: Path, value: Mapping[str, Any], mode: str) -> None:
+    with path.open(mode, encoding="utf-8") as stream:
+        stream.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_samples(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(settings, rows) of a finished sample log."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a sample log ({error})") from None
+    if not rows or "settings" not in rows[0]:
+        raise UserError(f"{path}: not a sample log (its first line has no settings)")
+    return rows[0]["settings"], rows[1:]
+
+
+def read_result(path: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """A record, checked for its schema and, if given, its kind."""
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA or kind not in (None, record.get("kind")):
+        raise UserError(f"{path}: not a schema {SCHEMA} record{f' of kind {kind}' if kind else ''}")
+    return record

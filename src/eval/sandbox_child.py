@@ -1,0 +1,468 @@
+"""The child side of code_sandbox: a referee that runs the tests, and a jailed program that only ever answers with values.
+
+Not a command: code_sandbox starts it. Two processes, because whoever shares memory with the tests can forge a pass:
+
+    referee  holds tests and token, runs the asserts, alone holds the verdict pipe
+    program  forked before the tests arrive; jailed, then runs the model's code and answers calls as plain data
+
+Where a test says ``f(2) == 5`` the referee sends ``call f (2)`` and compares the number that comes back. So exiting, printing,
+patching builtins, always-equal objects and searching frames or memory gain nothing: the only way to pass is to send right
+values. Whatever is not plain data (generators, instances, functions) stays in the program and is a :class:`Proxy` here.
+
+The jail is a seccomp allow-list: compute, read files, start threads, use open descriptors; no writing to any file, no network,
+no child process, no signal to others, no leaving the process group. Only the standard library is imported, lazily where slow.
+"""
+
+from __future__ import annotations
+
+import builtins
+import ctypes
+import importlib
+import json
+import operator
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+MAX_FRAME = 16 << 20  # bytes: no honest answer is larger, and the referee must not be filled by one
+MAX_NESTING = 50  # callbacks inside callbacks
+STACK = 128 << 20  # bytes: deep recursion is honest
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+CLONE_NEWUSER, CLONE_THREAD = 0x10000000, 0x10000
+CAP_DAC_READ_SEARCH = 1 << 2  # kept for root: the interpreter may lie in another user's home
+EACCES, ENOSYS = 13, 38  # EACCES and not EPERM: the interpreter itself falls back on it where it can
+
+# What a program that only computes needs: name, number on x86_64, number on aarch64 (- where it has none).
+ALLOWED = """
+read 0 63, readv 19 65, pread64 17 67, write 1 64, writev 20 66, close 3 57, fstat 5 80, newfstatat 262 79, stat 4 -, lstat 6 -,
+statx 332 291, lseek 8 62, getdents64 217 61, getcwd 79 17, access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -,
+readlinkat 267 78, fcntl 72 25, dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, fadvise64 221 223,
+mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, brk 12 214, madvise 28 233, membarrier 324 283,
+rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132, restart_syscall 219 128,
+getpid 39 172, gettid 186 178, getppid 110 173, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177,
+getrandom 318 278, uname 63 160, sysinfo 99 179, times 100 153, getrusage 98 165, time 201 -, gettimeofday 96 169,
+clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, sched_getaffinity 204 123,
+sched_yield 24 124, futex 202 98, set_robust_list 273 99, get_robust_list 274 100, rseq 334 293, exit 60 93, exit_group 231 94,
+select 23 -, pselect6 270 72, poll 7 -, ppoll 271 73, eventfd2 290 19, epoll_create1 291 20, epoll_ctl 233 21,
+epoll_wait 232 -, epoll_pwait 281 22, socketpair 53 199, sendto 44 206, recvfrom 45 207, getrlimit 97 163
+"""
+ARCHITECTURES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column in ALLOWED, audit number
+
+
+# ---- frames and values ----
+
+
+class ProgramEnded(BaseException):
+    """The program cannot answer any more. Not an Exception: a test's ``except Exception`` must not hide it."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def read_exactly(descriptor: int, size: int) -> bytes:
+    parts = []
+    while size:
+        part = os.read(descriptor, min(size, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+def read_frame(descriptor: int, limit: int = 1 << 62) -> Any:
+    """One JSON value: ten digits of length, then that many bytes."""
+    size = int(read_exactly(descriptor, 10))
+    if not 0 <= size <= limit:
+        raise ProgramEnded("error", f"the program sent a value of {size} bytes; the limit is {limit}")
+    return json.loads(read_exactly(descriptor, size))
+
+
+def write_frame(descriptor: int, value: Any) -> None:
+    data = json.dumps(value, separators=(",", ":")).encode()
+    view = memoryview(b"%010d" % len(data) + data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+STANDARD = {  # standard value types that tests compare with: how to write one as text and how to read it back
+    "fractions.Fraction": str,
+    "decimal.Decimal": str,
+    "datetime.date": str,
+    "datetime.datetime": lambda value: value.isoformat(),
+}
+
+
+def pack(value: Any, other: Callable[[Any], list]) -> Any:
+    """``value`` as JSON: scalars as they are, the rest as [tag, ...]. Subclasses lose their overridden methods;
+    what is not plain data goes to ``other``."""
+    if value is None or isinstance(value, (bool, str, float)):
+        return value
+    if isinstance(value, int):
+        value = int.__int__(value)
+        return value if value.bit_length() < 1000 else ["i", hex(value)]  # decimal text has a length limit, hex has none
+    if isinstance(value, complex):
+        return ["c", value.real, value.imag]
+    if isinstance(value, (bytes, bytearray)):
+        return ["b" if isinstance(value, bytes) else "ba", value.hex()]
+    for kind, tag in ((list, "l"), (tuple, "t"), (set, "s"), (frozenset, "fs")):
+        if isinstance(value, kind):
+            return [tag, *(pack(item, other) for item in value)]
+    if isinstance(value, dict):
+        return ["d", *([pack(key, other), pack(item, other)] for key, item in value.items())]
+    if type(value) is range:
+        return ["range", value.start, value.stop, value.step]
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if name == "collections.deque":
+        return ["dq", *(pack(item, other) for item in value)]
+    return ["x", name, STANDARD[name](value)] if name in STANDARD else other(value)
+
+
+def unpack(item: Any, other: Callable[[list], Any]) -> Any:
+    """The inverse of :func:`pack`; ``other`` reads the tags that only one side knows."""
+    if not isinstance(item, list):
+        return item
+    tag, *rest = item
+    containers = {"l": list, "t": tuple, "s": set, "fs": frozenset}
+    if tag in containers:
+        return containers[tag](unpack(part, other) for part in rest)
+    if tag == "d":
+        return {unpack(key, other): unpack(part, other) for key, part in rest}
+    if tag in ("i", "c", "range"):
+        return int(rest[0], 16) if tag == "i" else {"c": complex, "range": range}[tag](*rest)
+    if tag in ("b", "ba"):
+        return {"b": bytes, "ba": bytearray}[tag].fromhex(rest[0])
+    if tag == "dq":
+        return importlib.import_module("collections").deque(unpack(part, other) for part in rest)
+    if tag == "x" and rest[0] in STANDARD:
+        module, _, name = rest[0].partition(".")
+        kind = getattr(importlib.import_module(module), name)
+        return kind.fromisoformat(rest[1]) if module == "datetime" else kind(rest[1])
+    return other(item)
+
+
+# ---- calls between the two processes ----
+
+
+class Peer:
+    """One end of the line. Either side may ask: the program does when it calls a function that a test handed to it."""
+
+    def __init__(self, reader: int, writer: int, handlers: dict[str, Callable], limit: int) -> None:
+        self.reader, self.writer, self.handlers, self.limit = reader, writer, handlers, limit
+        self.kept: list[Any] = []  # what the other side knows by number
+        self.numbers: dict[int, int] = {}  # id -> number; kept objects live as long as this, so an id stays theirs
+        self.depth = 0
+
+    def give(self, value: Any) -> list:
+        """What is not plain data crosses as the number by which its owner knows it."""
+        if isinstance(value, Proxy):
+            return ["yours", value._number]
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.kept)
+            self.kept.append(value)
+        return ["mine", self.numbers[id(value)]]
+
+    def echo(self, value: Any) -> list:
+        """:meth:`give` as the other side would have written it."""
+        whose, number = self.give(value)
+        return ["mine" if whose == "yours" else "yours", number]
+
+    def take(self, item: list) -> Any:
+        whose, number = item
+        return self.kept[number] if whose == "yours" else Proxy(self, number)
+
+    def ask(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        """Have the other side do ``op``. Arguments that it changed in place are changed here too."""
+        packed = [pack([*args], self.give), pack(kwargs, self.give)]
+        try:
+            write_frame(self.writer, {"ask": op, "args": packed})
+            reply = self.listen()
+        except (EOFError, BrokenPipeError):
+            raise ProgramEnded("ended", "") from None
+        if "raise" in reply:
+            raise rebuilt_error(*reply["raise"])
+        if "changed" in reply:
+            for old, new in zip(args, unpack(reply["changed"], self.take), strict=True):
+                change_in_place(old, new)
+        return unpack(reply["value"], self.take)
+
+    def listen(self) -> dict:
+        """Serve questions until a reply comes."""
+        while True:
+            message = read_frame(self.reader, self.limit)
+            if "ask" not in message:
+                return message
+            self.depth += 1
+            if self.depth > MAX_NESTING:
+                raise ProgramEnded("error", f"more than {MAX_NESTING} callbacks inside callbacks")
+            write_frame(self.writer, self.answer(message["ask"], *message["args"]))
+            self.depth -= 1
+
+    def answer(self, op: str, packed_args: list, packed_kwargs: list) -> dict:
+        try:
+            args = unpack(packed_args, self.take)
+            value = self.handlers[op](*args, **unpack(packed_kwargs, self.take))
+            reply = {"value": pack(value, self.give)}
+            changed = op == "call" and pack(args, self.echo) != packed_args
+            return reply | {"changed": pack(args, self.give)} if changed else reply
+        except ProgramEnded:
+            raise
+        except BaseException as error:  # whatever the program raises, SystemExit too, is an answer and not an end
+            return {"raise": [[kind.__name__ for kind in type(error).__mro__], short_text(error)]}
+
+
+class Proxy:
+    """Something that lives on the other side. Equal to itself only: comparison and arithmetic are not passed on, so that
+    no object of the program can decide a test."""
+
+    __slots__ = ("_peer", "_number")
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, peer: Peer, number: int) -> None:
+        object.__setattr__(self, "_peer", peer)
+        object.__setattr__(self, "_number", number)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Proxy) and other._number == self._number
+
+    def __bool__(self) -> bool:
+        return self._peer.ask("bool", self) is True
+
+
+def forwarded(op: str) -> Callable:
+    return lambda self, *args, **kwargs: self._peer.ask(op, self, *args, **kwargs)
+
+
+FORWARDED = {
+    "call": lambda function, *args, **kwargs: function(*args, **kwargs),
+    "getattr": getattr, "setattr": setattr, "getitem": operator.getitem,
+    "len": len, "iter": iter, "next": next, "str": str, "repr": repr,
+}  # fmt: skip
+for _op in FORWARDED:
+    setattr(Proxy, f"__{_op}__", forwarded(_op))
+
+
+def change_in_place(old: Any, new: Any) -> None:
+    if isinstance(old, (list, bytearray)) and type(old) is type(new):
+        old[:] = new
+    elif isinstance(old, (dict, set)) and type(old) is type(new):
+        old.clear()
+        old.update(new)
+
+
+def short_text(error: BaseException) -> str:
+    try:
+        return str(error)[:200]
+    except BaseException:  # a hostile __str__
+        return ""
+
+
+def rebuilt_error(names: list[str], text: str) -> BaseException:
+    """The nearest builtin exception, so that a test's ``except ValueError`` works; exits end the run."""
+    for name in names:
+        kind = getattr(builtins, name, None)
+        if isinstance(kind, type) and issubclass(kind, Exception) and kind is not Exception:
+            return kind.__new__(kind, text if name == names[0] else f"{names[0]}: {text}")
+    if "Exception" in names:
+        return Exception(f"{names[0]}: {text}")
+    return ProgramEnded("error", f"the program raised {names[0]}")
+
+
+# ---- the jailed program ----
+
+
+def seccomp_filter() -> bytes | None:
+    """The allow-list as classic BPF (8 bytes an instruction), or None on a machine whose call numbers are not listed."""
+    machine = os.uname().machine
+    if machine not in ARCHITECTURES:
+        return None
+    column, audit = ARCHITECTURES[machine]
+    load, equal, any_bit, end = 0x20, 0x15, 0x45, 0x06
+    allow, deny = 0x7FFF0000, 0x00050000
+    code = [(load, 0, 0, 4), (equal, 1, 0, audit), (end, 0, 0, deny | EACCES), (load, 0, 0, 0)]
+    for entry in ALLOWED.split(","):
+        if (number := entry.split()[column]) != "-":
+            code += [(equal, 0, 1, int(number)), (end, 0, 0, allow)]
+    # allowed for some arguments: (numbers, argument, test, value, whether the test must hold)
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    for numbers, argument, test, value, must_hold in (
+        ((2, -1), 1, any_bit, writing, False),  # open, to read
+        ((257, 56), 2, any_bit, writing, False),  # openat, to read
+        ((56, 220), 0, any_bit, CLONE_THREAD, True),  # clone, for a thread
+        ((234, 131), 0, equal, os.getpid(), True),  # tgkill, at itself (abort)
+        ((302, 261), 0, equal, 0, True),  # prlimit64, its own
+        ((16, 29), 1, equal, 0x5421, True),  # ioctl FIONBIO: asyncio's socket pair
+    ):
+        if (number := numbers[column - 1]) >= 0:
+            yes, no = (0, 1) if must_hold else (1, 0)
+            code += [(load, 0, 0, 0), (equal, 0, 3, number), (load, 0, 0, 16 + 8 * argument), (test, yes, no, value)]
+            code += [(end, 0, 0, allow)]
+    # clone3 hides its flags behind a pointer: "no such call" makes the C library use clone instead
+    code += [(load, 0, 0, 0), (equal, 0, 1, 435), (end, 0, 0, deny | ENOSYS), (end, 0, 0, deny | EACCES)]
+    order = sys.byteorder
+    return b"".join(op.to_bytes(2, order) + bytes((yes, no)) + k.to_bytes(4, order) for op, yes, no, k in code)
+
+
+def drop_capabilities(libc: ctypes.CDLL) -> None:
+    """Root keeps only the right to read; another user enters a user namespace of its own where the machine allows one.
+    Either way the kernel then refuses it the memory of the processes outside."""
+    if os.geteuid():
+        libc.unshare(CLONE_NEWUSER)
+        return
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, sets)
+    kept = sets[1] & CAP_DAC_READ_SEARCH
+    sets[:] = [kept, kept, 0, 0, 0, 0]
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def install_filter(libc: ctypes.CDLL) -> bool:
+    code = seccomp_filter()
+    if code is None or libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        return False
+    text, program = ctypes.create_string_buffer(code, len(code)), ctypes.create_string_buffer(16)  # struct sock_fprog
+    program[0:2] = (len(code) // 8).to_bytes(2, sys.byteorder)
+    program[8:16] = ctypes.addressof(text).to_bytes(8, sys.byteorder)
+    return libc.prctl(PR_SET_SECCOMP, 2, program, 0, 0) == 0
+
+
+def limit_resources(limits: dict) -> None:
+    hard_stack = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    stack = STACK if hard_stack == resource.RLIM_INFINITY else min(STACK, hard_stack)
+    seconds, memory = limits["cpu_seconds"], limits["memory_mib"] << 20
+    for name, soft, hard in (
+        ("CPU", seconds, seconds + 1),
+        ("AS", memory, memory),
+        ("STACK", stack, stack),
+        ("FSIZE", 0, 0),
+        ("CORE", 0, 0),
+        ("NOFILE", 64, 64),
+    ):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (soft, hard))
+
+
+def serve_program(reader: int, writer: int, limits: dict, referee: int) -> None:
+    """The life of the program's process: enter the jail, say whether it holds, answer until the line is cut."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != referee:
+        return
+    limit_resources(limits)
+    drop_capabilities(libc)
+    confined = install_filter(libc)
+    if not confined:
+        resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))  # the filter forbids new processes; without it, bound them
+    module = type(sys)("program")
+    sys.modules["program"] = module
+
+    def run(source: str) -> None:
+        exec(compile(source, "program.py", "exec", dont_inherit=True), module.__dict__)
+
+    def lookup(names: list[str]) -> dict[str, Any]:
+        return {name: module.__dict__[name] for name in names if name in module.__dict__}
+
+    write_frame(writer, {"value": confined})
+    Peer(reader, writer, {"run": run, "lookup": lookup, "bool": bool, **FORWARDED}, 1 << 62).listen()
+
+
+# ---- the referee ----
+
+
+def run_tests(peer: Peer, job: dict) -> None:
+    """Run the program, then the tests; anything but a return is not a pass.
+
+    The program never supplies a builtin or a standard module to the tests, or ``def set(x): return 1`` would pass
+    ``set(f(x)) == set(y)``; the one exception is the entry point (a task may ask for a function called ``sum``).
+    """
+    import ast  # here, so that the program's process starts while this loads
+
+    peer.ask("run", job["program"])
+    trees = [ast.parse(test) for test in job["tests"]]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    owners = [node.value for node in nodes if isinstance(node, ast.Attribute)]
+    modules = {owner.id for owner in owners if isinstance(owner, ast.Name)} & sys.stdlib_module_names
+    ours = modules | (set(dir(builtins)) - {job["entry_point"]})
+    space = peer.ask("lookup", sorted({node.id for node in nodes if isinstance(node, ast.Name)} - ours))
+    space |= {name: importlib.import_module(name) for name in modules} | {"__name__": "tests"}
+    for number, tree in enumerate(trees):
+        exec(compile(tree, f"test {number}", "exec", dont_inherit=True), space)
+    peer.ask("lookup", [])  # still alive: a test that swallows every error has not hidden its end
+
+
+def judge(peer: Peer, job: dict, program: int) -> tuple[str, str]:
+    """(reason, detail) of one run."""
+    try:
+        run_tests(peer, job)
+        return "passed", ""
+    except AssertionError as error:
+        return "failed", f"{place_in_tests(error, job['tests'])} {short_text(error)}".strip()
+    except MemoryError:
+        return "memory", "MemoryError"
+    except ProgramEnded as error:
+        return end_of(program) if error.reason == "ended" else (error.reason, short_text(error))
+    except BaseException as error:  # an error of the program, of the tests, or a broken reply: not a pass
+        return "error", f"{type(error).__name__}: {short_text(error)}"
+
+
+def place_in_tests(error: BaseException, tests: list[str]) -> str:
+    """The line of the tests that raised."""
+    place, step = "", error.__traceback__
+    while step:
+        name = step.tb_frame.f_code.co_filename
+        if name.startswith("test "):
+            place = f"{name}: {tests[int(name[5:])].splitlines()[step.tb_lineno - 1].strip()[:150]}"
+        step = step.tb_next
+    return place
+
+
+def end_of(program: int) -> tuple[str, str]:
+    """Why the program's process does not answer any more."""
+    for _ in range(100):
+        done, status = os.waitpid(program, os.WNOHANG)
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            if code >= 0:
+                return "error", f"the program ended its process (exit code {code})"
+            name = signal.Signals(-code).name
+            return ("timeout", "CPU time") if name == "SIGXCPU" else ("killed", name)
+        time.sleep(0.005)
+    return "error", "the program closed its line"
+
+
+def main() -> None:
+    """``sandbox_child.py VERDICT_FD``, with two frames on stdin: the limits, then (after the fork) program and tests."""
+    verdict = int(sys.argv[1])
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # nothing outlives the grader
+    libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody of the same user reads this memory
+    limits = read_frame(0)
+    to_program, to_referee = os.pipe(), os.pipe()
+    referee = os.getpid()
+    program = os.fork()
+    if not program:
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.dup2(to_program[0], 3), os.dup2(to_referee[1], 4)
+        os.closerange(5, 256)
+        try:
+            serve_program(3, 4, limits, referee)
+        finally:
+            os._exit(0)
+    os.close(to_program[0]), os.close(to_referee[1])
+    size = (limits["memory_mib"] << 21) + (1 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    job = read_frame(0)
+    peer = Peer(to_referee[0], to_program[1], FORWARDED, MAX_FRAME)
+    confined = peer.listen()["value"]
+    reason, detail = judge(peer, job, program)
+    write_frame(verdict, {"token": job["token"], "reason": reason, "detail": detail[:300], "confined": confined})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""Read and write safetensors checkpoints tensor by tensor, in bounded memory (plain reads, no mmap).
+
+Not a command. Format: https://github.com/huggingface/safetensors (8 bytes little-endian header length, JSON header,
+data without holes). Every header is checked against its file's size and against the index before anything is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from console import UserError, read_json, write_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER = 100_000_000  # the format's own limit
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: ``begin`` and ``end`` are byte offsets from the start of ``file``."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON object hook: json keeps the last of two equal keys without a word, which would hide a broken file."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise UserError(f"{twice} is named twice")
+    return result
+
+
+def _parse_json(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); download the file again") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object; download the file again")
+    return value
+
+
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    def natural(values: Any) -> bool:
+        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+    if not isinstance(entry, dict) or not natural(entry.get("shape")) or not natural(entry.get("data_offsets")):
+        raise UserError(f"{file}: the header entry of {name} is malformed; download the file again")
+    if entry.get("dtype") not in DTYPES:
+        raise UserError(f"{file}: tensor {name} has dtype {entry.get('dtype')!r}; known: {', '.join(DTYPES)}")
+    dtype, shape, offsets = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    size = math.prod(shape) * dtype.itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != size:
+        raise UserError(f"{file}: tensor {name} needs {size} bytes but lies at {offsets}; download the file again")
+    return TensorInfo(dtype, shape, file, data_start + offsets[0], data_start + offsets[1])
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file in the order of their bytes. Raises :class:`UserError` on a file that is
+    truncated, too long, or whose tensors overlap or leave a hole."""
+    try:
+        actual = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if actual < 8 or length > MAX_HEADER:
+                raise UserError(f"{file}: not a safetensors file ({actual} bytes); download it again")
+            data = stream.read(length)
+    except OSError as error:
+        raise UserError(f"{file}: cannot read ({error.strerror})") from None
+    if len(data) < length:
+        raise UserError(f"{file}: truncated: expected at least {8 + length} bytes, has {actual}; download it again")
+    header = _parse_json(data, f"{file}: header")
+    header.pop("__metadata__", None)
+    infos = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
+    infos = dict(sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)))
+    expected = 8 + length
+    for name, info in infos.items():
+        if info.begin != expected:
+            fault = "overlaps the tensor before it" if info.begin < expected else "leaves a hole before it"
+            raise UserError(f"{file}: tensor {name} {fault}; download the file again")
+        expected = info.end
+    if actual != expected:
+        fault = "truncated" if actual < expected else "too long"
+        raise UserError(f"{file}: {fault}: expected {expected} bytes, has {actual}; download it again")
+    return infos
+
+
+def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
+    """(shards in order of name, tensor name -> shard name) of an index."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from None
+    weight_map = _parse_json(data, str(path)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: has no weight_map; download it again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(f"{path}: {name} is said to lie in {shard!r}, which is not a file name in this directory")
+    shards = [path.parent / shard for shard in sorted(set(weight_map.values()))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise UserError(f"{path.parent}: {len(missing)} of {len(shards)} shards missing: {missing[0]}; download again")
+    return shards, weight_map
+
+
+def _open_tensors(directory: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file() and index.is_file():
+        raise UserError(f"{directory}: has both {SINGLE} and {INDEX}; remove the one that does not belong")
+    if single.is_file():
+        return [single], read_header(single)
+    if not index.is_file():
+        raise UserError(f"{directory}: has neither {SINGLE} nor {INDEX}; other weight formats are not read")
+    shards, weight_map = _read_index(index)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in read_header(shard).items():
+            if name in tensors:
+                raise UserError(f"{directory}: tensor {name} is in both {tensors[name].file.name} and {shard.name}")
+            if weight_map.get(name) != shard.name:
+                raise UserError(f"{directory}: {shard.name} holds {name}, which the index places in {weight_map.get(name)}")
+            tensors[name] = info
+    lost = next((name for name in weight_map if name not in tensors), None)
+    if lost:
+        raise UserError(f"{directory}: the index lists {lost} in {weight_map[lost]}, which does not hold it")
+    return shards, tensors
+
+
+class Checkpoint:
+    """A checkpoint directory: ``config`` (config.json), ``tensors`` (name -> :class:`TensorInfo`, in the order of the
+    shards and of their bytes), ``files`` (the shards). Opening reads and checks headers only."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.exists():
+            raise UserError(f"{self.path}: no such model directory")
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: not a directory; give the directory that holds config.json")
+        if not (self.path / "config.json").is_file():
+            raise UserError(f"{self.path}: no config.json in it; is this a model directory?")
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
+        if not isinstance(self.config, dict):
+            raise UserError(f"{self.path / 'config.json'}: not a JSON object")
+        self.files, self.tensors = _open_tensors(self.path)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weight files on disk."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @functools.cached_property
+    def config_sha256(self) -> str:
+        return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
+
+    def sha256(self, advance: Callable[[int], Any] | None = None) -> str:
+        """One digest over the bytes of all weight files in order; ``advance`` is told the bytes of each step."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            with file.open("rb") as stream:
+                while data := stream.read(1 << 22):
+                    digest.update(data)
+                    if advance:
+                        advance(len(data))
+        return digest.hexdigest()
+
+    def info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: no tensor {name}")
+        return self.tensors[name]
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, in memory of its own."""
+        info = self.info(name)
+        with info.file.open("rb") as stream:
+            return _read_rows(stream, info, info.begin, info.shape)
+
+    def read_chunks(self, name: str, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
+        """(start, slice along axis 0) pieces of at most ``max_bytes``, never less than one row of axis 0."""
+        info = self.info(name)
+        if not info.shape or not info.numel:
+            yield 0, self.read(name)
+            return
+        row = info.bytes // info.shape[0]
+        step = max(1, max_bytes // row)
+        with info.file.open("rb") as stream:
+            for start in range(0, info.shape[0], step):
+                rows = min(step, info.shape[0] - start)
+                yield start, _read_rows(stream, info, info.begin + start * row, (rows, *info.shape[1:]))
+
+
+def _read_rows(stream: BinaryIO, info: TensorInfo, offset: int, shape: tuple[int, ...]) -> Tensor:
+    size = math.prod(shape) * info.dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=info.dtype)
+    buffer = bytearray(size)
+    stream.seek(offset)
+    if stream.readinto(buffer) != size:
+        raise UserError(f"{info.file}: became shorter while it was read")
+    return torch.frombuffer(buffer, dtype=info.dtype).view(shape)
+
+
+Plan = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
+
+
+def _split(plan: Plan, shard_bytes: int) -> list[list[tuple[str, torch.dtype, tuple[int, ...], int]]]:
+    """Tensors with their sizes, in plan order, in shards of at most ``shard_bytes`` (a larger tensor has its own)."""
+    shards: list[list[tuple[str, torch.dtype, tuple[int, ...], int]]] = [[]]
+    filled = 0
+    for name, dtype, shape in plan:
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, dtype, tuple(shape), size))
+        filled += size
+    return shards
+
+
+class CheckpointWriter:
+    """Write safetensors from a plan [(name, dtype, shape)]: headers first, then :meth:`append` tensors, or slices of
+    them along axis 0, in plan order. Use as a context manager: leaving it without an error checks that all of the
+    plan was written, writes the index if there are several shards, and syncs to disk.
+
+    Within a shard wider dtypes lie first, so that every tensor is aligned, whatever the order of the plan.
+    """
+
+    def __init__(self, out_dir: str | Path, plan: Plan, shard_bytes: int) -> None:
+        self.out_dir = Path(out_dir)
+        shards = _split(plan, shard_bytes)
+        count = len(shards)
+        self.files = [
+            self.out_dir / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
+            for number in range(1, count + 1)
+        ]
+        self.tensors: dict[str, TensorInfo] = {}
+        self._starts: list[bytes] = []
+        for file, shard in zip(self.files, shards, strict=True):
+            self._lay_out(file, shard)
+        if len(self.tensors) != len(plan):
+            raise ValueError("a tensor is planned twice")
+        self._pending = iter(self.tensors)
+        self._name = next(self._pending, None)
+        self._written = 0  # bytes of the current tensor
+        self._stream: BinaryIO | None = None
+        self._skip_empty()
+
+    def _lay_out(self, file: Path, shard: list[tuple[str, torch.dtype, tuple[int, ...], int]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, dtype, shape, size in sorted(shard, key=lambda item: -item[1].itemsize):
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+        self._starts.append(len(text).to_bytes(8, "little") + text)
+        for name, dtype, shape, _ in shard:
+            begin, end = (8 + len(text) + value for value in header[name]["data_offsets"])
+            self.tensors[name] = TensorInfo(dtype, shape, file, begin, end)
+
+    def __enter__(self) -> CheckpointWriter:
+        for file, start in zip(self.files, self._starts, strict=True):
+            with self._explained(file), file.open("wb") as stream:
+                stream.write(start)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            if self._stream:
+                self._stream.close()
+            return
+        self._close_shard()
+        if self._name is not None:
+            raise ValueError(f"{self._name} was planned but not written in full")
+        if len(self.files) > 1:
+            total = sum(info.bytes for info in self.tensors.values())
+            weight_map = {name: info.file.name for name, info in self.tensors.items()}
+            with self._explained(self.out_dir / INDEX):
+                write_json(self.out_dir / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _explained(file: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{file}: cannot write ({error.strerror})") from None
+
+    def _close_shard(self) -> None:
+        if self._stream:
+            with self._explained(Path(self._stream.name)), self._stream as stream:
+                stream.flush()
+                os.fsync(stream.fileno())
+            self._stream = None
+
+    def _skip_empty(self) -> None:
+        while self._name is not None and not self.tensors[self._name].numel:
+            self._name = next(self._pending, None)
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Write the next rows of ``name``, which must be the plan's current tensor, in its dtype and trailing shape."""
+        info = self.tensors[name]
+        if not info.numel:
+            return
+        if name != self._name or tensor.dtype != info.dtype or tensor.shape[1:] != info.shape[1:]:
+            raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)} is not next in the plan (next: {self._name})")
+        data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        if self._written + len(data) > info.bytes:
+            raise ValueError(f"{name}: more rows than planned")
+        if self._stream is None or self._stream.name != str(info.file):
+            self._close_shard()
+            with self._explained(info.file):
+                self._stream = info.file.open("r+b")
+        with self._explained(info.file):
+            self._stream.seek(info.begin + self._written)
+            self._stream.write(data)
+        self._written += len(data)
+        if self._written == info.bytes:
+            self._name, self._written = next(self._pending, None), 0
+            self._skip_empty()

@@ -1,0 +1,92 @@
+"""What to do to a checkpoint, as one frozen value: written once, saved beside what it made, read back by later steps.
+
+Not a command. `from_env_file("configs/smoke_tiny.env", {"EXPERT_BITS": "2"})`; `read_recipe(quantized_checkpoint_dir)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from console import UserError, read_json
+from env_config import build_config, read_env_file
+from model_layout import Role
+
+RECIPE_FILE = "recipe.json"
+KEEP = 16  # bits that mean "leave as it is"
+METHODS = ("clip",)  # least squared weight error over clip_steps ratios of absmax; one step is absmax
+LINEAR_ROLES = (
+    Role.SHARED_EXPERT,
+    Role.ATTENTION,
+    Role.LINEAR_ATTENTION,
+    Role.MLP,
+    Role.EMBEDDING,
+    Role.LM_HEAD,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """expert_bits and linear_bits: 2..8, or 16 to leave those tensors as they are. group: inputs that share a scale."""
+
+    expert_bits: int
+    linear_bits: int
+    group: int
+    clip_steps: int
+    clip_low: float = 0.65
+    method: str = "clip"
+    scale_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for field in ("expert_bits", "linear_bits", "group", "clip_steps"):
+            if type(getattr(self, field)) is not int:
+                raise UserError(f"{field} {getattr(self, field)!r} is not a whole number")
+        for field in ("expert_bits", "linear_bits"):
+            bits = getattr(self, field)
+            if not 2 <= bits <= 8 and bits != KEEP:
+                raise UserError(f"{field} {bits} is outside 2..8 (or {KEEP} to leave the tensors as they are)")
+        if self.group < 1:
+            raise UserError(f"group {self.group} must be at least 1")
+        if self.clip_steps < 1:
+            raise UserError(f"clip_steps {self.clip_steps} must be at least 1 (1 is absmax)")
+        if not (math.isfinite(self.clip_low) and 0 < self.clip_low <= 1):
+            raise UserError(f"clip_low {self.clip_low} is outside (0, 1]")
+        if self.method not in METHODS:
+            raise UserError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
+        if self.scale_dtype != "bfloat16":
+            raise UserError(f"scale_dtype {self.scale_dtype!r}: only bfloat16 is supported")
+
+    def bits_for(self, role: Role) -> int | None:
+        """Bits of the grid for a tensor of this role; None leaves it as it is (protected, or bits 16)."""
+        bits = self.expert_bits if role is Role.ROUTED_EXPERT else self.linear_bits if role in LINEAR_ROLES else KEEP
+        return None if bits == KEEP else bits
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every field."""
+        return dataclasses.asdict(self)
+
+
+def from_json(value: Any, where: str = "recipe") -> Recipe:
+    """The recipe of a JSON object; a field that is missing, unknown or invalid is a :class:`UserError`."""
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    if not isinstance(value, dict) or set(value) != fields:
+        raise UserError(f"{where}: expected an object with exactly the keys {', '.join(sorted(fields))}")
+    return Recipe(**value)
+
+
+def from_env_file(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe's keys (EXPERT_BITS, LINEAR_BITS, GROUP, CLIP_STEPS, ...) of a configs/*.env file; keys of other steps
+    in that file are left alone. ``overrides`` win and may hold nothing but recipe keys."""
+    keys = {field.name.upper() for field in dataclasses.fields(Recipe)}
+    pairs = {key: value for key, value in read_env_file(path).items() if key in keys}
+    return build_config(Recipe, {**pairs, **(overrides or {})}, str(path))
+
+
+def read_recipe(checkpoint: str | Path) -> Recipe:
+    """The recipe that made a quantized checkpoint."""
+    path = Path(checkpoint) / RECIPE_FILE
+    value = read_json(path)
+    return from_json(value.get("recipe") if isinstance(value, dict) else None, str(path))
