@@ -138,11 +138,11 @@ class TinyMath(TinyTask):
 
 
 class TinyReason(TinyTask):
-    """Ages through 4 to 8 shuffled clues (some need inverting) among clues about strangers; multiple choice."""
+    """Ages through 3 to 8 shuffled clues (some need inverting) among clues about strangers; multiple choice."""
 
     name = "tiny_reason"
     options = 6
-    hops = (4, 8)
+    hops = (3, 8)
 
     def draw(self, rng: random.Random) -> tuple[str, Item, str]:
         hops, strangers = rng.randint(*self.hops), rng.randint(2, 4)
