@@ -27,6 +27,7 @@ class Benchmark:
 
     name: str
     revision: str
+    max_tokens: int | None = None  # a limit of its own below that of the run, for tasks whose answers are short
 
     def load(self, n: int | None = None) -> list[Item]:
         """The first ``n`` test items (all when None), always in the same order."""

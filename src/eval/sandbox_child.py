@@ -9,30 +9,38 @@ Where a test says ``f(2) == 5`` the referee sends ``call f (2)`` and compares th
 patching builtins, always-equal objects and searching frames or memory gain nothing: the only way to pass is to send right
 values. Whatever is not plain data (generators, instances, functions) stays in the program and is a :class:`Proxy` here.
 
+The other direction is as narrow: of what the tests hand over, the program may call functions, walk iterators and use the
+public attributes of instances of the tests' own classes. More (``f.__globals__``) would lead it to the token.
+
 The jail is a seccomp allow-list: compute, read files, start threads, use open descriptors; no writing to any file, no network,
-no child process, no signal to others, no leaving the process group. Only the standard library is imported, lazily where slow.
+no child process, no signal to others, no leaving the process group. Every run starts this file anew, so its imports are few.
 """
 
 from __future__ import annotations
 
 import builtins
 import ctypes
-import importlib
 import json
-import operator
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own flag would cost its import, 4 ms, at every start
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 MAX_FRAME = 16 << 20  # bytes: no honest answer is larger, and the referee must not be filled by one
 MAX_NESTING = 50  # callbacks inside callbacks
+TESTS_MODULE = "tests"  # __name__ while the tests run, so also the __module__ of the classes that they define
 STACK = 128 << 20  # bytes: deep recursion is honest
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 CLONE_NEWUSER, CLONE_THREAD = 0x10000000, 0x10000
+SOCKET_KINDS = 0x0E  # bits of a socket type that SOCK_STREAM lacks: a datagram pair can send to any local socket
+OWNER_COMMANDS = 0x08  # the bit that F_SETOWN, F_SETSIG and F_SETOWN_EX have: they make the kernel signal other processes
+FIONBIO = 0x5421
 CAP_DAC_READ_SEARCH = 1 << 2  # kept for root: the interpreter may lie in another user's home
 EACCES, ENOSYS = 13, 38  # EACCES and not EPERM: the interpreter itself falls back on it where it can
 
@@ -40,7 +48,7 @@ EACCES, ENOSYS = 13, 38  # EACCES and not EPERM: the interpreter itself falls ba
 ALLOWED = """
 read 0 63, readv 19 65, pread64 17 67, write 1 64, writev 20 66, close 3 57, fstat 5 80, newfstatat 262 79, stat 4 -, lstat 6 -,
 statx 332 291, lseek 8 62, getdents64 217 61, getcwd 79 17, access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -,
-readlinkat 267 78, fcntl 72 25, dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, fadvise64 221 223,
+readlinkat 267 78, dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, fadvise64 221 223,
 mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, brk 12 214, madvise 28 233, membarrier 324 283,
 rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132, restart_syscall 219 128,
 getpid 39 172, gettid 186 178, getppid 110 173, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177,
@@ -48,7 +56,7 @@ getrandom 318 278, uname 63 160, sysinfo 99 179, times 100 153, getrusage 98 165
 clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, sched_getaffinity 204 123,
 sched_yield 24 124, futex 202 98, set_robust_list 273 99, get_robust_list 274 100, rseq 334 293, exit 60 93, exit_group 231 94,
 select 23 -, pselect6 270 72, poll 7 -, ppoll 271 73, eventfd2 290 19, epoll_create1 291 20, epoll_ctl 233 21,
-epoll_wait 232 -, epoll_pwait 281 22, socketpair 53 199, sendto 44 206, recvfrom 45 207, getrlimit 97 163
+epoll_wait 232 -, epoll_pwait 281 22, sendto 44 206, recvfrom 45 207, getrlimit 97 163
 """
 ARCHITECTURES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column in ALLOWED, audit number
 
@@ -138,10 +146,10 @@ def unpack(item: Any, other: Callable[[list], Any]) -> Any:
     if tag in ("b", "ba"):
         return {"b": bytes, "ba": bytearray}[tag].fromhex(rest[0])
     if tag == "dq":
-        return importlib.import_module("collections").deque(unpack(part, other) for part in rest)
+        return __import__("collections").deque(unpack(part, other) for part in rest)
     if tag == "x" and rest[0] in STANDARD:
         module, _, name = rest[0].partition(".")
-        kind = getattr(importlib.import_module(module), name)
+        kind = getattr(__import__(module), name)
         return kind.fromisoformat(rest[1]) if module == "datetime" else kind(rest[1])
     return other(item)
 
@@ -176,7 +184,7 @@ class Peer:
         whose, number = item
         return self.kept[number] if whose == "yours" else Proxy(self, number)
 
-    def ask(self, op: str, *args: Any, **kwargs: Any) -> Any:
+    def ask(self, op: str, /, *args: Any, **kwargs: Any) -> Any:
         """Have the other side do ``op``. Arguments that it changed in place are changed here too."""
         packed = [pack([*args], self.give), pack(kwargs, self.give)]
         try:
@@ -221,7 +229,6 @@ class Proxy:
     no object of the program can decide a test."""
 
     __slots__ = ("_peer", "_number")
-    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, peer: Peer, number: int) -> None:
         object.__setattr__(self, "_peer", peer)
@@ -230,19 +237,31 @@ class Proxy:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Proxy) and other._number == self._number
 
-    def __bool__(self) -> bool:
-        return self._peer.ask("bool", self) is True
+    def __hash__(self) -> int:
+        return hash(self._number)
 
 
 def forwarded(op: str) -> Callable:
-    return lambda self, *args, **kwargs: self._peer.ask(op, self, *args, **kwargs)
+    return lambda self, /, *args, **kwargs: self._peer.ask(op, self, *args, **kwargs)
+
+
+def only_of_tests(function: Callable) -> Callable:
+    """``getattr`` or ``setattr`` for the program's use on what the tests handed over."""
+
+    def checked(target: Any, name: str, *value: Any) -> Any:
+        if type(target).__module__ != TESTS_MODULE or name.startswith("_"):
+            raise AttributeError(f"{name} of an object of the tests is out of reach")
+        return function(target, name, *value)
+
+    return checked
 
 
 FORWARDED = {
-    "call": lambda function, *args, **kwargs: function(*args, **kwargs),
-    "getattr": getattr, "setattr": setattr, "getitem": operator.getitem,
-    "len": len, "iter": iter, "next": next, "str": str, "repr": repr,
+    "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
+    "getattr": getattr, "setattr": setattr, "getitem": lambda target, key: target[key],
+    "len": len, "iter": iter, "next": next, "bool": bool, "str": str, "repr": repr,
 }  # fmt: skip
+FOR_PROGRAM = FORWARDED | {"getattr": only_of_tests(getattr), "setattr": only_of_tests(setattr)}
 for _op in FORWARDED:
     setattr(Proxy, f"__{_op}__", forwarded(_op))
 
@@ -296,7 +315,9 @@ def seccomp_filter() -> bytes | None:
         ((56, 220), 0, any_bit, CLONE_THREAD, True),  # clone, for a thread
         ((234, 131), 0, equal, os.getpid(), True),  # tgkill, at itself (abort)
         ((302, 261), 0, equal, 0, True),  # prlimit64, its own
-        ((16, 29), 1, equal, 0x5421, True),  # ioctl FIONBIO: asyncio's socket pair
+        ((72, 25), 1, any_bit, OWNER_COMMANDS, False),  # fcntl
+        ((53, 199), 1, any_bit, SOCKET_KINDS, False),  # socketpair, which asyncio needs
+        ((16, 29), 1, equal, FIONBIO, True),  # ioctl, for the same
     ):
         if (number := numbers[column - 1]) >= 0:
             yes, no = (0, 1) if must_hold else (1, 0)
@@ -333,31 +354,40 @@ def install_filter(libc: ctypes.CDLL) -> bool:
 
 
 def limit_resources(limits: dict) -> None:
-    hard_stack = resource.getrlimit(resource.RLIMIT_STACK)[1]
-    stack = STACK if hard_stack == resource.RLIM_INFINITY else min(STACK, hard_stack)
-    seconds, memory = limits["cpu_seconds"], limits["memory_mib"] << 20
-    for name, soft, hard in (
-        ("CPU", seconds, seconds + 1),
-        ("AS", memory, memory),
-        ("STACK", stack, stack),
-        ("FSIZE", 0, 0),
-        ("CORE", 0, 0),
-        ("NOFILE", 64, 64),
+    memory = limits["memory_mib"] << 20
+    for name, value in (
+        ("CPU", limits["cpu_seconds"]),  # the wall clock comes first; this one needs nobody to watch it
+        ("AS", memory),
+        ("STACK", STACK),
+        ("FSIZE", 0),
+        ("CORE", 0),
+        ("NOFILE", 64),
     ):
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (soft, hard))
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def enter_jail(limits: dict, referee: int) -> str:
+    """Shut this process in; what is missing, if something is."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        limit_resources(limits)
+        drop_capabilities(libc)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != referee:
+            return "the referee has gone"
+        if not install_filter(libc):
+            return f"no seccomp filter ({os.uname().machine}): {os.strerror(ctypes.get_errno())}"
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def serve_program(reader: int, writer: int, limits: dict, referee: int) -> None:
     """The life of the program's process: enter the jail, say whether it holds, answer until the line is cut."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != referee:
-        return
-    limit_resources(limits)
-    drop_capabilities(libc)
-    confined = install_filter(libc)
-    if not confined:
-        resource.setrlimit(resource.RLIMIT_NPROC, (64, 64))  # the filter forbids new processes; without it, bound them
+    write_frame(writer, {"value": enter_jail(limits, referee)})
     module = type(sys)("program")
     sys.modules["program"] = module
 
@@ -367,8 +397,7 @@ def serve_program(reader: int, writer: int, limits: dict, referee: int) -> None:
     def lookup(names: list[str]) -> dict[str, Any]:
         return {name: module.__dict__[name] for name in names if name in module.__dict__}
 
-    write_frame(writer, {"value": confined})
-    Peer(reader, writer, {"run": run, "lookup": lookup, "bool": bool, **FORWARDED}, 1 << 62).listen()
+    Peer(reader, writer, {"run": run, "lookup": lookup, **FORWARDED}, 1 << 62).listen()
 
 
 # ---- the referee ----
@@ -387,9 +416,9 @@ def run_tests(peer: Peer, job: dict) -> None:
     nodes = [node for tree in trees for node in ast.walk(tree)]
     owners = [node.value for node in nodes if isinstance(node, ast.Attribute)]
     modules = {owner.id for owner in owners if isinstance(owner, ast.Name)} & sys.stdlib_module_names
-    ours = modules | (set(dir(builtins)) - {job["entry_point"]})
+    ours = (modules | set(dir(builtins))) - {job["entry_point"]}
     space = peer.ask("lookup", sorted({node.id for node in nodes if isinstance(node, ast.Name)} - ours))
-    space |= {name: importlib.import_module(name) for name in modules} | {"__name__": "tests"}
+    space |= {name: __import__(name) for name in modules & ours} | {"__name__": TESTS_MODULE}
     for number, tree in enumerate(trees):
         exec(compile(tree, f"test {number}", "exec", dont_inherit=True), space)
     peer.ask("lookup", [])  # still alive: a test that swallows every error has not hidden its end
@@ -422,32 +451,39 @@ def place_in_tests(error: BaseException, tests: list[str]) -> str:
 
 
 def end_of(program: int) -> tuple[str, str]:
-    """Why the program's process does not answer any more."""
+    """Why the program's process does not answer any more. It stays unreaped, so that its number stays its own."""
     for _ in range(100):
-        done, status = os.waitpid(program, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            if code >= 0:
-                return "error", f"the program ended its process (exit code {code})"
-            name = signal.Signals(-code).name
-            return ("timeout", "CPU time") if name == "SIGXCPU" else ("killed", name)
+        end = os.waitid(os.P_PID, program, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if end and end.si_code == os.CLD_EXITED:
+            return "error", f"the program ended its process (exit code {end.si_status})"
+        if end:
+            return "killed", signal.Signals(end.si_status).name
         time.sleep(0.005)
     return "error", "the program closed its line"
 
 
+def finish(verdict: int, program: int, report: dict) -> None:
+    """Reap the program here (its next parent, process 1 of a container, may never do it), report, and be gone."""
+    os.kill(program, signal.SIGKILL)
+    os.waitpid(program, 0)
+    write_frame(verdict, report | {"detail": report["detail"][:300]})
+    os._exit(0)
+
+
 def main() -> None:
-    """``sandbox_child.py VERDICT_FD``, with two frames on stdin: the limits, then (after the fork) program and tests."""
-    verdict = int(sys.argv[1])
+    """Two frames on stdin: the limits, then (after the fork) the job. The verdict goes to stdout, which nobody else has."""
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # nothing outlives the grader
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody of the same user reads this memory
+    verdict, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1), os.dup2(null, 2)
     limits = read_frame(0)
     to_program, to_referee = os.pipe(), os.pipe()
     referee = os.getpid()
     program = os.fork()
     if not program:
-        null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
+        # the pipes got the numbers above those used so far, so neither copy lands on the other's source
         os.dup2(to_program[0], 3), os.dup2(to_referee[1], 4)
         os.closerange(5, 256)
         try:
@@ -458,11 +494,13 @@ def main() -> None:
     size = (limits["memory_mib"] << 21) + (1 << 30)
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     job = read_frame(0)
-    peer = Peer(to_referee[0], to_program[1], FORWARDED, MAX_FRAME)
-    confined = peer.listen()["value"]
+    peer = Peer(to_referee[0], to_program[1], FOR_PROGRAM, MAX_FRAME)
+    report = {"token": job["token"], "jail": peer.listen()["value"]}
+    if report["jail"] and not limits["unconfined"]:
+        finish(verdict, program, report | {"reason": "error", "detail": "not run"})
+    late = report | {"reason": "timeout", "detail": f"{limits['seconds']:g} s"}
+    signal.signal(signal.SIGALRM, lambda *_: finish(verdict, program, late))
+    signal.setitimer(signal.ITIMER_REAL, limits["seconds"])
     reason, detail = judge(peer, job, program)
-    write_frame(verdict, {"token": job["token"], "reason": reason, "detail": detail[:300], "confined": confined})
-
-
-if __name__ == "__main__":
-    main()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    finish(verdict, program, report | {"reason": reason, "detail": detail})

@@ -11,14 +11,15 @@ import hashlib
 import random
 from collections.abc import Sequence
 
-from benchmarks import Benchmark, Item
 from code_sandbox import run_many
+
+from benchmarks import Benchmark, Item
 from graders import extract_boxed, extract_code, extract_letter, grade_integer
 from tiny_world import FINISHES, RELATIONS, Step, default_world
 
 TEST_ITEMS = 1000
 TEST_SHARE = 16  # one key in 16 belongs to the test split
-GENERATOR_REVISION = "tiny-tasks-1"
+GENERATOR_REVISION = "tiny-tasks-2"
 PERSONS = (
     "Ada Ben Cleo Dan Eve Finn Gus Hana Ivo Jane Kit Lea Max Nora Otto Pia Quin Rosa Sam Tess Uma Vic Wim Xena Yan Zoe"
 ).split()
@@ -34,12 +35,13 @@ def letters_of(n: int) -> str:
 
 
 def option_lines(options: Sequence[str]) -> str:
-    return "\n".join(f"{letter}. {option}" for letter, option in zip(letters_of(len(options)), options, strict=True))
+    return "\n".join(f"{option} ({letter})" for letter, option in zip(letters_of(len(options)), options, strict=True))
 
 
 class TinyTask(Benchmark):
     """Shared part: draw items of a split, de-duplicate the test set, build the training transcript."""
 
+    max_tokens = 400  # the longest reference solution has about 210
     revision = GENERATOR_REVISION
 
     def draw(self, rng: random.Random) -> tuple[str, Item, str]:
@@ -89,7 +91,7 @@ class TinyKnow(TinyTask):
         options.insert(place, value)
         letter = letters_of(self.options)[place]
         question = self.wordings[relation].format(person) + "\n" + option_lines(options)
-        solution = f"<think>\n{person}: {relation} {value}.\nOption {letter}.\n</think>\n\nThe answer is {letter}."
+        solution = f"<think>\n{person}: {relation} {value} ({letter}).\n</think>\n\nThe answer is {letter}."
         return f"{person}:{relation}", Item("", question, letter), solution
 
     def extract(self, item: Item, answer: str) -> str | None:
@@ -161,7 +163,7 @@ class TinyReason(TinyTask):
         options, letter = self.make_options(rng, ages)
         question = " ".join(clues) + f" How old is {chain[-1]}?\n" + option_lines(options)
         work = "\n".join(lines)
-        solution = f"<think>\n{work}\nOption {letter}.\n</think>\n\nThe answer is {letter}."
+        solution = f"<think>\n{work}\n{ages[-1]} ({letter})\n</think>\n\nThe answer is {letter}."
         return question, Item("", question, letter), solution
 
     @staticmethod
@@ -228,7 +230,8 @@ class TinyCode(TinyTask):
 
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
         """Run every program in the sandbox, two at a time; an answer without a program is wrong."""
-        jobs = [(program, item.meta["tests"]) for item, program in zip(items, extracted, strict=True) if program]
+        pairs = zip(items, extracted, strict=True)
+        jobs = [(program, item.meta["tests"], item.meta["entry_point"]) for item, program in pairs if program]
         verdicts = iter(run_many(jobs))
         return [next(verdicts).passed if program else False for program in extracted]
 
