@@ -11,9 +11,8 @@ import hashlib
 import random
 from collections.abc import Sequence
 
-from code_sandbox import run_many
-
 from benchmarks import Benchmark, Item
+from code_sandbox import run_many
 from graders import extract_boxed, extract_code, extract_letter, grade_integer
 from tiny_world import FINISHES, RELATIONS, Step, default_world
 

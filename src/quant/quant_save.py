@@ -29,6 +29,7 @@ from console import UserError, progress, run_cli, write_json
 from model_layout import Role, roles_of
 from moe_quant import average_bits, fake_quant
 from recipe import RECIPE_FILE, Recipe
+from results_store import describe_model, write_result
 
 CHUNK_BYTES = 64 << 20  # read, quantized and written at once
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -318,9 +319,17 @@ def main() -> None:
     if not 0 < args.shard_gib < float("inf"):
         raise UserError(f"--shard-gib {args.shard_gib} must be above 0")
     recipe = Recipe(args.expert_bits, args.linear_bits, args.group, args.clip_steps)
+    if args.result and args.result.exists() and not args.force:
+        raise UserError(f"{args.result}: exists; give another --result, or --force to replace it")
     started = time.time()
+    source = describe_model(args.model) if args.result else None
     report = quantize_checkpoint(args.model, args.out, recipe, args.force, int(args.shard_gib * 2**30))
     seconds = time.time() - started
+    if args.result:
+        write_result(
+            args.result, kind="quantize", tag=args.tag, started=started, model=source, recipe=recipe.to_json(),
+            metrics=report.to_json(), extra={"output": describe_model(args.out)},
+        )  # fmt: skip
     print(f"{table(report)}\nwrote {args.out} in {seconds:.1f} s", flush=True)
 
 

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Makes every record behind results/RESULTS.md for razor-tiny, then the page:  bash pipelines/tiny_results.sh
+# About an hour on two CPU cores; a killed run goes on where it stopped.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
+cd "$MOE_LOWBIT_ROOT"
+model=models/razor-tiny
+
+evaluate() { # tag directory
+    [ -e "results/kl/$1.json" ] || python src/eval/moe_eval.py --model "$2" --reference "$model" --tag "$1"
+    [ -e "results/eval/$1.json" ] || python src/eval/vllm_eval8.py --model "$2" --tag "$1" --limit "${LIMIT:-1000}"
+}
+
+quantized() { # tag expert-bits linear-bits clip-steps
+    if [ ! -e "results/quantize/$1.json" ] || [ ! -e "$SCRATCH/$1/recipe.json" ]; then
+        python src/quant/quant_save.py --model "$model" --expert-bits "$2" --linear-bits "$3" --group 128 \
+            --clip-steps "$4" --out "$SCRATCH/$1" --result "results/quantize/$1.json" --tag "$1" --force
+    fi
+    evaluate "$1" "$SCRATCH/$1"
+}
+
+evaluate razor_tiny_bf16 "$model"
+quantized razor_tiny_int4 4 4 16
+quantized razor_tiny_int3_int4_clip16 3 4 16
+quantized razor_tiny_int3_int4_absmax 3 4 1
+quantized razor_tiny_int2_experts 2 16 1
+python src/eval/make_results.py
+python src/eval/check_results.py

@@ -1,0 +1,86 @@
+"""Check that every figure in results/RESULTS.md is the one in the JSON that it cites: python src/eval/check_results.py
+
+A figure is cited as [94.2 %](eval/tag.json#metrics.tiny_math.acc): the checker reads the value at that path, renders it
+with the decimals and unit of the text, and compares. It fails on a difference, a missing file or path, and on any number
+outside a citation or code quotes. `render` is also what the generator uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from console import UserError, run_cli
+from results_store import read_result
+
+CITATION = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.json)#([\w.-]+)\)")
+FIGURE = re.compile(r"(-?[\d,]+(?:\.(\d+))?)( %| MB| GB|)")
+UNITS = {"": 1.0, " %": 100.0, " MB": 1e-6, " GB": 1e-9}
+LOOSE_NUMBER = re.compile(r"(?<![\w.])\d[\d,.]*(?!\w)")
+
+
+def render(value: float, decimals: int, unit: str = "") -> str:
+    """A number as RESULTS.md shows it: 0.9421 with 1 and " %" is "94.2 %"; thousands have commas."""
+    return f"{value * UNITS[unit]:,.{decimals}f}{unit}"
+
+
+def lookup(record: Any, path: str) -> Any:
+    """The value at a dotted path of a JSON object; KeyError names the part that is missing."""
+    for part in path.split("."):
+        if not isinstance(record, dict) or part not in record:
+            raise KeyError(part)
+        record = record[part]
+    return record
+
+
+def check_citation(shown: str, file: Path, path: str) -> str | None:
+    """What is wrong with one citation, or None."""
+    if not file.is_file():
+        return f"[{shown}]: {file} does not exist"
+    try:
+        value = lookup(read_result(file), path)
+    except KeyError as error:
+        return f"[{shown}]: {file} has no {path} (at {error})"
+    if isinstance(value, str):
+        return None if value == shown else f"[{shown}]: {file}#{path} is {value}"
+    figure = FIGURE.fullmatch(shown)
+    if not figure or isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"[{shown}]: is not a figure like 94.2 %, or {file}#{path} is not a number"
+    expected = render(value, len(figure[2] or ""), figure[3])
+    return None if shown == expected else f"[{shown}]: {file}#{path} is {expected}"
+
+
+def check_text(text: str, directory: Path) -> tuple[int, list[str]]:
+    """(number of citations, faults) of a RESULTS.md whose citations are relative to ``directory``."""
+    faults, count, fenced = [], 0, False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+            continue
+        if fenced:
+            continue
+        for shown, file, path in CITATION.findall(line):
+            count += 1
+            fault = check_citation(shown, directory / file, path)
+            if fault:
+                faults.append(f"line {number}: {fault}")
+        rest = re.sub(r"`[^`]*`|!?\[[^\]]*\]\([^)]*\)", "", CITATION.sub("", line))
+        faults += [f"line {number}: {loose} is not cited" for loose in LOOSE_NUMBER.findall(rest)]
+    return count, faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("file", type=Path, nargs="?", default=Path("results/RESULTS.md"))
+    args = parser.parse_args()
+    if not args.file.is_file():
+        raise UserError(f"{args.file}: no such file; python src/eval/make_results.py writes it")
+    count, faults = check_text(args.file.read_text(encoding="utf-8"), args.file.parent)
+    print("\n".join([*faults, f"{args.file}: {count} figures checked, {len(faults)} faults"]), flush=True)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

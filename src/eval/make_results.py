@@ -1,0 +1,130 @@
+"""Write results/RESULTS.md from the records in results/: python src/eval/make_results.py
+
+Every figure is a citation that check_results verifies. Tables: accuracy (eval), fidelity (kl), sizes (quantize), training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any
+
+from check_results import lookup, render
+from console import atomic_path, run_cli
+from results_store import read_result
+
+HEADER = """# Results
+
+Written by `python src/eval/make_results.py`; each figure links to the record that holds it, and
+`python src/eval/check_results.py` compares them. Never edited by hand.
+"""
+
+
+def cite(record: dict[str, Any], file: str, path: str, decimals: int, unit: str = "") -> str:
+    return f"[{render(lookup(record, path), decimals, unit)}]({file}#{path})"
+
+
+def records(directory: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """(file relative to ``directory``, record) of a kind, by start time: the order in which they were made."""
+    found = []
+    for file in sorted(directory.glob("*/*.json")):
+        record = read_result(file)
+        if record["kind"] == kind:
+            found.append((str(file.relative_to(directory)), record))
+    return sorted(found, key=lambda item: item[1]["started"])
+
+
+def row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [row(head), row(["---"] * len(head)), *(row(cells) for cells in rows), ""]
+
+
+def commands(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    return ["Commands, in the order of the rows:", "```", *(shlex.join(record["command"]) for _, record in found), "```", ""]
+
+
+def accuracy(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    names = list(dict.fromkeys(name for _, record in found for name in record["metrics"]))
+    rows = []
+    for file, record in found:
+        cells = [f"`{record['tag']}`"]
+        for name in names:
+            if name not in record["metrics"]:
+                cells.append("")
+                continue
+            at = f"metrics.{name}"
+            cells.append(
+                f"{cite(record, file, at + '.acc', 1, ' %')} ({cite(record, file, at + '.acc_low', 1, ' %')} to "
+                f"{cite(record, file, at + '.acc_high', 1, ' %')}; n {cite(record, file, at + '.n', 0)}, "
+                f"truncated {cite(record, file, at + '.trunc', 1, ' %')})"
+            )
+        rows.append(cells)
+    note = "Share of right answers, its Wilson interval, items, and truncated answers (counted wrong)."
+    return ["## Accuracy", "", note, "", *table(["model", *(f"`{name}`" for name in names)], rows), *commands(found)]
+
+
+KL_COLUMNS = (("mean", 5, ""), ("standard_error", 5, ""), ("p99", 4, ""), ("p99_9", 4, ""), ("top1", 2, " %"))
+
+
+def fidelity(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    rows = []
+    for file, record in found:
+        cells = [f"`{record['tag']}`", cite(record, file, "metrics.ppl", 4)]
+        for path, decimals, unit in KL_COLUMNS:
+            cells.append(cite(record, file, f"metrics.kl.{path}", decimals, unit) if "kl" in record["metrics"] else "")
+        rows.append(cells)
+    note = "KL divergence to the unquantized model over the whole vocabulary, in nats, on held-out transcripts."
+    head = ["model", "perplexity", "mean KL", "standard error", "percentile `99`", "percentile `99.9`", "same top token"]
+    return ["## Fidelity", "", note, "", *table(head, rows), *commands(found)]
+
+
+def sizes(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    rows = [
+        [
+            f"`{record['tag']}`",
+            cite(record, file, "metrics.packed_bytes", 2, " MB"),
+            cite(record, file, "metrics.weight_bits", 2),
+            cite(record, file, "metrics.stored_bits", 2),
+            cite(record, file, "metrics.overall_bits", 2),
+        ]
+        for file, record in found
+    ]
+    note = "Bytes if packed; bits of the quantized tensors without and with their scales, and of the whole model."
+    head = ["model", "packed", "weight bits", "stored bits", "overall"]
+    return ["## Sizes", "", note, "", *table(head, rows), *commands(found)]
+
+
+def training(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    paths = (("metrics.parameters", 0), ("metrics.tokens", 0), ("seconds", 0), ("metrics.final_loss", 3))
+    rows = [[f"`{r['tag']}`", *(cite(r, file, path, decimals) for path, decimals in paths)] for file, r in found]
+    return ["## Training", "", *table(["model", "parameters", "tokens", "seconds", "final loss"], rows), *commands(found)]
+
+
+SECTIONS = (("eval", accuracy), ("kl", fidelity), ("quantize", sizes), ("train", training))
+
+
+def page(directory: Path) -> str:
+    lines = [HEADER]
+    for kind, section in SECTIONS:
+        if found := records(directory, kind):
+            lines += section(found)
+    if len(lines) == 1:
+        lines.append("No run has been recorded yet.")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    with atomic_path(args.results / "RESULTS.md") as temporary:
+        temporary.write_text(page(args.results), encoding="utf-8")
+    print(f"wrote {args.results / 'RESULTS.md'}", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,214 @@
+"""Perplexity and full-vocabulary KL divergence to a reference model on held-out text, and the balance of its routers.
+
+    python src/eval/moe_eval.py --model work/w3 --reference models/razor-tiny --tag razor_tiny_w3 [--items 64]
+        [--text FILE] [--out results/kl] [--force]
+
+Text: held-out transcripts of the tiny tasks (prompt and reference turn), or the paragraphs of --text. KL(reference || model)
+is over the whole vocabulary at every position, in float32; `answer` counts only the positions of the assistant's turn.
+Without --reference only perplexity and routing are measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from backends import load_tokenizer
+from console import UserError, progress, run_cli
+from recipe import RECIPE_FILE, read_recipe
+from results_store import data_entry, describe_model, write_result
+
+
+def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(KL(reference || model) in nats [N], whether the two agree on the likeliest token [N]) of logits [N, V]."""
+    p, q = F.log_softmax(reference.float(), -1), F.log_softmax(logits.float(), -1)
+    kl = (p.exp() * (p - q)).sum(-1).clamp_min_(0)  # below zero only by rounding
+    return kl, p.argmax(-1) == q.argmax(-1)
+
+
+def summarize_kl(kl: np.ndarray, agree: np.ndarray) -> dict[str, Any]:
+    """Mean with its standard error, upper percentiles, largest value, and top-1 agreement."""
+    p99, p999 = np.quantile(kl, [0.99, 0.999])
+    return {
+        "positions": len(kl),
+        "mean": float(kl.mean()),
+        "standard_error": float(kl.std(ddof=1) / math.sqrt(len(kl))) if len(kl) > 1 else 0.0,
+        "p99": float(p99),
+        "p99_9": float(p999),
+        "max": float(kl.max()),
+        "top1": float(agree.mean()),
+    }
+
+
+class RouterCounter:
+    """Counts how often each expert is chosen, by hooks on the routers of a transformers model."""
+
+    def __init__(self, model: torch.nn.Module, top_k: int) -> None:
+        self.top_k = top_k
+        self.counts: dict[str, torch.Tensor] = {}
+        self.mask: torch.Tensor | None = None
+        for name, module in model.named_modules():
+            if name.endswith(".mlp.gate") and hasattr(module, "weight") and module.weight.ndim == 2:
+                module.register_forward_hook(lambda m, a, out, name=name: self._count(name, m, a[0]))
+
+    def _count(self, name: str, router: torch.nn.Module, hidden: torch.Tensor) -> None:
+        logits = F.linear(hidden.reshape(-1, hidden.shape[-1]).float(), router.weight.float())
+        chosen = logits.topk(self.top_k, -1).indices
+        if self.mask is not None:
+            chosen = chosen[self.mask.flatten()]
+        count = torch.bincount(chosen.flatten(), minlength=logits.shape[-1])
+        self.counts[name] = self.counts.get(name, 0) + count
+
+    def summary(self) -> dict[str, Any] | None:
+        """Normalised entropy of the expert load (1 is even), over layers, and the least load as a share of the mean."""
+        if not self.counts:
+            return None
+        loads = torch.stack(list(self.counts.values())).double()
+        shares = loads / loads.sum(-1, keepdim=True)
+        entropy = -(shares * shares.clamp_min(1e-300).log()).sum(-1) / math.log(shares.shape[-1])
+        return {
+            "layers": len(shares),
+            "experts": shares.shape[-1],
+            "entropy_mean": entropy.mean().item(),
+            "entropy_min": entropy.min().item(),
+            "min_load": (shares.min() * shares.shape[-1]).item(),
+        }
+
+
+def load_model(path: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, local_files_only=True).to(device).eval()
+
+
+def tiny_texts(tokenizer: Any, count: int) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """(prompt, assistant turn) of ``count`` held-out items of every tiny task, and their record."""
+    from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
+
+    pairs = []
+    for task in (kind() for kind in TINY_TASKS):
+        for item, solution in task.load_with_solutions(count):
+            prompt = tokenizer.apply_chat_template(task.messages(item), tokenize=False, add_generation_prompt=True)
+            turn = solution.removeprefix("<think>\n") + tokenizer.eos_token
+            pairs.append((prompt, turn))
+    return pairs, data_entry("tiny_tasks transcripts", GENERATOR_REVISION, [list(pair) for pair in pairs])
+
+
+def file_texts(path: Path, count: int) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """The first ``count`` paragraphs (separated by blank lines) of a text file."""
+    try:
+        paragraphs = [p for p in path.read_text(encoding="utf-8").split("\n\n") if p.strip()][:count]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read text ({error})") from None
+    if not paragraphs:
+        raise UserError(f"{path}: holds no text")
+    return [("", p) for p in paragraphs], data_entry(path.name, "file", paragraphs)
+
+
+def batches(tokenizer: Any, pairs: list[tuple[str, str]], size: int, context: int) -> list[tuple[torch.Tensor, ...]]:
+    """(ids, mask of real tokens, mask of assistant tokens), right-padded, in batches of like length."""
+    rows = []
+    for prompt, turn in pairs:
+        head = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+        rows.append((len(head), (head + tokenizer(turn, add_special_tokens=False)["input_ids"])[:context]))
+    rows.sort(key=lambda row: len(row[1]))
+    result = []
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        ids = torch.zeros(len(part), max(len(row) for _, row in part), dtype=torch.long)
+        real, answer = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+        for i, (head, row) in enumerate(part):
+            ids[i, : len(row)] = torch.tensor(row)
+            real[i, : len(row)] = True
+            answer[i, head : len(row)] = True
+        result.append((ids, real, answer))
+    return result
+
+
+@torch.inference_mode()
+def measure(model: torch.nn.Module, reference: torch.nn.Module | None, data: list[tuple[torch.Tensor, ...]]) -> dict[str, Any]:
+    """Metrics over all batches; the last position of a row predicts nothing and is left out."""
+    config = model.config.get_text_config()
+    counter = RouterCounter(model, getattr(config, "num_experts_per_tok", 0) or 1)
+    kls, agrees, answers, losses = [], [], [], []
+    tokens = sum(int(real.sum()) for _, real, _ in data)
+    with progress(tokens, "kl" if reference is not None else "perplexity", "token", True) as bar:
+        for ids, real, answer in data:
+            ids, counter.mask = ids.to(model.device), real.to(model.device)
+            logits = model(input_ids=ids, attention_mask=counter.mask, use_cache=False).logits[:, :-1]
+            kept, target = real[:, 1:], ids[:, 1:]
+            logits = logits[kept]
+            losses.append(F.cross_entropy(logits.float(), target[kept], reduction="none").cpu())
+            answers.append(answer[:, 1:][kept])
+            if reference is not None:
+                expected = reference(input_ids=ids, attention_mask=counter.mask, use_cache=False).logits[:, :-1][kept]
+                kl, agree = divergence(expected, logits)
+                kls.append(kl.cpu())
+                agrees.append(agree.cpu())
+            bar.update(int(real.sum()))
+    loss, answer = torch.cat(losses), torch.cat(answers)
+    metrics: dict[str, Any] = {"tokens": len(loss), "ppl": loss.mean().exp().item()}
+    metrics["ppl_answer"] = loss[answer].mean().exp().item()
+    if reference is not None:
+        kl, agree = torch.cat(kls).double().numpy(), torch.cat(agrees).numpy()
+        metrics["kl"] = summarize_kl(kl, agree)
+        metrics["kl_answer"] = summarize_kl(kl[answer.numpy()], agree[answer.numpy()])
+    routing = counter.summary()
+    return metrics | ({"routing": routing} if routing else {})
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--reference", type=Path, help="the BF16 model that KL is taken to")
+    parser.add_argument("--tag", required=True)
+    parser.add_argument("--items", type=int, default=64, help="held-out transcripts of each tiny task, or paragraphs")
+    parser.add_argument("--text", type=Path, help="measure on this text file instead")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("results/kl"))
+    parser.add_argument("--force", action="store_true", help="replace an earlier result of this tag")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if min(args.items, args.batch) < 1:
+        raise UserError("--items and --batch must be at least 1")
+    result = args.out / f"{args.tag}.json"
+    if result.exists() and not args.force:
+        raise UserError(f"{result}: exists; give another --tag, or --force to replace it")
+    described = describe_model(args.model)
+    reference_described = describe_model(args.reference) if args.reference else None
+    started = time.time()
+    tokenizer = load_tokenizer(args.reference or args.model)
+    pairs, entry = file_texts(args.text, args.items) if args.text else tiny_texts(tokenizer, args.items)
+    model = load_model(args.model)
+    reference = load_model(args.reference) if args.reference else None
+    if reference is not None and reference.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+        raise UserError(f"{args.model} and {args.reference} have different vocabularies: KL between them means nothing")
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
+    metrics = measure(model, reference, batches(tokenizer, pairs, args.batch, min(context, 4096)))
+    own_recipe = read_recipe(args.model).to_json() if (args.model / RECIPE_FILE).exists() else None
+    write_result(
+        result, kind="kl", tag=args.tag, started=started, model=described, recipe=own_recipe, data=[entry],
+        metrics=metrics, extra={"reference": reference_described},
+    )  # fmt: skip
+    shown = f"ppl {metrics['ppl']:.4f}"
+    if "kl" in metrics:
+        kl = metrics["kl"]
+        shown += f"  KL {kl['mean']:.5f} +- {kl['standard_error']:.5f}  99 % {kl['p99']:.4f}  99.9 % {kl['p99_9']:.4f}"
+        shown += f"  top-1 {100 * kl['top1']:.2f} %"
+    print(shown, flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)
