@@ -59,6 +59,8 @@ class TinyBatches(Dataset):
         row_weights: list[float] = []
         while len(ids) < self.rows:
             tokens, prompt = next(documents)
+            if len(tokens) > size:
+                continue
             if len(row_ids) + len(tokens) > size:
                 room = size - len(row_ids)
                 ids.append(row_ids + [next(filler) for _ in range(room)])

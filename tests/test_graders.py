@@ -1,0 +1,63 @@
+"""Tables of answers that published harnesses have graded wrongly, and the plain ones."""
+
+import pytest
+
+from graders import extract_boxed, extract_code, extract_letter, grade_integer, split_thinking
+
+
+@pytest.mark.parametrize(
+    "answer,letter",
+    [
+        ("The correct answer is D.", "D"),  # not the A of "answer"
+        ("The answer is B.", "B"),
+        (r"So \boxed{\text{C}}.", "C"),
+        ("**Answer:** (B)", "B"),
+        ("Answer: **C**", "C"),
+        ("C", "C"),
+        ("(C)", "C"),
+        ("The answer is A. No, wait: the answer is B.", "B"),
+        ("A good try", None),
+        ("All of them", None),
+        ("The answer is Berlin.", None),
+        ("The answer is E.", None),  # not an option
+        ("", None),
+    ],
+)
+def test_letters(answer, letter):
+    assert extract_letter(answer, "ABCD") == letter
+
+
+@pytest.mark.parametrize(
+    "text,gold,right",
+    [
+        ("1,234", 1234, True),
+        ("1{,}234", 1234, True),
+        ("1,2", 12, False),
+        ("-5", 5, False),
+        ("−5", -5, True),
+        ("5.0", 5, True),
+        ("5.5", 5, False),
+        ("12 apples", 12, False),
+        ("", 0, False),
+        (None, 0, False),
+    ],
+)
+def test_integers(text, gold, right):
+    assert grade_integer(text, gold) is right
+
+
+def test_boxed_takes_the_last_complete_one():
+    assert extract_boxed(r"\boxed{1} then \boxed{\frac{1}{2}} and \boxed{3") == r"\frac{1}{2}"
+    assert extract_boxed("no box") is None
+
+
+def test_code_takes_the_block_that_defines_the_function():
+    answer = "```python\ndef f(x):\n    return x\n```\nFor example:\n```python\nprint(f(1))\n```"
+    assert extract_code(answer, "f") == "def f(x):\n    return x\n"
+    assert extract_code("def f(x):\n    return x", "f") == "def f(x):\n    return x"
+    assert extract_code("I cannot.", "f") is None
+
+
+def test_thinking_that_never_ends_is_no_answer():
+    assert split_thinking("a </think> b") == ("a ", "b")
+    assert split_thinking("The answer is B.") == ("The answer is B.", None)

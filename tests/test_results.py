@@ -1,0 +1,90 @@
+"""The record of a run, the sample log that resumes, the page and the checker that trusts nothing."""
+
+import json
+import time
+
+import pytest
+
+from check_results import check_text, render
+from console import UserError
+from make_results import page
+from paired_stats import mcnemar, minimum_detectable, paired_bootstrap, wilson
+from results_store import SampleLog, public_path, read_samples, write_result
+
+
+@pytest.fixture
+def results(tmp_path):
+    axis = {"acc": 0.9421, "acc_low": 0.93, "acc_high": 0.95, "n": 1000, "trunc": 0.0}
+    kl = {"ppl": 1.5, "kl": {"mean": 0.0123, "standard_error": 0.001, "p99": 0.2, "p99_9": 0.4, "top1": 0.97}}
+    started = time.time()
+    write_result(tmp_path / "eval/a.json", kind="eval", tag="a", started=started, metrics={"tiny_math": axis})
+    write_result(tmp_path / "kl/a.json", kind="kl", tag="a", started=started, metrics=kl)
+    (tmp_path / "RESULTS.md").write_text(page(tmp_path))
+    return tmp_path
+
+
+def test_a_record_has_what_the_design_asks(results):
+    record = json.loads((results / "eval/a.json").read_text())
+    required = "schema kind tag command started seconds code model recipe data sampling hardware packages metrics".split()
+    assert set(required) <= set(record) and record["peak_rss_mib"] > 10
+    assert not any(text.startswith("/") for text in record["command"])
+    assert public_path("/somewhere/else/model") == "model"
+    with pytest.raises(UserError, match="kind 'evel' is unknown"):
+        write_result(results / "eval/b.json", kind="evel", tag="b", started=0.0, metrics={})
+    with pytest.raises(ValueError):  # NaN is not JSON, and nothing is left behind
+        write_result(results / "eval/b.json", kind="eval", tag="b", started=0.0, metrics={"x": float("nan")})
+    assert [p.name for p in (results / "eval").iterdir()] == ["a.json"]
+
+
+def test_the_page_passes_and_every_kind_of_doctoring_fails(results):
+    text = (results / "RESULTS.md").read_text()
+    count, faults = check_text(text, results)
+    assert count == 11 and not faults
+    doctored = {
+        text.replace("[94.2 %]", "[94.3 %]"): "is 94.2 %",
+        text.replace("(eval/a.json#metrics.tiny_math.acc)", "(eval/b.json#metrics.tiny_math.acc)"): "does not exist",
+        text.replace("tiny_math.n)", "tiny_math.m)"): "has no",
+        text + "\nAccuracy rose by 7.3 points.\n": "7.3 is not cited",
+        text + "\n[better](eval/a.json#metrics.tiny_math.acc)\n": "not a figure",
+    }
+    for bad, message in doctored.items():
+        assert bad != text
+        _, faults = check_text(bad, results)
+        assert len(faults) == 1 and message in faults[0]
+    (results / "RESULTS.md").unlink()
+
+
+def test_the_checker_is_a_gate(results, command):
+    assert command("src/eval/check_results.py", results / "RESULTS.md").returncode == 0
+    (results / "RESULTS.md").write_text("We reach 99 %.\n")
+    done = command("src/eval/check_results.py", results / "RESULTS.md")
+    assert done.returncode == 1 and "99 is not cited" in done.stdout
+
+
+def test_render():
+    assert render(0.9421, 1, " %") == "94.2 %" and render(1234567, 0) == "1,234,567" and render(6.7e6, 2, " MB") == "6.70 MB"
+
+
+def test_a_sample_log_resumes_and_drops_a_torn_line(tmp_path):
+    path, settings = tmp_path / "a.samples.jsonl", {"model": "m", "seed": 1}
+    log = SampleLog(path, settings)
+    log.append([{"benchmark": "b", "id": "1", "x": 1}, {"benchmark": "b", "id": "2", "x": 2}])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])  # killed while writing
+    log = SampleLog(path, settings)
+    assert list(log.done) == [("b", "1")]
+    log.append([{"benchmark": "b", "id": "2", "x": 2}])
+    assert path.read_bytes() == whole and read_samples(path)[0] == settings
+    with pytest.raises(UserError, match="other settings \\(seed\\)"):
+        SampleLog(path, settings | {"seed": 2})
+
+
+def test_statistics_against_published_values():
+    low, high = wilson(81, 263)  # Newcombe 1998, Table I: 0.2553 to 0.3662
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson(0, 20)[0] == 0 and round(wilson(0, 20)[1], 4) == 0.1611 and wilson(5, 5)[1] == 1
+    assert mcnemar([True] * 10, [False] * 10) == pytest.approx(2 / 1024)
+    a, b = [True] * 80 + [False] * 20, [True] * 70 + [False] * 30
+    mean, low, high = paired_bootstrap(a, b)
+    assert mean == pytest.approx(-0.1) and low < -0.1 < high < 0
+    assert minimum_detectable(1000, 0.1) == pytest.approx(2.8016 * 0.01, abs=1e-4)

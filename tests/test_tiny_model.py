@@ -1,0 +1,26 @@
+"""The training forward of razor-tiny against transformers' own, values and gradients."""
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from tiny_model import train_forward
+
+
+def test_training_forward_equals_transformers(random_tiny):
+    model = AutoModelForCausalLM.from_pretrained(random_tiny, dtype=torch.float32)
+    ids = torch.randint(8, model.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
+    hidden, balance, load = train_forward(model, ids, torch.float32)
+    logits = F.linear(hidden, model.lm_head.weight)
+    expected = model(input_ids=ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-4)
+    assert load.shape == (4, 8) and torch.allclose(load.sum(-1), torch.ones(4)) and 0.9 < balance < 8
+    gradients = []
+    for output in (logits, expected):
+        model.zero_grad()
+        F.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    ours, theirs = gradients
+    for name, gradient in theirs.items():
+        scale = gradient.abs().max().clamp_min(1e-8)
+        assert ((ours[name] - gradient).abs().max() / scale) < 2e-3, name
