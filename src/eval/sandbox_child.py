@@ -471,21 +471,20 @@ def finish(verdict: int, program: int, report: dict) -> None:
 
 
 def main() -> None:
-    """Two frames on stdin: the limits, then (after the fork) the job. The verdict goes to stdout, which nobody else has."""
+    """``sandbox_child.py VERDICT_FD``, with two frames on stdin: the limits, then (after the fork) the job."""
+    verdict = int(sys.argv[1])
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # nothing outlives the grader
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)  # nobody of the same user reads this memory
-    verdict, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1), os.dup2(null, 2)
     limits = read_frame(0)
     to_program, to_referee = os.pipe(), os.pipe()
     referee = os.getpid()
     program = os.fork()
     if not program:
-        os.dup2(null, 0)
-        # the pipes got the numbers above those used so far, so neither copy lands on the other's source
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        # the second pipe was opened after the first, so its numbers are above 4 and the first copy does not land on it
         os.dup2(to_program[0], 3), os.dup2(to_referee[1], 4)
-        os.closerange(5, 256)
+        os.closerange(5, max(to_referee[1], verdict, 256) + 1)
         try:
             serve_program(3, 4, limits, referee)
         finally:
@@ -504,3 +503,7 @@ def main() -> None:
     reason, detail = judge(peer, job, program)
     signal.setitimer(signal.ITIMER_REAL, 0)
     finish(verdict, program, report | {"reason": reason, "detail": detail})
+
+
+if __name__ == "__main__":
+    main()
