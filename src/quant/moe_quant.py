@@ -100,8 +100,8 @@ def _columns(weight: Tensor, group: int, chunk: int | None) -> Iterator[tuple[sl
     count = max(1, (chunk or CHUNK.get(weight.device.type, CHUNK["cpu"])) // group)
     for start in range(0, len(groups), count):
         piece = slice(start, start + count)
-        columns = torch.empty(group, len(groups[piece]), device=weight.device)
-        yield piece, columns.copy_(groups[piece].t())  # a copy even of one float32 column: callers work in place
+        # copy: callers work in place, and a single float32 column would otherwise be a view of the weight
+        yield piece, groups[piece].t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def quantize_group(
