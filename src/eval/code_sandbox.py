@@ -1,8 +1,8 @@
 """Run a model-written program against asserts where it can do no harm and cannot fake a pass.
 
 Not a command. `run_python("def f(x): return x + 1", ["assert f(1) == 2"]).passed`. The child side, with what it allows
-and why a pass cannot be forged, is sandbox_child.py. A program is killed with its whole process group. Programs and tests
-have the standard library only. Linux only, and where the kernel or the container forbids seccomp nothing runs, unless
+and why a pass cannot be forged, is sandbox_child.py. A program is killed with its whole process group. Programs and
+tests have the standard library only. Linux only, and where kernel or container forbid seccomp nothing runs, unless
 CODE_SANDBOX_UNCONFINED=1 says that the machine may be written to and left with processes.
 """
 

@@ -1,19 +1,20 @@
-"""The child side of code_sandbox: a referee that runs the tests, and a jailed program that only ever answers with values.
+"""The child side of code_sandbox: a referee that runs the tests, and a jailed program that only answers with values.
 
 Not a command: code_sandbox starts it. Two processes, because whoever shares memory with the tests can forge a pass:
 
     referee  holds tests and token, runs the asserts, alone holds the verdict pipe
     program  forked before the tests arrive; jailed, then runs the model's code and answers calls as plain data
 
-Where a test says ``f(2) == 5`` the referee sends ``call f (2)`` and compares the number that comes back. So exiting, printing,
-patching builtins, always-equal objects and searching frames or memory gain nothing: the only way to pass is to send right
-values. Whatever is not plain data (generators, instances, functions) stays in the program and is a :class:`Proxy` here.
+Where a test says ``f(2) == 5`` the referee sends ``call f (2)`` and compares the number that comes back. So exiting,
+printing, patching builtins, always-equal objects and searching frames or memory gain nothing: the only way to pass is to
+send right values. What is not plain data (generators, instances, functions) stays in the program, a :class:`Proxy` here.
 
-The other direction is as narrow: of what the tests hand over, the program may call functions, walk iterators and use the
+The other direction is as narrow: of what the tests hand over, the program may call functions, walk iterators and use
 public attributes of instances of the tests' own classes. More (``f.__globals__``) would lead it to the token.
 
-The jail is a seccomp allow-list: compute, read files, start threads, use open descriptors; no writing to any file, no network,
-no child process, no signal to others, no leaving the process group. Every run starts this file anew, so its imports are few.
+The jail is a seccomp allow-list: compute, read files, start threads, use open descriptors; no writing to any file, no
+network, no child process, no signal to others, no leaving the process group. Every run starts this file anew, so its
+imports are few.
 """
 
 from __future__ import annotations
@@ -39,24 +40,25 @@ STACK = 128 << 20  # bytes: deep recursion is honest
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 CLONE_NEWUSER, CLONE_THREAD = 0x10000000, 0x10000
 SOCKET_KINDS = 0x0E  # bits of a socket type that SOCK_STREAM lacks: a datagram pair can send to any local socket
-OWNER_COMMANDS = 0x08  # the bit that F_SETOWN, F_SETSIG and F_SETOWN_EX have: they make the kernel signal other processes
+OWNER_COMMANDS = 0x08  # the bit of F_SETOWN, F_SETSIG and F_SETOWN_EX, which make the kernel signal other processes
 FIONBIO = 0x5421
 CAP_DAC_READ_SEARCH = 1 << 2  # kept for root: the interpreter may lie in another user's home
 EACCES, ENOSYS = 13, 38  # EACCES and not EPERM: the interpreter itself falls back on it where it can
 
 # What a program that only computes needs: name, number on x86_64, number on aarch64 (- where it has none).
 ALLOWED = """
-read 0 63, readv 19 65, pread64 17 67, write 1 64, writev 20 66, close 3 57, fstat 5 80, newfstatat 262 79, stat 4 -, lstat 6 -,
-statx 332 291, lseek 8 62, getdents64 217 61, getcwd 79 17, access 21 -, faccessat 269 48, faccessat2 439 439, readlink 89 -,
-readlinkat 267 78, dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59, fadvise64 221 223,
-mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, brk 12 214, madvise 28 233, membarrier 324 283,
-rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132, restart_syscall 219 128,
-getpid 39 172, gettid 186 178, getppid 110 173, getuid 102 174, geteuid 107 175, getgid 104 176, getegid 108 177,
-getrandom 318 278, uname 63 160, sysinfo 99 179, times 100 153, getrusage 98 165, time 201 -, gettimeofday 96 169,
-clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101, sched_getaffinity 204 123,
-sched_yield 24 124, futex 202 98, set_robust_list 273 99, get_robust_list 274 100, rseq 334 293, exit 60 93, exit_group 231 94,
-select 23 -, pselect6 270 72, poll 7 -, ppoll 271 73, eventfd2 290 19, epoll_create1 291 20, epoll_ctl 233 21,
-epoll_wait 232 -, epoll_pwait 281 22, sendto 44 206, recvfrom 45 207, getrlimit 97 163
+read 0 63, readv 19 65, pread64 17 67, write 1 64, writev 20 66, close 3 57, fstat 5 80, newfstatat 262 79, stat 4 -,
+lstat 6 -, statx 332 291, lseek 8 62, getdents64 217 61, getcwd 79 17, access 21 -, faccessat 269 48,
+faccessat2 439 439, readlink 89 -, readlinkat 267 78, dup 32 23, dup2 33 -, dup3 292 24, pipe 22 -, pipe2 293 59,
+fadvise64 221 223, mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, brk 12 214, madvise 28 233,
+membarrier 324 283, rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, sigaltstack 131 132,
+restart_syscall 219 128, getpid 39 172, gettid 186 178, getppid 110 173, getuid 102 174, geteuid 107 175,
+getgid 104 176, getegid 108 177, getrandom 318 278, uname 63 160, sysinfo 99 179, times 100 153, getrusage 98 165,
+time 201 -, gettimeofday 96 169, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101,
+sched_getaffinity 204 123, sched_yield 24 124, futex 202 98, set_robust_list 273 99, get_robust_list 274 100,
+rseq 334 293, exit 60 93, exit_group 231 94, select 23 -, pselect6 270 72, poll 7 -, ppoll 271 73, eventfd2 290 19,
+epoll_create1 291 20, epoll_ctl 233 21, epoll_wait 232 -, epoll_pwait 281 22, sendto 44 206, recvfrom 45 207,
+getrlimit 97 163
 """
 ARCHITECTURES = {"x86_64": (1, 0xC000003E), "aarch64": (2, 0xC00000B7)}  # column in ALLOWED, audit number
 
@@ -113,7 +115,7 @@ def pack(value: Any, other: Callable[[Any], list]) -> Any:
         return value
     if isinstance(value, int):
         value = int.__int__(value)
-        return value if value.bit_length() < 1000 else ["i", hex(value)]  # decimal text has a length limit, hex has none
+        return value if value.bit_length() < 1000 else ["i", hex(value)]  # decimal text has a length limit
     if isinstance(value, complex):
         return ["c", value.real, value.imag]
     if isinstance(value, (bytes, bytearray)):
@@ -193,7 +195,10 @@ class Peer:
         except (EOFError, BrokenPipeError):
             raise ProgramEnded("ended", "") from None
         if "raise" in reply:
-            raise rebuilt_error(*reply["raise"])
+            error = rebuilt_error(*reply["raise"])
+            if isinstance(error, StopIteration) and op != "next":  # it would end ``all(map(check, cases))`` with True
+                raise RuntimeError("the function raised StopIteration")
+            raise error
         if "changed" in reply:
             for old, new in zip(args, unpack(reply["changed"], self.take), strict=True):
                 change_in_place(old, new)
@@ -225,8 +230,8 @@ class Peer:
 
 
 class Proxy:
-    """Something that lives on the other side. Equal to itself only: comparison and arithmetic are not passed on, so that
-    no object of the program can decide a test."""
+    """Something that lives on the other side. Equal to itself only: comparison and arithmetic are not passed on, so
+    that no object of the program can decide a test."""
 
     __slots__ = ("_peer", "_number")
 
@@ -296,7 +301,7 @@ def rebuilt_error(names: list[str], text: str) -> BaseException:
 
 
 def seccomp_filter() -> bytes | None:
-    """The allow-list as classic BPF (8 bytes an instruction), or None on a machine whose call numbers are not listed."""
+    """The allow-list as classic BPF (8 bytes an instruction), or None on a machine whose call numbers are unknown."""
     machine = os.uname().machine
     if machine not in ARCHITECTURES:
         return None
