@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains models/razor-tiny on one GPU (H100: about 12 minutes):  bash pipelines/make_tiny.sh
+# Trains models/razor-tiny on one GPU (H100: about 8 minutes):  bash pipelines/make_tiny.sh
 # Resumes from $SCRATCH/make_tiny after an interruption. Extra arguments go to src/distill/tiny_train.py.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"

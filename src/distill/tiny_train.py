@@ -27,7 +27,7 @@ from env_config import load_config
 from moe_quant import fake_quant
 from results_store import describe_model, write_result
 from tiny_data import TinyBatches, completion_text, prompt_text
-from tiny_model import init_weights, tiny_config, train_forward
+from tiny_model import decoder_layer, init_weights, tiny_config, train_forward
 from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
 from tiny_tokenizer import build_tokenizer
 from tiny_world import WORLD_SEED
@@ -133,14 +133,16 @@ def train(run: Run, tokenizer: PreTrainedTokenizerFast, workers: int, save_every
         prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda",
     )  # fmt: skip
 
-    def objective(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden, balance, load = train_forward(run.model, ids[:, :-1], dtype)
-        loss = token_loss(run.model, hidden, ids[:, 1:], weights[:, 1:])
-        return loss + config.balance * balance, loss, load
-
+    layer_fn, loss_fn = decoder_layer, token_loss
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        objective = torch.compile(objective, dynamic=False)
+        layer_fn, loss_fn = (torch.compile(function, dynamic=False) for function in (layer_fn, loss_fn))
+
+    def objective(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        hidden, balance, load = train_forward(run.model, ids[:, :-1], dtype, layer_fn)
+        loss = loss_fn(run.model, hidden, ids[:, 1:], weights[:, 1:])
+        return loss + config.balance * balance, loss, load
+
     probes = make_probes(tokenizer)
     started, before, bar = time.monotonic(), run.seconds, progress(config.steps, "train", "step")
     bar.update(run.step)

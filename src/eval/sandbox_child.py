@@ -6,8 +6,8 @@ Not a command: code_sandbox starts it. Two processes, because whoever shares mem
     program  forked before the tests arrive; jailed, then runs the model's code and answers calls as plain data
 
 Where a test says ``f(2) == 5`` the referee sends ``call f (2)`` and compares the number that comes back. So exiting,
-printing, patching builtins, always-equal objects and searching frames or memory gain nothing: the only way to pass is to
-send right values. What is not plain data (generators, instances, functions) stays in the program, a :class:`Proxy` here.
+printing, patching builtins, always-equal objects and searching frames or memory gain nothing: the only way to pass is
+to send right values. What is not plain data (generators, instances, functions) stays in the program: a :class:`Proxy`.
 
 The other direction is as narrow: of what the tests hand over, the program may call functions, walk iterators and use
 public attributes of instances of the tests' own classes. More (``f.__globals__``) would lead it to the token.
