@@ -72,14 +72,18 @@ HONEST = {
         "assert f(50_000) == 50_000",
     ),
     "threads": (
-        "from concurrent.futures import ThreadPoolExecutor as P\ndef f(n):\n    with P(4) as p: return sum(p.map(abs, range(n)))",
+        "from concurrent.futures import ThreadPoolExecutor as P\n"
+        "def f(n):\n    with P(4) as p: return sum(p.map(abs, range(n)))",
         "assert f(9) == 36",
     ),
     "asyncio": (
         "import asyncio\nasync def g(x): await asyncio.sleep(0.001); return x + 7\ndef f(x): return asyncio.run(g(x))",
         TEST,
     ),
-    "much output": ("import os\nfor _ in range(300): print('x' * 10**5); os.write(2, b'y' * 10**5)\ndef f(x): return x + 7", TEST),
+    "much output": (
+        "import os\nfor _ in range(300): print('x' * 10**5); os.write(2, b'y' * 10**5)\ndef f(x): return x + 7",
+        TEST,
+    ),
 }  # fmt: skip
 
 
