@@ -23,6 +23,7 @@ evaluate razor_tiny_bf16 "$model"
 quantized razor_tiny_int4 4 4 16
 quantized razor_tiny_int3_int4_clip16 3 4 16
 quantized razor_tiny_int3_int4_absmax 3 4 1
-quantized razor_tiny_int2_experts 2 16 1
+quantized razor_tiny_int2_int4_absmax 2 4 1
 python src/eval/make_results.py
 python src/eval/check_results.py
+python src/eval/plot_results.py
