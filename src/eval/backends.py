@@ -6,6 +6,7 @@ Not a command. A backend yields (index, Completion) as sequences finish, so that
 from __future__ import annotations
 
 import importlib.util
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,6 +51,11 @@ class Backend(Protocol):
         """Continue every prompt, in any order."""
 
 
+def seed_of(prompt: str, seed: int) -> int:
+    """The seed of one prompt: the same wherever it stands in a run, so that a resumed run draws the same tokens."""
+    return zlib.crc32(f"{seed}:{prompt}".encode())
+
+
 def load_tokenizer(model: str | Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -87,10 +93,11 @@ class HfBackend:
         order = sorted(range(len(ids)), key=lambda index: (len(ids[index]), index))
         for start in range(0, len(order), self.batch):
             part = order[start : start + self.batch]
-            yield from zip(part, self._batch([ids[index] for index in part], sampling, start), strict=True)
+            seed = seed_of(prompts[part[0]], sampling.seed)
+            yield from zip(part, self._batch([ids[index] for index in part], sampling, seed), strict=True)
 
     @torch.inference_mode()
-    def _batch(self, ids: list[list[int]], sampling: Sampling, salt: int) -> list[Completion]:
+    def _batch(self, ids: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
         width = max(map(len, ids))
         room = min(sampling.max_tokens, self.context - width)
         if room < 1:
@@ -98,7 +105,7 @@ class HfBackend:
         padded = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
         draw = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > 0:
-            torch.manual_seed(sampling.seed + salt)
+            torch.manual_seed(seed)
             draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         end = self.tokenizer.eos_token_id
         out = self.model.generate(
@@ -139,9 +146,9 @@ class VllmBackend:
             params = [
                 SamplingParams(
                     temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,
-                    seed=sampling.seed + start + offset, max_tokens=sampling.max_tokens, skip_special_tokens=False,
+                    seed=seed_of(prompt, sampling.seed), max_tokens=sampling.max_tokens, skip_special_tokens=False,
                 )
-                for offset in range(len(part))
+                for prompt in part
             ]  # fmt: skip
             for offset, request in enumerate(self.engine.generate(part, params)):
                 best = request.outputs[0]
