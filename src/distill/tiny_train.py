@@ -121,15 +121,20 @@ class Run:
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
 
 
-def train(run: Run, tokenizer: PreTrainedTokenizerFast, workers: int, save_every: int, probe_every: int) -> None:
-    """Run the remaining steps, logging every 50, saving and probing at the given intervals."""
+def train(
+    run: Run, tokenizer: PreTrainedTokenizerFast, workers: int, save_every: int, probe_every: int, probe_items: int,
+    stop: int | None = None,
+) -> None:  # fmt: skip
+    """Run the remaining steps (up to ``stop``, if given), logging every 50, saving and probing at the given intervals and
+    at the end."""
     config, device = run.config, run.device
+    last = config.steps if stop is None else stop
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     data = TinyBatches(
         tokenizer, config.seed, config.steps, config.rows, config.length, config.shares(), config.prompt_weight
     )
     loader = DataLoader(
-        data, batch_size=None, sampler=range(run.step, config.steps), num_workers=workers,
+        data, batch_size=None, sampler=range(run.step, last), num_workers=workers,
         prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda",
     )  # fmt: skip
 
@@ -143,7 +148,7 @@ def train(run: Run, tokenizer: PreTrainedTokenizerFast, workers: int, save_every
         loss = loss_fn(run.model, hidden, ids[:, 1:], weights[:, 1:])
         return loss + config.balance * balance, loss, load
 
-    probes = make_probes(tokenizer)
+    probes = make_probes(tokenizer, probe_items) if probe_items else {}
     started, before, bar = time.monotonic(), run.seconds, progress(config.steps, "train", "step")
     bar.update(run.step)
     for ids, weights in loader:
@@ -157,12 +162,12 @@ def train(run: Run, tokenizer: PreTrainedTokenizerFast, workers: int, save_every
         run.step += 1
         run.seconds = before + time.monotonic() - started
         bar.update(1)
-        if run.step % 50 == 0 or run.step == config.steps:
+        if run.step % 50 == 0 or run.step == last:
             log(run, loss.item(), norm.item(), load)
-        if run.step % probe_every == 0 or run.step == config.steps:
+        if probe_items and (run.step % probe_every == 0 or run.step == last):
             run.curve[-1]["probe"] = probe(run.model, probes, dtype)
             print(json.dumps({"step": run.step, **run.curve[-1]["probe"]}), flush=True)
-        if run.step % save_every == 0 or run.step == config.steps:
+        if run.step % save_every == 0 or run.step == last:
             run.save()
     bar.close()
 
@@ -179,10 +184,7 @@ def log(run: Run, loss: float, norm: float, load: torch.Tensor) -> None:
     print(" ".join(f"{key} {value}" for key, value in entry.items()), f"tokens/s {rate:.0f}", flush=True)
 
 
-PROBE_ITEMS = 256
-
-
-def make_probes(tokenizer: PreTrainedTokenizerFast, count: int = PROBE_ITEMS) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def make_probes(tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """For each task: (ids [count, T] right-padded to a multiple of 64, mask of the completion tokens)."""
     probes = {}
     for task in TINY_TASKS:
@@ -243,6 +245,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="processes that make batches")
     parser.add_argument("--save-every", type=int, default=1000)
     parser.add_argument("--probe-every", type=int, default=1000)
+    parser.add_argument("--probe-items", type=int, default=256, help="held-out items of each task in a probe; 0: none")
+    parser.add_argument("--length", help="override LENGTH of the config (for a trial)")
     parser.add_argument("--steps", help="override STEPS of the config (for a trial)")
     parser.add_argument("--rows", help="override ROWS of the config (for a trial)")
     return parser.parse_args()
@@ -250,7 +254,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    overrides = {key: getattr(args, key.lower()) for key in ("STEPS", "ROWS") if getattr(args, key.lower())}
+    overrides = {key: getattr(args, key.lower()) for key in ("STEPS", "ROWS", "LENGTH") if getattr(args, key.lower())}
     config = load_config(TrainConfig, args.config, overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.time()
@@ -259,7 +263,7 @@ def main() -> None:
     run = Run(config, tokenizer, args.work, device)
     count = sum(p.numel() for p in run.model.parameters())
     print(f"{count / 1e6:.2f} M parameters on {device}; from step {run.step} of {config.steps}; {config}", flush=True)
-    train(run, tokenizer, args.workers, args.save_every, args.probe_every)
+    train(run, tokenizer, args.workers, args.save_every, args.probe_every, args.probe_items)
     run.model.to("cpu", torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     write_result(
@@ -277,7 +281,7 @@ def main() -> None:
             "train_seconds": round(run.seconds, 1),
             "tokens_per_second": round(config.steps * config.rows * config.length / run.seconds),
             "final_loss": run.curve[-1]["loss"],
-            "probe_items": PROBE_ITEMS,
+            "probe_items": args.probe_items,
             "curve": run.curve,
         },
     )
