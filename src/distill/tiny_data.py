@@ -103,4 +103,4 @@ class TinyBatches(Dataset):
             yield from self.encode([self.text_of("statements", rng)[1]])[0]
 
 
-TYPICAL_TOKENS = {"statements": 93, "tiny_know": 90, "tiny_math": 190, "tiny_reason": 227, "tiny_code": 188}
+TYPICAL_TOKENS = {"statements": 93, "tiny_know": 90, "tiny_math": 190, "tiny_reason": 232, "tiny_code": 188}

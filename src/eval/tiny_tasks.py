@@ -18,7 +18,7 @@ from tiny_world import FINISHES, RELATIONS, Step, default_world
 
 TEST_ITEMS = 1000
 TEST_SHARE = 16  # one key in 16 belongs to the test split
-GENERATOR_REVISION = "tiny-tasks-2"
+GENERATOR_REVISION = "tiny-tasks-3"
 PERSONS = (
     "Ada Ben Cleo Dan Eve Finn Gus Hana Ivo Jane Kit Lea Max Nora Otto Pia Quin Rosa Sam Tess Uma Vic Wim Xena Yan Zoe"
 ).split()
@@ -139,18 +139,21 @@ class TinyMath(TinyTask):
 
 
 class TinyReason(TinyTask):
-    """Ages through 3 to 8 shuffled clues (some need inverting) among clues about strangers; multiple choice."""
+    """Ages through 3 to 6 shuffled clues (some need inverting) among clues about strangers; multiple choice.
+
+    A written step quotes its clue and then calculates with numbers, as in tiny_math.
+    """
 
     name = "tiny_reason"
     options = 6
-    hops = (3, 8)
+    hops = (3, 6)
 
     def draw(self, rng: random.Random) -> tuple[str, Item, str]:
         hops, strangers = rng.randint(*self.hops), rng.randint(2, 4)
         names = rng.sample(PERSONS, hops + 1 + strangers)
         chain, others = names[: hops + 1], names[hops + 1 :]
         age = rng.randint(15, 90)
-        clues, lines, ages = [f"{chain[0]} is {age}."], [f"{chain[0]} = {age}"], [age]
+        clues, lines, ages = [f"{chain[0]} is {age}."], [f"{chain[0]} is {age}."], [age]
         for known, new in zip(chain, chain[1:], strict=False):
             clue, line, age = self.link(rng, known, new, age)
             clues.append(clue)
@@ -170,14 +173,15 @@ class TinyReason(TinyTask):
         """A clue that ties ``new`` to ``known``: (clue, line of the work, age of new), ages kept within 1..199."""
         kind = rng.choice(["older", "older", "younger", "younger", "twice" if age < 100 else "younger"])
         if kind == "twice":
-            return f"{new} is twice as old as {known}.", f"{new} = {known} * 2 = {age * 2}", age * 2
+            clue = f"{new} is twice as old as {known}."
+            return clue, f"{clue} {age} * 2 = {age * 2}", age * 2
         if kind == "older" and age > 150 or kind == "younger" and age < 12:
             kind = "younger" if kind == "older" else "older"
         k = rng.randint(2, min(48, age - 1)) if kind == "younger" else rng.randint(2, 48)
         result = age + k if kind == "older" else age - k
         inverse = {"older": "younger", "younger": "older"}[kind]
         clue = f"{new} is {k} {kind} than {known}." if rng.random() < 0.5 else f"{known} is {k} {inverse} than {new}."
-        return clue, f"{new} = {known} {'+' if kind == 'older' else '-'} {k} = {result}", result
+        return clue, f"{clue} {age} {'+' if kind == 'older' else '-'} {k} = {result}", result
 
     def make_options(self, rng: random.Random, ages: list[int]) -> tuple[list[str], str]:
         """Six ages: the right one, ages met on the way, and near misses."""
