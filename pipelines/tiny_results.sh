@@ -17,6 +17,7 @@ quantized() { # tag expert-bits linear-bits clip-steps
             --clip-steps "$4" --out "$SCRATCH/$1" --result "results/quantize/$1.json" --tag "$1" --force
     fi
     evaluate "$1" "$SCRATCH/$1"
+    python src/eval/compare_tags.py razor_tiny_bf16 "$1"
 }
 
 evaluate razor_tiny_bf16 "$model"

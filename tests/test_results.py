@@ -61,6 +61,30 @@ def test_the_checker_is_a_gate(results, command):
     assert done.returncode == 1 and "99 is not cited" in done.stdout
 
 
+def test_two_tags_are_compared_in_pairs(results, command):
+    def evaluation(tag, right, limit=200):
+        rows = [{"benchmark": "tiny_math", "id": str(i), "prompt_sha256": str(i), "correct": i in right} for i in range(200)]
+        SampleLog(results / f"eval/{tag}.samples.jsonl", {"sampling": {}, "limit": limit, "grader": "1"}).append(rows)
+        write_result(results / f"eval/{tag}.json", kind="bench", tag=tag, started=0.0, metrics={})
+
+    evaluation("base", range(180))
+    evaluation("worse", range(150))
+    evaluation("same", range(1, 181))
+    evaluation("other", range(180), limit=300)
+    done = command("src/eval/compare_tags.py", "base", "worse", "--results", results)
+    assert done.returncode == 0 and "90.0 ->  75.0" in done.stdout and "  loss" in done.stdout, done.stderr
+    axis = json.loads((results / "compare/base__worse.json").read_text())["metrics"]["tiny_math"]
+    assert axis["lost"] == 30 and axis["won"] == 0 and axis["difference_high"] < 0 and axis["p"] == 2 / 2**30
+    done = command("src/eval/compare_tags.py", "base", "same", "--results", results)
+    assert "no difference shown (n 200, minimum detectable 2.0)" in done.stdout
+    count, faults = check_text(page(results), results)
+    assert not faults and "## Differences" in page(results) and count == 17
+    done = command("src/eval/compare_tags.py", "base", "other", "--results", results)
+    assert done.returncode == 2 and "differ in limit" in done.stderr
+    done = command("src/eval/compare_tags.py", "base", "none", "--results", results)
+    assert done.returncode == 2 and "no finished evaluation 'none'" in done.stderr
+
+
 def test_render():
     assert render(0.9421, 1, " %") == "94.2 %" and render(1234567, 0) == "1,234,567" and render(6.7e6, 2, " MB") == "6.70 MB"
 

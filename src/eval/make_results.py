@@ -1,6 +1,7 @@
 """Write results/RESULTS.md from the records in results/: python src/eval/make_results.py
 
-Every figure is a citation that check_results verifies. Tables: accuracy (eval), fidelity (kl), sizes (quantize), training.
+Every figure is a citation that check_results verifies. Tables: accuracy (eval), differences (compare), fidelity (kl), sizes
+(quantize), training.
 """
 
 from __future__ import annotations
@@ -67,6 +68,24 @@ def accuracy(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     return ["## Accuracy", "", note, "", *table(["model", *(f"`{name}`" for name in names)], rows), *commands(found)]
 
 
+def differences(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    names = list(dict.fromkeys(name for _, record in found for name in record["metrics"]))
+    rows = []
+    for file, record in found:
+        cells = [f"`{record['other']}`"]
+        for name in names:
+            at = f"metrics.{name}"
+            cells.append(
+                f"{cite(record, file, at + '.difference', 1, ' %')} ({cite(record, file, at + '.difference_low', 1, ' %')} to "
+                f"{cite(record, file, at + '.difference_high', 1, ' %')}), {record['metrics'][name]['verdict']}"
+                if name in record["metrics"] else ""
+            )  # fmt: skip
+        rows.append(cells)
+    note = "Change in accuracy against the unquantized model on the same items, with its paired bootstrap interval."
+    head = ["model", *(f"`{name}`" for name in names)]
+    return ["## Differences", "", note, "", *table(head, rows), *commands(found)]
+
+
 KL_COLUMNS = (("mean", 5, ""), ("standard_error", 5, ""), ("p99", 4, ""), ("p99_9", 4, ""), ("top1", 2, " %"))
 
 
@@ -104,7 +123,7 @@ def training(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     return ["## Training", "", *table(["model", "parameters", "tokens", "seconds", "final loss"], rows), *commands(found)]
 
 
-SECTIONS = (("eval", accuracy), ("kl", fidelity), ("quantize", sizes), ("train", training))
+SECTIONS = (("eval", accuracy), ("compare", differences), ("kl", fidelity), ("quantize", sizes), ("train", training))
 
 
 def page(directory: Path) -> str:
