@@ -45,7 +45,7 @@ class Backend(Protocol):
     name: str
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The prompt text of chat turns with the generation prompt, by the model's own template."""
+        """:func:`render_chat` of these turns."""
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         """Continue every prompt, in any order."""
@@ -65,28 +65,37 @@ def load_tokenizer(model: str | Path) -> Any:
     return tokenizer
 
 
+def load_model(path: str | Path) -> torch.nn.Module:
+    """A causal language model for inference: bfloat16 on a GPU, float32 on a CPU."""
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, local_files_only=True).to(device).eval()
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """The prompt text of chat turns with the generation prompt, by the model's own template."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
 class HfBackend:
     """transformers with a KV cache, in batches of prompts of like length, padded on the left; float32 on a CPU."""
 
     name = "hf"
 
     def __init__(self, model: str | Path, batch: int = 64) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.tokenizer = load_tokenizer(model)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.model = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, local_files_only=True)
-        self.model.to(self.device).eval()
+        self.model = load_model(model)
         self.model.config.output_router_logits = False  # its loss fails with a KV cache
         self.batch = batch
         self.context = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return render_chat(self.tokenizer, messages)
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
@@ -102,7 +111,7 @@ class HfBackend:
         room = min(sampling.max_tokens, self.context - width)
         if room < 1:
             raise UserError(f"a prompt has {width} tokens; the model's context is {self.context}")
-        padded = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
+        padded = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.model.device)
         draw = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > 0:
             torch.manual_seed(seed)
@@ -136,7 +145,7 @@ class VllmBackend:
         )  # fmt: skip
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return render_chat(self.tokenizer, messages)
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         from vllm import SamplingParams

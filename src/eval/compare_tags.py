@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError, run_cli
-from paired_stats import mcnemar, minimum_detectable, paired_bootstrap
+from paired_stats import discordant, mcnemar, minimum_detectable, paired_bootstrap
 from results_store import data_entry, read_samples, write_result
 
 COMPARABLE = ("sampling", "limit", "grader")  # settings that must agree
@@ -42,8 +42,7 @@ def paired(base: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]], wh
 def compare(base: Sequence[bool], other: Sequence[bool]) -> dict[str, Any]:
     """Metrics of one benchmark from two aligned lists of verdicts; differences are other minus base."""
     difference, low, high = paired_bootstrap(base, other)
-    lost = sum(x and not y for x, y in zip(base, other, strict=True))
-    won = sum(y and not x for x, y in zip(base, other, strict=True))
+    lost, won = discordant(base, other)
     n = len(base)
     verdict = "loss" if high < 0 else "gain" if low > 0 else "no difference shown"
     return {

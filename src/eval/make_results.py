@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,42 +49,39 @@ def commands(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     return ["Commands, in the order of the rows:", "```", *(shlex.join(record["command"]) for _, record in found), "```", ""]
 
 
-def accuracy(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+def benchmark_table(found: list[tuple[str, dict[str, Any]]], label: str, cell: Callable[..., str]) -> list[str]:
+    """One row a record, named by its ``label``, one column a benchmark; ``cell(record, file, path of the metrics)``."""
     names = list(dict.fromkeys(name for _, record in found for name in record["metrics"]))
-    rows = []
-    for file, record in found:
-        cells = [f"`{record['tag']}`"]
-        for name in names:
-            if name not in record["metrics"]:
-                cells.append("")
-                continue
-            at = f"metrics.{name}"
-            cells.append(
-                f"{cite(record, file, at + '.acc', 1, ' %')} ({cite(record, file, at + '.acc_low', 1, ' %')} to "
-                f"{cite(record, file, at + '.acc_high', 1, ' %')}; n {cite(record, file, at + '.n', 0)}, "
-                f"truncated {cite(record, file, at + '.trunc', 1, ' %')})"
-            )
-        rows.append(cells)
+    rows = [
+        [f"`{record[label]}`", *(cell(record, file, f"metrics.{name}") if name in record["metrics"] else "" for name in names)]
+        for file, record in found
+    ]
+    return table(["model", *(f"`{name}`" for name in names)], rows)
+
+
+def accuracy_cell(record: dict[str, Any], file: str, at: str) -> str:
+    return (
+        f"{cite(record, file, at + '.acc', 1, ' %')} ({cite(record, file, at + '.acc_low', 1, ' %')} to "
+        f"{cite(record, file, at + '.acc_high', 1, ' %')}; n {cite(record, file, at + '.n', 0)}, "
+        f"truncated {cite(record, file, at + '.trunc', 1, ' %')})"
+    )
+
+
+def accuracy(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     note = "Share of right answers, its Wilson interval, items, and truncated answers (counted wrong)."
-    return ["## Accuracy", "", note, "", *table(["model", *(f"`{name}`" for name in names)], rows), *commands(found)]
+    return ["## Accuracy", "", note, "", *benchmark_table(found, "tag", accuracy_cell), *commands(found)]
+
+
+def difference_cell(record: dict[str, Any], file: str, at: str) -> str:
+    return (
+        f"{cite(record, file, at + '.difference', 1, ' %')} ({cite(record, file, at + '.difference_low', 1, ' %')} to "
+        f"{cite(record, file, at + '.difference_high', 1, ' %')}), {lookup(record, at + '.verdict')}"
+    )
 
 
 def differences(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    names = list(dict.fromkeys(name for _, record in found for name in record["metrics"]))
-    rows = []
-    for file, record in found:
-        cells = [f"`{record['other']}`"]
-        for name in names:
-            at = f"metrics.{name}"
-            cells.append(
-                f"{cite(record, file, at + '.difference', 1, ' %')} ({cite(record, file, at + '.difference_low', 1, ' %')} to "
-                f"{cite(record, file, at + '.difference_high', 1, ' %')}), {record['metrics'][name]['verdict']}"
-                if name in record["metrics"] else ""
-            )  # fmt: skip
-        rows.append(cells)
     note = "Change in accuracy against the unquantized model on the same items, with its paired bootstrap interval."
-    head = ["model", *(f"`{name}`" for name in names)]
-    return ["## Differences", "", note, "", *table(head, rows), *commands(found)]
+    return ["## Differences", "", note, "", *benchmark_table(found, "other", difference_cell), *commands(found)]
 
 
 KL_COLUMNS = (("mean", 5, ""), ("standard_error", 5, ""), ("p99", 4, ""), ("p99_9", 4, ""), ("top1", 2, " %"))

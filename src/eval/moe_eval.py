@@ -20,9 +20,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from backends import load_tokenizer
+from backends import load_model, load_tokenizer, render_chat
 from console import UserError, progress, run_cli
-from recipe import RECIPE_FILE, read_recipe
+from recipe import recipe_record
 from results_store import data_entry, describe_model, write_result
 
 
@@ -82,14 +82,6 @@ class RouterCounter:
         }
 
 
-def load_model(path: Path) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, local_files_only=True).to(device).eval()
-
-
 def tiny_texts(tokenizer: Any, count: int) -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """(prompt, assistant turn) of ``count`` held-out items of every tiny task, and their record."""
     from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
@@ -97,7 +89,7 @@ def tiny_texts(tokenizer: Any, count: int) -> tuple[list[tuple[str, str]], dict[
     pairs = []
     for task in (kind() for kind in TINY_TASKS):
         for item, solution in task.load_with_solutions(count):
-            prompt = tokenizer.apply_chat_template(task.messages(item), tokenize=False, add_generation_prompt=True)
+            prompt = render_chat(tokenizer, task.messages(item))
             turn = solution.removeprefix("<think>\n") + tokenizer.eos_token
             pairs.append((prompt, turn))
     return pairs, data_entry("tiny_tasks transcripts", GENERATOR_REVISION, [list(pair) for pair in pairs])
@@ -197,9 +189,8 @@ def main() -> None:
         raise UserError(f"{args.model} and {args.reference} have different vocabularies: KL between them means nothing")
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
     metrics = measure(model, reference, batches(tokenizer, pairs, args.batch, min(context, 4096)))
-    own_recipe = read_recipe(args.model).to_json() if (args.model / RECIPE_FILE).exists() else None
     write_result(
-        result, kind="kl", tag=args.tag, started=started, model=described, recipe=own_recipe, data=[entry],
+        result, kind="kl", tag=args.tag, started=started, model=described, recipe=recipe_record(args.model), data=[entry],
         metrics=metrics, extra={"reference": reference_described},
     )  # fmt: skip
     shown = f"ppl {metrics['ppl']:.4f}"

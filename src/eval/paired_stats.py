@@ -23,10 +23,15 @@ def wilson(correct: int, n: int, z: float = Z95) -> tuple[float, float]:
     return (0.0 if correct == 0 else max(0.0, centre - half)), (1.0 if correct == n else min(1.0, centre + half))
 
 
+def discordant(a: Sequence[bool], b: Sequence[bool]) -> tuple[int, int]:
+    """(items that only ``a`` has right, items that only ``b`` has right)."""
+    pairs = list(zip(a, b, strict=True))
+    return sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
+
+
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     """Exact two-sided p-value that two models are equally good, from the items on which exactly one of them is right."""
-    lost = sum(x and not y for x, y in zip(a, b, strict=True))
-    won = sum(y and not x for x, y in zip(a, b, strict=True))
+    lost, won = discordant(a, b)
     n, k = lost + won, min(lost, won)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
 
@@ -41,7 +46,7 @@ def paired_bootstrap(a: Sequence[bool], b: Sequence[bool], seed: int = 0, rounds
     return float(difference.mean()), float(low), float(high)
 
 
-def minimum_detectable(n: int, discordant: float, power_z: float = 0.8416212335729143) -> float:
-    """The smallest difference in accuracy that n paired items show at 5 % with 80 % power when a share ``discordant``
+def minimum_detectable(n: int, share: float, power_z: float = 0.8416212335729143) -> float:
+    """The smallest difference in accuracy that n paired items show at 5 % with 80 % power when a ``share``
     of the items differs between the models (Connor 1987, normal approximation)."""
-    return (Z95 + power_z) * math.sqrt(discordant / n) if n else 1.0
+    return (Z95 + power_z) * math.sqrt(share / n) if n else 1.0

@@ -21,7 +21,7 @@ from checkpoint import Checkpoint
 from console import UserError, progress, run_cli
 from graders import GRADER_VERSION, split_thinking
 from paired_stats import wilson
-from recipe import RECIPE_FILE, read_recipe
+from recipe import recipe_record
 from results_store import SampleLog, data_entry, describe_model, public_path, sha256_json, sha256_text, write_result
 
 BUDGETS = {"32k": 32_768, "64k": 65_536}
@@ -167,10 +167,9 @@ def main() -> None:
         items = benchmark.load(args.limit)
         metrics[benchmark.name] = run_benchmark(benchmark, items, backend, sampling, log)
         data.append(data_entry(benchmark.name, benchmark.revision, [[i.id, i.question, i.gold] for i in items]))
-    own_recipe = read_recipe(args.model).to_json() if (args.model / RECIPE_FILE).exists() else None
     write_result(
-        result, kind="eval", tag=args.tag, started=started, model=model | {"weights_sha256": weights}, recipe=own_recipe,
-        data=data, sampling=sampling.to_json() | {"budget": args.budget, "backend": name},
+        result, kind="eval", tag=args.tag, started=started, model=model | {"weights_sha256": weights},
+        recipe=recipe_record(args.model), data=data, sampling=sampling.to_json() | {"budget": args.budget, "backend": name},
         metrics=metrics, extra={"samples": log_path.name, "settings_sha256": sha256_json(settings)},
     )  # fmt: skip
     print(table(metrics), flush=True)

@@ -85,6 +85,11 @@ def from_env_file(path: str | Path, overrides: Mapping[str, str] | None = None) 
     return build_config(Recipe, {**pairs, **(overrides or {})}, str(path))
 
 
+def recipe_record(checkpoint: str | Path) -> dict[str, Any] | None:
+    """The recipe of a checkpoint as JSON for a result's record; None for one that was not quantized here."""
+    return read_recipe(checkpoint).to_json() if (Path(checkpoint) / RECIPE_FILE).exists() else None
+
+
 def read_recipe(checkpoint: str | Path) -> Recipe:
     """The recipe that made a quantized checkpoint."""
     path = Path(checkpoint) / RECIPE_FILE
