@@ -18,7 +18,7 @@ from tiny_world import FINISHES, RELATIONS, Step, default_world
 
 TEST_ITEMS = 1000
 TEST_SHARE = 16  # one key in 16 belongs to the test split
-GENERATOR_REVISION = "tiny-tasks-3"
+GENERATOR_REVISION = "tiny-tasks-4"
 PERSONS = (
     "Ada Ben Cleo Dan Eve Finn Gus Hana Ivo Jane Kit Lea Max Nora Otto Pia Quin Rosa Sam Tess Uma Vic Wim Xena Yan Zoe"
 ).split()

@@ -15,7 +15,7 @@ ONSETS = "b d f g h k l m n p r s t v z br dr gl kr pl st tr".split()
 RIMES = "a e i o u al en ir on ur".split()
 RELATIONS = ("city", "guild", "pet", "dish")
 VALUES_PER_RELATION = 64
-PEOPLE = 32_768
+PEOPLE = 16_384
 SPELLS = 96
 
 
