@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from tiny_tasks import TINY_TASKS, TinyTask
+from tiny_tasks import TINY_TASKS, TinyTask, letters_of, option_list
 from tiny_tokenizer import END_OF_TEXT, IM_END
-from tiny_world import default_world
+from tiny_world import RELATIONS, default_world
 
 
 def prompt_text(question: str) -> str:
@@ -25,6 +25,19 @@ def prompt_text(question: str) -> str:
 def completion_text(solution: str) -> str:
     """What the model should continue with: the reference turn without the `<think>` that the prompt already opened."""
     return solution.removeprefix("<think>\n") + IM_END + "\n"
+
+
+def options_drill(rng: random.Random) -> tuple[str, str]:
+    """(prompt, completion): a list of 4 to 8 options, and the same options with their letters in another order.
+
+    A question asks for one letter; this asks for all of them, which is what teaches a small model to look one up.
+    """
+    pool = default_world().values[rng.choice(RELATIONS)] if rng.random() < 0.5 else [str(n) for n in range(1, 200)]
+    options = rng.sample(pool, rng.randint(4, 8))
+    pairs = list(zip(options, letters_of(len(options)), strict=True))
+    rng.shuffle(pairs)
+    answer = ", ".join(f"{option}({letter})" for option, letter in pairs)
+    return option_list(options) + "\n", answer + "." + END_OF_TEXT
 
 
 class TinyBatches(Dataset):
@@ -94,6 +107,8 @@ class TinyBatches(Dataset):
             world = default_world()
             people = [rng.choice(world.people) for _ in range(4)]
             return "", "\n".join(world.statement(person, rng) for person in people) + END_OF_TEXT
+        if kind == "options":
+            return options_drill(rng)
         item, solution = self.tasks[kind].generate(rng, "train")
         return prompt_text(item.question), completion_text(solution)
 
@@ -103,4 +118,4 @@ class TinyBatches(Dataset):
             yield from self.encode([self.text_of("statements", rng)[1]])[0]
 
 
-TYPICAL_TOKENS = {"statements": 93, "tiny_know": 90, "tiny_math": 190, "tiny_reason": 232, "tiny_code": 188}
+TYPICAL_TOKENS = {"statements": 91, "options": 60, "tiny_know": 80, "tiny_math": 185, "tiny_reason": 233, "tiny_code": 186}

@@ -48,6 +48,7 @@ class TrainConfig:
     balance: float
     prompt_weight: float
     share_statements: float
+    share_options: float
     share_know: float
     share_math: float
     share_reason: float
@@ -55,6 +56,7 @@ class TrainConfig:
     def shares(self) -> dict[str, float]:
         shares = {
             "statements": self.share_statements,
+            "options": self.share_options,
             "tiny_know": self.share_know,
             "tiny_math": self.share_math,
             "tiny_reason": self.share_reason,

@@ -18,7 +18,7 @@ from tiny_world import FINISHES, RELATIONS, Step, default_world
 
 TEST_ITEMS = 1000
 TEST_SHARE = 16  # one key in 16 belongs to the test split
-GENERATOR_REVISION = "tiny-tasks-4"
+GENERATOR_REVISION = "tiny-tasks-5"
 PERSONS = (
     "Ada Ben Cleo Dan Eve Finn Gus Hana Ivo Jane Kit Lea Max Nora Otto Pia Quin Rosa Sam Tess Uma Vic Wim Xena Yan Zoe"
 ).split()
@@ -33,8 +33,10 @@ def letters_of(n: int) -> str:
     return "ABCDEFGH"[:n]
 
 
-def option_lines(options: Sequence[str]) -> str:
-    return "\n".join(f"{option} ({letter})" for letter, option in zip(letters_of(len(options)), options, strict=True))
+def option_list(options: Sequence[str]) -> str:
+    """`Options: x(A), y(B), ...`: the letter directly after its option, as the written steps repeat it."""
+    marked = [f"{option}({letter})" for letter, option in zip(letters_of(len(options)), options, strict=True)]
+    return "Options: " + ", ".join(marked) + "."
 
 
 class TinyTask(Benchmark):
@@ -89,8 +91,8 @@ class TinyKnow(TinyTask):
         place = rng.randrange(self.options)
         options.insert(place, value)
         letter = letters_of(self.options)[place]
-        question = self.wordings[relation].format(person) + "\n" + option_lines(options)
-        solution = f"<think>\n{person}: {relation} {value} ({letter}).\n</think>\n\nThe answer is {letter}."
+        question = self.wordings[relation].format(person) + "\n" + option_list(options)
+        solution = f"<think>\n{person}: {relation} {value}({letter}).\n</think>\n\nThe answer is {letter}."
         return f"{person}:{relation}", Item("", question, letter), solution
 
     def extract(self, item: Item, answer: str) -> str | None:
@@ -163,9 +165,9 @@ class TinyReason(TinyTask):
             clues.append(self.link(rng, a, b, 50)[0])
         rng.shuffle(clues)
         options, letter = self.make_options(rng, ages)
-        question = " ".join(clues) + f" How old is {chain[-1]}?\n" + option_lines(options)
+        question = " ".join(clues) + f" How old is {chain[-1]}?\n" + option_list(options)
         work = "\n".join(lines)
-        solution = f"<think>\n{work}\n{ages[-1]} ({letter})\n</think>\n\nThe answer is {letter}."
+        solution = f"<think>\n{work}\n{ages[-1]}({letter})\n</think>\n\nThe answer is {letter}."
         return question, Item("", question, letter), solution
 
     @staticmethod
