@@ -36,17 +36,17 @@ def test_divergence_is_that_of_torch_and_zero_for_equal_models():
 
 
 def test_an_interrupted_run_resumes_to_the_same_log(random_tiny, tmp_path, command):
-    arguments = ["src/eval/vllm_eval8.py", "--model", random_tiny, "--tag", "a", "--benchmarks", "tiny_know"]
+    arguments = ["src/eval/vllm_eval8.py", "--model", random_tiny, "--tag", "a", "--benchmarks", "tiny_know,tiny_math"]
     arguments += ["--limit", "3", "--backend", "hf", "--out", tmp_path]
     done = command(*arguments)
     assert done.returncode == 0 and "tiny_know" in done.stdout, done.stderr
     log, result = tmp_path / "a.samples.jsonl", tmp_path / "a.json"
     rows, record = log.read_text().splitlines(keepends=True), json.loads(result.read_text())
-    assert record["metrics"]["tiny_know"]["n"] == 3 == len(rows) - 1 and record["model"]["weights_sha256"]
+    assert record["metrics"]["tiny_know"]["n"] == 3 and len(rows) == 7 and record["model"]["weights_sha256"]
     again = command(*arguments)
     assert again.returncode == 2 and again.stderr.startswith("error: ") and "exists" in again.stderr
     result.unlink()
-    log.write_text("".join(rows[:2]) + rows[2][:20])  # killed while the second sample was written
+    log.write_text("".join(rows[:5]) + rows[5][:20])  # killed in the second benchmark, while a sample was written
     assert command(*arguments).returncode == 0
     assert sorted(log.read_text().splitlines()) == sorted("".join(rows).splitlines())
     assert json.loads(result.read_text())["metrics"] == record["metrics"]

@@ -93,7 +93,8 @@ def run_benchmark(
 
     with progress(len(items), benchmark.name, "sample") as bar:
         bar.update(len(items) - len(missing))
-        for index, completion in backend.generate([prompts[i] for i in missing], own):
+        # a tokenizer refuses an empty list: a resumed run may have this benchmark complete
+        for index, completion in backend.generate([prompts[i] for i in missing], own) if missing else ():
             pending.append((index, completion))
             bar.update()
             if len(pending) >= 64:
