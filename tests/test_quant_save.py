@@ -147,31 +147,35 @@ def large(tmp_path_factory):
     return path
 
 
-def start(large, out):
-    flags = [str(x) for x in arguments(large, out, **{"clip-steps": 16})]
-    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+def start(large, out, *more):
+    """A run on ``large`` that has begun to write."""
+    flags = [str(x) for x in [*arguments(large, out, **{"clip-steps": 16}), "--shard-gib", 0.05, *more]]
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], **streams)
     deadline = time.monotonic() + 60
-    while not list(out.parent.glob(f".{out.name}.partial-{process.pid}/*.safetensors")):
+    while not list((out.parent / f".{out.name}.partial").glob("model-00003-of-*.safetensors")):
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.5)
+        time.sleep(0.02)
     return process
 
 
-def test_ctrl_c_leaves_nothing_and_kill_9_only_what_the_next_run_removes(large, tmp_path):
+def test_ctrl_c_leaves_nothing_and_a_killed_run_refuses_other_settings(large, tmp_path, command):
     process = start(large, tmp_path / "q")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in errors and not list(tmp_path.iterdir())
     process = start(large, tmp_path / "q")
+    second = command("src/quant/quant_save.py", *arguments(large, tmp_path / "q", **{"clip-steps": 16}), "--shard-gib", 0.05)
+    assert second.returncode == 2 and "another run is writing" in second.stderr
     process.kill()
     process.communicate()
-    assert [p.name for p in tmp_path.iterdir()] == [f".q.partial-{process.pid}"]
-    process = start(large, tmp_path / "q")
-    assert [p.name for p in tmp_path.iterdir()] == [f".q.partial-{process.pid}"]
+    assert [p.name for p in tmp_path.iterdir()] == [".q.partial"]
+    other = command("src/quant/quant_save.py", *arguments(large, tmp_path / "q"))
+    assert other.returncode == 2 and "other settings (recipe, shard_bytes)" in other.stderr
+    process = start(large, tmp_path / "q")  # the same settings go on
     process.send_signal(signal.SIGINT)
-    process.communicate()
+    output, _ = process.communicate()
+    assert "(resumed)" in output and not list(tmp_path.iterdir())
 
 
 def test_memory_stays_far_below_the_checkpoint(large, tmp_path):

@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -216,9 +216,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, in memory of its own."""
-        info = self.info(name)
-        with info.file.open("rb") as stream:
-            return _read_rows(stream, info, info.begin, info.shape)
+        return read_tensor(self.info(name))
 
     def read_chunks(self, name: str, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
         """(start, slice along axis 0) pieces of at most ``max_bytes``, never less than one row of axis 0."""
@@ -232,6 +230,12 @@ class Checkpoint:
             for start in range(0, info.shape[0], step):
                 rows = min(step, info.shape[0] - start)
                 yield start, _read_rows(stream, info, info.begin + start * row, (rows, *info.shape[1:]))
+
+
+def read_tensor(info: TensorInfo) -> Tensor:
+    """The tensor that lies at ``info``, in memory of its own."""
+    with info.file.open("rb") as stream:
+        return _read_rows(stream, info, info.begin, info.shape)
 
 
 def _read_rows(stream: BinaryIO, info: TensorInfo, offset: int, shape: tuple[int, ...]) -> Tensor:
@@ -248,13 +252,16 @@ def _read_rows(stream: BinaryIO, info: TensorInfo, offset: int, shape: tuple[int
 Plan = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
-def _split(plan: Plan, shard_bytes: int) -> list[list[tuple[str, torch.dtype, tuple[int, ...], int]]]:
-    """Tensors with their sizes, in plan order, in shards of at most ``shard_bytes`` (a larger tensor has its own)."""
+def _split(
+    plan: Plan, shard_bytes: int, breaks: Collection[str]
+) -> list[list[tuple[str, torch.dtype, tuple[int, ...], int]]]:
+    """Tensors with their sizes, in plan order, in shards of at most ``shard_bytes`` (a larger tensor has its own); a
+    tensor in ``breaks`` begins a shard."""
     shards: list[list[tuple[str, torch.dtype, tuple[int, ...], int]]] = [[]]
     filled = 0
     for name, dtype, shape in plan:
         size = math.prod(shape) * dtype.itemsize
-        if shards[-1] and filled + size > shard_bytes:
+        if shards[-1] and (filled + size > shard_bytes or name in breaks):
             shards.append([])
             filled = 0
         shards[-1].append((name, dtype, tuple(shape), size))
@@ -262,33 +269,46 @@ def _split(plan: Plan, shard_bytes: int) -> list[list[tuple[str, torch.dtype, tu
     return shards
 
 
-class CheckpointWriter:
-    """Write safetensors from a plan [(name, dtype, shape)]: headers first, then :meth:`append` tensors, or slices of
-    them along axis 0, in plan order. Use as a context manager: leaving it without an error checks that all of the
-    plan was written, writes the index if there are several shards, and syncs to disk.
+def partial_name(file: Path) -> Path:
+    """The name of a shard while it is being written."""
+    return file.with_name(file.name + ".partial")
 
+
+class CheckpointWriter:
+    """Write safetensors from a plan [(name, dtype, shape)]: :meth:`append` tensors, or slices of them along axis 0, in
+    plan order. Use as a context manager: leaving it without an error checks that all of the plan was written and writes
+    the index if there are several shards.
+
+    A shard has the suffix .partial until it is complete and synced, so a file under its own name is whole. Opening a
+    directory that holds complete shards of the same plan resumes: :meth:`is_done` says which tensors need no append.
     Within a shard wider dtypes lie first, so that every tensor is aligned, whatever the order of the plan.
     """
 
-    def __init__(self, out_dir: str | Path, plan: Plan, shard_bytes: int) -> None:
+    def __init__(self, out_dir: str | Path, plan: Plan, shard_bytes: int, breaks: Collection[str] = ()) -> None:
         self.out_dir = Path(out_dir)
-        shards = _split(plan, shard_bytes)
+        shards = _split(plan, shard_bytes, breaks)
         count = len(shards)
         self.files = [
             self.out_dir / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
             for number in range(1, count + 1)
         ]
         self.tensors: dict[str, TensorInfo] = {}
-        self._starts: list[bytes] = []
+        self._starts: dict[Path, bytes] = {}
         for file, shard in zip(self.files, shards, strict=True):
             self._lay_out(file, shard)
         if len(self.tensors) != len(plan):
             raise ValueError("a tensor is planned twice")
-        self._pending = iter(self.tensors)
+        self._done = {file for file in self.files if file.exists()}
+        self._pending = iter([name for name in self.tensors if not self.is_done(name)])
         self._name = next(self._pending, None)
         self._written = 0  # bytes of the current tensor
         self._stream: BinaryIO | None = None
+        self._open: Path | None = None  # the shard that is being written
         self._skip_empty()
+
+    def is_done(self, name: str) -> bool:
+        """Whether the shard of this tensor was complete when the writer was made."""
+        return self.tensors[name].file in self._done
 
     def _lay_out(self, file: Path, shard: list[tuple[str, torch.dtype, tuple[int, ...], int]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -298,15 +318,12 @@ class CheckpointWriter:
             offset += size
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-        self._starts.append(len(text).to_bytes(8, "little") + text)
+        self._starts[file] = len(text).to_bytes(8, "little") + text
         for name, dtype, shape, _ in shard:
             begin, end = (8 + len(text) + value for value in header[name]["data_offsets"])
             self.tensors[name] = TensorInfo(dtype, shape, file, begin, end)
 
     def __enter__(self) -> CheckpointWriter:
-        for file, start in zip(self.files, self._starts, strict=True):
-            with self._explained(file), file.open("wb") as stream:
-                stream.write(start)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -317,6 +334,10 @@ class CheckpointWriter:
         self._close_shard()
         if self._name is not None:
             raise ValueError(f"{self._name} was planned but not written in full")
+        for file in self.files:  # a shard of empty tensors only has had no append
+            if not file.exists():
+                self._open_shard(file)
+                self._close_shard()
         if len(self.files) > 1:
             total = sum(info.bytes for info in self.tensors.values())
             weight_map = {name: info.file.name for name, info in self.tensors.items()}
@@ -331,16 +352,28 @@ class CheckpointWriter:
         except OSError as error:
             raise UserError(f"{file}: cannot write ({error.strerror})") from None
 
+    def _open_shard(self, file: Path) -> None:
+        with self._explained(file):
+            self._stream = partial_name(file).open("wb")
+            self._stream.write(self._starts[file])
+        self._open = file
+
     def _close_shard(self) -> None:
-        if self._stream:
-            with self._explained(Path(self._stream.name)), self._stream as stream:
-                stream.flush()
-                os.fsync(stream.fileno())
-            self._stream = None
+        if self._stream and self._open:
+            with self._explained(self._open):
+                with self._stream as stream:
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                partial_name(self._open).rename(self._open)
+        self._stream = self._open = None
 
     def _skip_empty(self) -> None:
         while self._name is not None and not self.tensors[self._name].numel:
             self._name = next(self._pending, None)
+
+    def remaining(self, name: str) -> int:
+        """Bytes of the plan's current tensor that are still to be appended."""
+        return self.tensors[name].bytes - self._written
 
     def append(self, name: str, tensor: Tensor) -> None:
         """Write the next rows of ``name``, which must be the plan's current tensor, in its dtype and trailing shape."""
@@ -352,10 +385,9 @@ class CheckpointWriter:
         data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         if self._written + len(data) > info.bytes:
             raise ValueError(f"{name}: more rows than planned")
-        if self._stream is None or self._stream.name != str(info.file):
+        if self._open != info.file:
             self._close_shard()
-            with self._explained(info.file):
-                self._stream = info.file.open("r+b")
+            self._open_shard(info.file)
         with self._explained(info.file):
             self._stream.seek(info.begin + self._written)
             self._stream.write(data)
@@ -363,3 +395,5 @@ class CheckpointWriter:
         if self._written == info.bytes:
             self._name, self._written = next(self._pending, None), 0
             self._skip_empty()
+            if self._name is None or self.tensors[self._name].file != info.file:
+                self._close_shard()

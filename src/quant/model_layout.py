@@ -126,6 +126,13 @@ def family_of(model_type: str) -> str:
     return family
 
 
+def text_name(name: str) -> str:
+    """The name a tensor of a text model has without the nesting of a multimodal checkpoint."""
+    for pattern, replacement in NESTINGS:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | None = None) -> Role:
     """The role of tensor ``name``. A decoder layer at or past ``num_layers`` is multi-token prediction (deepseek_v3
     stores it there). Raises :class:`UserError` on an unknown model_type, tensor, or number of dimensions."""
@@ -134,9 +141,7 @@ def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | 
         return Role.VISION
     if MTP_PREFIX.match(name):
         return Role.MTP
-    text = name
-    for pattern, replacement in NESTINGS:
-        text = re.sub(pattern, replacement, text)
+    text = text_name(name)
     prefix = LAYER_PREFIX.match(text)
     if prefix and num_layers is not None and int(prefix[1]) >= num_layers:
         return Role.MTP

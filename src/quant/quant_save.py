@@ -1,37 +1,41 @@
-"""Quantize a checkpoint into one of the same names, shapes and dtypes, in a single streamed pass without calibration.
+"""Quantize a checkpoint into one of the same names, shapes and dtypes, in a single streamed pass.
 
     python src/quant/quant_save.py --model models/razor-tiny --expert-bits 3 --linear-bits 4 --group 128 \
-        --clip-steps 16 --out out/razor-tiny-w3 [--force] [--shard-gib 4] [--result results/quantize/w3.json --tag w3]
+        --method gptq_refit --out out/razor-tiny-w3 [--calib FILE] [--force] [--result results/quantize/w3.json --tag w3]
 
 Routed experts get --expert-bits; every other linear, the embedding and the head --linear-bits; router, norms, ssm state,
-biases, vision and mtp are copied byte for byte. recipe.json is written beside the weights. The output appears under its
-name only when it is complete; Ctrl-C or an error leaves nothing behind.
+biases, vision and mtp are copied byte for byte. Methods that need no inputs (clip, absmax, ...) stream tensor by tensor;
+the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks' training split. recipe.json is
+written beside the weights. The output appears under its name only when it is complete; Ctrl-C or an error leaves nothing
+behind, and after `kill -9` the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import glob
-import os
+import json
+import math
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from calibration import Calibration, calibration_ids, layer_bytes
 from checkpoint import INDEX, Checkpoint, CheckpointWriter, TensorInfo
 from console import UserError, progress, run_cli, write_json
 from model_layout import Role, roles_of
 from moe_quant import average_bits, fake_quant
 from recipe import RECIPE_FILE, Recipe
-from results_store import describe_model, write_result
+from results_store import describe_model, sha256_json, write_result
+from rounding import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
+from staging import check_output, check_resume, staged_directory
 
 CHUNK_BYTES = 64 << 20  # read, quantized and written at once
+BASE_BYTES = 600 << 20  # the interpreter with torch
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
 MAX_SIDECAR_BYTES = 64 << 20  # the largest tokenizers are about half of it
@@ -44,13 +48,14 @@ class Job:
     name: str
     info: TensorInfo
     role: Role
-    bits: int | None
+    bits: float | None  # a fraction mixes two grids among the experts of a layer
 
-    def packed_bytes(self, group: int) -> int:
-        """Bytes of bit-packed codes and 16-bit scales, or of the tensor itself when it is copied."""
+    def packed_bytes(self, recipe: Recipe) -> int:
+        """Bytes of bit-packed codes and 16-bit scales (and zero points), or of the tensor itself when it is copied."""
         if self.bits is None:
             return self.info.bytes
-        return -(-self.info.numel * self.bits // 8) + 2 * self.info.numel // group
+        bits_a_group = 16 + zero_point_bits(recipe.method, int(self.bits))
+        return math.ceil(self.info.numel * self.bits / 8) + math.ceil(self.info.numel * bits_a_group / recipe.group / 8)
 
 
 @dataclasses.dataclass
@@ -59,7 +64,7 @@ class RoleReport:
 
     tensors: int = 0
     parameters: int = 0
-    bits: int | None = None
+    bits: float | None = None
     bytes: int = 0
     packed_bytes: int = 0
     relative_error: float | None = None
@@ -78,6 +83,7 @@ class QuantizeReport:
     stored_bits: float
     overall_bits: float
     roles: dict[str, RoleReport]
+    calibration: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -98,11 +104,13 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
                 f"tensor {name}: group {recipe.group} does not divide the last axis of shape {list(info.shape)}; "
                 f"choose a --group that divides {info.shape[-1]}"
             )
+        if bits and bits != int(bits) and recipe.method not in CALIBRATED:
+            raise UserError(f"expert_bits {bits}: a mix of two grids needs a calibrated method: {', '.join(CALIBRATED)}")
         jobs.append(Job(name, info, roles[name], bits))
     return jobs
 
 
-def summarize(jobs: list[Job], group: int) -> QuantizeReport:
+def summarize(jobs: list[Job], recipe: Recipe) -> QuantizeReport:
     """Counts, sizes and bits of a plan; the errors are still None."""
     roles: dict[str, RoleReport] = {}
     for job in jobs:
@@ -110,10 +118,12 @@ def summarize(jobs: list[Job], group: int) -> QuantizeReport:
         entry.tensors += 1
         entry.parameters += job.info.numel
         entry.bytes += job.info.bytes
-        entry.packed_bytes += job.packed_bytes(group)
+        entry.packed_bytes += job.packed_bytes(recipe)
     parameters = sum(entry.parameters for entry in roles.values())
     packed = sum(entry.packed_bytes for entry in roles.values())
-    weight_bits, stored_bits = average_bits((job.info.numel, job.bits, group) for job in jobs if job.bits)
+    zero = zero_point_bits(recipe.method, recipe.linear_bits)
+    quantized = [(job.info.numel, job.bits, recipe.group) for job in jobs if job.bits]
+    weight_bits, stored_bits = average_bits(quantized, 16 + zero)
     return QuantizeReport(
         tensors=len(jobs),
         parameters=parameters,
@@ -156,73 +166,6 @@ def sidecars(model: Path) -> list[Path]:
     ]
 
 
-def check_output(model: Path, out: Path, force: bool, needed: int) -> None:
-    """Raise :class:`UserError` unless ``needed`` bytes can be written to ``out``. Touches nothing."""
-    source = model.resolve()
-    if out == source or out in source.parents:
-        raise UserError(f"{out}: is the model itself or a directory around it; choose another --out")
-    if out.exists() and not force:
-        raise UserError(f"{out}: exists; use --force to replace it")
-    if out.exists() and not (out / RECIPE_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: not an output of quant_save (no {RECIPE_FILE}); --force will not delete it, remove it")
-    ancestor = next(parent for parent in out.parents if parent.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        raise UserError(f"{out}: cannot be created, {ancestor} is not a directory that you can write to")
-    free = shutil.disk_usage(ancestor).free
-    if free < needed:
-        raise UserError(f"{out}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB free on that disk")
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def remove_stale(out: Path) -> None:
-    """Remove what a killed run left beside ``out``; give back an output that was being replaced when it was killed."""
-    name = glob.escape(out.name)
-    for path in out.parent.glob(f".{name}.partial-*"):
-        if not _alive(path.name.rpartition("-")[2]):
-            shutil.rmtree(path)
-    for path in out.parent.glob(f".{name}.replaced-*"):
-        if not _alive(path.name.rpartition("-")[2]):
-            shutil.rmtree(path) if out.exists() else path.rename(out)
-
-
-@contextlib.contextmanager
-def staged_directory(out: Path, force: bool) -> Iterator[Path]:
-    """Yield a new directory beside ``out``; when the block succeeds it takes that name, with ``force`` in place of what
-    was there. On any failure it is removed, with the parents made for it, and what was there is untouched."""
-    created = [parent for parent in out.parents if not parent.exists()]  # innermost first
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    replaced = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    try:
-        try:
-            partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"{out}: cannot be created ({error.strerror})") from None
-        yield partial
-        if out.exists():
-            if not force:
-                raise UserError(f"{out}: appeared while this run was writing; use --force to replace it")
-            out.rename(replaced)
-        partial.rename(out)
-    except BaseException:
-        if replaced.exists():
-            shutil.rmtree(replaced) if out.exists() else replaced.rename(out)
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # a parent that another program has filled meanwhile stays
-            for parent in created:
-                parent.rmdir()
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
 def _square_sum(a: Tensor, b: Tensor | None = None) -> float:
     """Sum of a**2, or of (a - b)**2, in float64 over pieces of bounded size."""
     pieces = [tensor.flatten().split(1 << 20) for tensor in ((a,) if b is None else (a, b))]
@@ -239,31 +182,105 @@ def quantize_chunk(job: Job, weight: Tensor, recipe: Recipe) -> Tensor:
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             raise UserError(f"tensor {job.name}: the weight contains NaN or infinity")
         return weight
+    method = recipe.method if recipe.method in DATA_FREE else "clip"  # calibrated: what no layer holds (the embedding)
+    steps = 1 if method == "absmax" else recipe.clip_steps
     try:
-        return fake_quant(weight, job.bits, recipe.group, recipe.clip_steps, recipe.clip_low)
+        if method in ("absmax", "clip"):
+            return fake_quant(weight, int(job.bits), recipe.group, steps, recipe.clip_low)
+        return round_weight(weight, Grid(int(job.bits), recipe.group), None, method).to(weight.dtype)
     except UserError as error:
         raise UserError(f"tensor {job.name}: {error}") from None
+
+
+class ErrorLog:
+    """Squared error and squared size of every quantized tensor, kept in a file so that a resumed run still has them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "errors.jsonl"
+        self.sums: dict[str, tuple[float, float]] = {}
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n"):  # a killed run may have left half a line
+                    name, error, size = json.loads(line)
+                    self.sums[name] = (error, size)
+
+    def add(self, name: str, error: float, size: float) -> None:
+        self.sums[name] = (error, size)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps([name, error, size]) + "\n")
+
+    def by_role(self, jobs: list[Job]) -> dict[str, float]:
+        """Relative squared error of each quantized role."""
+        totals: dict[str, list[float]] = {}
+        for job in jobs:
+            if job.bits is not None:
+                total = totals.setdefault(job.role, [0.0, 0.0])
+                for place, value in enumerate(self.sums[job.name]):
+                    total[place] += value
+        # Six digits: the last ones depend on the number of threads that summed.
+        return {role: float(f"{error / size:.6g}") if size else 0.0 for role, (error, size) in totals.items()}
+
+
+class Sink:
+    """Takes tensors in plan order: the checkpoint writer, the log of errors and the progress bar in one."""
+
+    def __init__(self, checkpoint: Checkpoint, writer: CheckpointWriter, errors: ErrorLog, bar: Any) -> None:
+        self.checkpoint, self.writer, self.errors, self.bar = checkpoint, writer, errors, bar
+
+    def stream(self, job: Job, recipe: Recipe, chunk_bytes: int) -> None:
+        """Read, quantize without calibration (or copy) and write one tensor chunk by chunk."""
+        if self.writer.is_done(job.name):
+            self.bar.update(job.info.bytes)
+            return
+        error = size = 0.0
+        for _, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
+            quantized = quantize_chunk(job, weight, recipe)
+            if job.bits is not None:
+                error += _square_sum(weight, quantized)
+                size += _square_sum(weight)
+            if weight.numel() and self.writer.remaining(job.name) == weight.nbytes and job.bits is not None:
+                self.errors.add(job.name, error, size)  # before the append that may complete the shard
+            self.writer.append(job.name, quantized)
+            self.bar.update(weight.nbytes)
+        if not job.info.numel and job.bits is not None:
+            self.errors.add(job.name, 0.0, 0.0)
+
+    def put(self, job: Job, value: Tensor) -> None:
+        """Write a tensor that the calibrated pass has rounded."""
+        if self.writer.is_done(job.name):  # the layer is larger than a shard, and this shard was complete
+            self.bar.update(job.info.bytes)
+            return
+        weight = self.checkpoint.read(job.name)
+        self.errors.add(job.name, _square_sum(weight, value), _square_sum(weight))
+        self.writer.append(job.name, value)
+        self.bar.update(job.info.bytes)
 
 
 def stream(
     checkpoint: Checkpoint, jobs: list[Job], recipe: Recipe, out: Path, shard_bytes: int, chunk_bytes: int
 ) -> dict[str, float]:
     """Write every tensor to ``out`` chunk by chunk. Returns the relative squared error of each quantized role."""
-    errors: dict[str, list[float]] = {}
     plan = [(job.name, job.info.dtype, job.info.shape) for job in jobs]
+    errors = ErrorLog(out)
     total = sum(job.info.bytes for job in jobs)
     with progress(total, "quantize", "B", True) as bar, CheckpointWriter(out, plan, shard_bytes) as writer:
+        sink = Sink(checkpoint, writer, errors, bar)
         for job in jobs:
-            for _, weight in checkpoint.read_chunks(job.name, chunk_bytes):
-                quantized = quantize_chunk(job, weight, recipe)
-                writer.append(job.name, quantized)
-                if job.bits is not None:
-                    sums = errors.setdefault(job.role, [0.0, 0.0])
-                    sums[0] += _square_sum(weight, quantized)
-                    sums[1] += _square_sum(weight)
-                bar.update(weight.nbytes)
-    # Six digits: the last ones depend on the number of threads that summed.
-    return {role: float(f"{error / norm:.6g}") if norm else 0.0 for role, (error, norm) in errors.items()}
+            sink.stream(job, recipe, chunk_bytes)
+    errors.path.unlink(missing_ok=True)
+    return errors.by_role(jobs)
+
+
+def _settings(checkpoint: Checkpoint, recipe: Recipe, shard_bytes: int, calibration: Calibration | None) -> dict[str, Any]:
+    """What must be the same for an unfinished run to go on."""
+    shapes = [(name, str(info.dtype), list(info.shape)) for name, info in checkpoint.tensors.items()]
+    return {
+        "recipe": recipe.to_json(),
+        "config_sha256": checkpoint.config_sha256,
+        "header_sha256": sha256_json(shapes),
+        "shard_bytes": shard_bytes,
+        "calibration": calibration.settings() if calibration else None,
+    }
 
 
 def quantize_checkpoint(
@@ -273,38 +290,70 @@ def quantize_checkpoint(
     force: bool = False,
     shard_bytes: int = 4 << 30,
     chunk_bytes: int = CHUNK_BYTES,
+    calibration: Calibration | None = None,
 ) -> QuantizeReport:
     """Quantize the checkpoint in directory ``model`` into ``out`` and return what was done, printing the plan first.
 
-    Memory is a few times ``chunk_bytes``. The result does not depend on ``chunk_bytes``. Everything that can be checked
-    is checked before ``out`` is touched; bad input is a :class:`UserError`.
+    Memory is a few times ``chunk_bytes``; with ``calibration``, which the calibrated methods need, it is a decoder layer
+    with its statistics and the activations. The result does not depend on ``chunk_bytes``. Everything that can be checked
+    is checked before ``out`` is touched; bad input is a :class:`UserError`. A killed run resumes to the same bytes.
     """
+    if (recipe.method in CALIBRATED) != (calibration is not None):
+        raise UserError(f"method {recipe.method}: {'needs' if calibration is None else 'takes no'} calibration tokens")
     checkpoint = Checkpoint(model)
     out = Path(out).resolve()
     jobs = plan_jobs(checkpoint, recipe)
-    report = summarize(jobs, recipe.group)
+    report = summarize(jobs, recipe)
     extras = sidecars(checkpoint.path)
-    remove_stale(out)
-    check_output(checkpoint.path, out, force, report.output_bytes + sum(file.stat().st_size for file in extras))
-    print(f"{checkpoint.path} -> {out}\n{recipe}\n{table(report)}", flush=True)
-    with staged_directory(out, force) as partial:
+    needed = report.output_bytes + sum(file.stat().st_size for file in extras)
+    check_output(checkpoint.path, out, force, needed)
+    settings = _settings(checkpoint, recipe, shard_bytes, calibration)
+    resumed = check_resume(out, settings)
+    print(f"{checkpoint.path} -> {out}{' (resumed)' if resumed else ''}\n{recipe}\n{table(report)}", flush=True)
+    print(preflight(jobs, out, needed, chunk_bytes, calibration), flush=True)
+    with staged_directory(out, force, settings) as partial:
         for file in extras:
             shutil.copyfile(file, partial / file.name)
-        for role, error in stream(checkpoint, jobs, recipe, partial, shard_bytes, chunk_bytes).items():
+        if calibration:
+            from calibrated_pass import calibrated_stream
+
+            errors, facts = calibrated_stream(checkpoint, jobs, recipe, calibration, partial, shard_bytes, chunk_bytes)
+            report = dataclasses.replace(report, calibration=facts)
+        else:
+            errors = stream(checkpoint, jobs, recipe, partial, shard_bytes, chunk_bytes)
+        for role, error in errors.items():
             report.roles[role].relative_error = error
         source = {"name": checkpoint.path.resolve().name, "config_sha256": checkpoint.config_sha256}
-        write_json(partial / RECIPE_FILE, {"recipe": recipe.to_json(), "source": source, "report": report.to_json()})
+        made = {"recipe": recipe.to_json(), "source": source, "calibration": settings["calibration"]}
+        write_json(partial / RECIPE_FILE, made | {"report": report.to_json()})
     return report
+
+
+def preflight(jobs: list[Job], out: Path, needed: int, chunk_bytes: int, calibration: Calibration | None) -> str:
+    """What the run will need, said before it starts: disk, and the bound on memory."""
+    ancestor = next(parent for parent in out.parents if parent.exists())
+    largest = max((job.info.bytes // job.info.shape[0] for job in jobs if job.info.shape and job.info.numel), default=0)
+    memory = BASE_BYTES + 4 * max(chunk_bytes, largest)
+    if calibration:
+        memory += layer_bytes(jobs, calibration)
+    free = shutil.disk_usage(ancestor).free
+    return f"disk {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free; memory at most about {memory / 2**30:.1f} GiB"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, type=Path, help="checkpoint directory (config.json and safetensors)")
     parser.add_argument("--out", required=True, type=Path, help="directory to make")
-    parser.add_argument("--expert-bits", required=True, type=int, help="2..8 for routed experts; 16 leaves them")
+    bits = "2..8 for routed experts, 16 leaves them; a fraction mixes two grids by what each expert gains"
+    parser.add_argument("--expert-bits", required=True, type=bits_argument, help=bits)
     parser.add_argument("--linear-bits", required=True, type=int, help="2..8 for other matrices; 16 leaves them")
     parser.add_argument("--group", type=int, default=128, help="inputs that share a scale (default 128)")
     parser.add_argument("--clip-steps", type=int, default=16, help="ratios tried by the clip search; 1 is absmax")
+    parser.add_argument("--method", default="clip", help=f"{', '.join(METHODS)} (default clip)")
+    parser.add_argument("--calib", type=Path, help="text file for calibration (default: the tiny tasks' training split)")
+    parser.add_argument("--calib-sequences", type=int, default=128)
+    parser.add_argument("--calib-length", type=int, default=512, help="tokens of a calibration sequence")
+    parser.add_argument("--propagate", default="quantized", choices=("quantized", "bf16"), help="whose activations go on")
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file (default 4)")
     parser.add_argument("--result", type=Path, help="also record the run in this JSON file; needs --tag")
@@ -312,23 +361,42 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    args = parse_arguments()
+def bits_argument(text: str) -> float:
+    """A whole number as int, else a float; argparse turns a ValueError into its own message."""
+    value = float(text)
+    return int(value) if value == int(value) else value
+
+
+def check_arguments(args: argparse.Namespace) -> Recipe:
     if bool(args.result) != bool(args.tag):
         raise UserError("--result and --tag go together")
     if not 0 < args.shard_gib < float("inf"):
         raise UserError(f"--shard-gib {args.shard_gib} must be above 0")
-    recipe = Recipe(args.expert_bits, args.linear_bits, args.group, args.clip_steps)
+    if min(args.calib_sequences, args.calib_length) < 1:
+        raise UserError("--calib-sequences and --calib-length must be at least 1")
     if args.result and args.result.exists() and not args.force:
         raise UserError(f"{args.result}: exists; give another --result, or --force to replace it")
+    return Recipe(args.expert_bits, args.linear_bits, args.group, args.clip_steps, method=args.method)
+
+
+def main() -> None:
+    args = parse_arguments()
+    recipe = check_arguments(args)
     started = time.time()
     source = describe_model(args.model) if args.result else None
-    report = quantize_checkpoint(args.model, args.out, recipe, args.force, int(args.shard_gib * 2**30))
+    calibration = None
+    if recipe.method in CALIBRATED:
+        Checkpoint(args.model)  # its errors first: they are clearer than a tokenizer's
+        ids, entry = calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
+        calibration = Calibration(ids, entry, propagate=args.propagate)
+    shard_bytes = int(args.shard_gib * 2**30)
+    report = quantize_checkpoint(args.model, args.out, recipe, args.force, shard_bytes, calibration=calibration)
     seconds = time.time() - started
     if args.result:
         write_result(
             args.result, kind="quantize", tag=args.tag, started=started, model=source, recipe=recipe.to_json(),
-            metrics=report.to_json(), extra={"output": describe_model(args.out)},
+            data=[calibration.record] if calibration else [], metrics=report.to_json(),
+            extra={"output": describe_model(args.out)},
         )  # fmt: skip
     print(f"{table(report)}\nwrote {args.out} in {seconds:.1f} s", flush=True)
 

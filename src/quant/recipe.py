@@ -14,10 +14,10 @@ from typing import Any
 from console import UserError, read_json
 from env_config import build_config, read_env_file
 from model_layout import Role
+from rounding import METHODS
 
 RECIPE_FILE = "recipe.json"
 KEEP = 16  # bits that mean "leave as it is"
-METHODS = ("clip",)  # least squared weight error over clip_steps ratios of absmax; one step is absmax
 LINEAR_ROLES = (
     Role.SHARED_EXPERT,
     Role.ATTENTION,
@@ -30,9 +30,10 @@ LINEAR_ROLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """expert_bits and linear_bits: 2..8, or 16 to leave those tensors as they are. group: inputs that share a scale."""
+    """expert_bits and linear_bits: 2..8, or 16 to leave those tensors as they are; a fraction of expert_bits gives that
+    share of each layer's experts one bit more. group: inputs that share a scale. method: see rounding.py."""
 
-    expert_bits: int
+    expert_bits: float
     linear_bits: int
     group: int
     clip_steps: int
@@ -41,9 +42,13 @@ class Recipe:
     scale_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for field in ("expert_bits", "linear_bits", "group", "clip_steps"):
+        for field in ("linear_bits", "group", "clip_steps"):
             if type(getattr(self, field)) is not int:
                 raise UserError(f"{field} {getattr(self, field)!r} is not a whole number")
+        if type(self.expert_bits) not in (int, float) or not math.isfinite(self.expert_bits):
+            raise UserError(f"expert_bits {self.expert_bits!r} is not a number")
+        if self.expert_bits == int(self.expert_bits):
+            object.__setattr__(self, "expert_bits", int(self.expert_bits))
         for field in ("expert_bits", "linear_bits"):
             bits = getattr(self, field)
             if not 2 <= bits <= 8 and bits != KEEP:
@@ -59,7 +64,7 @@ class Recipe:
         if self.scale_dtype != "bfloat16":
             raise UserError(f"scale_dtype {self.scale_dtype!r}: only bfloat16 is supported")
 
-    def bits_for(self, role: Role) -> int | None:
+    def bits_for(self, role: Role) -> float | None:
         """Bits of the grid for a tensor of this role; None leaves it as it is (protected, or bits 16)."""
         bits = self.expert_bits if role is Role.ROUTED_EXPERT else self.linear_bits if role in LINEAR_ROLES else KEEP
         return None if bits == KEEP else bits

@@ -1,0 +1,242 @@
+"""The calibrated pass: embed, then layer by layer collect second moments, round, write, and pass the activations on.
+
+Not a command; quant_save drives it. One decoder layer's weights, its statistics and the activations are in memory. Each
+layer is a shard of the output; the activations behind the last complete one lie beside it, so a killed run goes on there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from calibration import Calibration, Collector, LayerStream, Moments
+from checkpoint import Checkpoint, CheckpointWriter, read_tensor
+from console import UserError, atomic_path, progress, read_json, write_json
+from model_layout import LAYER_PREFIX, Role, text_name
+from quant_save import ErrorLog, Job, Sink
+from recipe import Recipe
+from rounding import Grid, Statistics, output_error, round_weight
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """How a parameter of the module tree is rounded; ``fraction`` of its experts get one bit more than the grid has."""
+
+    grid: Grid
+    fraction: float = 0.0
+
+
+def targets_of(stream: LayerStream, jobs: Sequence[Job], recipe: Recipe) -> dict[str, Target]:
+    """A target for every parameter that has bits, by its name in the module tree. The embedding is not among them."""
+    targets = {}
+    for job in jobs:
+        if job.bits is not None and job.role not in (Role.EMBEDDING, Role.MTP):
+            whole = math.floor(job.bits)
+            grid = Grid(whole, recipe.group, recipe.clip_steps, recipe.clip_low)
+            targets[stream.places[job.name].parameter] = Target(grid, job.bits - whole)
+    return targets
+
+
+class CalibratedPass:
+    """Holds the activations between layers. ``cold``: experts with too few tokens, by parameter."""
+
+    def __init__(
+        self, stream: LayerStream, calibration: Calibration, targets: Mapping[str, Target], method: str
+    ) -> None:
+        self.stream, self.calibration, self.targets, self.method = stream, calibration, targets, method
+        self.batch = math.gcd(calibration.batch, len(calibration.ids))
+        self.kwargs = stream.arguments(calibration.ids[: self.batch])
+        self.hidden: list[Tensor] = []
+        self.cold: dict[str, int] = {}
+        self.unrouted: dict[str, int] = {}
+
+    def embed(self, values: Mapping[str, Tensor]) -> None:
+        """Start from the embedding, as rounded in ``values`` (checkpoint names)."""
+        self.hidden = [self.stream.embed(part, values).cpu() for part in self.calibration.ids.split(self.batch)]
+
+    @torch.no_grad()
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """Collect, round and run decoder layer ``index``; returns its rounded tensors by checkpoint name, in the dtype
+        and shape they have on disk."""
+        stream, prefix = self.stream, f"model.layers.{index}."
+        layer = stream.layers[index]
+        stream.fill(layer, prefix)
+        wanted = [name.removeprefix(prefix) for name in self.targets if name.startswith(prefix)]
+        collector = Collector(layer, set(wanted))
+        after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
+        collector.remove()
+        for name in wanted:
+            self._round(layer, prefix, name, collector.moments.pop(name, None))
+        if self.calibration.propagate == "quantized":
+            after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
+        self.hidden = after
+        rounded = self._disk_values(layer, prefix, wanted)
+        stream.empty(layer)
+        return rounded
+
+    def _round(self, layer: torch.nn.Module, prefix: str, name: str, moments: Moments | None) -> None:
+        parameter, target = layer.get_parameter(name), self.targets[prefix + name]
+        try:
+            if moments is None:
+                raise UserError("no calibration activation reached it; give more or other calibration text")
+            statistics = self._statistics(prefix + name, moments)
+            parameter.copy_(rounded(parameter, target, statistics, moments.weight, self.method))
+        except UserError as error:
+            raise UserError(f"{prefix}{name}: {error}") from None
+
+    def _statistics(self, name: str, moments: Moments) -> Statistics:
+        floor = self.calibration.floor * moments.total.shape[-1]
+        statistics = moments.statistics(floor)
+        self.cold[name] = int((statistics.tokens < floor).sum())
+        self.unrouted[name] = int((statistics.tokens == 0).sum())
+        return statistics
+
+    def _disk_values(self, layer: torch.nn.Module, prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
+        values = {}
+        for name in names:
+            full = layer.get_parameter(name).detach()
+            for source in self.stream.by_parameter[prefix + name]:
+                info = self.stream.checkpoint.tensors[source]
+                part = self.stream.places[source].view(full)
+                values[source] = part.to("cpu", info.dtype).reshape(info.shape).clone()
+        return values
+
+    @torch.no_grad()
+    def head(self) -> dict[str, Tensor]:
+        """Round lm_head (where it is a tensor of its own and has a grid) on the normed output of the last layer."""
+        stream, name = self.stream, "lm_head.weight"
+        if name not in self.targets:
+            return {}
+        norm = stream.decoder.norm
+        stream.fill(norm, "model.norm.")
+        moments = Moments(1, stream.decoder.config.hidden_size, stream.device)
+        for hidden in self.hidden:
+            moments.add(0, norm(hidden.to(stream.device)).flatten(0, 1))
+        stream.empty(norm)
+        source = stream.by_parameter[name][0]
+        weight = stream.checkpoint.read(source)
+        try:
+            statistics = self._statistics(name, moments)
+            value = round_weight(weight.to(stream.device), self.targets[name].grid, statistics, self.method)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+        return {source: value.to("cpu", weight.dtype)}
+
+    def save(self, directory: Path, index: int) -> None:
+        """Keep the activations behind layer ``index``, and the counts so far, for a run that resumes there."""
+        write_json(facts_file(directory, index), {"cold": self.cold, "unrouted": self.unrouted})
+        with atomic_path(activations_file(directory, index)) as temporary:
+            save_file({str(i): hidden.contiguous() for i, hidden in enumerate(self.hidden)}, temporary)
+
+    def load(self, directory: Path, index: int) -> None:
+        """What :meth:`save` kept."""
+        saved = load_file(activations_file(directory, index))
+        self.hidden = [saved[str(i)] for i in range(len(saved))]
+        counts = read_json(facts_file(directory, index))
+        self.cold, self.unrouted = counts["cold"], counts["unrouted"]
+
+    def facts(self) -> dict[str, Any]:
+        """What the record says of the calibration: experts below the floor and never routed to, over all layers."""
+        experts = {name: count for name, count in self.cold.items() if ".experts." in name}
+        unrouted = {name: count for name, count in self.unrouted.items() if ".experts." in name}
+        return {"experts_below_floor": sum(experts.values()), "experts_never_routed": sum(unrouted.values())}
+
+
+def rounded(weight: Tensor, target: Target, statistics: Statistics, mass: Tensor, method: str) -> Tensor:
+    """Round a parameter [E, O, I] or [O, I]; with a fraction, the experts whose output error falls most, weighted by
+    their routing ``mass`` [E], get one bit more."""
+    low = round_weight(weight, target.grid, statistics, method)
+    if not target.fraction or weight.ndim != 3:
+        return low
+    high = round_weight(weight, dataclasses.replace(target.grid, bits=target.grid.bits + 1), statistics, method)
+    transposed = weight.float().transpose(1, 2)
+    errors = [output_error(transposed, value.transpose(1, 2), statistics.hessian) for value in (low, high)]
+    count = math.floor(target.fraction * len(weight) + 1e-9)
+    chosen = ((errors[0] - errors[1]) * mass).topk(count).indices
+    low[chosen] = high[chosen]
+    return low
+
+
+def in_layers(jobs: Sequence[Job], layers: int) -> list[list[Job]]:
+    """Jobs before the decoder (embedding, vision, ...), of each layer, and after it (final norm, head, mtp)."""
+    parts: list[list[Job]] = [[] for _ in range(layers + 2)]
+    for job in jobs:
+        match = LAYER_PREFIX.match(text_name(job.name))
+        if match and int(match[1]) < layers:
+            parts[int(match[1]) + 1].append(job)
+        else:
+            parts[0 if job.role in (Role.EMBEDDING, Role.VISION) else -1].append(job)
+    return parts
+
+
+def activations_file(directory: Path, index: int) -> Path:
+    """The activations behind decoder layer ``index`` while the run is unfinished."""
+    return directory / f"activations-{index:05d}.st"
+
+
+def facts_file(directory: Path, index: int) -> Path:
+    """What is known of the experts up to decoder layer ``index``, beside its activations."""
+    return directory / f"activations-{index:05d}.json"
+
+
+def calibrated_stream(
+    checkpoint: Checkpoint, jobs: list[Job], recipe: Recipe, calibration: Calibration, out: Path, shard_bytes: int,
+    chunk_bytes: int,
+) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
+    """Write every tensor to ``out``, layer by layer. Returns the relative squared error of each quantized role and the
+    facts of the calibration."""
+    stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
+    work = CalibratedPass(stream, calibration, targets_of(stream, jobs, recipe), recipe.method)
+    parts = in_layers(jobs, len(stream.layers))
+    ordered = [job for part in parts for job in part]
+    plan = [(job.name, job.info.dtype, job.info.shape) for job in ordered]
+    breaks = {part[0].name for part in parts if part}
+    errors = ErrorLog(out)
+    with (
+        progress(sum(job.info.bytes for job in jobs), "quantize", "B", True) as bar,
+        CheckpointWriter(out, plan, shard_bytes, breaks) as writer,
+    ):
+        sink = Sink(checkpoint, writer, errors, bar)
+        for job in parts[0]:
+            sink.stream(job, recipe, chunk_bytes)
+        first = _resume(work, writer, parts, out)
+        if first == 0:
+            embedded = [job for job in parts[0] if job.role is Role.EMBEDDING]
+            work.embed({job.name: _read_back(writer, job) for job in embedded})
+        for index, part in enumerate(parts[1:-1]):
+            if index < first:
+                bar.update(sum(job.info.bytes for job in part))
+                continue
+            values = work.layer(index)
+            work.save(out, index)
+            for job in part:
+                sink.put(job, values[job.name]) if job.name in values else sink.stream(job, recipe, chunk_bytes)
+            for path in (activations_file(out, index - 1), facts_file(out, index - 1)):
+                path.unlink(missing_ok=True)
+        values = work.head()
+        for job in parts[-1]:
+            sink.put(job, values[job.name]) if job.name in values else sink.stream(job, recipe, chunk_bytes)
+    for path in [errors.path, *out.glob("activations-*")]:
+        path.unlink(missing_ok=True)
+    return errors.by_role(jobs), work.facts()
+
+
+def _read_back(writer: CheckpointWriter, job: Job) -> Tensor:
+    """A tensor of a shard that the writer has completed."""
+    return read_tensor(writer.tensors[job.name])
+
+
+def _resume(work: CalibratedPass, writer: CheckpointWriter, parts: list[list[Job]], out: Path) -> int:
+    """The first layer that is not complete; loads the activations in front of it."""
+    layers = parts[1:-1]
+    first = next((i for i, part in enumerate(layers) if not all(writer.is_done(job.name) for job in part)), len(layers))
+    if first:
+        work.load(out, first - 1)
+    return first

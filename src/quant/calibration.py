@@ -1,0 +1,333 @@
+"""One decoder layer in memory: run calibration tokens through a checkpoint layer by layer and collect what rounding needs.
+
+Not a command; quant_save drives it for the calibrated methods. transformers supplies each family's layer, built on the meta
+device and filled from the checkpoint one layer at a time. For every linear and every routed expert the second moment of
+its inputs is collected (an expert's inputs weighted by the square of their routing weight: that is how its error reaches
+the layer's output), then the layer is rounded and the activations go on through the rounded layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint
+from console import UserError
+from model_layout import LAYER_PREFIX, text_name
+from rounding import Statistics, shrink
+
+PER_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+MIXTRAL_EXPERT = re.compile(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
+MIXTRAL_PARTS = {"1": "gate", "2": "down", "3": "up"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor of the checkpoint lies in transformers' module tree: a parameter, and for an expert's matrix on disk
+    which expert and which rows ("gate", "up" or "down") of the fused parameter."""
+
+    parameter: str
+    expert: int | None = None
+    part: str | None = None
+
+    def view(self, fused: Tensor) -> Tensor:
+        """The part of the parameter that this tensor is; shares its memory."""
+        if self.expert is None:
+            return fused
+        rows = fused[self.expert]
+        if self.part == "down":
+            return rows
+        half = rows.shape[0] // 2
+        return rows[:half] if self.part == "gate" else rows[half:]
+
+
+def place_of(name: str) -> Place:
+    """The place of a checkpoint tensor, by its name alone."""
+    text = text_name(name)
+    if match := PER_EXPERT.fullmatch(text):
+        prefix, expert, part = match.groups()
+    elif match := MIXTRAL_EXPERT.fullmatch(text):
+        prefix, expert, part = f"{match[1]}.mlp.experts", match[2], MIXTRAL_PARTS[match[3]]
+    else:
+        return Place(text.replace(".block_sparse_moe.gate.", ".mlp.gate."))
+    return Place(f"{prefix}.{'down_proj' if part == 'down' else 'gate_up_proj'}", int(expert), part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Token ids [sequences, length] and how they are used. ``record``: the data's entry for results and for resuming.
+
+    ``floor``: effective tokens below which an expert's statistics are shrunk, as a share of its inputs. ``propagate``:
+    'quantized' sends the activations through the rounded layers, 'bf16' through the original ones.
+    """
+
+    ids: Tensor
+    record: dict[str, Any]
+    batch: int = 8
+    floor: float = 1.0
+    propagate: str = "quantized"
+    device: torch.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations at work: bfloat16 on a GPU, float32 on a CPU."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, for recipe.json and for resuming."""
+        fields = {"batch": self.batch, "floor": self.floor, "propagate": self.propagate}
+        return {"data": self.record, "shape": list(self.ids.shape), **fields, "dtype": str(self.dtype)}
+
+
+def layer_bytes(jobs: Sequence[Any], calibration: Calibration) -> int:
+    """Bytes of the largest decoder layer at work: weights, second moments, and the activations before and after it."""
+    item = torch.empty((), dtype=calibration.dtype).itemsize
+    layers: dict[str, int] = {}
+    width = 0
+    for job in jobs:
+        place = place_of(job.name)
+        if not (match := LAYER_PREFIX.match(place.parameter)):
+            width = max(width, job.info.shape[-1])
+            continue
+        size = item * job.info.numel
+        if job.bits and place.part != "up":  # gate and up have the same inputs
+            size += 4 * math.prod(job.info.shape[:-2]) * job.info.shape[-1] ** 2
+        layers[match[1]] = layers.get(match[1], 0) + size
+    return max(layers.values(), default=0) + 2 * item * calibration.ids.numel() * width
+
+
+class Moments:
+    """Running second moment of one linear's inputs, or of every expert's: sums [E, I, I], weights [E], squares [E]."""
+
+    def __init__(self, experts: int, inputs: int, device: torch.device) -> None:
+        self.total = torch.zeros(experts, inputs, inputs, device=device)
+        self.weight = torch.zeros(experts, device=device)
+        self.square = torch.zeros(experts, device=device)
+
+    def add(self, index: int, x: Tensor, weight: Tensor | None = None) -> None:
+        """Inputs x [N, I] of matrix ``index``; ``weight`` [N] multiplies each input."""
+        x = x.float()
+        w = torch.ones(len(x), device=x.device) if weight is None else weight.float() ** 2
+        scaled = x if weight is None else x * weight.float()[:, None]
+        self.total[index].addmm_(scaled.t(), scaled)
+        self.weight[index] += w.sum()
+        self.square[index] += (w * w).sum()
+
+    def statistics(self, floor: float) -> Statistics:
+        """Means, and effective counts (sum w)**2 / sum w**2; matrices below ``floor`` tokens are shrunk to the mean."""
+        if not bool(torch.isfinite(self.total).all()):
+            raise UserError("a calibration activation is NaN or infinite")
+        tokens = self.weight**2 / self.square.clamp_min(1e-30)
+        mean = self.total / self.weight.clamp_min(1e-30)[:, None, None]
+        return Statistics(shrink(mean, tokens, floor) if len(tokens) > 1 else mean, tokens)
+
+
+class Collector:
+    """Hooks on one decoder layer that fill :class:`Moments` for the parameters in ``wanted``."""
+
+    def __init__(self, layer: nn.Module, wanted: set[str]) -> None:
+        self.moments: dict[str, Moments] = {}
+        self.routed: dict[str, Tensor] = {}  # experts module -> tokens sent to each expert
+        self.handles = []
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and f"{name}.weight" in wanted:
+                self.handles.append(module.register_forward_pre_hook(self._linear(f"{name}.weight")))
+            elif f"{name}.gate_up_proj" in wanted or f"{name}.down_proj" in wanted:
+                self.handles.append(module.register_forward_pre_hook(self._experts(name)))
+
+    def _get(self, name: str, experts: int, inputs: int, device: torch.device) -> Moments:
+        if name not in self.moments:
+            self.moments[name] = Moments(experts, inputs, device)
+        return self.moments[name]
+
+    def _linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1])
+            self._get(name, 1, x.shape[1], x.device).add(0, x)
+
+        return hook
+
+    def _experts(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            hidden, chosen, weights = args[:3]
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+            count, inner = module.down_proj.shape[0], module.down_proj.shape[2]
+            ups = self._get(f"{name}.gate_up_proj", count, hidden.shape[1], hidden.device)
+            downs = self._get(f"{name}.down_proj", count, inner, hidden.device)
+            routed = torch.bincount(chosen.flatten(), minlength=count)[:count]
+            self.routed[name] = self.routed.get(name, 0) + routed
+            for expert in routed.nonzero()[:, 0].tolist():
+                token, place = torch.where(chosen == expert)
+                x, weight = hidden[token], weights[token, place]
+                gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, -1)
+                ups.add(expert, x, weight)
+                downs.add(expert, module.act_fn(gate) * up, weight)
+
+        return hook
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: notes the keyword arguments that the model gives it and passes its input on."""
+
+    def __init__(self, layer: nn.Module, seen: list[dict[str, Any]]) -> None:
+        super().__init__()
+        self._layer, self._seen = [layer], seen  # in a list, so that it is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            raise TypeError("a decoder layer is called with positional arguments; calibration does not know them")
+        self._seen.append(kwargs)
+        return hidden
+
+
+class LayerStream:
+    """The decoder of a checkpoint, with parameters in memory only for what is at work.
+
+    ``device`` and ``dtype`` are those of the computation. Calibration sequences must have one length.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        from accelerate import init_empty_weights
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True).get_text_config()
+        with init_empty_weights(include_buffers=False):
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        self.decoder = self.model.model
+        self._move_buffers()
+        self.layers = list(self.decoder.layers)
+        self.places = {name: place_of(name) for name in checkpoint.tensors}
+        self.by_parameter: dict[str, list[str]] = {}
+        for name, place in self.places.items():
+            self.by_parameter.setdefault(place.parameter, []).append(name)
+
+    def _move_buffers(self) -> None:
+        for module in self.decoder.modules():
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None and buffer.device.type != "meta":
+                    module._buffers[name] = buffer.to(self.device)
+
+    def fill(self, module: nn.Module, prefix: str, values: Mapping[str, Tensor] | None = None) -> None:
+        """Give ``module`` its parameters and persistent buffers from the checkpoint (or from ``values``, by checkpoint
+        name, where they are there). ``prefix`` ends in a dot. :class:`UserError` where the checkpoint lacks one."""
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            parameter = prefix + name
+            if parameter not in self.by_parameter:
+                if isinstance(tensor, nn.Parameter):
+                    raise UserError(f"{self.checkpoint.path}: has no tensor for {parameter}")
+                continue
+            dtype = self.dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
+            full = torch.empty(tensor.shape, dtype=dtype, device=self.device)
+            for source in self.by_parameter[parameter]:
+                value = values[source] if values and source in values else self.checkpoint.read(source)
+                self.places[source].view(full).copy_(value.view_as(self.places[source].view(full)))
+            owner = module.get_submodule(name.rpartition(".")[0])
+            leaf = name.rpartition(".")[2]
+            if isinstance(tensor, nn.Parameter):
+                owner._parameters[leaf] = nn.Parameter(full, requires_grad=False)
+            else:
+                owner._buffers[leaf] = full
+
+    @staticmethod
+    def empty(module: nn.Module) -> None:
+        """Drop a module's parameters again."""
+        module.to("meta")
+
+    def disk_tensors(self, index: int) -> list[str]:
+        """The checkpoint's tensors of decoder layer ``index``, in the order of the checkpoint."""
+        prefix = f"model.layers.{index}."
+        return [name for name, place in self.places.items() if place.parameter.startswith(prefix)]
+
+    @torch.no_grad()
+    def arguments(self, ids: Tensor) -> list[dict[str, Any]]:
+        """What the model hands to each decoder layer for token ids [B, T]: masks, positions. They depend on the shape only."""
+        seen: list[dict[str, Any]] = []
+        self.decoder.layers = nn.ModuleList(_Recorder(layer, seen) for layer in self.layers)
+        embeds = torch.zeros(*ids.shape, self.decoder.config.hidden_size, dtype=self.dtype, device=self.device)
+        norm, self.decoder.norm = self.decoder.norm, nn.Identity()
+        try:
+            self.decoder(inputs_embeds=embeds, use_cache=False)
+        finally:
+            self.decoder.layers, self.decoder.norm = nn.ModuleList(self.layers), norm
+        return seen
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Embedded token ids [B, T, H], by the family's own embedding module (gemma scales)."""
+        self.fill(self.decoder.embed_tokens, "model.embed_tokens.", values)
+        out = self.decoder.embed_tokens(ids.to(self.device))
+        self.empty(self.decoder.embed_tokens)
+        return out
+
+    @torch.no_grad()
+    def run(self, layer: nn.Module, batches: Iterable[Tensor], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+        """Each batch [B, T, H] through a filled decoder layer."""
+        for hidden in batches:
+            out = layer(hidden.to(self.device), **kwargs)
+            yield out[0] if isinstance(out, tuple) else out
+
+
+def calibration_ids(path: Path | None, model: Path, count: int, length: int, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
+    """Token ids [count, length] and their record: of a text file, or of the tiny tasks' training split by default.
+
+    Documents follow one another without padding; a text that is too short is a :class:`UserError`.
+    """
+    from backends import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    texts, name, revision = file_documents(path) if path else tiny_documents(tokenizer, seed)
+    ids: list[int] = []
+    used: list[str] = []
+    for text in texts:
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        used.append(text)
+        if len(ids) >= count * length:
+            break
+    if len(ids) < count * length:
+        raise UserError(f"{path}: {len(ids)} tokens; {count} sequences of {length} need {count * length}")
+    from results_store import data_entry
+
+    return torch.tensor(ids[: count * length]).view(count, length), data_entry(name, revision, used)
+
+
+def file_documents(path: Path) -> tuple[Iterable[str], str, str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    return [part + "\n\n" for part in text.split("\n\n") if part.strip()], path.name, "local file"
+
+
+def tiny_documents(tokenizer: Any, seed: int) -> tuple[Iterable[str], str, str]:
+    """Transcripts of the tiny tasks' training split, an equal number of each, in turn, without end."""
+    import random
+
+    from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
+
+    def documents() -> Iterator[str]:
+        rng, tasks = random.Random(f"calibration:{seed}"), [task() for task in TINY_TASKS]
+        while True:
+            for task in tasks:
+                item, solution = task.generate(rng, "train")
+                prompt = tokenizer.apply_chat_template(task.messages(item), tokenize=False, add_generation_prompt=True)
+                yield prompt + solution.removeprefix("<think>\n") + tokenizer.eos_token + "\n"
+
+    return documents(), "tiny_tasks training split", f"{GENERATOR_REVISION}, seed {seed}"

@@ -1,0 +1,117 @@
+"""An output directory that takes its name only when it is complete, and a killed run that goes on where it stopped.
+
+Not a command. The work lies in `.NAME.partial` beside the output, with the settings of the run in job.json and a lock that
+dies with its process. Ctrl-C and bad input remove it; after `kill -9` or a crash the same command resumes it, and a command
+with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from console import UserError, read_json, write_json
+from recipe import RECIPE_FILE
+
+JOB, LOCK = "job.json", "lock"
+
+
+def partial_of(out: Path) -> Path:
+    """Where the output ``out`` lies while it is being made."""
+    return out.parent / f".{out.name}.partial"
+
+
+def replaced_of(out: Path) -> Path:
+    """Where an output that is being replaced lies for the moment between two renames."""
+    return out.parent / f".{out.name}.replaced"
+
+
+def check_output(model: Path, out: Path, force: bool, needed: int) -> None:
+    """Raise :class:`UserError` unless ``needed`` bytes can be written to ``out``. Touches nothing."""
+    source = model.resolve()
+    if out == source or out in source.parents:
+        raise UserError(f"{out}: is the model itself or a directory around it; choose another --out")
+    if out.exists() and not force:
+        raise UserError(f"{out}: exists; use --force to replace it")
+    if out.exists() and not (out / RECIPE_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: not an output of quant_save (no {RECIPE_FILE}); --force will not delete it, remove it")
+    ancestor = next(parent for parent in out.parents if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: cannot be created, {ancestor} is not a directory that you can write to")
+    partial = partial_of(out)
+    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
+    free = shutil.disk_usage(ancestor).free
+    if free + there < needed:
+        raise UserError(f"{out}: needs {needed / 1e9:.2f} GB, {(free + there) / 1e9:.2f} GB free on that disk")
+
+
+def check_resume(out: Path, job: Mapping[str, Any]) -> bool:
+    """Whether an unfinished run of the same settings is there; other settings are a :class:`UserError`."""
+    path = partial_of(out) / JOB
+    if not path.exists():
+        return False
+    before = read_json(path)
+    if before == dict(job):
+        return True
+    changed = sorted(key for key in before.keys() | job.keys() if before.get(key) != job.get(key))
+    raise UserError(
+        f"{partial_of(out)}: an unfinished run with other settings ({', '.join(changed)}); "
+        "repeat that run to finish it, or remove the directory"
+    )
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory; it ends with the process, however that ends."""
+    with (directory / LOCK).open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{directory}: another run is writing this output; wait for it or stop it") from None
+        yield
+
+
+@contextlib.contextmanager
+def staged_directory(out: Path, force: bool, job: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the directory of the work, new or resumed; when the block succeeds it takes the name ``out``, with ``force``
+    in place of what was there. Bad input or Ctrl-C removes it, with the parents made for it; what was there is untouched."""
+    if replaced_of(out).exists():  # killed between two renames
+        shutil.rmtree(replaced_of(out)) if out.exists() else replaced_of(out).rename(out)
+    partial = partial_of(out)
+    resumed = check_resume(out, job)
+    created = [parent for parent in out.parents if not parent.exists()]  # innermost first
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be created ({error.strerror})") from None
+    with _locked(partial):
+        try:
+            for file in partial.iterdir():
+                if file.name != LOCK and (not resumed or file.name.startswith(".")):  # dots: half-written by a killed run
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+            if not resumed:
+                write_json(partial / JOB, dict(job))
+            yield partial
+            _publish(partial, out, force)
+        except (UserError, KeyboardInterrupt):
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # a parent that another program has filled meanwhile stays
+                for parent in created:
+                    parent.rmdir()
+            raise
+
+
+def _publish(partial: Path, out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise UserError(f"{out}: appeared while this run was writing; use --force to replace it")
+    (partial / JOB).unlink()
+    (partial / LOCK).unlink()
+    if out.exists():
+        out.rename(replaced_of(out))
+    partial.rename(out)
+    shutil.rmtree(replaced_of(out), ignore_errors=True)
