@@ -135,6 +135,7 @@ class Collector:
     def __init__(self, layer: nn.Module, wanted: set[str]) -> None:
         self.moments: dict[str, Moments] = {}
         self.routed: dict[str, Tensor] = {}  # experts module -> tokens sent to each expert
+        self.mass: dict[str, Tensor] = {}  # experts module -> sum of their routing weights
         self.handles = []
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) and f"{name}.weight" in wanted:
@@ -163,6 +164,8 @@ class Collector:
             downs = self._get(f"{name}.down_proj", count, inner, hidden.device)
             routed = torch.bincount(chosen.flatten(), minlength=count)[:count]
             self.routed[name] = self.routed.get(name, 0) + routed
+            mass = torch.zeros(count, device=hidden.device).index_add_(0, chosen.flatten(), weights.flatten().float())
+            self.mass[name] = self.mass.get(name, 0) + mass
             for expert in routed.nonzero()[:, 0].tolist():
                 token, place = torch.where(chosen == expert)
                 x, weight = hidden[token], weights[token, place]

@@ -1,0 +1,119 @@
+"""What the router does with text, layer by layer: load, mass, salience and cold experts of a checkpoint.
+
+    python src/quant/moe_probe.py --model models/razor-tiny [--calib FILE] [--result results/probe/T.json --tag T]
+
+One decoder layer is in memory at a time. Per expert: frequency (share of assignments), router mass (share of the summed
+routing weights), activation salience (share of the summed squared inputs of its down projection, weighted by the square of
+the routing weight). Per layer: normalised entropy of the frequency (1 is even), the least and greatest load relative to the
+mean, experts never routed to and experts with fewer effective tokens than inputs, and how alike the three rankings are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibration import Calibration, Collector, LayerStream, calibration_ids
+from checkpoint import Checkpoint
+from console import UserError, progress, run_cli
+from results_store import describe_model, write_result
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two vectors; 1 when there is nothing to order."""
+    if len(a) < 2:
+        return 1.0
+    ranks = [value.argsort().argsort().double() for value in (a, b)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def layer_report(routed: Tensor, mass: Tensor, energy: Tensor, tokens: Tensor, inputs: int) -> dict[str, Any]:
+    """The report of one layer from assignments, routing weights, down-input energy and effective tokens, all [E]."""
+    frequency, mass, salience = (value.double().cpu() / value.sum().double().cpu() for value in (routed, mass, energy))
+    entropy = -(frequency * frequency.clamp_min(1e-300).log()).sum().item() / math.log(max(2, len(frequency)))
+    return {
+        "experts": len(frequency),
+        "entropy": entropy,
+        "min_load": frequency.min().item() * len(frequency),
+        "max_load": frequency.max().item() * len(frequency),
+        "never_routed": int((routed == 0).sum()),
+        "cold": int((tokens < inputs).sum()),
+        "rank_frequency_mass": rank_correlation(frequency, mass),
+        "rank_frequency_salience": rank_correlation(frequency, salience),
+        "frequency": [round(value, 6) for value in frequency.tolist()],
+        "mass": [round(value, 6) for value in mass.tolist()],
+        "salience": [round(value, 6) for value in salience.tolist()],
+    }
+
+
+@torch.no_grad()
+def probe(checkpoint: Checkpoint, calibration: Calibration) -> dict[str, dict[str, Any]]:
+    """The report of every decoder layer that has routed experts, by its index."""
+    stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
+    batch = math.gcd(calibration.batch, len(calibration.ids))
+    kwargs = stream.arguments(calibration.ids[:batch])
+    hidden = [stream.embed(part).cpu() for part in calibration.ids.split(batch)]
+    reports = {}
+    with progress(len(stream.layers), "probe", "layer") as bar:
+        for index, layer in enumerate(stream.layers):
+            stream.fill(layer, f"model.layers.{index}.")
+            wanted = {name for name, p in layer.named_parameters() if p.ndim == 3 and ".experts." in name}
+            collector = Collector(layer, wanted)
+            hidden = [out.cpu() for out in stream.run(layer, hidden, kwargs[index])]
+            collector.remove()
+            for name, routed in collector.routed.items():
+                moments = collector.moments[f"{name}.down_proj"]
+                energy = moments.total.diagonal(dim1=1, dim2=2).sum(-1)
+                tokens = moments.weight**2 / moments.square.clamp_min(1e-30)
+                inputs = collector.moments[f"{name}.gate_up_proj"].total.shape[-1]
+                reports[str(index)] = layer_report(routed, collector.mass[name], energy, tokens, inputs)
+            stream.empty(layer)
+            bar.update()
+    if not reports:
+        raise UserError(f"{checkpoint.path}: has no routed experts to probe")
+    return reports
+
+
+def table(reports: dict[str, dict[str, Any]]) -> str:
+    head = f"{'layer':>5}{'experts':>9}{'entropy':>9}{'min load':>10}{'max load':>10}{'cold':>6}{'never':>7}"
+    lines = [head + f"{'r(f,mass)':>11}{'r(f,sal)':>10}"]
+    for index, r in reports.items():
+        lines.append(
+            f"{index:>5}{r['experts']:>9}{r['entropy']:>9.4f}{r['min_load']:>10.3f}{r['max_load']:>10.3f}{r['cold']:>6}"
+            f"{r['never_routed']:>7}{r['rank_frequency_mass']:>11.3f}{r['rank_frequency_salience']:>10.3f}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--calib", type=Path, help="text file (default: the tiny tasks' training split)")
+    parser.add_argument("--calib-sequences", type=int, default=128)
+    parser.add_argument("--calib-length", type=int, default=512)
+    parser.add_argument("--result", type=Path, help="also record the run in this JSON file; needs --tag")
+    parser.add_argument("--tag", help="name of the run in its record")
+    args = parser.parse_args()
+    if bool(args.result) != bool(args.tag):
+        raise UserError("--result and --tag go together")
+    if args.result and args.result.exists():
+        raise UserError(f"{args.result}: exists; give another --result")
+    checkpoint, started = Checkpoint(args.model), time.time()
+    ids, entry = calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
+    reports = probe(checkpoint, Calibration(ids, entry))
+    print(table(reports), flush=True)
+    if args.result:
+        write_result(
+            args.result, kind="probe", tag=args.tag, started=started, model=describe_model(args.model), data=[entry],
+            metrics={"layers": reports, "tokens": ids.numel()},
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_cli(main)

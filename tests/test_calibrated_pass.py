@@ -1,0 +1,132 @@
+"""The calibrated pass: statistics against a whole-model forward, every family, and what bad calibration says."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_quant_save import FAMILIES, TINY
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from calibration import Calibration, Collector, LayerStream, calibration_ids
+from checkpoint import Checkpoint
+from console import UserError
+from model_layout import roles_of
+from quant_save import quantize_checkpoint
+from recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+def calibration(vocabulary, sequences=4, length=48, **more):
+    ids = torch.randint(0, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
+    return Calibration(ids, {"name": "random"}, device=CPU, **more)
+
+
+def test_streamed_activations_and_statistics_are_those_of_the_whole_model(random_tiny):
+    ids, _ = calibration_ids(None, random_tiny, 2, 64)
+    model = AutoModelForCausalLM.from_pretrained(random_tiny, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model.model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    stream = LayerStream(Checkpoint(random_tiny), CPU, torch.float32)
+    kwargs, hidden = stream.arguments(ids), stream.embed(ids)
+    for index, layer in enumerate(stream.layers[:2]):
+        stream.fill(layer, f"model.layers.{index}.")
+        collector = Collector(layer, {"linear_attn.out_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"})
+        torch.testing.assert_close(hidden, expected[index], atol=1e-5, rtol=1e-4)
+        (after,) = stream.run(layer, [hidden], kwargs[index])
+        collector.remove()
+        whole = model.model.layers[index]
+        with torch.no_grad():  # the definition, for one expert: inputs weighted by their routing weight
+            seen = []
+            handle = whole.mlp.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].flatten(0, 1)))
+            whole(hidden, **kwargs[index])
+            handle.remove()
+            _, weights, chosen = whole.mlp.gate(seen[0])
+        token, place = torch.where(chosen == 3)
+        x, w = seen[0][token], weights[token, place][:, None]
+        moments = collector.moments["mlp.experts.gate_up_proj"].statistics(0)
+        torch.testing.assert_close(moments.hessian[3], (x * w).T @ (x * w) / (w**2).sum(), atol=1e-5, rtol=1e-4)
+        assert moments.tokens[3] == pytest.approx(((w**2).sum() ** 2 / (w**4).sum()).item(), rel=1e-4)
+        assert collector.routed["mlp.experts"].sum() == ids.numel() * 2
+        hidden = after
+        stream.empty(layer)
+        assert all(p.is_meta for p in layer.parameters())
+    torch.testing.assert_close(hidden, expected[2], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text"])
+def test_every_family_is_quantized_layer_by_layer(family, tmp_path):
+    rotary = {"head_dim": 16} if family == "deepseek_v3" else {}  # there it is qk_rope_head_dim
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY | rotary))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.05) if p.ndim > 1 else None
+    model.save_pretrained(tmp_path / "m")
+    report = quantize_checkpoint(
+        tmp_path / "m", tmp_path / "q", Recipe(3, 4, 32, 4, method="gptq"), calibration=calibration(128)
+    )
+    before, after = Checkpoint(tmp_path / "m"), Checkpoint(tmp_path / "q")
+    assert before.tensors.keys() == after.tensors.keys()
+    recipe = Recipe(3, 4, 32, 4)
+    for name, role in roles_of({n: i.shape for n, i in before.tensors.items()}, before.config).items():
+        same = torch.equal(before.read(name), after.read(name))
+        assert same == (recipe.bits_for(role) is None), name
+    assert all(0 < entry.relative_error < 0.2 for entry in report.roles.values() if entry.bits)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "q", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "q"]
+    assert not list((tmp_path / "q").glob("activations*"))
+
+
+def test_a_fraction_of_a_bit_goes_to_the_experts_that_gain_most(random_tiny, tmp_path):
+    reports, values = {}, {}
+    for bits in (2, 2.5, 3):
+        out = tmp_path / str(bits)
+        reports[bits] = quantize_checkpoint(
+            random_tiny, out, Recipe(bits, 4, 128, 4, method="gptq"), calibration=calibration(512), shard_bytes=1 << 20
+        )
+        values[bits] = Checkpoint(out).read("model.layers.0.mlp.experts.0.gate_proj.weight")
+    errors = [reports[bits].roles["routed_expert"].relative_error for bits in (2, 2.5, 3)]
+    assert errors[0] > errors[1] > errors[2]
+    packed = [reports[bits].packed_bytes for bits in (2, 2.5, 3)]
+    assert 2 * packed[1] == pytest.approx(packed[0] + packed[2], abs=4)
+    levels = []
+    checkpoint = Checkpoint(tmp_path / "2.5")
+    for expert in range(8):
+        row = checkpoint.read(f"model.layers.0.mlp.experts.{expert}.down_proj.weight")[:, :128].float().abs()
+        levels.append(max(len(r.unique()) for r in row))
+    assert sorted(level <= 2 for level in levels) == [False] * 4 + [True] * 4  # |codes|: 0, 1 at two bits
+
+
+def test_bad_calibration_is_one_line_and_leaves_nothing(random_tiny, tmp_path, command):
+    base = ["--model", random_tiny, "--out", tmp_path / "q", "--expert-bits", 3, "--linear-bits", 4]
+    (tmp_path / "short.txt").write_text("too short\n")
+    for more, message in (
+        (["--method", "gptq", "--calib", tmp_path / "short.txt"], "short.txt: "),
+        (["--method", "gptq", "--calib", tmp_path / "none.txt"], "none.txt: cannot be read"),
+        (["--method", "gtpq"], "method 'gtpq' is unknown"),
+        (["--expert-bits", 2.5], "a mix of two grids needs a calibrated method"),
+    ):
+        done = command("src/quant/quant_save.py", *base, *more)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_a_broken_activation_names_its_tensor_and_cold_experts_are_counted(random_tiny, tmp_path):
+    shutil.copytree(random_tiny, tmp_path / "nan")
+    tensors = load_file(tmp_path / "nan/model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][:] = 3e38
+    save_file(tensors, tmp_path / "nan/model.safetensors", {"format": "pt"})
+    recipe = Recipe(3, 4, 128, 1, method="gptq")
+    with pytest.raises(UserError, match=r"model\.layers\.1\..*activation is NaN or infinite"):
+        quantize_checkpoint(tmp_path / "nan", tmp_path / "q", recipe, calibration=calibration(512))
+    tensors = load_file(random_tiny / "model.safetensors")
+    gate = tensors["model.layers.0.mlp.gate.weight"]
+    gate[4:] = 0  # of a pair of opposite rows one logit is above zero: the first two are always among experts 0 to 3
+    gate[1], gate[3] = -gate[0], -gate[2]
+    save_file(tensors, tmp_path / "nan/model.safetensors", {"format": "pt"})
+    report = quantize_checkpoint(tmp_path / "nan", tmp_path / "q", recipe, calibration=calibration(512))
+    assert report.calibration["experts_never_routed"] == 8 and report.calibration["experts_below_floor"] > 8
+    assert json.loads((tmp_path / "q/recipe.json").read_text())["report"]["calibration"] == report.calibration
