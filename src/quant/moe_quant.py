@@ -155,8 +155,20 @@ def dequantize(q: Quantized, group: int, dtype: torch.dtype = torch.bfloat16) ->
 def fake_quant(
     weight: Tensor, bits: int, group: int, clip_steps: int, clip_low: float = 0.65, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``dequantize(quantize_group(weight, ...))`` in ``dtype`` (default: the weight's); same shape as the weight."""
-    return dequantize(quantize_group(weight, bits, group, clip_steps, clip_low), group, dtype or weight.dtype)
+    """``dequantize(quantize_group(weight, ...))`` in ``dtype`` (default: the weight's); same shape as the weight. On an
+    NVIDIA GPU one fused kernel gives the same bits (clip_kernel)."""
+    dtype = dtype or weight.dtype
+    if weight.is_cuda:
+        import clip_kernel  # needs Triton, which a CPU build of torch does not bring
+
+        if clip_kernel.fits(weight, group, bits):
+            check_grid(weight.shape, bits, group)
+            qmax, factors = 2 ** (bits - 1) - 1, clip_factors(bits, clip_steps, clip_low)
+            out, bad = clip_kernel.clip_fake_quant(weight, factors, qmax, group, MIN_SCALE, dtype)
+            if bad.item():
+                raise UserError("the weight contains NaN, infinity or values beyond bfloat16")
+            return out
+    return dequantize(quantize_group(weight, bits, group, clip_steps, clip_low), group, dtype)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -357,7 +357,19 @@ def round_weight(weight: Tensor, grid: Grid, statistics: Statistics | None, meth
         return DATA_FREE[method](batched.contiguous(), grid).view(weight.shape)
     if statistics is None:
         raise UserError(f"method {method} needs calibration statistics")
-    return CALIBRATED[method](batched, grid, statistics).reshape(weight.shape)
+    out = torch.empty_like(batched)
+    count = experts_at_once(batched.shape)
+    for start in range(0, len(batched), count):
+        part = slice(start, start + count)
+        own = Statistics(statistics.hessian[part], statistics.tokens[part])
+        out[part] = CALIBRATED[method](batched[part], grid, own)
+    return out.reshape(weight.shape)
+
+
+def experts_at_once(shape: tuple[int, ...]) -> int:
+    """How many matrices [O, I] are rounded together: as many as keep the copies of weights and moments near 8 GB."""
+    _, outputs, inputs = shape
+    return max(1, int(8e9 / (4 * inputs * (6 * inputs + 8 * outputs))))
 
 
 def zero_point_bits(method: str, bits: int) -> int:

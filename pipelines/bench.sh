@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Speed of the quantizers on this machine, beside the limit:  bash pipelines/bench.sh [--layer small|122b] [--result F --tag T]
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
+cd "$MOE_LOWBIT_ROOT"
+exec python src/quant/quant_bench.py "$@"
