@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, WARPS = 16, 4  # groups a program, and its warps: the fastest of those tried on an H200 (docs/DEVELOPMENT.md)
+ROWS, WARPS = 32, 8  # groups a program, and its warps: the fastest of those tried on an H200 (docs/DEVELOPMENT.md)
 
 
 @triton.jit

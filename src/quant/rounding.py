@@ -25,6 +25,7 @@ from console import UserError
 from moe_quant import MIN_SCALE, check_grid, fake_quant
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the mean of diag(H); the next is taken where a Cholesky factorization fails
+WORKING_BYTES = {"cpu": 1e9, "cuda": 24e9}  # few experts at once leave a GPU waiting for launches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +243,7 @@ def descend(wt: Tensor, codes: Codes, hessian: Tensor, grid: Grid) -> Codes:
             target = values[:, start + j] + residual[:, j] / diagonal[:, start + j, None]
             code = snap(target, scale, grid.qmax)
             value = _bf16(code * scale)
-            residual.baddbmm_(own[:, :, j, None], (values[:, start + j] - value)[:, None])
+            residual[:, j + 1 :].baddbmm_(own[:, j + 1 :, j, None], (values[:, start + j] - value)[:, None])
             new[:, start + j], values[:, start + j] = code, value
     return Codes(new, codes.scale)
 
@@ -358,7 +359,7 @@ def round_weight(weight: Tensor, grid: Grid, statistics: Statistics | None, meth
     if statistics is None:
         raise UserError(f"method {method} needs calibration statistics")
     out = torch.empty_like(batched)
-    count = experts_at_once(batched.shape)
+    count = experts_at_once(batched.shape, WORKING_BYTES[batched.device.type])
     for start in range(0, len(batched), count):
         part = slice(start, start + count)
         own = Statistics(statistics.hessian[part], statistics.tokens[part])
@@ -366,10 +367,10 @@ def round_weight(weight: Tensor, grid: Grid, statistics: Statistics | None, meth
     return out.reshape(weight.shape)
 
 
-def experts_at_once(shape: tuple[int, ...]) -> int:
-    """How many matrices [O, I] are rounded together: as many as keep the copies of weights and moments near 8 GB."""
+def experts_at_once(shape: tuple[int, ...], working_bytes: float) -> int:
+    """How many matrices [O, I] are rounded together: as many as keep the copies of weights and moments in that memory."""
     _, outputs, inputs = shape
-    return max(1, int(8e9 / (4 * inputs * (6 * inputs + 8 * outputs))))
+    return max(1, int(working_bytes / (4 * inputs * (6 * inputs + 8 * outputs))))
 
 
 def zero_point_bits(method: str, bits: int) -> int:
