@@ -7,6 +7,8 @@ over a group by the same tree, as reductions over an axis of two.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -47,7 +49,7 @@ def _clip_kernel(
         scale = tl.where(scale < min_scale, 0.0, scale)
         inverse = tl.where(scale > 0, tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), 0.0)
         code = tl.minimum(_round_half_even(size * inverse[:, None]), qmax)
-        error = size - code * scale[:, None]
+        error = tl.fma(-code, tl.broadcast_to(scale[:, None], (ROWS, GROUP)), size)  # the product is exact: one rounding
         error = error * error
         width: tl.constexpr = GROUP
         for level in tl.static_range(LEVELS):
@@ -70,6 +72,12 @@ def fits(weight: Tensor, group: int, bits: int) -> bool:
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=64)
+def _table(factors: tuple[float, ...], device: torch.device) -> Tensor:
+    """The factors on the device; made once, since the copy takes as long as a tenth of the kernel."""
+    return torch.tensor(factors, dtype=torch.float32, device=device)
+
+
 def clip_fake_quant(
     weight: Tensor, factors: list[float], qmax: int, group: int, min_scale: float, dtype: torch.dtype,
     rows: int = ROWS, warps: int = WARPS,
@@ -78,7 +86,7 @@ def clip_fake_quant(
     flat = weight.detach().contiguous()
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     bad = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    table = torch.tensor(factors, dtype=torch.float32, device=weight.device)
+    table = _table(tuple(factors), weight.device)
     count = weight.numel() // group
     if count:
         _clip_kernel[(triton.cdiv(count, rows),)](
