@@ -1,8 +1,8 @@
 """Draw the README's picture and the training curve from the records: python src/eval/plot_results.py
 
 docs/razor_tiny_bits.png: accuracy (Wilson intervals) and KL to BF16 against the bits of the whole model, one point a record in
-results/eval, results/kl and results/quantize. docs/razor_tiny_training.png: loss by training tokens. A picture without records
-is not drawn.
+results/eval, results/kl and results/quantize. docs/razor_tiny_methods.png: KL against packed bytes for every quantized model
+that has both records. docs/razor_tiny_training.png: loss by training tokens. A picture without records is not drawn.
 """
 
 from __future__ import annotations
@@ -72,6 +72,25 @@ def bits_picture(found: list[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+def methods_picture(results: Path, path: Path) -> None:
+    """KL (mean, and the 99.9th percentile above it) against packed bytes, one colour a method."""
+    kl = {r["tag"]: r["metrics"]["kl"] for _, r in records(results, "kl") if "kl" in r["metrics"]}
+    made = [r for _, r in records(results, "quantize") if r["tag"] in kl]
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
+    palette = plt.get_cmap("tab10")
+    names = {r["tag"]: "absmax" if r["recipe"]["clip_steps"] == 1 else r["recipe"]["method"] for r in made}
+    for index, method in enumerate(dict.fromkeys(names.values())):
+        own = sorted(((r["metrics"]["packed_bytes"] / 1e6, kl[r["tag"]]) for r in made if names[r["tag"]] == method), key=lambda pair: pair[0])
+        size = [x for x, _ in own]
+        axes.plot(size, [k["mean"] for _, k in own], "o-", ms=5, lw=1, color=palette(index), label=method)
+        axes.plot(size, [k["p99_9"] for _, k in own], "^", ms=4, alpha=0.45, color=palette(index))
+    axes.set(yscale="log", xlabel="packed size, MB", ylabel="KL to BF16, nats: mean (dots), 99.9 % (triangles)")
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
 def training_picture(record: dict[str, Any], path: Path) -> None:
     curve, recipe = record["metrics"]["curve"], record["recipe"]
     tokens = [point["step"] * recipe["rows"] * recipe["length"] / 1e6 for point in curve]
@@ -93,6 +112,8 @@ def main() -> None:
         raise UserError(f"{args.results}: holds no record to draw")
     if found:
         bits_picture(found, args.out / "razor_tiny_bits.png")
+    if records(args.results, "quantize"):
+        methods_picture(args.results, args.out / "razor_tiny_methods.png")
     for _, record in runs:
         training_picture(record, args.out / f"{record['tag']}_training.png")
 

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Every rounding method on one model at the same grid, judged by KL:  bash pipelines/study.sh     (razor-tiny; 20 minutes on 2 cores)
+# MODEL=DIR and NAME=prefix take another model. A killed run goes on where it stopped.
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
+cd "$MOE_LOWBIT_ROOT"
+model=${MODEL:-models/razor-tiny} name=${NAME:-razor_tiny}
+
+judge() { # tag method expert-bits
+    [ -e "results/kl/$1.json" ] && return
+    if [ ! -e "results/quantize/$1.json" ] || [ ! -e "$SCRATCH/$1/recipe.json" ]; then
+        python src/quant/quant_save.py --model "$model" --expert-bits "$3" --linear-bits 4 --method "$2" \
+            --out "$SCRATCH/$1" --result "results/quantize/$1.json" --tag "$1" --force
+    fi
+    python src/eval/moe_eval.py --model "$SCRATCH/$1" --reference "$model" --tag "$1"
+}
+
+for method in rtn_asym hqq wclip awq gptq gptq_refit; do
+    judge "${name}_int3_int4_$method" "$method" 3
+done
+for bits in 2 2.5 4; do
+    judge "${name}_int${bits}_int4_gptq_refit" gptq_refit "$bits"
+done
+python src/eval/make_results.py
+python src/eval/check_results.py
+python src/eval/plot_results.py
