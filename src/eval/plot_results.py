@@ -80,7 +80,8 @@ def methods_picture(results: Path, path: Path) -> None:
     palette = plt.get_cmap("tab10")
     names = {r["tag"]: "absmax" if r["recipe"]["clip_steps"] == 1 else r["recipe"]["method"] for r in made}
     for index, method in enumerate(dict.fromkeys(names.values())):
-        own = sorted(((r["metrics"]["packed_bytes"] / 1e6, kl[r["tag"]]) for r in made if names[r["tag"]] == method), key=lambda pair: pair[0])
+        mine = [r for r in made if names[r["tag"]] == method]
+        own = sorted(((r["metrics"]["packed_bytes"] / 1e6, kl[r["tag"]]) for r in mine), key=lambda pair: pair[0])
         size = [x for x, _ in own]
         axes.plot(size, [k["mean"] for _, k in own], "o-", ms=5, lw=1, color=palette(index), label=method)
         axes.plot(size, [k["p99_9"] for _, k in own], "^", ms=4, alpha=0.45, color=palette(index))

@@ -1,11 +1,13 @@
 """What the router does with text, layer by layer: load, mass, salience and cold experts of a checkpoint.
 
-    python src/quant/moe_probe.py --model models/razor-tiny [--calib FILE] [--result results/probe/T.json --tag T]
+    python src/quant/moe_probe.py --model models/razor-tiny [--calib FILE] [--imatrix work/imatrix.gguf]
+        [--result results/probe/T.json --tag T]
 
 One decoder layer is in memory at a time. Per expert: frequency (share of assignments), router mass (share of the summed
 routing weights), activation salience (share of the summed squared inputs of its down projection, weighted by the square of
 the routing weight). Per layer: normalised entropy of the frequency (1 is even), the least and greatest load relative to the
 mean, experts never routed to and experts with fewer effective tokens than inputs, and how alike the three rankings are.
+--imatrix also writes llama.cpp's importance matrix, with experts' inputs weighted by the square of their routing weight.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 from calibration import Calibration, Collector, LayerStream, calibration_ids
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli
+from imatrix import Entry, entries_of, write_imatrix
 from results_store import describe_model, write_result
 
 
@@ -53,17 +56,22 @@ def layer_report(routed: Tensor, mass: Tensor, energy: Tensor, tokens: Tensor, i
 
 
 @torch.no_grad()
-def probe(checkpoint: Checkpoint, calibration: Calibration) -> dict[str, dict[str, Any]]:
-    """The report of every decoder layer that has routed experts, by its index."""
+def probe(
+    checkpoint: Checkpoint, calibration: Calibration, every_linear: bool = False
+) -> tuple[dict[str, dict[str, Any]], dict[str, Entry]]:
+    """(report of every decoder layer that has routed experts, by its index; the importance of each weight, by llama.cpp's
+    names: of the experts, or of ``every_linear``)."""
     stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
     batch = math.gcd(calibration.batch, len(calibration.ids))
     kwargs = stream.arguments(calibration.ids[:batch])
     hidden = [stream.embed(part).cpu() for part in calibration.ids.split(batch)]
-    reports = {}
+    reports, importance = {}, {}
     with progress(len(stream.layers), "probe", "layer") as bar:
         for index, layer in enumerate(stream.layers):
             stream.fill(layer, f"model.layers.{index}.")
-            wanted = {name for name, p in layer.named_parameters() if p.ndim == 3 and ".experts." in name}
+            experts = {name for name, p in layer.named_parameters() if p.ndim == 3 and ".experts." in name}
+            linears = {f"{name}.weight" for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+            wanted = experts | (linears if every_linear else set())
             collector = Collector(layer, wanted)
             hidden = [out.cpu() for out in stream.run(layer, hidden, kwargs[index])]
             collector.remove()
@@ -73,11 +81,11 @@ def probe(checkpoint: Checkpoint, calibration: Calibration) -> dict[str, dict[st
                 tokens = moments.weight**2 / moments.square.clamp_min(1e-30)
                 inputs = collector.moments[f"{name}.gate_up_proj"].total.shape[-1]
                 reports[str(index)] = layer_report(routed, collector.mass[name], energy, tokens, inputs)
+            named = {f"model.layers.{index}.{name}": moments for name, moments in collector.moments.items()}
+            importance |= entries_of(named, checkpoint.config["model_type"], len(stream.layers))
             stream.empty(layer)
             bar.update()
-    if not reports:
-        raise UserError(f"{checkpoint.path}: has no routed experts to probe")
-    return reports
+    return reports, importance
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:
@@ -97,6 +105,7 @@ def main() -> None:
     parser.add_argument("--calib", type=Path, help="text file (default: the tiny tasks' training split)")
     parser.add_argument("--calib-sequences", type=int, default=128)
     parser.add_argument("--calib-length", type=int, default=512)
+    parser.add_argument("--imatrix", type=Path, help="write llama.cpp's importance matrix here")
     parser.add_argument("--result", type=Path, help="also record the run in this JSON file; needs --tag")
     parser.add_argument("--tag", help="name of the run in its record")
     args = parser.parse_args()
@@ -106,8 +115,13 @@ def main() -> None:
         raise UserError(f"{args.result}: exists; give another --result")
     checkpoint, started = Checkpoint(args.model), time.time()
     ids, entry = calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
-    reports = probe(checkpoint, Calibration(ids, entry))
+    reports, importance = probe(checkpoint, Calibration(ids, entry), every_linear=bool(args.imatrix))
+    if not reports and not args.imatrix:
+        raise UserError(f"{args.model}: has no routed experts to probe")
     print(table(reports), flush=True)
+    if args.imatrix:
+        write_imatrix(args.imatrix, importance, [entry["name"]], len(ids), args.calib_length)
+        print(f"wrote {args.imatrix}: {len(importance)} weights", flush=True)
     if args.result:
         write_result(
             args.result, kind="probe", tag=args.tag, started=started, model=describe_model(args.model), data=[entry],
