@@ -8,6 +8,7 @@ the layer's output), then the layer is rounded and the activations go on through
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import re
@@ -101,6 +102,14 @@ def layer_bytes(jobs: Sequence[Any], calibration: Calibration) -> int:
             size += 4 * math.prod(job.info.shape[:-2]) * job.info.shape[-1] ** 2
         layers[match[1]] = layers.get(match[1], 0) + size
     return max(layers.values(), default=0) + 2 * item * calibration.ids.numel() * width
+
+
+def trim_heap() -> None:
+    """Return freed memory to the system. glibc keeps freed tensors below 32 MB in its heap, where small objects that live
+    on keep whole layers resident; other C libraries have no such call and need none."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Moments:
@@ -251,8 +260,9 @@ class LayerStream:
 
     @staticmethod
     def empty(module: nn.Module) -> None:
-        """Drop a module's parameters again."""
+        """Drop a module's parameters again, and give their memory back."""
         module.to("meta")
+        trim_heap()
 
     def disk_tensors(self, index: int) -> list[str]:
         """The checkpoint's tensors of decoder layer ``index``, in the order of the checkpoint."""
