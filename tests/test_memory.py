@@ -34,7 +34,8 @@ def llama(path, layers, hidden, inner):
     layer |= {f"{n}_layernorm.weight": torch.ones(hidden).bfloat16() for n in ("input", "post_attention")}
     path.mkdir()
     index, total = {}, 0
-    ends = {"model.embed_tokens.weight": torch.randn(256, hidden).bfloat16(), "model.norm.weight": layer["input_layernorm.weight"]}
+    ends = {"model.embed_tokens.weight": torch.randn(256, hidden).bfloat16()}
+    ends["model.norm.weight"] = torch.ones(hidden).bfloat16()
     for start in range(0, layers, 10):
         tensors = dict(ends) if start == 0 else {}
         tensors |= {f"model.layers.{i}.{n}": t.clone() for i in range(start, start + 10) for n, t in layer.items()}

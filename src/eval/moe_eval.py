@@ -82,17 +82,18 @@ class RouterCounter:
         }
 
 
-def tiny_texts(tokenizer: Any, count: int) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """(prompt, assistant turn) of ``count`` held-out items of every tiny task, and their record."""
+def tiny_texts(tokenizer: Any, count: int, split: str = "test") -> tuple[list[tuple[str, str]], dict[str, Any]]:
+    """(prompt, assistant turn) of ``count`` items of every tiny task, held out by default, and their record."""
     from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
 
     pairs = []
     for task in (kind() for kind in TINY_TASKS):
-        for item, solution in task.load_with_solutions(count):
+        for item, solution in task.load_with_solutions(count, split):
             prompt = render_chat(tokenizer, task.messages(item))
             turn = solution.removeprefix("<think>\n") + tokenizer.eos_token
             pairs.append((prompt, turn))
-    return pairs, data_entry("tiny_tasks transcripts", GENERATOR_REVISION, [list(pair) for pair in pairs])
+    name = "tiny_tasks transcripts" if split == "test" else f"tiny_tasks transcripts, {split} split"
+    return pairs, data_entry(name, GENERATOR_REVISION, [list(pair) for pair in pairs])
 
 
 def file_texts(path: Path, count: int) -> tuple[list[tuple[str, str]], dict[str, Any]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fnmatch
 import json
 import math
 import shutil
@@ -24,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration import Calibration, calibration_ids, layer_bytes
+from calibration import Calibration, calibration_ids, layer_bytes, place_of
 from checkpoint import INDEX, Checkpoint, CheckpointWriter, TensorInfo
 from console import UserError, progress, run_cli, write_json
 from model_layout import Role, roles_of
 from moe_quant import average_bits, fake_quant
-from recipe import RECIPE_FILE, Recipe
+from recipe import RECIPE_FILE, Recipe, read_overrides
 from results_store import describe_model, sha256_json, write_result
 from rounding import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
 from staging import check_output, check_resume, staged_directory
@@ -94,9 +95,13 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
     if checkpoint.config.get("quantization_config"):
         raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
     roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
+    parameters = {name: place_of(name).parameter for name in checkpoint.tensors}
+    for pattern, _ in recipe.overrides:
+        if not fnmatch.filter(parameters.values(), pattern):
+            raise UserError(f"overrides: {pattern}: no parameter of {checkpoint.path} has such a name")
     jobs = []
     for name, info in checkpoint.tensors.items():
-        bits = recipe.bits_for(roles[name]) if info.numel else None
+        bits = recipe.bits_of(parameters[name], roles[name]) if info.numel else None
         if info.dtype.itemsize == 1 and info.dtype.is_floating_point or bits and info.dtype not in FLOATS:
             raise UserError(f"tensor {name}: dtype {info.dtype} is already quantized; use a BF16, F16 or F32 checkpoint")
         if bits and info.shape[-1] % recipe.group:
@@ -105,7 +110,8 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
                 f"choose a --group that divides {info.shape[-1]}"
             )
         if bits and bits != int(bits) and recipe.method not in CALIBRATED:
-            raise UserError(f"expert_bits {bits}: a mix of two grids needs a calibrated method: {', '.join(CALIBRATED)}")
+            known = ", ".join(CALIBRATED)
+            raise UserError(f"tensor {name}: {bits} bits: a mix of two grids needs a calibrated method: {known}")
         jobs.append(Job(name, info, roles[name], bits))
     return jobs
 
@@ -114,11 +120,15 @@ def summarize(jobs: list[Job], recipe: Recipe) -> QuantizeReport:
     """Counts, sizes and bits of a plan; the errors are still None."""
     roles: dict[str, RoleReport] = {}
     for job in jobs:
-        entry = roles.setdefault(job.role, RoleReport(bits=job.bits))
+        entry = roles.setdefault(job.role, RoleReport(bits=0.0 if job.bits else None))
+        entry.bits = entry.bits + job.bits * job.info.numel if job.bits and entry.bits is not None else entry.bits
         entry.tensors += 1
         entry.parameters += job.info.numel
         entry.bytes += job.info.bytes
         entry.packed_bytes += job.packed_bytes(recipe)
+    for entry in roles.values():
+        if entry.bits:
+            entry.bits = round(entry.bits / entry.parameters, 4)
     parameters = sum(entry.parameters for entry in roles.values())
     packed = sum(entry.packed_bytes for entry in roles.values())
     zero = zero_point_bits(recipe.method, recipe.linear_bits)
@@ -140,7 +150,7 @@ def table(report: QuantizeReport) -> str:
     """The report by role, as lines of text."""
     lines = [f"{'role':<17}{'tensors':>8}{'parameters':>17}{'bits':>6}{'MB packed':>12}{'rel. error':>12}"]
     for role, entry in report.roles.items():
-        bits, error = entry.bits or "kept", entry.relative_error
+        bits, error = f"{entry.bits:g}" if entry.bits else "kept", entry.relative_error
         shown = "" if error is None else f"{error:.3e}"
         megabytes = f"{entry.packed_bytes / 1e6:.2f}"
         lines.append(f"{role:<17}{entry.tensors:>8,}{entry.parameters:>17,}{bits:>6}{megabytes:>12}{shown:>12}")
@@ -350,6 +360,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=128, help="inputs that share a scale (default 128)")
     parser.add_argument("--clip-steps", type=int, default=16, help="ratios tried by the clip search; 1 is absmax")
     parser.add_argument("--method", default="clip", help=f"{', '.join(METHODS)} (default clip)")
+    parser.add_argument("--allocation", type=Path, help="JSON of moe_alloc: bits by parameter, in place of the two above")
     parser.add_argument("--calib", type=Path, help="text file for calibration (default: the tiny tasks' training split)")
     parser.add_argument("--calib-sequences", type=int, default=128)
     parser.add_argument("--calib-length", type=int, default=512, help="tokens of a calibration sequence")
@@ -376,7 +387,10 @@ def check_arguments(args: argparse.Namespace) -> Recipe:
         raise UserError("--calib-sequences and --calib-length must be at least 1")
     if args.result and args.result.exists() and not args.force:
         raise UserError(f"{args.result}: exists; give another --result, or --force to replace it")
-    return Recipe(args.expert_bits, args.linear_bits, args.group, args.clip_steps, method=args.method)
+    overrides = read_overrides(args.allocation) if args.allocation else ()
+    return Recipe(
+        args.expert_bits, args.linear_bits, args.group, args.clip_steps, method=args.method, overrides=overrides
+    )
 
 
 def main() -> None:

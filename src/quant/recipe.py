@@ -6,6 +6,7 @@ Not a command. `from_env_file("configs/smoke_tiny.env", {"EXPERT_BITS": "2"})`; 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +32,8 @@ LINEAR_ROLES = (
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """expert_bits and linear_bits: 2..8, or 16 to leave those tensors as they are; a fraction of expert_bits gives that
-    share of each layer's experts one bit more. group: inputs that share a scale. method: see rounding.py."""
+    share of each layer's experts one bit more. group: inputs that share a scale. method: see rounding.py. overrides:
+    (pattern, bits) pairs, a pattern as of fnmatch for names of transformers' parameters; the last that matches wins."""
 
     expert_bits: float
     linear_bits: int
@@ -40,6 +42,7 @@ class Recipe:
     clip_low: float = 0.65
     method: str = "clip"
     scale_dtype: str = "bfloat16"
+    overrides: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("linear_bits", "group", "clip_steps"):
@@ -53,6 +56,10 @@ class Recipe:
             bits = getattr(self, field)
             if not 2 <= bits <= 8 and bits != KEEP:
                 raise UserError(f"{field} {bits} is outside 2..8 (or {KEEP} to leave the tensors as they are)")
+        object.__setattr__(self, "overrides", tuple((str(name), bits) for name, bits in self.overrides))
+        for name, bits in self.overrides:
+            if type(bits) not in (int, float) or not (2 <= bits <= 8 or bits == KEEP):
+                raise UserError(f"overrides: {name}: bits {bits!r} is outside 2..8 (or {KEEP} to leave it)")
         if self.group < 1:
             raise UserError(f"group {self.group} must be at least 1")
         if self.clip_steps < 1:
@@ -69,6 +76,16 @@ class Recipe:
         bits = self.expert_bits if role is Role.ROUTED_EXPERT else self.linear_bits if role in LINEAR_ROLES else KEEP
         return None if bits == KEEP else bits
 
+    def bits_of(self, parameter: str, role: Role) -> float | None:
+        """Bits of a parameter by its name, overrides included; None leaves it as it is."""
+        bits = self.bits_for(role)
+        for pattern, own in self.overrides:
+            if fnmatch.fnmatchcase(parameter, pattern):
+                if role not in (Role.ROUTED_EXPERT, *LINEAR_ROLES):
+                    raise UserError(f"overrides: {pattern}: {parameter} is a {role}, which is never quantized")
+                bits = None if own == KEEP else own
+        return bits
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field."""
         return dataclasses.asdict(self)
@@ -82,10 +99,19 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
     return Recipe(**value)
 
 
+def read_overrides(path: str | Path) -> tuple[tuple[str, float], ...]:
+    """The "overrides" of a JSON file, an object {pattern: bits}, as moe_alloc writes it."""
+    value = read_json(path)
+    found = value.get("overrides") if isinstance(value, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{path}: has no object \"overrides\" of patterns and bits; python src/quant/moe_alloc.py writes one")
+    return tuple(found.items())
+
+
 def from_env_file(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
     """The recipe's keys (EXPERT_BITS, LINEAR_BITS, GROUP, CLIP_STEPS, ...) of a configs/*.env file; keys of other steps
     in that file are left alone. ``overrides`` win and may hold nothing but recipe keys."""
-    keys = {field.name.upper() for field in dataclasses.fields(Recipe)}
+    keys = {field.name.upper() for field in dataclasses.fields(Recipe)} - {"OVERRIDES"}
     pairs = {key: value for key, value in read_env_file(path).items() if key in keys}
     return build_config(Recipe, {**pairs, **(overrides or {})}, str(path))
 

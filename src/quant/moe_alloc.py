@@ -1,0 +1,156 @@
+"""Bits for each layer's experts from measured KL: measure what each costs, then spend a byte budget exactly.
+
+    python src/quant/moe_alloc.py --model models/razor-tiny --expert-bits 3 --out work/alloc.json [--items 8]
+        [--result results/probe/T.json --tag T]
+    python src/quant/quant_save.py ... --expert-bits 3 --allocation work/alloc.json --method gptq_refit
+
+Sensitivity: the experts' gate_up or down matrices of one layer alone are rounded (clip search) to each of --options bits, all
+else stays BF16, and the mean KL to the BF16 model is measured, on training transcripts or --text. The model is loaded whole.
+Allocation: the bits of least summed KL whose size is at most that of --expert-bits everywhere, by dynamic programming over
+all choices (exact for summed KL).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from backends import load_model, load_tokenizer
+from checkpoint import Checkpoint
+from console import UserError, progress, run_cli, write_json
+from moe_eval import batches, divergence, file_texts, tiny_texts
+from moe_quant import fake_quant
+from results_store import describe_model, write_result
+
+
+def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """For each item the index of its option so that the summed loss is least and the summed cost at most ``budget``.
+
+    Exact dynamic programming over the cost in units of its greatest common divisor. Raises :class:`UserError` when even
+    the cheapest options cost more.
+    """
+    floor = sum(min(row) for row in costs)
+    if floor > budget:
+        raise UserError(f"the budget of {budget} is below the {floor} of the cheapest choice; raise --expert-bits")
+    unit = int(np.gcd.reduce([cost for row in costs for cost in row]))
+    size = budget // unit + 1
+    best = np.zeros(size)
+    choices = np.zeros((len(costs), size), dtype=np.int8)
+    for index, (row, loss) in enumerate(zip(costs, losses, strict=True)):
+        table = np.full((len(row), size), np.inf)
+        for option, (cost, value) in enumerate(zip(row, loss, strict=True)):
+            step = cost // unit
+            if step < size:
+                table[option, step:] = best[: size - step] + value
+        choices[index], best = table.argmin(0), table.min(0)
+    picked, left = [0] * len(costs), int(best.argmin())
+    for index in reversed(range(len(costs))):
+        picked[index] = int(choices[index, left])
+        left -= costs[index][picked[index]] // unit
+    return picked
+
+
+class Sensitivity:
+    """Mean KL of a model with some parameters replaced, to itself as loaded, on held-out text."""
+
+    def __init__(self, model: torch.nn.Module, data: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        self.model, self.data = model, data
+        self.expected = [self._logits(*batch) for batch in data]
+
+    @torch.no_grad()
+    def _logits(self, ids: torch.Tensor, real: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        mask = real.to(self.model.device)
+        logits = self.model(input_ids=ids.to(self.model.device), attention_mask=mask, use_cache=False).logits
+        return logits[:, :-1][real[:, 1:]]
+
+    @torch.no_grad()
+    def of(self, name: str, bits: int, group: int, clip_steps: int) -> float:
+        """KL with the parameter ``name`` rounded, which is put back afterwards."""
+        parameter = self.model.get_parameter(name)
+        original = parameter.detach().clone()
+        parameter.copy_(fake_quant(original.bfloat16(), bits, group, clip_steps))
+        kl = [divergence(old, self._logits(*b))[0] for old, b in zip(self.expected, self.data, strict=True)]
+        parameter.copy_(original)
+        return torch.cat(kl).double().mean().item()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--expert-bits", required=True, type=float, help="the budget: the size of this everywhere")
+    parser.add_argument("--out", required=True, type=Path, help="JSON for quant_save --allocation")
+    parser.add_argument("--options", default="2,3,4", help="bits to choose from")
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--clip-steps", type=int, default=16)
+    parser.add_argument("--items", type=int, default=8, help="training transcripts a task, or paragraphs of --text")
+    parser.add_argument("--text", type=Path, help="measure on this text file instead")
+    parser.add_argument("--result", type=Path, help="also record the run in this JSON file; needs --tag")
+    parser.add_argument("--tag", help="name of the run in its record")
+    return parser.parse_args()
+
+
+def check_args(args: argparse.Namespace) -> list[int]:
+    if bool(args.result) != bool(args.tag):
+        raise UserError("--result and --tag go together")
+    for path in filter(None, (args.out, args.result)):
+        if path.exists():
+            raise UserError(f"{path}: exists; give another name or remove it")
+    try:
+        options = sorted({int(text) for text in args.options.split(",")})
+    except ValueError:
+        raise UserError(f"--options {args.options}: expected whole numbers separated by commas") from None
+    if options[0] < 2 or options[-1] > 8 or args.items < 1:
+        raise UserError(f"--options {args.options}: 2..8; --items {args.items}: at least 1")
+    return options
+
+
+def main() -> None:
+    args = parse_args()
+    options = check_args(args)
+    Checkpoint(args.model)
+    started = time.time()
+    tokenizer = load_tokenizer(args.model)
+    pairs, entry = file_texts(args.text, args.items) if args.text else tiny_texts(tokenizer, args.items, "train")
+    model = load_model(args.model)
+    names = [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
+    if not names:
+        raise UserError(f"{args.model}: has no routed experts to allocate bits to")
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
+    measure = Sensitivity(model, list(batches(tokenizer, pairs, 16, min(context, 4096))))
+    losses = []
+    with progress(len(names) * len(options), "sensitivity", "rounding") as bar:
+        for name in names:
+            losses.append([])
+            for bits in options:
+                losses[-1].append(measure.of(name, bits, args.group, args.clip_steps))
+                bar.update()
+    sizes = [model.get_parameter(name).numel() for name in names]
+    costs = [[bits * size for bits in options] for size in sizes]
+    budget = int(args.expert_bits * sum(sizes))
+    picked = solve(costs, losses, budget)
+    overrides = {name: options[index] for name, index in zip(names, picked, strict=True)}
+    spent = sum(row[index] for row, index in zip(costs, picked, strict=True))
+    metrics = {
+        "options": options,
+        "sensitivity": dict(zip(names, losses, strict=True)),
+        "overrides": overrides,
+        "bits_spent": spent / sum(sizes),
+        "predicted_kl": sum(row[index] for row, index in zip(losses, picked, strict=True)),
+    }
+    write_json(args.out, {"overrides": overrides})
+    if args.result:
+        described = describe_model(args.model)
+        write_result(
+            args.result, kind="probe", tag=args.tag, started=started, model=described, data=[entry], metrics=metrics
+        )
+    print("\n".join(f"{bits} bits  {name}" for name, bits in overrides.items()))
+    print(f"{spent / sum(sizes):.4f} bits an expert weight, predicted KL {metrics['predicted_kl']:.5f}", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)
