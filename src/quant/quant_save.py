@@ -236,6 +236,7 @@ class Sink:
 
     def __init__(self, checkpoint: Checkpoint, writer: CheckpointWriter, errors: ErrorLog, bar: Any) -> None:
         self.checkpoint, self.writer, self.errors, self.bar = checkpoint, writer, errors, bar
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def stream(self, job: Job, recipe: Recipe, chunk_bytes: int) -> None:
         """Read, quantize without calibration (or copy) and write one tensor chunk by chunk."""
@@ -244,6 +245,8 @@ class Sink:
             return
         error = size = 0.0
         for _, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
+            if job.bits is not None:
+                weight = weight.to(self.device)
             quantized = quantize_chunk(job, weight, recipe)
             if job.bits is not None:
                 error += _square_sum(weight, quantized)
