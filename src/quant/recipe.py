@@ -87,8 +87,8 @@ class Recipe:
         return bits
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field."""
-        return dataclasses.asdict(self)
+        """A JSON object with every field, equal to itself after a round trip through a file."""
+        return dataclasses.asdict(self) | {"overrides": [list(pair) for pair in self.overrides]}
 
 
 def from_json(value: Any, where: str = "recipe") -> Recipe:
