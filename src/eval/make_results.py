@@ -1,7 +1,7 @@
 """Write results/RESULTS.md from the records in results/: python src/eval/make_results.py
 
 Every figure is a citation that check_results verifies. Tables: accuracy (eval), differences (compare), fidelity (kl), sizes
-(quantize), training.
+(quantize), speed (bench), training.
 """
 
 from __future__ import annotations
@@ -121,7 +121,31 @@ def training(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     return ["## Training", "", *table(["model", "parameters", "tokens", "seconds", "final loss"], rows), *commands(found)]
 
 
-SECTIONS = (("eval", accuracy), ("compare", differences), ("kl", fidelity), ("quantize", sizes), ("train", training))
+def speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    rates = ("limit_copy", "absmax_int4", "clip16_int3", "clip16_int4", "plain_clip16_int3")
+    methods = ("wclip", "gptq", "gptq_refit")
+    rows = [
+        [
+            f"`{r['tag']}` ({r['hardware']['gpu'] or r['hardware']['cpu']})".replace("(", "(`").replace(")", "`)"),
+            *(cite(r, file, f"metrics.grids.{name}", 2) for name in rates),
+            cite(r, file, "metrics.layer.experts", 0),
+            *(cite(r, file, f"metrics.layer.{name}.seconds", 1) for name in methods),
+        ]
+        for file, r in found
+    ]
+    note = "Data-free grids in billions of parameters a second, beside a copy; one MoE layer of calibrated rounding in seconds."
+    head = ["machine", "copy", *(f"`{name}`" for name in rates[1:]), "experts of the layer", *(f"`{name}`" for name in methods)]
+    return ["## Speed", "", note, "", *table(head, rows), *commands(found)]
+
+
+SECTIONS = (
+    ("eval", accuracy),
+    ("compare", differences),
+    ("kl", fidelity),
+    ("quantize", sizes),
+    ("bench", speed),
+    ("train", training),
+)
 
 
 def page(directory: Path) -> str:

@@ -242,11 +242,11 @@ def _read_rows(stream: BinaryIO, info: TensorInfo, offset: int, shape: tuple[int
     size = math.prod(shape) * info.dtype.itemsize
     if not size:
         return torch.empty(shape, dtype=info.dtype)
-    buffer = bytearray(size)
+    buffer = torch.empty(size, dtype=torch.uint8)
     stream.seek(offset)
-    if stream.readinto(buffer) != size:
+    if stream.readinto(memoryview(buffer.numpy())) != size:
         raise UserError(f"{info.file}: became shorter while it was read")
-    return torch.frombuffer(buffer, dtype=info.dtype).view(shape)
+    return buffer.view(info.dtype).view(shape)
 
 
 Plan = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]

@@ -178,7 +178,8 @@ def sidecars(model: Path) -> list[Path]:
 
 def _square_sum(a: Tensor, b: Tensor | None = None) -> float:
     """Sum of a**2, or of (a - b)**2, in float64 over pieces of bounded size."""
-    pieces = [tensor.flatten().split(1 << 20) for tensor in ((a,) if b is None else (a, b))]
+    size = 1 << (20 if a.device.type == "cpu" else 26)
+    pieces = [tensor.flatten().split(size) for tensor in ((a,) if b is None else (a, b))]
     total = 0.0
     for piece, *other in zip(*pieces, strict=True):
         difference = piece.float() - other[0].float() if other else piece.float()
