@@ -57,9 +57,10 @@ def bits_picture(found: list[dict[str, Any]], path: Path) -> None:
     left.legend(frameon=False, fontsize=8)
     measured = [point for point in found if point["kl"] and point["bits"] < BF16_BITS]
     right.plot([p["bits"] for p in measured], [p["kl"] for p in measured], "o", color="#333333")
-    for place, point in enumerate(measured):
-        shift = (6, 4) if place % 2 else (6, -10)
+    for point in measured:
+        worst = max(other["kl"] for other in measured if abs(other["bits"] - point["bits"]) < 0.05)
         label = point["tag"].removeprefix("razor_tiny_").replace("_", " ")
+        shift = (7, 3) if point["kl"] == worst else (7, -10)  # of two at the same size, one label above, one below
         right.annotate(label, (point["bits"], point["kl"]), xytext=shift, textcoords="offset points", fontsize=8)
     right.set(yscale="log", xlabel="bits per parameter, whole model", ylabel="mean KL to BF16, nats")
     right.margins(x=0.25, y=0.15)
