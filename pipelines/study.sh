@@ -6,11 +6,11 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
 model=${MODEL:-models/razor-tiny} name=${NAME:-razor_tiny}
 
-judge() { # tag method expert-bits
+judge() { # tag method expert-bits [more options of quant_save]
     [ -e "results/kl/$1.json" ] && return
     if [ ! -e "results/quantize/$1.json" ] || [ ! -e "$SCRATCH/$1/recipe.json" ]; then
         python src/quant/quant_save.py --model "$model" --expert-bits "$3" --linear-bits 4 --method "$2" \
-            --out "$SCRATCH/$1" --result "results/quantize/$1.json" --tag "$1" --force
+            --out "$SCRATCH/$1" --result "results/quantize/$1.json" --tag "$1" --force "${@:4}"
     fi
     python src/eval/moe_eval.py --model "$SCRATCH/$1" --reference "$model" --tag "$1"
 }
@@ -20,6 +20,15 @@ for method in rtn_asym hqq wclip awq gptq gptq_refit; do
 done
 for bits in 2 2.5 4; do
     judge "${name}_int${bits}_int4_gptq_refit" gptq_refit "$bits"
+done
+allocation=$SCRATCH/${name}_allocation.json
+if [ ! -e "$allocation" ]; then
+    rm -f "results/probe/${name}_allocation.json"
+    python src/quant/moe_alloc.py --model "$model" --expert-bits 3 --out "$allocation" \
+        --result "results/probe/${name}_allocation.json" --tag "${name}_allocation"
+fi
+for method in clip gptq_refit; do
+    judge "${name}_int3mix_int4_$method" "$method" 3 --allocation "$allocation"
 done
 python src/eval/make_results.py
 python src/eval/check_results.py
