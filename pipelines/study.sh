@@ -21,15 +21,17 @@ done
 for bits in 2 2.5 4; do
     judge "${name}_int${bits}_int4_gptq_refit" gptq_refit "$bits"
 done
-allocation=$SCRATCH/${name}_allocation.json
-if [ ! -e "$allocation" ]; then
-    rm -f "results/probe/${name}_allocation.json"
-    python src/quant/moe_alloc.py --model "$model" --expert-bits 3 --out "$allocation" \
-        --result "results/probe/${name}_allocation.json" --tag "${name}_allocation"
-fi
-for method in clip gptq_refit; do
-    judge "${name}_int3mix_int4_$method" "$method" 3 --allocation "$allocation"
+# Bits by measured KL: the sensitivities are measured once, for the first budget.
+measured=results/probe/${name}_allocation3.json
+[ -e "$measured" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits 3 --out "$SCRATCH/${name}_allocation3.json" \
+    --result "$measured" --tag "${name}_allocation3"
+for bits in 3 2.5; do
+    allocation=$SCRATCH/${name}_allocation$bits.json
+    [ -e "$allocation" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits "$bits" --measured "$measured" \
+        --out "$allocation"
+    judge "${name}_int${bits}mix_int4_gptq_refit" gptq_refit 3 --allocation "$allocation"
 done
+judge "${name}_int3mix_int4_clip" clip 3 --allocation "$SCRATCH/${name}_allocation3.json"
 python src/eval/make_results.py
 python src/eval/check_results.py
 python src/eval/plot_results.py

@@ -16,6 +16,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
 from moe_eval import batches, divergence, file_texts, tiny_texts
 from moe_quant import fake_quant
-from results_store import describe_model, write_result
+from results_store import describe_model, read_result, write_result
 
 
 def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
@@ -89,6 +90,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clip-steps", type=int, default=16)
     parser.add_argument("--items", type=int, default=8, help="training transcripts a task, or paragraphs of --text")
     parser.add_argument("--text", type=Path, help="measure on this text file instead")
+    parser.add_argument("--measured", type=Path, help="record of an earlier run: take its sensitivities, another budget")
     parser.add_argument("--result", type=Path, help="also record the run in this JSON file; needs --tag")
     parser.add_argument("--tag", help="name of the run in its record")
     return parser.parse_args()
@@ -109,26 +111,42 @@ def check_args(args: argparse.Namespace) -> list[int]:
     return options
 
 
+def measured(path: Path, options: list[int]) -> tuple[list[str], list[list[float]], dict[str, Any]]:
+    """(parameters, losses, data entry) of an earlier record, which must have the same options."""
+    record = read_result(path, "probe")
+    if record["metrics"].get("options") != options:
+        raise UserError(f"{path}: measured for options {record['metrics'].get('options')}, not {options}")
+    return *zip(*record["metrics"]["sensitivity"].items(), strict=True), record["data"][0]
+
+
+def measure(
+    args: argparse.Namespace, model: torch.nn.Module, options: list[int]
+) -> tuple[list[str], list[list[float]], dict[str, Any]]:
+    """(parameters, losses by option, data entry) by rounding one parameter of ``model`` at a time."""
+    tokenizer = load_tokenizer(args.model)
+    pairs, entry = file_texts(args.text, args.items) if args.text else tiny_texts(tokenizer, args.items, "train")
+    names = [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
+    if not names:
+        raise UserError(f"{args.model}: has no routed experts to allocate bits to")
+    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
+    sensitivity = Sensitivity(model, list(batches(tokenizer, pairs, 16, min(context, 4096))))
+    losses: list[list[float]] = []
+    with progress(len(names) * len(options), "sensitivity", "rounding") as bar:
+        for name in names:
+            losses.append([])
+            for bits in options:
+                losses[-1].append(sensitivity.of(name, bits, args.group, args.clip_steps))
+                bar.update()
+    return names, losses, entry
+
+
 def main() -> None:
     args = parse_args()
     options = check_args(args)
     Checkpoint(args.model)
     started = time.time()
-    tokenizer = load_tokenizer(args.model)
-    pairs, entry = file_texts(args.text, args.items) if args.text else tiny_texts(tokenizer, args.items, "train")
     model = load_model(args.model)
-    names = [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
-    if not names:
-        raise UserError(f"{args.model}: has no routed experts to allocate bits to")
-    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
-    measure = Sensitivity(model, list(batches(tokenizer, pairs, 16, min(context, 4096))))
-    losses = []
-    with progress(len(names) * len(options), "sensitivity", "rounding") as bar:
-        for name in names:
-            losses.append([])
-            for bits in options:
-                losses[-1].append(measure.of(name, bits, args.group, args.clip_steps))
-                bar.update()
+    names, losses, entry = measured(args.measured, options) if args.measured else measure(args, model, options)
     sizes = [model.get_parameter(name).numel() for name in names]
     costs = [[bits * size for bits in options] for size in sizes]
     budget = int(args.expert_bits * sum(sizes))
