@@ -325,6 +325,8 @@ def quantize_checkpoint(
     resumed = check_resume(out, settings)
     print(f"{checkpoint.path} -> {out}{' (resumed)' if resumed else ''}\n{recipe}\n{table(report)}", flush=True)
     print(preflight(jobs, out, needed, chunk_bytes, calibration), flush=True)
+    if not calibration:
+        print(f"about {sample_seconds(jobs, recipe):.2g} s of arithmetic at the speed of a sample; the disk comes on top")
     with staged_directory(out, force, settings) as partial:
         for file in extras:
             shutil.copyfile(file, partial / file.name)
@@ -341,6 +343,20 @@ def quantize_checkpoint(
         made = {"recipe": recipe.to_json(), "source": source, "calibration": settings["calibration"]}
         write_json(partial / RECIPE_FILE, made | {"report": report.to_json()})
     return report
+
+
+def sample_seconds(jobs: list[Job], recipe: Recipe, count: int = 1 << 21) -> float:
+    """Seconds that rounding all of ``jobs`` takes at the speed of a random sample of about ``count`` weights."""
+    total = sum(job.info.numel for job in jobs if job.bits is not None)
+    job = next((job for job in jobs if job.bits is not None), None)
+    if job is None:
+        return 0.0
+    sample = torch.randn(max(1, count // recipe.group), recipe.group).bfloat16()
+    sample = sample.to("cuda" if torch.cuda.is_available() else "cpu")
+    quantize_chunk(job, sample, recipe)
+    started = time.perf_counter()
+    quantize_chunk(job, sample, recipe).cpu()
+    return (time.perf_counter() - started) * total / sample.numel()
 
 
 def preflight(jobs: list[Job], out: Path, needed: int, chunk_bytes: int, calibration: Calibration | None) -> str:
