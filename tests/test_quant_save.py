@@ -148,8 +148,8 @@ def large(tmp_path_factory):
 
 
 def start(large, out, *more):
-    """A run on ``large`` that has begun to write."""
-    flags = [str(x) for x in [*arguments(large, out, **{"clip-steps": 16}), "--shard-gib", 0.05, *more]]
+    """A run on ``large`` that has begun to write and has seconds to go."""
+    flags = [str(x) for x in [*arguments(large, out, **{"clip-steps": 64}), "--shard-gib", 0.05, *more]]
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], **streams)
     deadline = time.monotonic() + 60
@@ -165,7 +165,7 @@ def test_ctrl_c_leaves_nothing_and_a_killed_run_refuses_other_settings(large, tm
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in errors and not list(tmp_path.iterdir())
     process = start(large, tmp_path / "q")
-    same = [*arguments(large, tmp_path / "q", **{"clip-steps": 16}), "--shard-gib", 0.05]
+    same = [*arguments(large, tmp_path / "q", **{"clip-steps": 64}), "--shard-gib", 0.05]
     second = command("src/quant/quant_save.py", *same)
     assert second.returncode == 2 and "another run is writing" in second.stderr
     process.kill()

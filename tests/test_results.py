@@ -65,7 +65,7 @@ def test_two_tags_are_compared_in_pairs(results, command):
     def evaluation(tag, right, limit=200):
         rows = [{"benchmark": "tiny_math", "id": str(i), "prompt_sha256": str(i), "correct": i in right} for i in range(200)]
         SampleLog(results / f"eval/{tag}.samples.jsonl", {"sampling": {}, "limit": limit, "grader": "1"}).append(rows)
-        write_result(results / f"eval/{tag}.json", kind="bench", tag=tag, started=0.0, metrics={})
+        write_result(results / f"eval/{tag}.json", kind="probe", tag=tag, started=0.0, metrics={})
 
     evaluation("base", range(180))
     evaluation("worse", range(150))
