@@ -50,10 +50,10 @@ def commands(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 def benchmark_table(found: list[tuple[str, dict[str, Any]]], label: str, cell: Callable[..., str]) -> list[str]:
-    """One row a record, named by its ``label``, one column a benchmark; ``cell(record, file, path of the metrics)``."""
+    """One row a record, named by its fields in ``label``, one column a benchmark; ``cell(record, file, path of the metrics)``."""
     names = list(dict.fromkeys(name for _, record in found for name in record["metrics"]))
     rows = [
-        [f"`{record[label]}`", *(cell(record, file, f"metrics.{name}") if name in record["metrics"] else "" for name in names)]
+        [f"`{label.format_map(record)}`", *(cell(record, file, f"metrics.{name}") if name in record["metrics"] else "" for name in names)]
         for file, record in found
     ]
     return table(["model", *(f"`{name}`" for name in names)], rows)
@@ -69,7 +69,7 @@ def accuracy_cell(record: dict[str, Any], file: str, at: str) -> str:
 
 def accuracy(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     note = "Share of right answers, its Wilson interval, items, and truncated answers (counted wrong)."
-    return ["## Accuracy", "", note, "", *benchmark_table(found, "tag", accuracy_cell), *commands(found)]
+    return ["## Accuracy", "", note, "", *benchmark_table(found, "{tag}", accuracy_cell), *commands(found)]
 
 
 def difference_cell(record: dict[str, Any], file: str, at: str) -> str:
@@ -80,8 +80,8 @@ def difference_cell(record: dict[str, Any], file: str, at: str) -> str:
 
 
 def differences(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    note = "Change in accuracy against the unquantized model on the same items, with its paired bootstrap interval."
-    return ["## Differences", "", note, "", *benchmark_table(found, "other", difference_cell), *commands(found)]
+    note = "Change in accuracy from the first model to the second on the same items, with its paired bootstrap interval."
+    return ["## Differences", "", note, "", *benchmark_table(found, "{base} -> {other}", difference_cell), *commands(found)]
 
 
 KL_COLUMNS = (("mean", 5, ""), ("standard_error", 5, ""), ("p99", 4, ""), ("p99_9", 4, ""), ("top1", 2, " %"))
