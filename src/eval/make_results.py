@@ -50,12 +50,13 @@ def commands(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 def benchmark_table(found: list[tuple[str, dict[str, Any]]], label: str, cell: Callable[..., str]) -> list[str]:
-    """One row a record, named by its fields in ``label``, one column a benchmark; ``cell(record, file, path of the metrics)``."""
+    """One row a record, named by its fields in ``label``, one column a benchmark;
+    ``cell(record, file, path of the metrics)``."""
     names = list(dict.fromkeys(name for _, record in found for name in record["metrics"]))
-    rows = [
-        [f"`{label.format_map(record)}`", *(cell(record, file, f"metrics.{name}") if name in record["metrics"] else "" for name in names)]
-        for file, record in found
-    ]
+    rows = []
+    for file, record in found:
+        cells = [cell(record, file, f"metrics.{name}") if name in record["metrics"] else "" for name in names]
+        rows.append([f"`{label.format_map(record)}`", *cells])
     return table(["model", *(f"`{name}`" for name in names)], rows)
 
 
