@@ -151,7 +151,9 @@ def start(large, out, *more):
     """A run on ``large`` that has begun to write and has seconds to go."""
     flags = [str(x) for x in [*arguments(large, out, **{"clip-steps": 64}), "--shard-gib", 0.05, *more]]
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], **streams)
+    # A background job of a shell ignores Ctrl-C, and so would its children.
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *flags], preexec_fn=heard, **streams)
     deadline = time.monotonic() + 60
     while not list((out.parent / f".{out.name}.partial").glob("model-00003-of-*.safetensors")):
         assert process.poll() is None and time.monotonic() < deadline
