@@ -30,7 +30,7 @@ def test_streamed_activations_and_statistics_are_those_of_the_whole_model(random
     with torch.no_grad():
         expected = model.model(ids, output_hidden_states=True, use_cache=False).hidden_states
     stream = LayerStream(Checkpoint(random_tiny), CPU, torch.float32)
-    kwargs, hidden = stream.arguments(ids), stream.embed(ids)
+    kwargs, hidden = stream.arguments(ids), stream.embed([ids])[0]
     for index, layer in enumerate(stream.layers[:2]):
         stream.fill(layer, f"model.layers.{index}.")
         collector = Collector(layer, {"linear_attn.out_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"})

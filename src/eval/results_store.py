@@ -6,6 +6,7 @@ outside the repository: models and commands are given relative to it, other path
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import hashlib
 import importlib.metadata
@@ -89,16 +90,20 @@ def packages() -> dict[str, str]:
     return found
 
 
+def header_sha256(checkpoint: Checkpoint) -> str:
+    """Digest of the names, dtypes and shapes of a checkpoint's tensors, in their order."""
+    return sha256_json([(name, str(info.dtype), list(info.shape)) for name, info in checkpoint.tensors.items()])
+
+
 def describe_model(path: str | Path) -> dict[str, Any]:
     """{path, config_sha256, bytes, tensors, index_sha256} of a checkpoint directory, from its headers alone."""
     checkpoint = Checkpoint(path)
-    shapes = [(name, str(info.dtype), list(info.shape)) for name, info in checkpoint.tensors.items()]
     return {
         "path": public_path(str(checkpoint.path.resolve())),
         "config_sha256": checkpoint.config_sha256,
         "bytes": checkpoint.bytes,
         "tensors": len(checkpoint.tensors),
-        "header_sha256": sha256_json(shapes),
+        "header_sha256": header_sha256(checkpoint),
     }
 
 
@@ -219,6 +224,21 @@ def read_samples(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     if not rows or "settings" not in rows[0]:
         raise UserError(f"{path}: not a sample log (its first line has no settings)")
     return rows[0]["settings"], rows[1:]
+
+
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """The --result and --tag of every command that can record its run."""
+    parser.add_argument("--result", type=Path, help="also record the run in this JSON file; needs --tag")
+    parser.add_argument("--tag", help="name of the run in its record")
+
+
+def check_record_arguments(args: argparse.Namespace) -> None:
+    """Raise :class:`UserError` on one of the two alone, or a record that exists (unless the command has --force)."""
+    if bool(args.result) != bool(args.tag):
+        raise UserError("--result and --tag go together")
+    if args.result and args.result.exists() and not getattr(args, "force", False):
+        mend = ", or --force to replace it" if hasattr(args, "force") else ""
+        raise UserError(f"{args.result}: exists; give another --result{mend}")
 
 
 def read_result(path: str | Path, kind: str | None = None) -> dict[str, Any]:

@@ -7,15 +7,13 @@ fails stops the run with its exit code.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from console import UserError, run_cli
+from console import UserError, run_cli, run_script
 from env_config import load_config
-from results_store import REPO, read_result
+from results_store import read_result
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,8 @@ def find_model(name: str) -> Path:
 
 
 def step(title: str, script: str, *arguments: str | Path) -> None:
-    """Run one of the project's commands; its failure is this run's failure, with its own message already printed."""
     print(f"== {title}", flush=True)
-    done = subprocess.run([sys.executable, REPO / script, *map(str, arguments)])
-    if done.returncode:
-        sys.exit(done.returncode)
+    run_script(script, *arguments)
 
 
 def comparison(work: Path, names: list[str]) -> str:

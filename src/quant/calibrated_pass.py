@@ -51,15 +51,14 @@ class CalibratedPass:
         self, stream: LayerStream, calibration: Calibration, targets: Mapping[str, Target], method: str
     ) -> None:
         self.stream, self.calibration, self.targets, self.method = stream, calibration, targets, method
-        self.batch = math.gcd(calibration.batch, len(calibration.ids))
-        self.kwargs = stream.arguments(calibration.ids[: self.batch])
+        self.kwargs = stream.arguments(calibration.batches()[0])
         self.hidden: list[Tensor] = []
         self.cold: dict[str, int] = {}
         self.unrouted: dict[str, int] = {}
 
     def embed(self, values: Mapping[str, Tensor]) -> None:
         """Start from the embedding, as rounded in ``values`` (checkpoint names)."""
-        self.hidden = [self.stream.embed(part, values).cpu() for part in self.calibration.ids.split(self.batch)]
+        self.hidden = self.stream.embed(self.calibration.batches(), values)
 
     @torch.no_grad()
     def layer(self, index: int) -> dict[str, Tensor]:
@@ -209,7 +208,7 @@ def calibrated_stream(
         first = _resume(work, writer, parts, out)
         if first == 0:
             embedded = [job for job in parts[0] if job.role is Role.EMBEDDING]
-            work.embed({job.name: _read_back(writer, job) for job in embedded})
+            work.embed({job.name: read_tensor(writer.tensors[job.name]) for job in embedded})  # their shard is complete
         for index, part in enumerate(parts[1:-1]):
             if index < first:
                 bar.update(sum(job.info.bytes for job in part))
@@ -226,11 +225,6 @@ def calibrated_stream(
     for path in [errors.path, *out.glob("activations-*")]:
         path.unlink(missing_ok=True)
     return errors.by_role(jobs), work.facts()
-
-
-def _read_back(writer: CheckpointWriter, job: Job) -> Tensor:
-    """A tensor of a shard that the writer has completed."""
-    return read_tensor(writer.tensors[job.name])
 
 
 def _resume(work: CalibratedPass, writer: CheckpointWriter, parts: list[list[Job]], out: Path) -> int:

@@ -81,6 +81,10 @@ class Calibration:
         """Of weights and activations at work: bfloat16 on a GPU, float32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
+    def batches(self) -> tuple[Tensor, ...]:
+        """The ids in batches of one size, which is the largest that divides both ``batch`` and the sequences."""
+        return self.ids.split(math.gcd(self.batch, len(self.ids)))
+
     def settings(self) -> dict[str, Any]:
         """What decides the result, for recipe.json and for resuming."""
         fields = {"batch": self.batch, "floor": self.floor, "propagate": self.propagate}
@@ -283,10 +287,10 @@ class LayerStream:
         return seen
 
     @torch.no_grad()
-    def embed(self, ids: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Embedded token ids [B, T, H], by the family's own embedding module (gemma scales)."""
+    def embed(self, parts: Iterable[Tensor], values: Mapping[str, Tensor] | None = None) -> list[Tensor]:
+        """Each batch of token ids [B, T] embedded, [B, T, H] on the CPU, by the family's own module (gemma scales)."""
         self.fill(self.decoder.embed_tokens, "model.embed_tokens.", values)
-        out = self.decoder.embed_tokens(ids.to(self.device))
+        out = [self.decoder.embed_tokens(ids.to(self.device)).cpu() for ids in parts]
         self.empty(self.decoder.embed_tokens)
         return out
 

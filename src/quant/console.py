@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,6 +39,13 @@ def run_cli(main: Callable[[], int | None]) -> None:
         code = 130
     sys.stdout.flush()
     sys.exit(code)
+
+
+def run_script(script: str, *arguments: object) -> None:
+    """Run one of the project's commands by its path in the repository; its failure, already explained, is this run's."""
+    root = Path(__file__).resolve().parents[2]
+    if code := subprocess.run([sys.executable, str(root / script), *map(str, arguments)]).returncode:
+        sys.exit(code)
 
 
 def progress(total: int, desc: str, unit: str = "it", unit_scale: bool = False) -> tqdm:

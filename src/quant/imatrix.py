@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 
 
 def ggml_names(parameter: str, model_type: str, layers: int) -> list[str]:
-    """llama.cpp's names of the weights that a parameter of transformers' module tree becomes. None for
+    """llama.cpp's names of the weights that a parameter of transformers' module tree becomes; none for
     linear_attn.out_proj: the converter reorders its inputs by head, and the recipes keep it in f16."""
     names = gguf.get_tensor_name_map(ARCHITECTURES[family_of(model_type)], layers)
     base = parameter.removesuffix(".weight")

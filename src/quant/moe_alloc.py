@@ -26,7 +26,7 @@ from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
 from moe_eval import batches, divergence, file_texts, tiny_texts
 from moe_quant import fake_quant
-from results_store import describe_model, read_result, write_result
+from results_store import add_record_arguments, check_record_arguments, describe_model, read_result, write_result
 
 
 def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
@@ -91,17 +91,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=8, help="training transcripts a task, or paragraphs of --text")
     parser.add_argument("--text", type=Path, help="measure on this text file instead")
     parser.add_argument("--measured", type=Path, help="record of an earlier run: take its sensitivities, another budget")
-    parser.add_argument("--result", type=Path, help="also record the run in this JSON file; needs --tag")
-    parser.add_argument("--tag", help="name of the run in its record")
+    add_record_arguments(parser)
     return parser.parse_args()
 
 
 def check_args(args: argparse.Namespace) -> list[int]:
-    if bool(args.result) != bool(args.tag):
-        raise UserError("--result and --tag go together")
-    for path in filter(None, (args.out, args.result)):
-        if path.exists():
-            raise UserError(f"{path}: exists; give another name or remove it")
+    check_record_arguments(args)
+    if args.out.exists():
+        raise UserError(f"{args.out}: exists; give another name or remove it")
     try:
         options = sorted({int(text) for text in args.options.split(",")})
     except ValueError:

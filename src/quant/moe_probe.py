@@ -25,7 +25,7 @@ from calibration import Calibration, Collector, LayerStream, calibration_ids
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli
 from imatrix import Entry, entries_of, write_imatrix
-from results_store import describe_model, write_result
+from results_store import add_record_arguments, check_record_arguments, describe_model, write_result
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
@@ -62,9 +62,8 @@ def probe(
     """(report of every decoder layer that has routed experts, by its index; the importance of each weight, by llama.cpp's
     names: of the experts, or of ``every_linear``)."""
     stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
-    batch = math.gcd(calibration.batch, len(calibration.ids))
-    kwargs = stream.arguments(calibration.ids[:batch])
-    hidden = [stream.embed(part).cpu() for part in calibration.ids.split(batch)]
+    kwargs = stream.arguments(calibration.batches()[0])
+    hidden = stream.embed(calibration.batches())
     reports, importance = {}, {}
     with progress(len(stream.layers), "probe", "layer") as bar:
         for index, layer in enumerate(stream.layers):
@@ -106,13 +105,9 @@ def main() -> None:
     parser.add_argument("--calib-sequences", type=int, default=128)
     parser.add_argument("--calib-length", type=int, default=512)
     parser.add_argument("--imatrix", type=Path, help="write llama.cpp's importance matrix here")
-    parser.add_argument("--result", type=Path, help="also record the run in this JSON file; needs --tag")
-    parser.add_argument("--tag", help="name of the run in its record")
+    add_record_arguments(parser)
     args = parser.parse_args()
-    if bool(args.result) != bool(args.tag):
-        raise UserError("--result and --tag go together")
-    if args.result and args.result.exists():
-        raise UserError(f"{args.result}: exists; give another --result")
+    check_record_arguments(args)
     checkpoint, started = Checkpoint(args.model), time.time()
     ids, entry = calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
     reports, importance = probe(checkpoint, Calibration(ids, entry), every_linear=bool(args.imatrix))

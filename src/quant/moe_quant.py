@@ -72,7 +72,8 @@ def _rounded_scale(magnitude: Tensor, factor: float | Tensor) -> Tensor:
     return torch.where(scale < MIN_SCALE, 0.0, scale)
 
 
-def _inverse(scale: Tensor) -> Tensor:
+def inverse_scale(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where the scale is 0."""
     return torch.where(scale > 0, scale.reciprocal(), 0.0)
 
 
@@ -85,7 +86,7 @@ def _search(w: Tensor, bits: int, factors: list[float]) -> Tensor:
         return scales[0]
     errors, work = torch.empty_like(scales), torch.empty_like(size)
     views = tree_views(work)  # made once: at this size a slice costs as much as the addition
-    for scale, inverse, error in zip(scales, _inverse(scales), errors, strict=True):
+    for scale, inverse, error in zip(scales, inverse_scale(scales), errors, strict=True):
         torch.mul(size, inverse, out=work).round_().clamp_(max=qmax)  # codes
         torch.addcmul(size, work, scale, value=-1, out=work).square_()
         error.copy_(tree_sum_(work, views))
@@ -122,7 +123,7 @@ def quantize_group(
     for piece, w in _columns(weight, group, chunk):
         scale = _search(w, bits, factors)
         scales[piece] = scale
-        codes[piece] = w.mul_(_inverse(scale)).round_().clamp_(-qmax, qmax).t()
+        codes[piece] = w.mul_(inverse_scale(scale)).round_().clamp_(-qmax, qmax).t()
     return Quantized(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1))
 
 
@@ -137,7 +138,7 @@ def ternary(weight: Tensor, group: int, chunk: int | None = None) -> Quantized:
     for piece, w in _columns(weight, group, chunk):
         scale = _rounded_scale(tree_sum_(w.abs()), torch.tensor(1 / group).item())
         scales[piece] = scale
-        codes[piece] = w.mul_(_inverse(scale)).round_().clamp_(-1, 1).t()
+        codes[piece] = w.mul_(inverse_scale(scale)).round_().clamp_(-1, 1).t()
     return Quantized(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1))
 
 

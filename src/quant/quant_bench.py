@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from calibration import Moments
-from console import UserError, progress, run_cli
+from console import progress, run_cli
 from moe_quant import dequantize, fake_quant, quantize_group
-from results_store import write_result
+from results_store import add_record_arguments, check_record_arguments, write_result
 from rounding import Grid, output_error, round_weight
 
 LAYERS = {  # experts, [O, I] of the two matrices, tokens an expert sees
@@ -131,13 +130,9 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layer", choices=sorted(LAYERS), help="default: 122b on a GPU, small on a CPU")
-    parser.add_argument("--result", type=Path, help="record the run in this JSON file; needs --tag")
-    parser.add_argument("--tag", help="name of the run in its record")
+    add_record_arguments(parser)
     args = parser.parse_args()
-    if bool(args.result) != bool(args.tag):
-        raise UserError("--result and --tag go together")
-    if args.result and args.result.exists():
-        raise UserError(f"{args.result}: exists; give another --result")
+    check_record_arguments(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     started = time.time()

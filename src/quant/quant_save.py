@@ -31,7 +31,7 @@ from console import UserError, progress, run_cli, write_json
 from model_layout import Role, roles_of
 from moe_quant import average_bits, fake_quant
 from recipe import RECIPE_FILE, Recipe, read_overrides
-from results_store import describe_model, sha256_json, write_result
+from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
 from rounding import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
 from staging import check_output, check_resume, staged_directory
 
@@ -287,11 +287,10 @@ def stream(
 
 def _settings(checkpoint: Checkpoint, recipe: Recipe, shard_bytes: int, calibration: Calibration | None) -> dict[str, Any]:
     """What must be the same for an unfinished run to go on."""
-    shapes = [(name, str(info.dtype), list(info.shape)) for name, info in checkpoint.tensors.items()]
     return {
         "recipe": recipe.to_json(),
         "config_sha256": checkpoint.config_sha256,
-        "header_sha256": sha256_json(shapes),
+        "header_sha256": header_sha256(checkpoint),
         "shard_bytes": shard_bytes,
         "calibration": calibration.settings() if calibration else None,
     }
@@ -387,8 +386,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--propagate", default="quantized", choices=("quantized", "bf16"), help="whose activations go on")
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file (default 4)")
-    parser.add_argument("--result", type=Path, help="also record the run in this JSON file; needs --tag")
-    parser.add_argument("--tag", help="name of the run in its record")
+    add_record_arguments(parser)
     return parser.parse_args()
 
 
@@ -399,14 +397,11 @@ def bits_argument(text: str) -> float:
 
 
 def check_arguments(args: argparse.Namespace) -> Recipe:
-    if bool(args.result) != bool(args.tag):
-        raise UserError("--result and --tag go together")
+    check_record_arguments(args)
     if not 0 < args.shard_gib < float("inf"):
         raise UserError(f"--shard-gib {args.shard_gib} must be above 0")
     if min(args.calib_sequences, args.calib_length) < 1:
         raise UserError("--calib-sequences and --calib-length must be at least 1")
-    if args.result and args.result.exists() and not args.force:
-        raise UserError(f"{args.result}: exists; give another --result, or --force to replace it")
     overrides = read_overrides(args.allocation) if args.allocation else ()
     return Recipe(
         args.expert_bits, args.linear_bits, args.group, args.clip_steps, method=args.method, overrides=overrides

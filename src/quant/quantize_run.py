@@ -11,14 +11,11 @@ import argparse
 import dataclasses
 import os
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from console import UserError, run_cli
+from console import UserError, run_cli, run_script
 from env_config import load_config
-from results_store import REPO
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,9 @@ def overrides() -> dict[str, str]:
 
 
 def step(script: str, *arguments: object) -> None:
-    """Run one of the project's commands, printed first; its failure, already explained, is this run's."""
-    command = [sys.executable, str(REPO / script), *map(str, arguments)]
+    """Run one of the project's commands, printed first."""
     print("+ " + shlex.join(["python", script, *map(str, arguments)]), flush=True)
-    if code := subprocess.run(command).returncode:
-        sys.exit(code)
+    run_script(script, *arguments)
 
 
 def calibration_flags(config: QuantizeConfig) -> list[object]:

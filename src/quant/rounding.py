@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from console import UserError
-from moe_quant import MIN_SCALE, check_grid, fake_quant
+from moe_quant import MIN_SCALE, check_grid, clip_factors, fake_quant, inverse_scale
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the mean of diag(H); the next is taken where a Cholesky factorization fails
 WORKING_BYTES = {"cpu": 1e9, "cuda": 24e9}  # few experts at once leave a GPU waiting for launches
@@ -98,20 +98,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     return torch.linalg.solve_triangular(upper, identity, upper=True)
 
 
-def _ratios(grid: Grid) -> list[float]:
-    if grid.clip_steps <= 1:
-        return [1.0]
-    return [1.0 - (1.0 - grid.clip_low) * step / (grid.clip_steps - 1) for step in range(grid.clip_steps)]
-
-
 def _bf16(values: Tensor) -> Tensor:
     return values.bfloat16().float()
 
 
 def snap(w: Tensor, scale: Tensor, qmax: int) -> Tensor:
     """Codes (as floats) of ``w`` on the grid of ``scale``, which broadcasts; 0 where the scale is 0."""
-    inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
-    return (w * inverse).round_().clamp_(-qmax, qmax)
+    return (w * inverse_scale(scale)).round_().clamp_(-qmax, qmax)
 
 
 def search_scale(w: Tensor, importance: Tensor, grid: Grid) -> Tensor:
@@ -119,8 +112,8 @@ def search_scale(w: Tensor, importance: Tensor, grid: Grid) -> Tensor:
     top = w.abs().amax(1)
     best = torch.full_like(top, torch.inf)
     chosen = torch.zeros_like(top)
-    for ratio in _ratios(grid):
-        scale = _bf16(top * (ratio / grid.qmax))
+    for factor in clip_factors(grid.bits, grid.clip_steps, grid.clip_low):
+        scale = _bf16(top * factor)
         scale = torch.where(scale < MIN_SCALE, 0.0, scale)
         error = w - _bf16(snap(w, scale[:, None], grid.qmax) * scale[:, None])
         error = torch.einsum("ego,eg->eo", error.square_(), importance)
