@@ -79,7 +79,11 @@ def methods_picture(results: Path, path: Path) -> None:
     made = [r for _, r in records(results, "quantize") if r["tag"] in kl]
     figure, axes = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
     palette = plt.get_cmap("tab10")
-    names = {r["tag"]: "absmax" if r["recipe"]["clip_steps"] == 1 else r["recipe"]["method"] for r in made}
+    names = {}
+    for record in made:
+        recipe = record["recipe"]
+        method = "absmax" if recipe["clip_steps"] == 1 else recipe["method"]
+        names[record["tag"]] = f"{method}, allocated" if recipe.get("overrides") else method
     for index, method in enumerate(dict.fromkeys(names.values())):
         mine = [r for r in made if names[r["tag"]] == method]
         own = sorted(((r["metrics"]["packed_bytes"] / 1e6, kl[r["tag"]]) for r in mine), key=lambda pair: pair[0])
