@@ -7,6 +7,10 @@ import textwrap
 
 import pytest
 
+import quant_save
+from quant_save import quantize_checkpoint
+from recipe import Recipe
+
 KILLER = textwrap.dedent("""
     # Imports once, then forks a child for each attempt and kills it after a random time.
     import hashlib, json, os, random, shutil, signal, sys, time, traceback
@@ -78,3 +82,16 @@ def test_twenty_kills_end_with_the_same_bytes(random_tiny, tmp_path, method):
     print(done.stdout)
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["killed"] == 20 and counts["resumed"] >= 10, counts  # else the kills came before any shard
+
+
+def test_killed_when_all_is_written_but_nothing_published(random_tiny, tmp_path, monkeypatch):
+    recipe, shard = Recipe(3, 4, 128, 4), 1 << 20
+    expected = quantize_checkpoint(random_tiny, tmp_path / "alone", recipe, shard_bytes=shard)
+    with monkeypatch.context() as patch:
+        patch.setattr(quant_save, "write_json", lambda *_: (_ for _ in ()).throw(OSError("stands for a kill")))
+        with pytest.raises(OSError, match="stands for a kill"):
+            quantize_checkpoint(random_tiny, tmp_path / "killed", recipe, shard_bytes=shard)
+    assert quantize_checkpoint(random_tiny, tmp_path / "killed", recipe, shard_bytes=shard) == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "killed"]
+    for file in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()

@@ -23,6 +23,7 @@ from model_layout import LAYER_PREFIX, Role, text_name
 from quant_save import ErrorLog, Job, Sink
 from recipe import Recipe
 from rounding import Grid, Statistics, output_error, round_weight
+from staging import RUN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +178,12 @@ def in_layers(jobs: Sequence[Job], layers: int) -> list[list[Job]]:
 
 def activations_file(directory: Path, index: int) -> Path:
     """The activations behind decoder layer ``index`` while the run is unfinished."""
-    return directory / f"activations-{index:05d}.st"
+    return directory / RUN / f"activations-{index:05d}.st"
 
 
 def facts_file(directory: Path, index: int) -> Path:
     """What is known of the experts up to decoder layer ``index``, beside its activations."""
-    return directory / f"activations-{index:05d}.json"
+    return directory / RUN / f"activations-{index:05d}.json"
 
 
 def calibrated_stream(
@@ -222,8 +223,6 @@ def calibrated_stream(
         values = work.head()
         for job in parts[-1]:
             sink.put(job, values[job.name]) if job.name in values else sink.stream(job, recipe, chunk_bytes)
-    for path in [errors.path, *out.glob("activations-*")]:
-        path.unlink(missing_ok=True)
     return errors.by_role(jobs), work.facts()
 
 

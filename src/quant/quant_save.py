@@ -33,7 +33,7 @@ from moe_quant import average_bits, fake_quant
 from recipe import RECIPE_FILE, Recipe, read_overrides
 from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
 from rounding import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
-from staging import check_output, check_resume, staged_directory
+from staging import RUN, check_output, check_resume, staged_directory
 
 CHUNK_BYTES = 64 << 20  # read, quantized and written at once
 BASE_BYTES = 600 << 20  # the interpreter with torch
@@ -207,7 +207,7 @@ class ErrorLog:
     """Squared error and squared size of every quantized tensor, kept in a file so that a resumed run still has them."""
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / "errors.jsonl"
+        self.path = directory / RUN / "errors.jsonl"
         self.sums: dict[str, tuple[float, float]] = {}
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -281,7 +281,6 @@ def stream(
         sink = Sink(checkpoint, writer, errors, bar)
         for job in jobs:
             sink.stream(job, recipe, chunk_bytes)
-    errors.path.unlink(missing_ok=True)
     return errors.by_role(jobs)
 
 

@@ -2,7 +2,7 @@
 
 Not a command. The work lies in `.NAME.partial` beside the output, with the settings of the run in job.json and a lock that
 dies with its process. Ctrl-C and bad input remove it; after `kill -9` or a crash the same command resumes it, and a command
-with other settings is refused.
+with other settings is refused. What only a resumed run needs lies in its folder `run`, which is no part of the output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from console import UserError, read_json, write_json
 from recipe import RECIPE_FILE
 
-JOB, LOCK = "job.json", "lock"
+JOB, LOCK, RUN = "job.json", "lock", "run"
 
 
 def partial_of(out: Path) -> Path:
@@ -96,6 +96,7 @@ def staged_directory(out: Path, force: bool, job: Mapping[str, Any]) -> Iterator
                     shutil.rmtree(file) if file.is_dir() else file.unlink()
             if not resumed:
                 write_json(partial / JOB, dict(job))
+            (partial / RUN).mkdir(exist_ok=True)
             yield partial
             _publish(partial, out, force)
         except (UserError, KeyboardInterrupt):
@@ -109,7 +110,8 @@ def staged_directory(out: Path, force: bool, job: Mapping[str, Any]) -> Iterator
 def _publish(partial: Path, out: Path, force: bool) -> None:
     if out.exists() and not force:
         raise UserError(f"{out}: appeared while this run was writing; use --force to replace it")
-    (partial / JOB).unlink()
+    (partial / JOB).unlink()  # first: a run that is killed from here on starts anew and misses nothing
+    shutil.rmtree(partial / RUN)
     (partial / LOCK).unlink()
     if out.exists():
         out.rename(replaced_of(out))
