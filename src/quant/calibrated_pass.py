@@ -28,20 +28,24 @@ from staging import RUN
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """How a parameter of the module tree is rounded; ``fraction`` of its experts get one bit more than the grid has."""
+    """How a parameter of the module tree is rounded; ``fraction`` of its experts get one bit more than the grid has,
+    chosen by what each gains, unless ``bits`` says how many each expert has."""
 
     grid: Grid
     fraction: float = 0.0
+    bits: tuple[int, ...] = ()
 
 
 def targets_of(stream: LayerStream, jobs: Sequence[Job], recipe: Recipe) -> dict[str, Target]:
     """A target for every parameter that has bits, by its name in the module tree. The embedding is not among them."""
-    targets = {}
+    targets, experts = {}, dict(recipe.experts)
     for job in jobs:
         if job.bits is not None and job.role not in (Role.EMBEDDING, Role.MTP):
             whole = math.floor(job.bits)
             grid = Grid(whole, recipe.group, recipe.clip_steps, recipe.clip_low)
-            targets[stream.places[job.name].parameter] = Target(grid, job.bits - whole)
+            parameter = stream.places[job.name].parameter
+            bits = experts.get(parameter.rpartition(".")[0], ())
+            targets[parameter] = Target(grid, 0.0 if bits else job.bits - whole, bits)
     return targets
 
 
@@ -151,7 +155,9 @@ class CalibratedPass:
 
 def rounded(weight: Tensor, target: Target, statistics: Statistics, mass: Tensor, method: str) -> Tensor:
     """Round a parameter [E, O, I] or [O, I]; with a fraction, the experts whose output error falls most, weighted by
-    their routing ``mass`` [E], get one bit more."""
+    their routing ``mass`` [E], get one bit more; with ``bits``, each expert has its own grid."""
+    if target.bits:
+        return _rounded_by_expert(weight, target, statistics, method)
     low = round_weight(weight, target.grid, statistics, method)
     if not target.fraction or weight.ndim != 3:
         return low
@@ -162,6 +168,15 @@ def rounded(weight: Tensor, target: Target, statistics: Statistics, mass: Tensor
     chosen = ((errors[0] - errors[1]) * mass).topk(count).indices
     low[chosen] = high[chosen]
     return low
+
+
+def _rounded_by_expert(weight: Tensor, target: Target, statistics: Statistics, method: str) -> Tensor:
+    out = torch.empty_like(weight, dtype=torch.float32)
+    for bits in sorted(set(target.bits)):
+        index = torch.tensor([e for e, own in enumerate(target.bits) if own == bits], device=weight.device)
+        own = Statistics(statistics.hessian[index], statistics.tokens[index])
+        out[index] = round_weight(weight[index], dataclasses.replace(target.grid, bits=bits), own, method)
+    return out
 
 
 def in_layers(jobs: Sequence[Job], layers: int) -> list[list[Job]]:

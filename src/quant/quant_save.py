@@ -30,7 +30,7 @@ from checkpoint import INDEX, Checkpoint, CheckpointWriter, TensorInfo
 from console import UserError, progress, run_cli, write_json
 from model_layout import Role, roles_of
 from moe_quant import average_bits, fake_quant
-from recipe import RECIPE_FILE, Recipe, read_overrides
+from recipe import RECIPE_FILE, Recipe, read_allocation
 from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
 from rounding import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
 from staging import RUN, check_output, check_resume, staged_directory
@@ -50,6 +50,7 @@ class Job:
     info: TensorInfo
     role: Role
     bits: float | None  # a fraction mixes two grids among the experts of a layer
+    by_expert: tuple[int, ...] = ()  # bits of each expert of a fused tensor, whose mean ``bits`` is
 
     def packed_bytes(self, recipe: Recipe) -> int:
         """Bytes of bit-packed codes and 16-bit scales (and zero points), or of the tensor itself when it is copied."""
@@ -99,9 +100,13 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
     for pattern, _ in recipe.overrides:
         if not fnmatch.filter(parameters.values(), pattern):
             raise UserError(f"overrides: {pattern}: no parameter of {checkpoint.path} has such a name")
+    allocated = _allocated(checkpoint, recipe)
     jobs = []
     for name, info in checkpoint.tensors.items():
         bits = recipe.bits_of(parameters[name], roles[name]) if info.numel else None
+        by_expert = allocated.get(name, ())
+        if by_expert:
+            bits = sum(by_expert) / len(by_expert)
         if info.dtype.itemsize == 1 and info.dtype.is_floating_point or bits and info.dtype not in FLOATS:
             raise UserError(f"tensor {name}: dtype {info.dtype} is already quantized; use a BF16, F16 or F32 checkpoint")
         if bits and info.shape[-1] % recipe.group:
@@ -109,11 +114,29 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
                 f"tensor {name}: group {recipe.group} does not divide the last axis of shape {list(info.shape)}; "
                 f"choose a --group that divides {info.shape[-1]}"
             )
-        if bits and bits != int(bits) and recipe.method not in CALIBRATED:
+        if bits and bits != int(bits) and not by_expert and recipe.method not in CALIBRATED:
             known = ", ".join(CALIBRATED)
             raise UserError(f"tensor {name}: {bits} bits: a mix of two grids needs a calibrated method: {known}")
-        jobs.append(Job(name, info, roles[name], bits))
+        jobs.append(Job(name, info, roles[name], bits, by_expert if len(by_expert) > 1 else ()))
     return jobs
+
+
+def _allocated(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """The bits that ``recipe.experts`` gives to each expert of a fused tensor, or to the one whose matrix a tensor is."""
+    known, found, used = dict(recipe.experts), {}, set()
+    for name, info in checkpoint.tensors.items() if known else ():
+        place = place_of(name)
+        module = place.parameter.rpartition(".")[0]
+        if module not in known:
+            continue
+        count = info.shape[0] if place.expert is None else place.expert + 1
+        if len(known[module]) < count or place.expert is None and len(known[module]) != count:
+            raise UserError(f"experts: {module}: {len(known[module])} bits, but {name} needs {count}")
+        found[name] = known[module] if place.expert is None else (known[module][place.expert],)
+        used.add(module)
+    if missing := known.keys() - used:
+        raise UserError(f"experts: {min(missing)}: no such module of experts in {checkpoint.path}")
+    return found
 
 
 def summarize(jobs: list[Job], recipe: Recipe) -> QuantizeReport:
@@ -187,8 +210,13 @@ def _square_sum(a: Tensor, b: Tensor | None = None) -> float:
     return total
 
 
-def quantize_chunk(job: Job, weight: Tensor, recipe: Recipe) -> Tensor:
-    """The dequantized chunk in its own dtype, or the chunk itself if the job copies; a :class:`UserError` names it."""
+def quantize_chunk(job: Job, weight: Tensor, recipe: Recipe, start: int = 0) -> Tensor:
+    """The dequantized chunk in its own dtype, or the chunk itself if the job copies; a :class:`UserError` names it.
+    ``start``: where the chunk lies along axis 0, which says its experts' bits."""
+    if job.by_expert:
+        one = dataclasses.replace(job, by_expert=())
+        each = zip(weight, job.by_expert[start:])
+        return torch.stack([quantize_chunk(dataclasses.replace(one, bits=bits), w, recipe) for w, bits in each])
     if job.bits is None:
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             raise UserError(f"tensor {job.name}: the weight contains NaN or infinity")
@@ -245,10 +273,10 @@ class Sink:
             self.bar.update(job.info.bytes)
             return
         error = size = 0.0
-        for _, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
+        for start, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
             if job.bits is not None:
                 weight = weight.to(self.device)
-            quantized = quantize_chunk(job, weight, recipe)
+            quantized = quantize_chunk(job, weight, recipe, start)
             if job.bits is not None:
                 error += _square_sum(weight, quantized)
                 size += _square_sum(weight)
@@ -346,7 +374,7 @@ def quantize_checkpoint(
 def sample_seconds(jobs: list[Job], recipe: Recipe, count: int = 1 << 21) -> float:
     """Seconds that rounding all of ``jobs`` takes at the speed of a random sample of about ``count`` weights."""
     total = sum(job.info.numel for job in jobs if job.bits is not None)
-    job = next((job for job in jobs if job.bits is not None), None)
+    job = next((job for job in jobs if job.bits is not None and not job.by_expert), None)
     if job is None:
         return 0.0
     sample = torch.randn(max(1, count // recipe.group), recipe.group).bfloat16()
@@ -401,10 +429,8 @@ def check_arguments(args: argparse.Namespace) -> Recipe:
         raise UserError(f"--shard-gib {args.shard_gib} must be above 0")
     if min(args.calib_sequences, args.calib_length) < 1:
         raise UserError("--calib-sequences and --calib-length must be at least 1")
-    overrides = read_overrides(args.allocation) if args.allocation else ()
-    return Recipe(
-        args.expert_bits, args.linear_bits, args.group, args.clip_steps, method=args.method, overrides=overrides
-    )
+    allocation = read_allocation(args.allocation) if args.allocation else {}
+    return Recipe(args.expert_bits, args.linear_bits, args.group, args.clip_steps, method=args.method, **allocation)
 
 
 def main() -> None:
