@@ -88,7 +88,7 @@ def levels_of(weight):
 @pytest.mark.parametrize("method", ["clip", "wclip"])
 def test_every_expert_has_its_own_bits(random_tiny, tmp_path, method, command):
     out = tmp_path / "alloc.json"
-    few = ["--strategy", "wfro", "--sequences", 2, "--length", 64]
+    few = ["--strategy", "wfro", "--calib-sequences", 2, "--calib-length", 64]
     done = command("src/quant/moe_alloc.py", "--model", random_tiny, "--expert-bits", 3, "--out", out, *few)
     assert done.returncode == 0, done.stderr
     allocation = json.loads(out.read_text())["experts"]

@@ -13,7 +13,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -300,51 +299,3 @@ class LayerStream:
         for hidden in batches:
             out = layer(hidden.to(self.device), **kwargs)
             yield out[0] if isinstance(out, tuple) else out
-
-
-def calibration_ids(path: Path | None, model: Path, count: int, length: int, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
-    """Token ids [count, length] and their record: of a text file, or of the tiny tasks' training split by default.
-
-    Documents follow one another without padding; a text that is too short is a :class:`UserError`.
-    """
-    from backends import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    texts, name, revision = file_documents(path) if path else tiny_documents(tokenizer, seed)
-    ids: list[int] = []
-    used: list[str] = []
-    for text in texts:
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
-        used.append(text)
-        if len(ids) >= count * length:
-            break
-    if len(ids) < count * length:
-        raise UserError(f"{path}: {len(ids)} tokens; {count} sequences of {length} need {count * length}")
-    from results_store import data_entry
-
-    return torch.tensor(ids[: count * length]).view(count, length), data_entry(name, revision, used)
-
-
-def file_documents(path: Path) -> tuple[Iterable[str], str, str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    return [part + "\n\n" for part in text.split("\n\n") if part.strip()], path.name, "local file"
-
-
-def tiny_documents(tokenizer: Any, seed: int) -> tuple[Iterable[str], str, str]:
-    """Transcripts of the tiny tasks' training split, an equal number of each, in turn, without end."""
-    import random
-
-    from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
-
-    def documents() -> Iterator[str]:
-        rng, tasks = random.Random(f"calibration:{seed}"), [task() for task in TINY_TASKS]
-        while True:
-            for task in tasks:
-                item, solution = task.generate(rng, "train")
-                prompt = tokenizer.apply_chat_template(task.messages(item), tokenize=False, add_generation_prompt=True)
-                yield prompt + solution.removeprefix("<think>\n") + tokenizer.eos_token + "\n"
-
-    return documents(), "tiny_tasks training split", f"{GENERATOR_REVISION}, seed {seed}"

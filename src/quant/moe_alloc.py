@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from backends import load_model, load_tokenizer
-from calibration import Calibration, calibration_ids, place_of
+from calibration import Calibration, place_of
+from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
 from expert_signals import STRATEGIES, bits_by_score, scores
@@ -108,7 +109,7 @@ def expert_norms(checkpoint: Checkpoint) -> dict[str, list[float]]:
 def by_signal(args: argparse.Namespace, options: list[int]) -> tuple[dict[str, list[int]], dict[str, Any]]:
     """(bits of each expert by module, data entry) for a strategy of expert_signals."""
     checkpoint = Checkpoint(args.model)
-    ids, entry = calibration_ids(args.text, args.model, args.sequences, args.length)
+    ids, entry = calibration_of(args)
     reports, _ = probe(checkpoint, Calibration(ids, entry))
     if not reports:
         raise UserError(f"{args.model}: has no routed experts to allocate bits to")
@@ -158,8 +159,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--strategy", default="budget", choices=("budget", *STRATEGIES), help="how (default: budget)")
     parser.add_argument("--share", type=float, default=0.25, help="of three options: the experts raised, and lowered")
     parser.add_argument("--seed", type=int, default=0, help="of --strategy random")
-    parser.add_argument("--sequences", type=int, default=128, help="calibration sequences behind a signal")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each")
+    add_calibration_arguments(parser)
     parser.add_argument("--measured", type=Path, help="record of an earlier run: take its sensitivities, another budget")
     add_record_arguments(parser)
     return parser.parse_args()
@@ -173,8 +173,8 @@ def check_args(args: argparse.Namespace) -> list[int]:
         options = sorted({int(text) for text in args.options.split(",")})
     except ValueError:
         raise UserError(f"--options {args.options}: expected whole numbers separated by commas") from None
-    if options[0] < 2 or options[-1] > 8 or min(args.items, args.sequences, args.length) < 1:
-        raise UserError(f"--options {args.options}: 2..8; --items, --sequences and --length: at least 1")
+    if options[0] < 2 or options[-1] > 8 or args.items < 1:
+        raise UserError(f"--options {args.options}: 2..8; --items {args.items}: at least 1")
     return options
 
 

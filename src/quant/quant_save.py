@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration import Calibration, calibration_ids, layer_bytes, place_of
+from calibration import Calibration, layer_bytes, place_of
+from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import INDEX, Checkpoint, CheckpointWriter, TensorInfo
 from console import UserError, progress, run_cli, write_json
 from model_layout import Role, roles_of
@@ -407,9 +408,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clip-steps", type=int, default=16, help="ratios tried by the clip search; 1 is absmax")
     parser.add_argument("--method", default="clip", help=f"{', '.join(METHODS)} (default clip)")
     parser.add_argument("--allocation", type=Path, help="JSON of moe_alloc: bits by parameter, in place of the two above")
-    parser.add_argument("--calib", type=Path, help="text file for calibration (default: the tiny tasks' training split)")
-    parser.add_argument("--calib-sequences", type=int, default=128)
-    parser.add_argument("--calib-length", type=int, default=512, help="tokens of a calibration sequence")
+    add_calibration_arguments(parser)
     parser.add_argument("--propagate", default="quantized", choices=("quantized", "bf16"), help="whose activations go on")
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file (default 4)")
@@ -427,8 +426,6 @@ def check_arguments(args: argparse.Namespace) -> Recipe:
     check_record_arguments(args)
     if not 0 < args.shard_gib < float("inf"):
         raise UserError(f"--shard-gib {args.shard_gib} must be above 0")
-    if min(args.calib_sequences, args.calib_length) < 1:
-        raise UserError("--calib-sequences and --calib-length must be at least 1")
     allocation = read_allocation(args.allocation) if args.allocation else {}
     return Recipe(args.expert_bits, args.linear_bits, args.group, args.clip_steps, method=args.method, **allocation)
 
@@ -441,7 +438,7 @@ def main() -> None:
     calibration = None
     if recipe.method in CALIBRATED:
         Checkpoint(args.model)  # its errors first: they are clearer than a tokenizer's
-        ids, entry = calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
+        ids, entry = calibration_of(args)
         calibration = Calibration(ids, entry, propagate=args.propagate)
     shard_bytes = int(args.shard_gib * 2**30)
     report = quantize_checkpoint(args.model, args.out, recipe, args.force, shard_bytes, calibration=calibration)
