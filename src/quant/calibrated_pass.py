@@ -219,8 +219,7 @@ def calibrated_stream(
         CheckpointWriter(out, plan, shard_bytes, breaks) as writer,
     ):
         sink = Sink(checkpoint, writer, errors, bar)
-        for job in parts[0]:
-            sink.stream(job, recipe, chunk_bytes)
+        sink.stream(parts[0], recipe, chunk_bytes)
         first = _resume(work, writer, parts, out)
         if first == 0:
             embedded = [job for job in parts[0] if job.role is Role.EMBEDDING]
@@ -232,12 +231,12 @@ def calibrated_stream(
             values = work.layer(index)
             work.save(out, index)
             for job in part:
-                sink.put(job, values[job.name]) if job.name in values else sink.stream(job, recipe, chunk_bytes)
+                sink.put(job, values[job.name]) if job.name in values else sink.stream([job], recipe, chunk_bytes)
             for path in (activations_file(out, index - 1), facts_file(out, index - 1)):
                 path.unlink(missing_ok=True)
         values = work.head()
         for job in parts[-1]:
-            sink.put(job, values[job.name]) if job.name in values else sink.stream(job, recipe, chunk_bytes)
+            sink.put(job, values[job.name]) if job.name in values else sink.stream([job], recipe, chunk_bytes)
     return errors.by_role(jobs), work.facts()
 
 

@@ -19,6 +19,7 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ from checkpoint import INDEX, Checkpoint, CheckpointWriter, TensorInfo
 from console import UserError, progress, run_cli, write_json
 from model_layout import Role, roles_of
 from moe_quant import average_bits, fake_quant
+from overlap import OneBehind, one_ahead
 from recipe import RECIPE_FILE, Recipe, read_allocation
 from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
 from rounding import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
 from staging import RUN, check_output, check_resume, staged_directory
 
-CHUNK_BYTES = 64 << 20  # read, quantized and written at once
+CHUNK_BYTES = 64 << 20  # quantized at once, while the next is read and the last written
 BASE_BYTES = 600 << 20  # the interpreter with torch
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
@@ -268,25 +270,33 @@ class Sink:
         self.checkpoint, self.writer, self.errors, self.bar = checkpoint, writer, errors, bar
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def stream(self, job: Job, recipe: Recipe, chunk_bytes: int) -> None:
-        """Read, quantize without calibration (or copy) and write one tensor chunk by chunk."""
-        if self.writer.is_done(job.name):
-            self.bar.update(job.info.bytes)
-            return
+    def stream(self, jobs: Sequence[Job], recipe: Recipe, chunk_bytes: int) -> None:
+        """Read, quantize without calibration (or copy) and write tensors chunk by chunk; the next chunk is read and the
+        last one written meanwhile."""
         error = size = 0.0
-        for start, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
-            if job.bits is not None:
-                weight = weight.to(self.device)
-            quantized = quantize_chunk(job, weight, recipe, start)
-            if job.bits is not None:
-                error += _square_sum(weight, quantized)
-                size += _square_sum(weight)
-            if weight.numel() and self.writer.remaining(job.name) == weight.nbytes and job.bits is not None:
-                self.errors.add(job.name, error, size)  # before the append that may complete the shard
-            self.writer.append(job.name, quantized)
-            self.bar.update(weight.nbytes)
-        if not job.info.numel and job.bits is not None:
-            self.errors.add(job.name, 0.0, 0.0)
+        with one_ahead(self._chunks(jobs, chunk_bytes)) as chunks, OneBehind() as later:
+            for job, start, weight in chunks:
+                if job.bits is not None:
+                    if start == 0:
+                        error = size = 0.0
+                    weight = weight.to(self.device)
+                quantized = quantize_chunk(job, weight, recipe, start)
+                if job.bits is not None:
+                    error += _square_sum(weight, quantized)
+                    size += _square_sum(weight)
+                    if start + len(weight) == job.info.shape[0]:
+                        self.errors.add(job.name, error, size)  # before the append that may complete the shard
+                later(self.writer.append, job.name, quantized.cpu())
+                self.bar.update(weight.nbytes)
+
+    def _chunks(self, jobs: Sequence[Job], chunk_bytes: int) -> Iterator[tuple[Job, int, Tensor]]:
+        """(job, place of its first row, rows) of the tensors that are not written yet."""
+        for job in jobs:
+            if self.writer.is_done(job.name):
+                self.bar.update(job.info.bytes)
+                continue
+            for start, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
+                yield job, start, weight
 
     def put(self, job: Job, value: Tensor) -> None:
         """Write a tensor that the calibrated pass has rounded."""
@@ -308,8 +318,7 @@ def stream(
     total = sum(job.info.bytes for job in jobs)
     with progress(total, "quantize", "B", True) as bar, CheckpointWriter(out, plan, shard_bytes) as writer:
         sink = Sink(checkpoint, writer, errors, bar)
-        for job in jobs:
-            sink.stream(job, recipe, chunk_bytes)
+        sink.stream(jobs, recipe, chunk_bytes)
     return errors.by_role(jobs)
 
 
