@@ -22,6 +22,7 @@ from console import UserError, atomic_path, progress, read_json, write_json
 from model_layout import LAYER_PREFIX, Role, text_name
 from quant_save import ErrorLog, Job, Sink
 from recipe import Recipe
+from refine import refine_norms
 from rounding import Grid, Statistics, output_error, round_weight
 from staging import RUN
 
@@ -60,6 +61,7 @@ class CalibratedPass:
         self.hidden: list[Tensor] = []
         self.cold: dict[str, int] = {}
         self.unrouted: dict[str, int] = {}
+        self.refined: list[list[float]] = []  # held-out relative error of each layer before and after
 
     def embed(self, values: Mapping[str, Tensor]) -> None:
         """Start from the embedding, as rounded in ``values`` (checkpoint names)."""
@@ -78,12 +80,22 @@ class CalibratedPass:
         collector.remove()
         for name in wanted:
             self._round(layer, prefix, name, collector.moments.pop(name, None))
+        if self.calibration.refine:
+            wanted += self._refine(layer, after, self.kwargs[index])
         if self.calibration.propagate == "quantized":
             after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
         self.hidden = after
         rounded = self._disk_values(layer, prefix, wanted)
         stream.empty(layer)
         return rounded
+
+    def _refine(self, layer: torch.nn.Module, targets: list[Tensor], kwargs: dict[str, Any]) -> list[str]:
+        """Train the layer's norms towards its own output before rounding; the names of those that changed."""
+        changed, before, after = refine_norms(
+            layer, self.hidden, targets, kwargs, self.stream.device, self.calibration.refine
+        )  # fmt: skip
+        self.refined.append([before, after])
+        return changed
 
     def _round(self, layer: torch.nn.Module, prefix: str, name: str, moments: Moments | None) -> None:
         parameter, target = layer.get_parameter(name), self.targets[prefix + name]
@@ -135,7 +147,7 @@ class CalibratedPass:
 
     def save(self, directory: Path, index: int) -> None:
         """Keep the activations behind layer ``index``, and the counts so far, for a run that resumes there."""
-        write_json(facts_file(directory, index), {"cold": self.cold, "unrouted": self.unrouted})
+        write_json(facts_file(directory, index), {"cold": self.cold, "unrouted": self.unrouted, "refined": self.refined})
         with atomic_path(activations_file(directory, index)) as temporary:
             save_file({str(i): hidden.contiguous() for i, hidden in enumerate(self.hidden)}, temporary)
 
@@ -144,13 +156,16 @@ class CalibratedPass:
         saved = load_file(activations_file(directory, index))
         self.hidden = [saved[str(i)] for i in range(len(saved))]
         counts = read_json(facts_file(directory, index))
-        self.cold, self.unrouted = counts["cold"], counts["unrouted"]
+        self.cold, self.unrouted, self.refined = counts["cold"], counts["unrouted"], counts["refined"]
 
     def facts(self) -> dict[str, Any]:
         """What the record says of the calibration: experts below the floor and never routed to, over all layers."""
         experts = {name: count for name, count in self.cold.items() if ".experts." in name}
         unrouted = {name: count for name, count in self.unrouted.items() if ".experts." in name}
-        return {"experts_below_floor": sum(experts.values()), "experts_never_routed": sum(unrouted.values())}
+        facts = {"experts_below_floor": sum(experts.values()), "experts_never_routed": sum(unrouted.values())}
+        if self.refined:
+            facts["refined_layers"] = [[float(f"{value:.6g}") for value in pair] for pair in self.refined]
+        return facts
 
 
 def rounded(weight: Tensor, target: Target, statistics: Statistics, mass: Tensor, method: str) -> Tensor:

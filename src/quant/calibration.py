@@ -65,7 +65,8 @@ class Calibration:
     """Token ids [sequences, length] and how they are used. ``record``: the data's entry for results and for resuming.
 
     ``floor``: effective tokens below which an expert's statistics are shrunk, as a share of its inputs. ``propagate``:
-    'quantized' sends the activations through the rounded layers, 'bf16' through the original ones.
+    'quantized' sends the activations through the rounded layers, 'bf16' through the original ones. ``refine``: passes over
+    the activations that train a rounded layer's norms (refine.py); 0 leaves them as they are.
     """
 
     ids: Tensor
@@ -73,6 +74,7 @@ class Calibration:
     batch: int = 8
     floor: float = 1.0
     propagate: str = "quantized"
+    refine: int = 0
     device: torch.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
@@ -86,7 +88,7 @@ class Calibration:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, for recipe.json and for resuming."""
-        fields = {"batch": self.batch, "floor": self.floor, "propagate": self.propagate}
+        fields = {"batch": self.batch, "floor": self.floor, "propagate": self.propagate, "refine": self.refine}
         return {"data": self.record, "shape": list(self.ids.shape), **fields, "dtype": str(self.dtype)}
 
 

@@ -419,6 +419,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--allocation", type=Path, help="JSON of moe_alloc: bits by parameter, in place of the two above")
     add_calibration_arguments(parser)
     parser.add_argument("--propagate", default="quantized", choices=("quantized", "bf16"), help="whose activations go on")
+    more = "passes that train the norms of each rounded layer towards its output before rounding (default 0: norms are kept)"
+    parser.add_argument("--refine", type=int, default=0, help=more)
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file (default 4)")
     add_record_arguments(parser)
@@ -433,6 +435,8 @@ def bits_argument(text: str) -> float:
 
 def check_arguments(args: argparse.Namespace) -> Recipe:
     check_record_arguments(args)
+    if args.refine < 0 or args.refine and args.method not in CALIBRATED:
+        raise UserError(f"--refine {args.refine}: 0 or more passes, with a calibrated method: {', '.join(CALIBRATED)}")
     if not 0 < args.shard_gib < float("inf"):
         raise UserError(f"--shard-gib {args.shard_gib} must be above 0")
     allocation = read_allocation(args.allocation) if args.allocation else {}
@@ -448,7 +452,7 @@ def main() -> None:
     if recipe.method in CALIBRATED:
         Checkpoint(args.model)  # its errors first: they are clearer than a tokenizer's
         ids, entry = calibration_of(args)
-        calibration = Calibration(ids, entry, propagate=args.propagate)
+        calibration = Calibration(ids, entry, propagate=args.propagate, refine=args.refine)
     shard_bytes = int(args.shard_gib * 2**30)
     report = quantize_checkpoint(args.model, args.out, recipe, args.force, shard_bytes, calibration=calibration)
     seconds = time.time() - started
