@@ -21,10 +21,11 @@ import torch
 from gguf import quants
 from torch import Tensor
 
-from ggml_types import HALF_MAX, BlockType, Codec, Scales, bytes_half, half, half_bytes, join_bits, split_bits
+from ggml_types import BlockType, Codec, Scales, bytes_half, half, half_bytes, join_bits, split_bits
 
 LEVELS = 16
-DELTAS = tuple(0.7 + 0.02 * k for k in range(33))
+DELTAS = tuple(0.7 + 0.02 * k for k in range(33))  # the last gives way to 0
+HALF_TINY = 2.0**-24  # the smallest that a half float holds: tiny blocks use low levels of it
 FAR = 1e9  # of |x| / scale: keeps products finite and is far beyond every grid
 SCORE_BYTES = {"cpu": 3 << 18, "cuda": 1 << 30}  # of a matrix of scores: most of a core's cache, a fraction of a GPU
 INDEX_BITS = 10  # of the largest grid; a code is  signs | index << 8 | second index << 18
@@ -196,9 +197,9 @@ class LatticeCodec(Codec):
 
     def nearest(self, x: Tensor, scale: Tensor, offset: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         grid = self.grid(x.device)
-        t = (x * _inverse(scale)).clamp_(-FAR, FAR).view(-1, 8)
+        t = (x * _inverse(scale)).clamp_(-FAR, FAR).reshape(-1, 8).contiguous()
         w = importance.reshape(-1, 8)
-        w = w / w.amax(1, keepdim=True).clamp_min(1e-30)
+        w = (w / w.amax(1, keepdim=True).clamp_min(1e-30)).contiguous()
         pull = w * t.abs()
         minus = t < 0
         score, index = _lowest(w.view(-1, self.width), pull.view(-1, self.width), grid)
@@ -212,7 +213,7 @@ class LatticeCodec(Codec):
         codes = (minus.int() * bits).sum(1, dtype=torch.int32)
         for part in range(self.layout.parts):
             codes |= index[:, part].int() << (8 + INDEX_BITS * part)
-        codes = codes.view(len(x), -1)
+        codes = codes.view(len(x), x.shape[1] // 8)
         return codes, scale * self.units(codes)
 
     def _flips(self, w: Tensor, pull: Tensor, score: Tensor, index: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,7 +241,7 @@ class LatticeCodec(Codec):
         grid = self.grid(codes.device)
         parts = [codes >> (8 + INDEX_BITS * part) & (2**INDEX_BITS - 1) for part in range(self.layout.parts)]
         sizes = grid.points[torch.stack(parts, -1)].view(*codes.shape, 8)
-        return (sizes * grid.signs[codes & 255]).view(len(codes), -1)
+        return (sizes * grid.signs[codes & 255]).view(len(codes), 8 * codes.shape[1])
 
     # ------------------------------------------------------------ scales
 
@@ -349,11 +350,12 @@ def _pull(x: Tensor, weight: Tensor, even: bool) -> Tensor:
 def quantize_scales(ideal: Tensor, curve: Tensor, unit: Tensor, step: float) -> tuple[Tensor, Tensor]:
     """d [N] and levels [N, G] for the scales ``ideal`` [N, G] in units of ``unit`` [N, 1].
 
-    The least  sum curve * (d step (2 level + 1) - ideal)**2  over DELTAS around the d that gives the largest its top level;
-    curve [N, G]: how the error of a group grows with its scale.
+    The least  sum curve * (d step (2 level + 1) - ideal)**2  over DELTAS around the d that gives the largest its top level,
+    and d = 0; curve [N, G]: how the error of a group grows with its scale.
     """
     deltas = torch.tensor(DELTAS, device=ideal.device)
-    d = half(ideal.amax(1, keepdim=True) * unit * (deltas / (step * (2 * LEVELS - 1))))
+    d = half((ideal.amax(1, keepdim=True) * unit * (deltas / (step * (2 * LEVELS - 1)))).clamp_min_(HALF_TINY))
+    d[:, -1] = 0
     size = (d / unit * step)[..., None]  # [N, D, 1]
     level = ((ideal[:, None] * _inverse(size) - 1) * 0.5).round_().clamp_(0, LEVELS - 1)
     error = ((size * (2 * level + 1) - ideal[:, None]).square_() * curve[:, None]).sum(2)
