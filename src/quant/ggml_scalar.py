@@ -17,7 +17,7 @@ from torch import Tensor
 from ggml_fit import fit_minimum, fit_symmetric, problem
 from ggml_types import BlockType, Codec, Scales, bytes_half, half, half_bytes, join_bits, split_bits
 
-# ---------------------------------------------------------------- stored scales of groups: (multipliers, offsets) [N, G] as integers
+# ---------------------------------------------------------------- integers of groups: (multipliers, minimums) [N, G]
 
 
 def _split_k4(data: Tensor) -> tuple[Tensor, Tensor]:
