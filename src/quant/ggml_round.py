@@ -35,7 +35,7 @@ class Rounded(NamedTuple):
 
 def rows_of(columns: Tensor) -> Tensor:
     """[E, V, O] -> [E * O, V]."""
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    return columns.transpose(1, 2).contiguous().view(-1, columns.shape[1])
 
 
 def columns_of(rows: Tensor, experts: int) -> Tensor:
