@@ -133,13 +133,16 @@ def test_nearest_is_the_best_of_all_signs_and_points(name):
 
 
 @pytest.mark.parametrize("name", LATTICE)
-def test_no_vectors_and_transposed_vectors(name):
+def test_transposed_weights_and_none(name):
     kind, x = codec(name), torch.randn(8, 5, generator=torch.Generator().manual_seed(4))
     one, zero = torch.ones(5, 1), torch.zeros(5, 1)
     assert torch.equal(
         kind.nearest(x.T, one, zero, torch.ones(1, 1).expand(5, 8))[1],
         kind.nearest(x.T.clone(), one, zero, torch.ones(5, 8))[1],
     )
+    w, importance = rows_of("heavy", 256), torch.ones(1, 1).expand(256, 256)
+    for mine, expected in zip(kind.fit(w.T, importance), kind.fit(w.T.clone(), importance.clone())):
+        assert torch.equal(mine, expected) if torch.is_tensor(mine) else all(map(torch.equal, mine, expected))
     codes, values = kind.nearest(x.T[:0], one[:0], zero[:0], torch.ones(0, 8))
     assert codes.shape == (0, 1) and values.shape == (0, 8)
 
