@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from console import UserError
-from ggml_types import Codec, Scales, balanced, codec, decode_rows, encode, row_bytes
+from ggml_types import Codec, Scales, balanced, codec, decode_rows, encode, fit_blocks, row_bytes
 from rounding import WORKING_BYTES, experts_at_once, inverse_factor
 
 SIZES = (1.0, 0.94, 1.06)  # of the fitted scales, that a sweep tries
@@ -117,7 +117,7 @@ def sweep(wt: Tensor, factor: Tensor, kind: Codec, passes: int, sizes: tuple[flo
     values, codes, scales = torch.empty_like(wt), [], []
     for part in spans(wt.shape[1], kind.type.block):
         x, own = work[:, part], factor[:, part, part]
-        fitted = kind.fit(rows_of(x), balanced(per_row(importance[:, part], outputs)))
+        fitted = fit_blocks(kind, rows_of(x), balanced(per_row(importance[:, part], outputs)))
         best = None
         for size in sizes:
             trial = fitted if size == 1 else kind.rescaled(fitted, torch.full_like(x[:, 0], size).view(-1))
@@ -219,7 +219,7 @@ class Block:
     def recode(self, part: slice, group: slice, scales: Scales) -> None:
         """Better codes for one vector, sought around the optimum of each input alone and around that of all together."""
         inner = slice(part.start, group.stop)
-        for together in (False, True)[: self.vector]:
+        for together in (False, True) if self.vector > 1 else (False,):
             pull = self.residual[:, part]
             if together:
                 step = torch.bmm(self.inverses[:, part.start // self.vector], pull)
