@@ -17,7 +17,9 @@ from results_store import read_samples
 VENV = Path(os.environ.get("MOE_LOWBIT_VLLM_VENV") or REPO / ".venv-vllm")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (VENV / ".moe-lowbit-ready").exists(), reason="bash pipelines/vllm_cpu_env.sh makes its environment"),
+    pytest.mark.skipif(
+        not (VENV / ".moe-lowbit-ready").exists(), reason="bash pipelines/vllm_cpu_env.sh makes its environment"
+    ),
 ]
 HYBRID = dict(
     hidden_size=128, intermediate_size=128, moe_intermediate_size=64, shared_expert_intermediate_size=64, num_experts=4,
