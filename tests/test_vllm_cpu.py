@@ -5,12 +5,15 @@ Runs where pipelines/vllm_cpu_env.sh has made .venv-vllm, or where MOE_LOWBIT_VL
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO
+from safetensors.torch import load_file, save_file
 
 from results_store import read_samples
 
@@ -21,30 +24,39 @@ pytestmark = [
         not (VENV / ".moe-lowbit-ready").exists(), reason="bash pipelines/vllm_cpu_env.sh makes its environment"
     ),
 ]
-HYBRID = dict(
-    hidden_size=128, intermediate_size=128, moe_intermediate_size=64, shared_expert_intermediate_size=64, num_experts=4,
-    num_experts_per_tok=2, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32,
-    max_position_embeddings=512, decoder_sparse_step=1, mlp_only_layers=[], tie_word_embeddings=False,
-)  # fmt: skip
+RENAMED = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"]}
+
+
+def as_qwen3_next(tensors, heads, key, value):
+    """Qwen3.5's tensors in Qwen3-Next's layout, which is the same function: q, k, v and z of one key head lie together there,
+    and so do b and a. ``heads`` key heads, ``key`` and ``value``: rows of q or k, and of v or z, that belong to one of them."""
+    made = dict(tensors)
+    for name in [name for name in tensors if name.endswith("in_proj_qkv.weight")]:
+        stem = name.removesuffix("qkv.weight")
+        qkv, z, b, a = (made.pop(f"{stem}{part}.weight") for part in ("qkv", "z", "b", "a"))
+        q, k, v = qkv.split([heads * key, heads * key, heads * value])
+        rows = [part.view(heads, -1, part.shape[-1]) for part in (q, k, v, z)]
+        made[f"{stem}qkvz.weight"] = torch.cat(rows, dim=1).flatten(0, 1)
+        made[f"{stem}ba.weight"] = torch.cat([part.view(heads, -1, part.shape[-1]) for part in (b, a)], dim=1).flatten(0, 1)
+    return {name: tensor.contiguous() for name, tensor in made.items()}
 
 
 @pytest.fixture(scope="module")
 def hybrid_moe(tmp_path_factory):
-    """A Gated-DeltaNet mixture of experts of random weights that vLLM runs on a CPU, with razor-tiny's tokenizer."""
-    from transformers import AutoTokenizer, Qwen3NextConfig, Qwen3NextForCausalLM
-
+    """razor-tiny as a Qwen3-Next: a trained Gated-DeltaNet mixture of experts of a class that vLLM runs on a CPU (its module
+    of Qwen3.5 imports torchvision)."""
     path = tmp_path_factory.mktemp("models") / "hybrid-moe"
-    tokenizer = AutoTokenizer.from_pretrained(REPO / "models/razor-tiny", local_files_only=True)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    torch.manual_seed(0)
-    model = Qwen3NextForCausalLM(Qwen3NextConfig(vocab_size=len(tokenizer), **HYBRID, **ids))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() >= 2:
-                parameter.normal_(0, parameter.shape[-1] ** -0.5)  # logits far enough apart that rounding does not choose
-    model.bfloat16().save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    path.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(REPO / "models/razor-tiny" / file, path)
+    config = json.loads((REPO / "models/razor-tiny/config.json").read_text())
+    heads = config["linear_num_key_heads"]
+    value = config["linear_value_head_dim"] * config["linear_num_value_heads"] // heads
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}  # of text alone, mrope is rope
+    more = {"rope_parameters": rope, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+    (path / "config.json").write_text(json.dumps({**config, **RENAMED, **more, "intermediate_size": 256}))
+    tensors = load_file(REPO / "models/razor-tiny/model.safetensors")
+    save_file(as_qwen3_next(tensors, heads, config["linear_key_head_dim"], value), path / "model.safetensors", {"format": "pt"})
     return path
 
 
@@ -62,7 +74,7 @@ def test_vllm_answers_as_transformers_does(hybrid_moe, tmp_path):
     from transformers import AutoTokenizer
 
     ours, _ = evaluate(VENV / "bin/python", hybrid_moe, tmp_path, "vllm")
-    theirs, _ = evaluate(os.sys.executable, hybrid_moe, tmp_path, "hf")
+    theirs, _ = evaluate(sys.executable, hybrid_moe, tmp_path, "hf")
     assert ours.keys() == theirs.keys() and len(ours) == 12
     tokenizer = AutoTokenizer.from_pretrained(hybrid_moe, local_files_only=True)
     same = total = 0

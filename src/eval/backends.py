@@ -180,10 +180,11 @@ class VllmBackend:
         config = read_json(Path(model) / "config.json")
         text = config.get("text_config", config)
         self.context = min(max_model_len, int(text.get("max_position_embeddings", max_model_len)))
+        eager = str(text.get("model_type")).startswith("gemma") or not torch.cuda.is_available()  # a CPU only loses time
         multimodal = {"limit_mm_per_prompt": {"image": 0, "video": 0}} if "vision_config" in config else {}
         self.engine = LLM(
             model=str(model), max_model_len=self.context, max_num_seqs=max_num_seqs, gpu_memory_utilization=gpu_memory,
-            tensor_parallel_size=tensor_parallel, enforce_eager=str(text.get("model_type")).startswith("gemma"),
+            tensor_parallel_size=tensor_parallel, enforce_eager=eager,
             generation_config="vllm", trust_remote_code=False, **multimodal,
         ).llm_engine  # fmt: skip
 

@@ -38,10 +38,14 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}"
 
 
-def cell(content: str, note: str = "", text: bool = False) -> str:
-    """A table cell of plain text with an optional small second line."""
-    small = f"<small>{escape(note)}</small>" if note else ""
-    return f"<td{' class=text' if text else ''}>{escape(content)}{small}</td>"
+def notes(*lines: str) -> str:
+    """Small lines under a cell's figure."""
+    return "".join(f"<small>{escape(line)}</small>" for line in lines if line)
+
+
+def cell(content: str, *small: str) -> str:
+    """A table cell of plain text with optional small lines."""
+    return f"<td>{escape(content)}{notes(*small)}</td>"
 
 
 def chip(text: str, kind: str, title: str = "") -> str:
@@ -71,9 +75,8 @@ def accuracy_cell(record: dict[str, Any], axis: str, settings: EvalSettings, oth
     status = gate.status if gate else NO_TARGET
     kind = "good" if status == GATED else "" if status == NO_TARGET else "warn"
     count = f"{m['n']} x {m['samples']}" if m.get("samples", 1) > 1 else f"{m['n']}"
-    interval = f"{percent(m['acc_low'])} to {percent(m['acc_high'])}, n {count}, cut {percent(m['trunc'])} %"
-    shown = chip(status, kind, gate.reason if gate else "")
-    return f"<td>{percent(m['acc'])} % {shown}<small>{escape(interval)}</small></td>"
+    small = notes(f"{percent(m['acc_low'])} to {percent(m['acc_high'])}", f"n {count}, cut {percent(m['trunc'])} %")
+    return f"<td>{percent(m['acc'])} % {chip(status, kind, gate.reason if gate else '')}{small}</td>"
 
 
 def accuracy(found: Found, settings: EvalSettings, directory: Path) -> str:
@@ -94,10 +97,10 @@ def difference_cell(m: Mapping[str, Any] | None) -> str:
         return "<td></td>"
     kind = {"gain": "good", "loss": "bad"}.get(m["verdict"], "")
     low, high = 100 * m["difference_low"], 100 * m["difference_high"]
-    note = f"{low:+.1f} to {high:+.1f}, lost {m['lost']}, won {m['won']}, p {m['p']:.2g}"
-    if not kind:
-        note += f"; detectable {percent(m['minimum_detectable'])}"
-    return f"<td>{100 * m['difference']:+.1f} {chip(m['verdict'], kind)}<small>{escape(note)}</small></td>"
+    detectable = "" if kind else f", detectable {percent(m['minimum_detectable'])}"
+    counts = f"lost {m['lost']}, won {m['won']}, p {m['p']:.2g}"
+    shown = chip(m["verdict"], kind)
+    return f"<td>{100 * m['difference']:+.1f} {shown}{notes(f'{low:+.1f} to {high:+.1f}{detectable}', counts)}</td>"
 
 
 def differences(found: Found) -> str:
@@ -106,7 +109,7 @@ def differences(found: Found) -> str:
     for _, record in found:
         teacher = f"teacher {record['teacher']}" if record.get("teacher") else ""
         cells = (difference_cell(record["metrics"].get(axis)) for axis in axes)
-        rows.append([cell(f"{record['base']} -> {record['other']}", teacher), *cells])
+        rows.append([cell(record["base"], f"-> {record['other']}", teacher), *cells])
     note = (
         "Change in accuracy, in percentage points, from the first model to the second on the same items, with its paired "
         "bootstrap interval and McNemar's exact p. A verdict is given only when the interval excludes zero."
