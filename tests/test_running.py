@@ -156,6 +156,9 @@ class Echo(Benchmark):
     def extract(self, item, answer):
         return answer.split()[-1] if answer else None
 
+    def aggregate(self, items, rows):
+        return {"first": [row["correct"] for row in rows if row["id"] == items[0].id]}
+
 
 class Mended(Echo):
     def extract(self, item, answer):
@@ -192,6 +195,7 @@ def test_regrading_needs_no_model_and_keeps_the_generation(tmp_path, monkeypatch
     monkeypatch.setattr("regrade.GRADER_VERSION", "2")
     record, changed = regrade(tmp_path / "eval", "t", None, None)
     assert changed == 2 and record["metrics"]["echo"]["acc"] == 1.0
+    assert before["metrics"]["echo"]["first"] == [False] and record["metrics"]["echo"]["first"] == [True]
     assert record == json.loads((tmp_path / "eval/t.json").read_text())
     kept = ("command", "started", "seconds", "hardware", "packages", "model", "sampling", "parts", "code")
     assert {key: record[key] for key in kept} == {key: before[key] for key in kept} and record["seconds"] == 77.0
@@ -241,6 +245,8 @@ def test_a_quantized_model_has_the_gate_of_its_original():
         == "not gated"
     )
     assert gate_axis(lossy, "gsm8k", settings, found).status == "no target"
+    gguf = {"path": "x.gguf", "format": "gguf", "family": "RAZOR_TINY"}
+    assert gate_axis(lossy | {"recipe": None, "model": gguf}, "tiny_math", settings, found).reference == "razor_tiny_bf16"
     other = lossy | {"sampling": lossy["sampling"] | {"temperature": 1.0}}
     assert gate_axis(other, "tiny_math", settings, found).status == "not gated"
 
@@ -262,3 +268,85 @@ def test_the_mission_table(tmp_path, command):
     name = "razor_tiny_bf16__razor_tiny_int3_int4_clip16__razor_tiny_int3_int4_gptq_refit"
     axis = json.loads((tmp_path / f"compare/{name}.json").read_text())["metrics"]["tiny_know"]
     assert axis["acc_teacher"] == 1.0 and axis["base_to_teacher"]["lost"] == 4 and axis["other_to_teacher"]["verdict"] == "loss"
+
+
+# --- the report ---------------------------------------------------------------------------------------------------------
+
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&{{data}}"
+
+
+@pytest.fixture
+def hostile_results(tmp_path):
+    """Records whose every free text tries to become markup."""
+    row = {"benchmark": "tiny_math", "id": "m-1", "finish_reason": "stop", "tokens": 3, "extracted": HOSTILE, "gold": HOSTILE}
+    rows = [row | {"text": HOSTILE, "correct": False}, row | {"id": "m-2", "text": "fine", "correct": True}]
+    SampleLog(tmp_path / "eval/t.samples.jsonl", PLAIN).append(rows)
+    axis = {"n": 2, "acc": 0.5, "acc_low": 0.1, "acc_high": 0.9, "trunc": 0.0}
+    model = {"path": HOSTILE, "config_sha256": "0", "bytes": 10**6, "family": None}
+    write_result(tmp_path / "eval/t.json", kind="eval", tag=HOSTILE, started=1e9, seconds=1.0, model=model,
+                 sampling={"temperature": 0.0}, metrics={"tiny_math": axis}, extra={"samples": "t.samples.jsonl"})  # fmt: skip
+    return tmp_path
+
+
+def elements(text):
+    """(tag, attributes) of every element of a page."""
+    from html.parser import HTMLParser
+
+    found = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            found.append((tag, dict(attributes)))
+
+    Parser().feed(text)
+    return found
+
+
+def assert_nothing_became_markup(text):
+    found = elements(text)
+    assert [tag for tag, _ in found].count("script") == 2 and not [tag for tag, _ in found if tag == "img"]
+    assert not any(name.startswith("on") for _, attributes in found for name in attributes)
+
+
+def test_the_report_escapes_what_models_wrote(hostile_results):
+    from make_report import page
+
+    text = page(hostile_results, load_settings())
+    assert_nothing_became_markup(text)
+    shown = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert [entry["text"] for entry in shown] == [HOSTILE, "fine"] and shown[0]["question"] is None
+
+
+def test_the_report_of_our_own_records():
+    from make_report import SAMPLE_BYTES, page
+
+    text = page(REPO / "results", load_settings())
+    assert len(text.encode()) < SAMPLE_BYTES + 1_000_000 < 3_000_001
+    assert text.count("<svg") == 2 and "razor_tiny_int3_int4_clip16" in text and "98.0 % <" in text
+    assert "http://" not in text and "https://" not in text.split("<script")[0]  # nothing is fetched
+    shown = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert {entry["benchmark"] for entry in shown} == {"tiny_know", "tiny_math", "tiny_reason", "tiny_code"}
+    assert all(entry["question"] for entry in shown) and any(not entry["correct"] for entry in shown)
+
+
+@pytest.mark.slow
+def test_the_report_in_a_browser(hostile_results, tmp_path):
+    """The page as Chromium builds it: its script runs, shows the samples, and no text has become markup."""
+    import shutil
+    import subprocess
+
+    from make_report import page
+
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+    for name, directory in (("hostile", hostile_results), ("ours", REPO / "results")):
+        path = tmp_path / f"{name}.html"
+        path.write_text(page(directory, load_settings()))
+        run = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+        done = subprocess.run([*run, path.as_uri()], capture_output=True, text=True, timeout=200)
+        built = done.stdout
+        assert done.returncode == 0 and "<title>moe-lowbit: results</title>" in built, done.stderr[-2000:]
+        count = {"hostile": "1 to 2 of 2", "ours": "1 to 10 of "}[name]
+        assert count in built and built.count('<article class="sample') == (2 if name == "hostile" else 10)
+        assert_nothing_became_markup(built)

@@ -49,33 +49,37 @@ def gate_status(metrics: Mapping[str, Any], target: float, rules: GateRules) -> 
 
 def is_original(record: Mapping[str, Any]) -> bool:
     """Whether a record is of a model as its vendor published it."""
-    return record["recipe"] is None and not str(record["model"]["path"]).endswith(".gguf")
+    return record["recipe"] is None and record["model"].get("format") != "gguf"
 
 
 def family_of_record(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]], settings: EvalSettings) -> str | None:
     """The family that the record names, else that of a model in the repository with the same config.json."""
     if "family" in record["model"]:
         return record["model"]["family"]
+    digest = record["model"].get("config_sha256")
     for other in (record, *records):
-        if other["model"]["config_sha256"] == record["model"]["config_sha256"]:
-            path = REPO / other["model"]["path"] / "config.json"
+        if other["model"].get("config_sha256") == digest:
             if "family" in other["model"]:
                 return other["model"]["family"]
+            path = REPO / other["model"]["path"] / "config.json"
             if path.is_file():
                 return settings.family_of(read_json(path))
     return None
 
 
-def reference_of(record: Mapping[str, Any], axis: str, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The evaluation that the gate judges: the record itself, or the latest of its unquantized original."""
+def reference_of(
+    record: Mapping[str, Any], axis: str, records: Sequence[Mapping[str, Any]], settings: EvalSettings
+) -> Mapping[str, Any] | None:
+    """The evaluation that the gate judges: the record itself, or the latest of an unquantized model of its family."""
     if is_original(record):
         return record
+    family = family_of_record(record, records, settings)
     same = [
         other
         for other in records
         if is_original(other)
         and axis in other["metrics"]
-        and other["model"]["config_sha256"] == record["model"]["config_sha256"]
+        and family_of_record(other, records, settings) == family
         and all(other["sampling"].get(key) == record["sampling"].get(key) for key in SAME_SAMPLING)
     ]
     return max(same, key=lambda other: other["started"], default=None)
@@ -86,7 +90,7 @@ def gate_axis(record: Mapping[str, Any], axis: str, settings: EvalSettings, reco
     target = settings.targets.get(family_of_record(record, records, settings) or "", {}).get(axis)
     if target is None:
         return Gate(NO_TARGET, "no published number in " + settings.source)
-    reference = reference_of(record, axis, records)
+    reference = reference_of(record, axis, records, settings)
     if reference is None:
         return Gate(NOT_GATED, "its unquantized original was not evaluated with the same sampling", target)
     status, reason = gate_status(reference["metrics"][axis], target, settings.gate)

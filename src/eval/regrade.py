@@ -30,7 +30,7 @@ from results_store import (
     sha256_text,
     write_result,
 )
-from vllm_eval8 import extract_answer, load_benchmarks, summarize, table
+from vllm_eval8 import benchmark_metrics, extract_answer, load_benchmarks, table
 
 GENERATION = ("command", "started", "seconds", "hardware", "packages", "peak_rss_mib", "peak_vram_mib", "code")
 REST = ("samples", "settings_sha256", "parts")
@@ -100,7 +100,7 @@ def regrade(directory: Path, tag: str, data_dir: Path | None, tokenizer: Path | 
         own = regraded_rows(benchmark, items, [r for r in rows if r["benchmark"] == benchmark.name], render, str(log))
         if len(own) != len(items) * settings.get("samples", 1):
             raise UserError(f"{log}: {len(own)} samples of {len(items)} items of {benchmark.name}; run the evaluation again")
-        metrics[benchmark.name] = summarize(own)
+        metrics[benchmark.name] = benchmark_metrics(benchmark, items, own)
         data.append(data_entry(benchmark.name, benchmark.revision, [[i.id, i.question, i.gold] for i in items]))
         new |= {sample_key(row): row for row in own}
     changed = sum(row["correct"] != new.get(sample_key(row), row)["correct"] for row in rows)

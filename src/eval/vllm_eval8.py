@@ -103,6 +103,12 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def benchmark_metrics(benchmark: Benchmark, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What every benchmark reports, and what this one adds (strata, an official aggregate)."""
+    aggregate = getattr(benchmark, "aggregate", None)
+    return summarize(rows) | (aggregate(items, rows) if aggregate else {})
+
+
 class Runner:
     """Generates and grades what a log lacks, and keeps the log and the clock of the work together."""
 
@@ -117,7 +123,7 @@ class Runner:
             bar.update(sum(key in self.log.done for key in keys))
             for sample in range(self.samples):
                 self._one_sample_each(benchmark, items, prompts, sample, bar)
-        return summarize([self.log.done[key] for key in keys])
+        return benchmark_metrics(benchmark, items, [self.log.done[key] for key in keys])
 
     def _one_sample_each(
         self, benchmark: Benchmark, items: Sequence[Item], prompts: Sequence[str], sample: int, bar: Any
