@@ -190,9 +190,9 @@ def runs(found: Found) -> str:
         rows.append(
             [cell(r["tag"]), cell(r["kind"]), cell(r["started"][:10]), cell(f"{r['seconds']:,.0f} s"), cell(commit), command]
         )
-    return section(
-        "Runs", "runs", "Every record behind this page.", table(["tag", "kind", "day", "time", "commit", "command"], rows)
-    )
+    listed = table(["tag", "kind", "day", "time", "commit", "command"], rows)
+    folded = f"<details><summary>{len(rows)} records and their commands</summary>{listed}</details>"
+    return section("Runs", "runs", "Every record behind this page.", folded)
 
 
 def questions(names: Sequence[str], data_dir: Path | None) -> dict[tuple[str, str], str]:
