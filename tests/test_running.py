@@ -30,16 +30,16 @@ def test_the_sampling_of_a_run_is_what_the_file_says(random_tiny, tmp_path, comm
     assert 'SAMPLING__RAZOR_TINY="temperature=0"' in text
     (tmp_path / "own.env").write_text(text.replace('temperature=0"', 'temperature=0.7 top_p=0.9 top_k=5"', 1))
     monkeypatch.setenv("EVAL_CONFIG", str(tmp_path / "own.env"))
-    run = ["src/eval/vllm_eval8.py", "--model", random_tiny, "--benchmarks", "tiny_know", "--limit", "2", "--out", tmp_path]
+    run = ["src/eval/vllm_eval8.py", "--model", random_tiny, "--benchmarks", "tiny_know", "--limit", "1", "--out", tmp_path]
     done = command(*run, "--tag", "own", "--samples", "2", "--budget", "80k", "--top-k", "7")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "own.json").read_text())
     drawn, metrics = record["sampling"], record["metrics"]["tiny_know"]
     assert (drawn["temperature"], drawn["top_p"], drawn["top_k"], drawn["max_tokens"]) == (0.7, 0.9, 7, 81_920)
     assert drawn["source"] == "command line (top_k), else own.env: SAMPLING__RAZOR_TINY"
-    assert record["model"]["family"] == "RAZOR_TINY" and metrics["n"] == 2 and metrics["samples"] == 2
+    assert record["model"]["family"] == "RAZOR_TINY" and metrics["n"] == 1 and metrics["samples"] == 2
     rows = read_samples(tmp_path / "own.samples.jsonl")[1]
-    assert len({(row["id"], row["sample"]) for row in rows}) == 4
+    assert len({(row["id"], row["sample"]) for row in rows}) == 2
     by_item = [{row["text"] for row in rows if row["id"] == key} for key in {row["id"] for row in rows}]
     assert all(len(texts) == 2 for texts in by_item)  # the samples of an item are drawn apart
 
