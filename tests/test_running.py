@@ -144,6 +144,46 @@ def test_seconds_are_the_sum_over_the_parts_of_a_run(tmp_path):
     assert WorkClock(tmp_path / ".a.clock").seconds < 0.05
 
 
+class Mortal:
+    """A backend that is killed after so many answers, and remembers what it was asked."""
+
+    def __init__(self, answers):
+        self.answers, self.asked = answers, []
+
+    def render(self, messages):
+        return messages[0]["content"]
+
+    def generate(self, prompts, sampling):
+        for index, prompt in enumerate(prompts):
+            if not self.answers:
+                raise KeyboardInterrupt
+            self.answers -= 1
+            self.asked.append((prompt, sampling.seed))
+            yield index, Completion("</think>\\boxed{7}", 4, 9, "stop", "ids")
+
+
+def test_a_killed_run_asks_nothing_twice(tmp_path, monkeypatch):
+    from benchmarks import get_benchmarks
+
+    monkeypatch.setattr(vllm_eval8, "FLUSH_ROWS", 2)
+    benchmark = get_benchmarks(["tiny_math"])[0]
+    asked = []
+    for answers in (5, 4, 99):
+        backend = Mortal(answers)
+        runner = vllm_eval8.Runner(
+            backend, Sampling(temperature=1.0), 3, SampleLog(tmp_path / "l", PLAIN), WorkClock(tmp_path / "c")
+        )
+        try:
+            metrics = runner.run(benchmark, benchmark.load(4))
+        except KeyboardInterrupt:
+            kept = len(runner.log.done)
+            asked += backend.asked[: kept - len(asked)]
+        else:
+            asked += backend.asked
+    assert len(asked) == len(set(asked)) == 12 and metrics["n"] == 4 and metrics["samples"] == 3
+    assert len(runner.log.done) == 12 and WorkClock(tmp_path / "c").parts == 4
+
+
 # --- regrading ----------------------------------------------------------------------------------------------------------
 
 
