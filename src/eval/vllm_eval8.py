@@ -1,6 +1,7 @@
 """Measure a model's accuracy on benchmarks: bash pipelines/eval.sh --model models/razor-tiny --tag razor_tiny_bf16
 
-    python src/eval/vllm_eval8.py --model DIR --tag TAG [--benchmarks tiny_know,tiny_math] [--backend auto|vllm|hf]
+    python src/eval/vllm_eval8.py --model DIR|FILE.gguf --tag TAG [--benchmarks tiny_know,tiny_math]
+        [--backend auto|vllm|hf|llamacpp|openai]
         [--budget 32k|64k] [--limit N] [--out results/eval] [--temperature T --top-p P --top-k K --seed S] [--force]
 
 Samples are appended to results/eval/TAG.samples.jsonl as they finish: a killed run goes on where it stopped, to the same
@@ -10,6 +11,7 @@ result. A truncated answer counts as wrong; acc_finished and trunc stand beside 
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +21,13 @@ from backends import Backend, Completion, HfBackend, Sampling, VllmBackend, choo
 from benchmarks import Benchmark, Item, get_benchmarks
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli
+from gguf_info import describe_gguf, is_gguf
 from graders import GRADER_VERSION, split_thinking
+from llamacpp_eval8 import LlamaCppBackend, add_server_arguments
+from openai_eval8 import OpenAIBackend, api_key
 from paired_stats import wilson
 from recipe import recipe_record
-from results_store import SampleLog, data_entry, describe_model, public_path, sha256_json, sha256_text, write_result
+from results_store import SampleLog, data_entry, describe_model, sha256_json, sha256_text, write_result
 
 BUDGETS = {"32k": 32_768, "64k": 65_536}
 PROMPT_ROOM = 1024  # vLLM's context beyond the budget (64k: 66,560)
@@ -94,17 +99,36 @@ def run_benchmark(
     with progress(len(items), benchmark.name, "sample") as bar:
         bar.update(len(items) - len(missing))
         # a tokenizer refuses an empty list: a resumed run may have this benchmark complete
-        for index, completion in backend.generate([prompts[i] for i in missing], own) if missing else ():
-            pending.append((index, completion))
-            bar.update()
-            if len(pending) >= 64:
-                flush()
-        flush()
+        try:
+            for index, completion in backend.generate([prompts[i] for i in missing], own) if missing else ():
+                pending.append((index, completion))
+                bar.update()
+                if len(pending) >= 64:
+                    flush()
+        finally:  # what is finished stays finished when the server dies
+            flush()
     return summarize([log.done[benchmark.name, item.id] for item in items])
 
 
-def make_backend(name: str, model: Path, budget: int) -> Backend:
-    return HfBackend(model) if name == "hf" else VllmBackend(model, budget + PROMPT_ROOM)
+def make_backend(name: str, args: argparse.Namespace, budget: int) -> Backend:
+    context = budget + PROMPT_ROOM
+    if name == "llamacpp":
+        return LlamaCppBackend(args.model, context, args.tokenizer, args.parallel, shlex.split(args.server_args))
+    if name == "openai":
+        return OpenAIBackend(
+            args.base_url, str(args.model), args.tokenizer, context, key=api_key(args.api_key_env),
+            parallel=args.parallel, send_text=args.prompt_text, plain=args.plain_fields,
+        )  # fmt: skip
+    return HfBackend(args.model) if name == "hf" else VllmBackend(args.model, context)
+
+
+def described(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The model entry of the record; a server tells no more than its name."""
+    if name == "openai":
+        return {"path": str(args.model), "base_url": args.base_url, "weights_sha256": None}
+    if name == "llamacpp":
+        return describe_gguf(args.model)
+    return describe_model(args.model) | {"weights_sha256": Checkpoint(args.model).sha256()}
 
 
 def table(metrics: dict[str, dict[str, Any]]) -> str:
@@ -120,10 +144,10 @@ def table(metrics: dict[str, dict[str, Any]]) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory, GGUF file, or a server's name for it")
     parser.add_argument("--tag", required=True, help="name of the run: results/eval/TAG.json")
     parser.add_argument("--benchmarks", default="tiny_know,tiny_math,tiny_reason,tiny_code", help="comma-separated names")
-    parser.add_argument("--backend", default="auto", help="auto, vllm or hf")
+    parser.add_argument("--backend", default="auto", help="auto, vllm, hf, llamacpp or openai")
     parser.add_argument("--budget", default="32k", choices=sorted(BUDGETS), help="tokens a sample may generate")
     parser.add_argument("--limit", type=int, help="first N items of each benchmark")
     parser.add_argument("--out", type=Path, default=Path("results/eval"))
@@ -132,6 +156,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="run again and replace an earlier result of this tag")
+    add_server_arguments(parser)
     return parser.parse_args()
 
 
@@ -142,6 +167,12 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"--limit {args.limit}: must be at least 1")
     if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
         raise UserError("sampling: temperature >= 0, 0 < top-p <= 1, top-k >= 0")
+    if args.parallel < 1:
+        raise UserError(f"--parallel {args.parallel}: must be at least 1")
+    if args.backend == "openai" and not (args.base_url and args.tokenizer):
+        raise UserError("--backend openai needs --base-url and --tokenizer DIR")
+    if args.backend in ("hf", "vllm", "llamacpp") and is_gguf(args.model) != (args.backend == "llamacpp"):
+        raise UserError(f"{args.model}: not for --backend {args.backend}; llamacpp takes .gguf files, hf and vllm directories")
     result = args.out / f"{args.tag}.json"
     if result.exists() and not args.force:
         raise UserError(f"{result}: exists; give another --tag, or --force to run again and replace it")
@@ -151,25 +182,26 @@ def main() -> None:
     args = parse_args()
     check_args(args)
     benchmarks = get_benchmarks(args.benchmarks.split(","))
-    name = choose_backend(args.backend)
-    model = describe_model(args.model)
+    name = choose_backend(args.backend, args.model)
+    model = described(name, args)
     result, log_path = args.out / f"{args.tag}.json", args.out / f"{args.tag}.samples.jsonl"
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed, BUDGETS[args.budget])
-    weights = Checkpoint(args.model).sha256()
-    settings = {"model": public_path(str(args.model.resolve())), "weights_sha256": weights, "backend": name}
+    settings = {"model": model["path"], "weights_sha256": model["weights_sha256"], "backend": name}
     settings |= {"sampling": sampling.to_json(), "limit": args.limit, "grader": GRADER_VERSION}
+    if args.server_args:
+        settings["server_args"] = args.server_args
     if args.force:
         log_path.unlink(missing_ok=True)
         result.unlink(missing_ok=True)
     log = SampleLog(log_path, settings)
     started, metrics, data = time.time(), {}, []
-    backend = make_backend(name, args.model, sampling.max_tokens)
+    backend = make_backend(name, args, sampling.max_tokens)
     for benchmark in benchmarks:
         items = benchmark.load(args.limit)
         metrics[benchmark.name] = run_benchmark(benchmark, items, backend, sampling, log)
         data.append(data_entry(benchmark.name, benchmark.revision, [[i.id, i.question, i.gold] for i in items]))
     write_result(
-        result, kind="eval", tag=args.tag, started=started, model=model | {"weights_sha256": weights},
+        result, kind="eval", tag=args.tag, started=started, model=model,
         recipe=recipe_record(args.model), data=data, sampling=sampling.to_json() | {"budget": args.budget, "backend": name},
         metrics=metrics, extra={"samples": log_path.name, "settings_sha256": sha256_json(settings)},
     )  # fmt: skip
