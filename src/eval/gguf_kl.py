@@ -1,12 +1,13 @@
 """KL divergence of a GGUF file to the BF16 model, by llama.cpp's own tool and by ours on the same tokens.
 
     python src/eval/gguf_kl.py --model F.gguf --reference models/razor-tiny --tag TAG [--text FILE] [--items 8] [--chunks N]
-    python src/eval/gguf_kl.py --model F.gguf --reference BF16.gguf --text FILE --tag TAG
+    python src/eval/gguf_kl.py --model F.gguf --reference BF16.gguf --tokenizer models/razor-tiny --tag TAG
 
-A reference directory runs in transformers: its log-probabilities are written in llama.cpp's format, llama-perplexity judges
-the GGUF by them, and ours compares transformers' own logits with those that llama-server gives for the GGUF. A reference GGUF
-is judged by llama-perplexity, and ours compares the log-probabilities that it writes for both files. llama-perplexity reads
-a text without special tokens, so that the second way needs plain text.
+A reference directory runs in transformers and its log-probabilities are written in llama.cpp's format; a reference GGUF writes
+them itself. llama-perplexity judges the GGUF by them. Ours takes the GGUF's own log-probabilities, as llama-perplexity writes
+them, and transformers' logits. llama-perplexity reads a text as if it held no special tokens, which makes chat transcripts
+foreign to the model (razor-tiny at Q4_K_M: KL 0.051 instead of 0.0013); it is therefore given a temporary copy of the file
+whose control tokens are marked as user-defined. A file above --copy-gib is not copied: llama-server gives ours instead.
 
 The format (llama.cpp tools/perplexity/perplexity.cpp): "_logits_", uint32 context, int32 vocabulary, int32 chunks, int32
 tokens [chunks, context]; then for each chunk and each position context/2 .. context-2 one row of uint16: float32 scale and
@@ -19,7 +20,9 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,12 +32,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGUFReader, TokenType
 
 from backends import load_model, load_tokenizer
 from console import UserError, progress, run_cli
-from gguf_info import describe_gguf, is_gguf, metadata, open_gguf
+from gguf_info import describe_gguf, gguf_files, is_gguf, metadata, open_gguf
 from llamacpp_eval8 import LlamaServer, llama_tool, thread_arguments
-from moe_eval import divergence, file_texts, summarize_kl, tiny_texts
+from moe_eval import summarize_kl, tiny_texts
 from results_store import data_entry, describe_model, write_result
 
 MAGIC = b"_logits_"
@@ -178,78 +182,149 @@ def server_logprobs(server: LlamaServer, chunk: np.ndarray, vocabulary: int) -> 
     return table
 
 
+def with_parsed_control_tokens(model: Path, out: Path) -> dict[str, str]:
+    """Copy a GGUF with its control tokens as user-defined ones, which llama.cpp finds in any text; return their new names.
+
+    They get names in the other case, as <|IM_END|>: llama.cpp takes <|im_end|> and its like for control tokens in any case.
+    """
+    shutil.copyfile(model, out)
+    reader = GGUFReader(out, "r+")
+    types, texts = (reader.get_field(f"tokenizer.ggml.{name}") for name in ("token_type", "tokens"))
+    names = {}
+    for type_index, text_index in zip(types.data, texts.data, strict=True):
+        if types.parts[type_index][0] == TokenType.CONTROL:
+            name = bytes(texts.parts[text_index])
+            types.parts[type_index][0] = TokenType.USER_DEFINED
+            texts.parts[text_index][:] = np.frombuffer(name.swapcase(), dtype=np.uint8)
+            names[name.decode("utf-8")] = name.swapcase().decode("utf-8")
+    return names
+
+
 def ours(reference: Iterable[torch.Tensor], model: Iterable[torch.Tensor]) -> dict[str, Any]:
-    """Our statistics over chunks of log-probabilities or logits [positions, V] of both."""
-    pairs = [divergence(expected, got) for expected, got in zip(reference, model, strict=True)]
-    return summarize_kl(torch.cat([kl for kl, _ in pairs]).double().numpy(), torch.cat([a for _, a in pairs]).numpy())
+    """Our statistics over chunks of log-probabilities [positions, V] of both, in double precision.
+
+    Not normalised again: a file's floor 16 nats down would add its mass (832 tokens: 7.5e-5 nats to every KL). As in
+    llama-perplexity, tokens below e^-16 in the reference count nothing.
+    """
+    kls, agrees = [], []
+    for expected, got in zip(reference, model, strict=True):
+        p, q = expected.double(), got.double()
+        kls.append(torch.where(p > -DEPTH, p.exp() * (p - q), 0.0).sum(-1))
+        agrees.append(p.argmax(-1) == q.argmax(-1))
+    return summarize_kl(torch.cat(kls).numpy(), torch.cat(agrees).numpy())
 
 
-def chunked(ids: Sequence[int], context: int, limit: int, bos: int | None) -> np.ndarray:
-    """Token ids cut into [chunks, context]; with ``bos`` each chunk starts with it in place of its first token, as in
-    llama-perplexity for a vocabulary that asks for it."""
+def chunked(ids: Sequence[int], context: int, limit: int) -> np.ndarray:
+    """Token ids cut into [chunks, context]."""
     count = min(len(ids) // context, limit or len(ids))
     if count * (context - 1 - first_scored(context)) < 100:
         raise UserError(
             f"{len(ids)} tokens make {count} chunks of {context}: too few for statistics; give more --items or --text"
         )
-    tokens = np.array(ids[: count * context], dtype=np.int32).reshape(count, context)
-    if bos is not None:
-        tokens[:, 0] = bos
+    return np.array(ids[: count * context], dtype=np.int32).reshape(count, context)
+
+
+def bos_of(model: Path) -> int | None:
+    """The token that llama.cpp puts before a text, and in place of each chunk's first token; None where there is none."""
+    reader = open_gguf(model)
+    return metadata(reader, "tokenizer.ggml.bos_token_id") if metadata(reader, "tokenizer.ggml.add_bos_token", False) else None
+
+
+def small(args: argparse.Namespace, model: Path) -> bool:
+    return sum(file.stat().st_size for file in gguf_files(model)) <= args.copy_gib * 2**30 and len(gguf_files(model)) == 1
+
+
+def read_text(args: argparse.Namespace, tokenizer: Path | None) -> tuple[str, dict[str, Any]]:
+    """The text to measure on and its record."""
+    if args.text:
+        try:
+            text = args.text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{args.text}: cannot read text ({error})") from None
+        return text, data_entry(args.text.name, "file", [text])
+    if not tokenizer:
+        raise UserError("give --text FILE, or --tokenizer DIR for transcripts of the tiny tasks")
+    pairs, entry = tiny_texts(load_tokenizer(tokenizer), args.items)
+    return "".join(prompt + turn for prompt, turn in pairs), entry
+
+
+def own_logprobs(args: argparse.Namespace, model: Path, text: str, work: Path, name: str) -> LogProbs:
+    """What llama.cpp predicts for the text, special tokens included where the file is small enough to copy."""
+    if small(args, model):
+        names = with_parsed_control_tokens(model, work / f"{name}.gguf")
+        model = work / f"{name}.gguf"
+        for old, new in names.items():
+            text = text.replace(old, new)
+    else:
+        print(f"{model}: above --copy-gib: special tokens of the text are read as plain text", file=sys.stderr, flush=True)
+    (work / "text").write_text(text, encoding="utf-8")
+    return dump_logprobs(model, work / "text", work / name, args.context, args.chunks, shlex.split(args.tool_args))
+
+
+def reference_logits(args: argparse.Namespace, tokens: np.ndarray, keep: int, out: Path) -> list[torch.Tensor]:
+    """Write transformers' log-probabilities of all chunks; return those of the first ``keep``."""
+    model = load_model(args.reference)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    known = len(metadata(open_gguf(args.model), "tokenizer.ggml.tokens"))
+    if known != vocabulary:
+        raise UserError(f"{args.model} has {known} tokens and {args.reference} {vocabulary}: KL between them means nothing")
+    kept: list[torch.Tensor] = []
+
+    def remembered() -> Iterator[torch.Tensor]:
+        for logits in transformers_logits(model, as_evaluated(tokens, bos_of(args.model))):
+            if len(kept) < keep:
+                kept.append(logits.log_softmax(-1))
+            yield logits
+
+    write_logprobs(out, tokens, vocabulary, remembered())
+    return kept
+
+
+def as_evaluated(tokens: np.ndarray, bos: int | None) -> np.ndarray:
+    """Chunks as llama-perplexity evaluates them."""
+    if bos is None:
+        return tokens
+    tokens = tokens.copy()
+    tokens[:, 0] = bos
     return tokens
 
 
 def against_directory(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Metrics with transformers as the reference."""
-    tokenizer = load_tokenizer(args.reference)
-    pairs, entry = file_texts(args.text, 1 << 30) if args.text else tiny_texts(tokenizer, args.items)
-    ids = tokenizer("".join(prompt + turn for prompt, turn in pairs), add_special_tokens=False)["input_ids"]
-    reader = open_gguf(args.model)
-    bos = metadata(reader, "tokenizer.ggml.bos_token_id") if metadata(reader, "tokenizer.ggml.add_bos_token", False) else None
-    tokens = chunked(ids, args.context, args.chunks, bos)
-    model = load_model(args.reference)
-    vocabulary, known = int(model.config.get_text_config().vocab_size), len(metadata(reader, "tokenizer.ggml.tokens"))
-    if known != vocabulary:
-        raise UserError(f"{args.model} has {known} tokens and {args.reference} {vocabulary}: KL between them means nothing")
-    compared = min(len(tokens), args.ours or (len(tokens) if vocabulary <= 4096 else 1))
-    kept: list[torch.Tensor] = []
-
-    def remembered() -> Iterator[torch.Tensor]:
-        for logits in transformers_logits(model, tokens):
-            if len(kept) < compared:
-                kept.append(logits)
-            yield logits
-
-    write_logprobs(work / "reference", tokens, vocabulary, remembered())
-    del model
+    text, entry = read_text(args, args.reference)
+    bos = bos_of(args.model)
+    ids = load_tokenizer(args.reference)(text, add_special_tokens=False)["input_ids"]
+    tokens = chunked(ids if bos is None else [bos, *ids], args.context, args.chunks)
+    copied = small(args, args.model)
+    compared = len(tokens) if copied else min(len(tokens), args.server_chunks)
+    kept = reference_logits(args, tokens, compared, work / "reference")
     options = shlex.split(args.tool_args)
     tool, running = tool_kl(args.model, work / "reference", args.context, options)
-    with LlamaServer(args.model, args.context, 1, options) as server, progress(compared, "ours", "chunk") as bar:
-
-        def measured() -> Iterator[torch.Tensor]:
-            for chunk in tokens[:compared]:
-                yield server_logprobs(server, chunk, vocabulary)
-                bar.update()
-
-        mine = ours(kept, measured())
+    if copied:
+        own = own_logprobs(args, args.model, text, work, "model")
+        if not np.array_equal(own.tokens, tokens):
+            raise UserError(f"{args.model} reads the text as other tokens than the tokenizer of {args.reference}")
+        mine = ours(kept, map(own.chunk, range(compared)))
+    else:
+        vocabulary = kept[0].shape[1]
+        with LlamaServer(args.model, args.context, 1, options) as server, progress(compared, "ours", "chunk") as bar:
+            chunks = as_evaluated(tokens, bos)[:compared]
+            tables = (server_logprobs(server, chunk, vocabulary) for chunk in chunks)
+            mine = ours(kept, (table for table in tables if bar.update() is not False))
     same = tool["mean"] if compared == len(tokens) else running[compared - 1]
     return {"tokens": int(tokens.size), "kl": mine, "tool": tool, "tool_mean_same_chunks": same, "data": entry}
 
 
 def against_gguf(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Metrics with another GGUF as the reference, by llama-perplexity's own files."""
-    if not args.text:
-        raise UserError("--reference F.gguf needs --text FILE: llama-perplexity reads a text without special tokens")
-    options = shlex.split(args.tool_args)
-    reference, model = (
-        dump_logprobs(path, args.text, work / name, args.context, args.chunks, options)
-        for path, name in ((args.reference, "reference"), (args.model, "model"))
-    )
+    text, entry = read_text(args, args.tokenizer)
+    reference = own_logprobs(args, args.reference, text, work, "reference")
+    model = own_logprobs(args, args.model, text, work, "model")
     if reference.vocabulary != model.vocabulary or not np.array_equal(reference.tokens, model.tokens):
         raise UserError(f"{args.model} and {args.reference} read the text as different tokens: KL between them means nothing")
-    tool, _ = tool_kl(args.model, work / "reference", args.context, options)
+    tool, _ = tool_kl(args.model, work / "reference", args.context, shlex.split(args.tool_args))
     count = range(len(reference.tokens))
-    mine = ours((reference.chunk(i) for i in count), (model.chunk(i) for i in count))
-    entry = data_entry(args.text.name, "file", [args.text.read_text(encoding="utf-8")])
+    mine = ours(map(reference.chunk, count), map(model.chunk, count))
     return {
         "tokens": int(reference.tokens.size),
         "kl": mine,
@@ -268,9 +343,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=8, help="transcripts of each tiny task (default 8)")
     parser.add_argument("--context", type=int, default=512, help="tokens of a chunk; its second half is scored")
     parser.add_argument("--chunks", type=int, default=0, help="at most so many chunks (default: all)")
-    parser.add_argument(
-        "--ours", type=int, default=0, help="chunks for our own measurement (default: all of a small vocabulary)"
-    )
+    parser.add_argument("--tokenizer", type=Path, help="directory whose chat template makes the transcripts (reference GGUF)")
+    parser.add_argument("--copy-gib", type=float, default=4.0, help="largest file that is copied to mark its control tokens")
+    parser.add_argument("--server-chunks", type=int, default=1, help="chunks for ours through llama-server, for larger files")
     parser.add_argument("--tool-args", default="", help='options for llama.cpp, as "-ngl 99 -fa off"')
     parser.add_argument("--out", type=Path, default=Path("results/kl"))
     parser.add_argument("--force", action="store_true", help="replace an earlier result of this tag")
@@ -279,8 +354,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.context < 16 or args.items < 1 or min(args.chunks, args.ours) < 0:
-        raise UserError("--context must be at least 16, --items at least 1, --chunks and --ours not negative")
+    if args.context < 16 or args.items < 1 or args.server_chunks < 1 or args.chunks < 0:
+        raise UserError("--context must be at least 16, --items and --server-chunks at least 1, --chunks not negative")
     result = args.out / f"{args.tag}.json"
     if result.exists() and not args.force:
         raise UserError(f"{result}: exists; give another --tag, or --force to replace it")
