@@ -23,8 +23,9 @@ import torch
 from backends import HfBackend, Sampling, load_tokenizer, render_chat
 from benchmarks import get_benchmarks
 from console import UserError
+from eval_settings import load_settings
 from gguf_bench import active_bytes
-from gguf_info import describe_gguf, open_gguf
+from gguf_info import config_of_gguf, describe_gguf, open_gguf
 from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, read_logprobs, write_logprobs
 from http_client import Client, in_parallel
 from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, free_port
@@ -92,6 +93,7 @@ def test_greedy_text_equals_transformers(backend, prompts, greedy):
     the other way."""
     got = in_order(backend, prompts, Sampling(max_tokens=512))
     assert sum(a == b for a, b in zip(got, greedy[512], strict=True)) >= 7
+    assert [c.prompt_ids_sha256 for c in got] == [c.prompt_ids_sha256 for c in greedy[512]]
     assert all("</think>" in c.text and c.finish_reason == "stop" and "<|im_end|>" not in c.text for c in got)
 
 
@@ -323,6 +325,14 @@ def test_description_counts_what_the_file_holds(bf16_gguf, q4_gguf):
     )
     assert found["architecture"] == "qwen35moe" and set(found["types"]) == {"bf16", "f32"}
     assert found["weights_sha256"] != quantized["weights_sha256"]
+
+
+def test_family_of_a_gguf_is_that_of_its_checkpoint(q4_gguf):
+    """So that both are sampled, and gated, alike."""
+    config = config_of_gguf(q4_gguf)
+    theirs = json.loads((MODEL / "config.json").read_text())
+    assert config == {key: theirs[key] for key in config} and len(config) == 4
+    assert load_settings().family_of(config) == load_settings().family_of(theirs) == "RAZOR_TINY"
 
 
 def test_active_bytes_of_a_token(bf16_gguf):

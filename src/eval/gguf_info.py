@@ -17,6 +17,15 @@ from gguf import GGUFReader
 from console import UserError
 from results_store import public_path
 
+MODEL_TYPES = {  # transformers' names of llama.cpp's architectures, where they differ
+    "qwen35moe": "qwen3_5_moe_text",
+    "qwen35": "qwen3_5_text",
+    "qwen3next": "qwen3_next",
+    "qwen3moe": "qwen3_moe",
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "deepseek2": "deepseek_v3",
+}
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -102,3 +111,15 @@ def describe_gguf(path: str | Path) -> dict[str, Any]:
         "types": dict(sorted(types.items())),
         "weights_sha256": files_sha256(files),
     }
+
+
+def config_of_gguf(path: str | Path) -> dict[str, Any]:
+    """What config.json of the model said, as far as it tells which model it is."""
+    reader = open_gguf(gguf_files(path)[0])
+    architecture = metadata(reader, "general.architecture")
+    layers = int(architecture_value(reader, "block_count", 0)) - int(architecture_value(reader, "nextn_predict_layers", 0))
+    config = {"model_type": MODEL_TYPES.get(architecture, architecture), "num_hidden_layers": layers}
+    for ours, theirs in (("hidden_size", "embedding_length"), ("num_experts", "expert_count")):
+        if (value := architecture_value(reader, theirs)) is not None:
+            config[ours] = int(value)
+    return config

@@ -18,6 +18,7 @@ float32 minimum (4 uint16), then one q a token of the vocabulary (padded to an e
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import shutil
@@ -37,7 +38,7 @@ from gguf import GGUFReader, TokenType
 from backends import load_model, load_tokenizer
 from console import UserError, progress, run_cli
 from gguf_info import describe_gguf, gguf_files, is_gguf, metadata, open_gguf
-from llamacpp_eval8 import LlamaServer, llama_tool, thread_arguments
+from llamacpp_eval8 import LlamaServer, die_with_parent, llama_tool, thread_arguments
 from moe_eval import summarize_kl, tiny_texts
 from results_store import data_entry, describe_model, write_result
 
@@ -122,7 +123,10 @@ def read_logprobs(path: Path) -> LogProbs:
 def run_tool(arguments: Sequence[object], batch: int) -> str:
     """llama-perplexity's output; it ends with 0 after most failures, so that callers look for what they need."""
     command = [llama_tool("llama-perplexity"), *map(str, arguments), "--batch-size", str(batch), *thread_arguments()]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+        preexec_fn=die_with_parent(os.getpid()),
+    )  # fmt: skip
     if done.returncode:
         last = " | ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
         raise UserError(f"llama-perplexity ended with {done.returncode}: {last}")
@@ -261,6 +265,18 @@ def own_logprobs(args: argparse.Namespace, model: Path, text: str, work: Path, n
     return dump_logprobs(model, work / "text", work / name, args.context, args.chunks, shlex.split(args.tool_args))
 
 
+def token_chunks(args: argparse.Namespace, tokenizer: Path, text: str) -> np.ndarray:
+    """The text as [chunks, context] by the checkpoint's own tokenizer."""
+    bos = bos_of(args.model)
+    ids = load_tokenizer(tokenizer)(text, add_special_tokens=False)["input_ids"]
+    return chunked(ids if bos is None else [bos, *ids], args.context, args.chunks)
+
+
+def check_same_tokens(model: Path, found: np.ndarray, expected: np.ndarray) -> None:
+    if not np.array_equal(found, expected):
+        raise UserError(f"{model} reads the text as other tokens than the checkpoint's tokenizer does")
+
+
 def reference_logits(args: argparse.Namespace, tokens: np.ndarray, keep: int, out: Path) -> list[torch.Tensor]:
     """Write transformers' log-probabilities of all chunks; return those of the first ``keep``."""
     model = load_model(args.reference)
@@ -292,9 +308,7 @@ def as_evaluated(tokens: np.ndarray, bos: int | None) -> np.ndarray:
 def against_directory(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Metrics with transformers as the reference."""
     text, entry = read_text(args, args.reference)
-    bos = bos_of(args.model)
-    ids = load_tokenizer(args.reference)(text, add_special_tokens=False)["input_ids"]
-    tokens = chunked(ids if bos is None else [bos, *ids], args.context, args.chunks)
+    tokens = token_chunks(args, args.reference, text)
     copied = small(args, args.model)
     compared = len(tokens) if copied else min(len(tokens), args.server_chunks)
     kept = reference_logits(args, tokens, compared, work / "reference")
@@ -302,13 +316,12 @@ def against_directory(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     tool, running = tool_kl(args.model, work / "reference", args.context, options)
     if copied:
         own = own_logprobs(args, args.model, text, work, "model")
-        if not np.array_equal(own.tokens, tokens):
-            raise UserError(f"{args.model} reads the text as other tokens than the tokenizer of {args.reference}")
+        check_same_tokens(args.model, own.tokens, tokens)
         mine = ours(kept, map(own.chunk, range(compared)))
     else:
         vocabulary = kept[0].shape[1]
         with LlamaServer(args.model, args.context, 1, options) as server, progress(compared, "ours", "chunk") as bar:
-            chunks = as_evaluated(tokens, bos)[:compared]
+            chunks = as_evaluated(tokens, bos_of(args.model))[:compared]
             tables = (server_logprobs(server, chunk, vocabulary) for chunk in chunks)
             mine = ours(kept, (table for table in tables if bar.update() is not False))
     same = tool["mean"] if compared == len(tokens) else running[compared - 1]
@@ -322,6 +335,8 @@ def against_gguf(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     model = own_logprobs(args, args.model, text, work, "model")
     if reference.vocabulary != model.vocabulary or not np.array_equal(reference.tokens, model.tokens):
         raise UserError(f"{args.model} and {args.reference} read the text as different tokens: KL between them means nothing")
+    if args.tokenizer and small(args, args.model):
+        check_same_tokens(args.model, model.tokens, token_chunks(args, args.tokenizer, text))
     tool, _ = tool_kl(args.model, work / "reference", args.context, shlex.split(args.tool_args))
     count = range(len(reference.tokens))
     mine = ours(map(reference.chunk, count), map(model.chunk, count))
@@ -363,7 +378,10 @@ def main() -> None:
     described = describe_gguf(args.model)
     gguf_reference = is_gguf(args.reference)
     reference = describe_gguf(args.reference) if gguf_reference else describe_model(args.reference)
-    with tempfile.TemporaryDirectory(prefix="gguf-kl-") as work:
+    scratch = os.environ.get("SCRATCH")  # a vocabulary of 250,000 takes 130 MB a chunk of 512 tokens
+    if scratch:
+        Path(scratch).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gguf-kl-", dir=scratch) as work:
         metrics = (against_gguf if gguf_reference else against_directory)(args, Path(work))
     entry = metrics.pop("data")
     write_result(

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends import Completion, Sampling, load_tokenizer, render_chat, seed_of
+from backends import Completion, Sampling, ids_sha256, load_tokenizer, render_chat, seed_of
 from console import UserError
 from gguf_info import architecture_value, gguf_files, metadata, open_gguf, token_text
 from http_client import Client, in_parallel
@@ -259,7 +259,7 @@ class LlamaCppBackend:
         if read != len(ids) or stop not in STOPS:
             raise UserError(f"llama-server read {read} prompt tokens of {len(ids)} and stopped by {stop!r}")
         text = self.tokenizer.decode(new[:-1] if stop == "eos" else new)
-        return Completion(text, len(new), len(ids), STOPS[stop])
+        return Completion(text, len(new), len(ids), STOPS[stop], ids_sha256(ids))
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends import Completion, Sampling, load_tokenizer, render_chat, seed_of
+from backends import Completion, Sampling, ids_sha256, load_tokenizer, render_chat, seed_of
 from console import UserError
 from http_client import Client, in_parallel
 
@@ -74,4 +74,5 @@ class OpenAIBackend:
             )
         if reason not in ("stop", "length"):
             raise UserError(f"{self.client.base_url}: finish_reason {reason!r}; expected stop or length")
-        return Completion(text.removesuffix(self.tokenizer.eos_token or ""), generated, len(ids), reason)
+        text = text.removesuffix(self.tokenizer.eos_token or "")
+        return Completion(text, generated, len(ids), reason, ids_sha256(ids))
