@@ -105,7 +105,7 @@ def pieces_of(checkpoint: Checkpoint) -> list[Piece]:
     """Every tensor of the GGUF, in the order of the decoder. Vision and multi-token prediction are not among them."""
     family = family_of(str(checkpoint.config.get("model_type")))
     if family not in FAMILIES:
-        raise UserError(f"{checkpoint.path}: a GGUF is written directly for {', '.join(FAMILIES)}, not {family}; use REFERENCE=1")
+        raise UserError(f"{checkpoint.path}: a GGUF is written directly for {', '.join(FAMILIES)}, not {family}")
     config = text_config(checkpoint)
     layers = config["num_hidden_layers"]
     roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
