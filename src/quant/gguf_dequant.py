@@ -3,7 +3,7 @@
     python src/quant/gguf_dequant.py --gguf work/iq3/razor-tiny-IQ3_XXS.gguf --model models/razor-tiny --out work/iq3-bf16
 
 Every tensor that the file stores in a lossy type is decoded, put back into transformers' order and rounded to the original's
-dtype; what it stores in float32 or bfloat16, and what is not in the file (vision, multi-token prediction), is copied from MODEL.
+dtype; what it stores in float32 or bfloat16, and what is not in the file (vision, multi-token prediction), is copied.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python src/quant/gguf_pack.py --model models/razor-tiny --out work/iq3 --base-type IQ3_XXS --method ldlq \
         [--tensor-types configs/gguf_tensor_types_iq3.txt] [--calib FILE] [--dequant-out DIR] [--result F --tag T]
 
-Types: the first pattern of --tensor-types that matches a tensor's name, else --base-type. Methods: ldlq (error feedback over the
-second moments of the inputs) and nearest (their diagonal as importance, or that of --imatrix FILE without any calibration).
-OUT holds NAME-TYPE.gguf, recipe.json and, for a model with a vision tower, NAME-mmproj-f16.gguf. It appears when it is complete;
-after `kill -9` the same command goes on where it stopped and ends with the same bytes.
+Types: the first pattern of --tensor-types that matches a tensor's name, else --base-type. Methods: ldlq (error feedback over
+the second moments of the inputs) and nearest (their diagonal as importance, or --imatrix FILE without any calibration). OUT holds
+NAME-TYPE.gguf, recipe.json and, for a model with a vision tower, NAME-mmproj-f16.gguf. It appears when it is complete; after
+`kill -9` the same command goes on where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -96,10 +96,14 @@ def _check_importance(pack: Pack, importance: Mapping[str, Entry]) -> None:
     for piece in pack.pieces:
         entry, kind = importance.get(piece.name), pack.types[piece.name]
         if entry is None and kind in NEED_IMPORTANCE and piece.role not in (Role.EMBEDDING, Role.LM_HEAD):
-            raise UserError(f"the imatrix has no entry for {piece.name}, and {kind} needs one; compute it again from this model")
+            raise UserError(
+                f"the imatrix has no entry for {piece.name}, and {kind} needs one; compute it again from this model"
+            )
         shape = (piece.shape[0] if len(piece.shape) == 3 else 1, piece.shape[-1])
         if entry is not None and entry.sums.shape != shape:
-            raise UserError(f"the imatrix has {list(entry.sums.shape)} for {piece.name}, not {list(shape)}; it is another model's")
+            raise UserError(
+                f"the imatrix has {list(entry.sums.shape)} for {piece.name}, not {list(shape)}; it is another model's"
+            )
 
 
 def mean_square(entry: Entry | None, piece: Piece) -> Tensor | None:
@@ -256,7 +260,9 @@ def table(made: Mapping[str, Any]) -> str:
     for role, entry in made["roles"].items():
         bits = f"{8 * entry['bytes'] / entry['parameters']:.3f}"
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(entry["types"].items()))
-        lines.append(f"{role:<17}{entry['tensors']:>8,}{entry['parameters']:>17,}{bits:>8}{entry['bytes'] / 1e6:>11.2f}  {kinds}")
+        lines.append(
+            f"{role:<17}{entry['tensors']:>8,}{entry['parameters']:>17,}{bits:>8}{entry['bytes'] / 1e6:>11.2f}  {kinds}"
+        )
     size = f"{made['file_bytes'] / 1e6:,.2f} MB ({made['gib']:.3f} GiB)"
     return "\n".join([*lines, f"{size}, {made['bits_per_weight']:.4f} bits a weight over all"])
 

