@@ -144,10 +144,10 @@ def test_no_vectors_and_transposed_vectors(name):
 
 
 def exhaustive_error(name, w, importance):
-    """The least error of one block [256] over 160 values of d and every level of every group, with exact codes."""
+    """The least error of one block [256] over 200 values of d and every level of every group, with exact codes."""
     kind, step = codec(name), codec(name).layout.step
     top = float(w.abs().max()) / (kind.grid(CPU).largest * step * 31)
-    d = torch.linspace(0.6 * top, 1.6 * top, 160).half().float().unique()
+    d = torch.linspace(0.3 * top, 1.6 * top, 200).half().float().unique()
     scale = (d[:, None] * step * torch.arange(1, 32, 2)).view(-1, 1, 1).expand(-1, 256 // kind.type.group, 1)
     x, weight = (t.view(1, -1, kind.type.group).expand(len(scale), -1, -1) for t in (w, importance))
     _, values = kind.nearest(x.flatten(0, 1), scale.flatten(0, 1), scale.flatten(0, 1) * 0, weight.flatten(0, 1))

@@ -27,7 +27,7 @@ LEVELS = 16
 DELTAS = tuple(0.7 + 0.02 * k for k in range(33))  # the last gives way to 0
 HALF_TINY = 2.0**-24  # the smallest that a half float holds: tiny blocks use low levels of it
 FAR = 1e9  # of |x| / scale: keeps products finite and is far beyond every grid
-SCORE_BYTES = {"cpu": 3 << 18, "cuda": 1 << 30}  # of a matrix of scores: most of a core's cache, a fraction of a GPU
+SCORE_BYTES = {"cpu": 1 << 19, "cuda": 1 << 30}  # of a matrix of scores: half of a core's cache, a fraction of a GPU
 INDEX_BITS = 10  # of the largest grid; a code is  signs | index << 8 | second index << 18
 
 
@@ -119,7 +119,7 @@ class Layout:
     """``step``: scale = d * step * (2 level + 1). ``parts``: points of a vector. ``even``: seven signs are stored.
 
     ``factors``: the largest size of the grid is tried at these multiples of a middle of the group's largest weight and its
-    root mean fourth power. They span what 99 % of groups want, Gaussian or heavy-tailed (docs/DEVELOPMENT.md).
+    root mean fourth power. They span what 98 % of groups want, in a trained model, Gaussian or heavy-tailed.
     """
 
     step: float
@@ -148,10 +148,12 @@ LAYOUTS = {
 
 
 class Grid(NamedTuple):
-    """``points`` [P, 8 / parts], sizes; ``table`` [16 / parts, P]: squares above sizes; ``signs`` [256, 8]: +1 and -1."""
+    """``points`` [P, 8 / parts], sizes; ``table`` [16 / parts, P]: squares above sizes; ``search``: tables whose
+    squares are times each factor of the search for scales; ``signs`` [256, 8]: +1 and -1."""
 
     points: Tensor
     table: Tensor
+    search: list[Tensor]
     signs: Tensor
     smallest: float
     largest: float
@@ -162,18 +164,23 @@ def _grid(name: str, device: torch.device) -> Grid:
     source = getattr(quants, name.upper())
     source.init_grid()
     points = torch.from_numpy(source.grid).float().reshape(source.grid_shape).to(device)
-    table = torch.cat([points.square(), points], 1).T.contiguous()
+    squares = [points.square() * factor for factor in (1.0, *LAYOUTS[name].factors)]
+    table, *search = (torch.cat([square, points], 1).T.contiguous() for square in squares)
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
-    return Grid(points, table, 1.0 - 2.0 * bits, float(points.min()), float(points.max()))
+    return Grid(points, table, search, 1.0 - 2.0 * bits, float(points.min()), float(points.max()))
+
+
+def _parts(count: int, table: Tensor) -> list[slice]:
+    """Slices of ``count`` rows whose products with the table are not too large."""
+    rows = max(1, SCORE_BYTES[table.device.type] // (4 * table.shape[1]))
+    return [slice(start, start + rows) for start in range(0, count, rows)]
 
 
 def _lowest(w: Tensor, pull: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The least  w . g^2 - 2 pull . g  over the points g, and its point: [M, 8 / parts] twice -> [M], [M] int64."""
     features = torch.cat([w, pull * -2.0], 1)
-    rows = max(1, SCORE_BYTES[w.device.type] // (4 * grid.table.shape[1]))
     score, index = w.new_empty(len(w)), torch.empty(len(w), dtype=torch.long, device=w.device)
-    for start in range(0, len(w), rows):
-        part = slice(start, start + rows)
+    for part in _parts(len(w), grid.table):
         torch.min(features[part] @ grid.table, 1, out=(score[part], index[part]))
     return score, index
 
@@ -306,34 +313,24 @@ def fit_scales(codec: LatticeCodec, w: Tensor, importance: Tensor) -> Scales:
 
 
 def search_scales(codec: LatticeCodec, x: Tensor, weight: Tensor) -> Tensor:
-    """The scale [R, 1] of least weighted squared error among some for each of R groups; x, weight [R, group]."""
+    """The scale [R, 1] of least weighted squared error among some for each of R groups; x, weight [R, group].
+
+    The error of scale s is, but for a constant, s times the sum over vectors of the least  s w . g^2 - 2 (w |x|) . g.  With s
+    = middle * factor the middle goes into the features and the factor into the table.
+    """
     grid = codec.grid(x.device)
-    moment = ((weight * x.square().square()).sum(1) / weight.sum(1).clamp_min(1e-30)).sqrt().sqrt()
-    middle = (x.abs().amax(1) * moment).sqrt() / grid.largest
-    pull = _pull(x.view(-1, 8), weight.reshape(-1, 8), codec.layout.even).view(len(x), -1, codec.width)
-    features = torch.cat([weight.reshape(pull.shape), pull * -2.0], 2)
-    out = torch.empty_like(middle)
-    rows = max(1, SCORE_BYTES[x.device.type] // (4 * grid.table.shape[1] * pull.shape[1]))
-    for start in range(0, len(x), rows):
-        part = slice(start, start + rows)
-        out[part] = _best_scale(features[part], middle[part], codec.layout.factors, grid.table)
-    return out[:, None]
-
-
-def _best_scale(features: Tensor, middle: Tensor, factors: tuple[float, ...], table: Tensor) -> Tensor:
-    """Of ``middle`` [R] times each factor the best for features [R, M, 16 / parts], those of scale 1."""
-    rows, vectors, double = features.shape
-    width = double // 2
-    best, chosen = torch.full_like(middle, torch.inf), torch.zeros_like(middle)
-    trial, scores = features.clone(), features.new_empty(rows * vectors, table.shape[1])
-    for factor in factors:
-        scale = middle * factor
-        torch.mul(features[:, :, :width], scale[:, None, None], out=trial[:, :, :width])  # s w . g^2 - 2 w |x| . g
-        torch.mm(trial.view(-1, double), table, out=scores)
-        error = scores.amin(1).view(rows, vectors).sum(1) * scale
-        better = error < best
-        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
-    return chosen
+    moment = ((weight * x.square().square()).sum(1) / weight.sum(1).clamp_min(1e-30)).sqrt_().sqrt_()
+    middle = (x.abs().amax(1, keepdim=True) * moment[:, None]).sqrt_() / grid.largest
+    pull = _pull(x.view(-1, 8), weight.reshape(-1, 8), codec.layout.even).view(-1, codec.width)
+    features = torch.cat([(weight * middle).view(pull.shape), pull * -2.0], 1)
+    factors = torch.tensor(codec.layout.factors, device=x.device)
+    score = torch.empty(len(factors), len(features), device=x.device)
+    for part in _parts(len(features), grid.table):
+        own = features[part]
+        for k, table in enumerate(grid.search):
+            torch.amin(own @ table, 1, out=score[k, part])
+    best = (score.view(len(factors), len(x), -1).sum(2) * factors[:, None]).argmin(0)
+    return middle * factors[best, None]
 
 
 def _pull(x: Tensor, weight: Tensor, even: bool) -> Tensor:

@@ -7,8 +7,8 @@ the output error  (w - v) H (w - v)^T, which depends on no other row.
     sweep     vectors are coded in turn; inputs behind them take up their error (Frantar et al. 2023, arXiv 2210.17323; with
               vectors: Tseng et al. 2024, arXiv 2402.04396). The scales of a block are fitted when the sweep reaches it, on
               the weights that carry the errors so far, and tried at several sizes: the loss of each is known exactly.
-    rescale   the scale of a block by least squares under H, codes fixed
-    descend   each vector in turn takes better codes, all others fixed (QuantEase, arXiv 2309.01885)
+    descend   block by block: its scale by least squares, the integers of its groups one up or down, and each vector in turn
+              takes better codes, all others fixed (QuantEase, arXiv 2309.01885)
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from console import UserError
 from ggml_types import Codec, Scales, balanced, codec, decode_rows, encode, row_bytes
-from rounding import inverse_factor
+from rounding import WORKING_BYTES, experts_at_once, inverse_factor
 
-FACTORS = (1.0,)  # sizes of the fitted scales that a sweep tries
+SIZES = (1.0,)  # of the fitted scales, that a sweep tries
+SHARE = 0.5  # of the way to the optimum of each input alone, where all inputs of a group move together
 
 
 class Rounded(NamedTuple):
@@ -103,49 +104,141 @@ def forward_error(own: Tensor, difference: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(own.transpose(1, 2), difference, upper=False)
 
 
-def sweep(wt: Tensor, factor: Tensor, kind: Codec, factors: tuple[float, ...] = FACTORS) -> Rounded:
-    """Round ``wt`` [E, I, O] with error feedback along the inputs; ``factor`` is U of :func:`rounding.inverse_factor`."""
-    experts, inputs, outputs = wt.shape
+def sweep(wt: Tensor, factor: Tensor, kind: Codec, passes: int, sizes: tuple[float, ...] = SIZES) -> Rounded:
+    """Round ``wt`` [E, I, O] with error feedback along the inputs; ``factor`` is U of :func:`rounding.inverse_factor`.
+
+    A block is improved ``passes`` times before its errors go on, under the metric of its loss, (U_bb^T U_bb)^-1.
+    """
+    outputs = wt.shape[2]
     importance = vector_importance(factor, kind.type.vector)
     work = wt.clone()
     values, codes, scales = torch.empty_like(wt), [], []
-    for part in spans(inputs, kind.type.block):
-        own = rows_of(work[:, part])
-        fitted = kind.fit(own, balanced(per_row(importance[:, part], outputs)))
+    for part in spans(wt.shape[1], kind.type.block):
+        x, own = work[:, part], factor[:, part, part]
+        fitted = kind.fit(rows_of(x), balanced(per_row(importance[:, part], outputs)))
         best = None
-        for size in factors:
-            trial = fitted if size == 1 else kind.rescaled(fitted, torch.full_like(own[:, 0], size))
-            found = sweep_block(work[:, part].clone(), trial, factor[:, part, part], importance[:, part], kind)
-            best = better_block(best, (*found, trial))
+        for size in sizes:
+            trial = fitted if size == 1 else kind.rescaled(fitted, torch.full_like(x[:, 0], size).view(-1))
+            best = better_block(best, (*sweep_block(x.clone(), trial, own, importance[:, part], kind), trial), kind)
         code, values[:, part], errors, scale = best
+        if passes:
+            metric = torch.cholesky_inverse(own, upper=True)
+            for _ in range(passes):
+                block = Block(values[:, part], code, scale, torch.bmm(metric, x - values[:, part]), metric, kind)
+                block.improve()
+                values[:, part], code, scale = block.values, block.codes, block.scales
+            errors = forward_error(own, x - values[:, part])
         codes.append(code)
         scales.append(scale)
         work[:, part.stop :].baddbmm_(factor[:, part, part.stop :].transpose(1, 2), errors, alpha=-1)
     return Rounded(values, torch.cat(codes, 1), scales)
 
 
-def better_block(old: tuple | None, new: tuple) -> tuple:
+def better_block(old: tuple | None, new: tuple, kind: Codec) -> tuple:
     """Of two (codes, values, errors, scales) of a block, row by row the one of smaller loss."""
     if old is None:
         return new
     better = new[2].square().sum(1) < old[2].square().sum(1)  # [E, O]
     row = better.reshape(-1, 1)
-    codes = torch.where(row, new[0], old[0])
     values, errors = (torch.where(better[:, None], n, o) for n, o in zip(new[1:3], old[1:3]))
-    return codes, values, errors, pick_scales(row, new[3], old[3])
+    return torch.where(row, new[0], old[0]), values, errors, pick_scales(row, new[3], old[3], kind)
 
 
-def pick_scales(row: Tensor, new: Scales, old: Scales) -> Scales:
+def pick_scales(row: Tensor, new: Scales, old: Scales, kind: Codec) -> Scales:
     """``new`` in the rows [R, 1] that are set, else ``old``."""
-
-    def pick(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(row.view(-1, *[1] * (a.ndim - 1)), a, b)
-
-    raw = tuple(pick(a, b) for a, b in zip(new.raw, old.raw))
-    return Scales(pick(new.scale, old.scale), pick(new.offset, old.offset), raw)
+    return kind.scales_of(*(torch.where(row if a.ndim > 1 else row[:, 0], a, b) for a, b in zip(new.raw, old.raw)))
 
 
-# ---------------------------------------------------------------- passes
+# ---------------------------------------------------------------- descent
+
+
+class Block:
+    """One block of inputs of every row under a quadratic form, while the other blocks are fixed or will make up for it.
+
+    values, residual [E, B, O] with residual = metric (target - values); codes [R, B/V]; metric [E, B, B]. A change of the
+    values changes the form by  change metric change - 2 change residual,  and is made in the rows where that is negative.
+    """
+
+    def __init__(self, values: Tensor, codes: Tensor, scales: Scales, residual: Tensor, metric: Tensor, kind: Codec):
+        self.values, self.codes, self.scales = values.clone(), codes.clone(), scales
+        self.residual, self.metric, self.kind = residual, metric, kind
+        self.vector, self.vectors = kind.type.vector, spans(values.shape[1], kind.type.vector)
+        self.diagonal = metric.diagonal(dim1=1, dim2=2)
+        self.inverses = torch.linalg.inv(torch.stack([metric[:, v, v] for v in self.vectors], 1)) if self.vector > 1 else None
+
+    def improve(self) -> None:
+        """The scale of the block, then group by group its integers and the codes of its vectors. Once: it leaves the residual
+        of the groups behind it as it was."""
+        self.rescale()
+        raw = tuple(part.clone() for part in self.scales.raw)
+        for index, group in enumerate(spans(self.values.shape[1], self.kind.type.group)):
+            before = self.values[:, group].clone()
+            for place in self.kind.integers:
+                for step in (1, -1):
+                    self.step_integer(raw, index, group, place, step)
+            own = self.kind.scales_of(*one_group(raw, index))
+            for vector in self.vectors[group.start // self.vector : group.stop // self.vector]:
+                self.recode(vector, group, own)
+            moved = self.values[:, group] - before
+            self.residual[:, group.stop :].baddbmm_(self.metric[:, group.stop :, group], moved, alpha=-1)
+        self.scales = self.kind.scales_of(*raw)
+
+    def accept(self, part: slice, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the inputs ``part`` to ``value`` [E, P, O] where that lowers the form: which rows [E, 1, O], and the change."""
+        change = value - self.values[:, part]
+        gain = torch.bmm(self.metric[:, part, part], change).sub_(self.residual[:, part], alpha=2)
+        better = (change * gain).sum(1, keepdim=True) < 0
+        change = torch.where(better, change, 0.0)
+        self.values[:, part] = torch.where(better, value, self.values[:, part])
+        return better, change
+
+    def rescale(self) -> None:
+        """The scale of least error for fixed codes, rounded to what the format stores."""
+        image = torch.bmm(self.metric, self.values)
+        factor = 1 + (self.values * self.residual).sum(1) / (self.values * image).sum(1).clamp_min(1e-30)
+        trial = self.kind.rescaled(self.scales, factor.reshape(-1))
+        values = block_values(self.codes, trial, self.kind)
+        better, change = self.accept(slice(None), columns_of(values, len(self.values)))
+        self.scales = pick_scales(better.view(-1, 1), trial, self.scales, self.kind)
+        self.residual = self.residual.baddbmm(self.metric, change, alpha=-1)
+
+    def step_integer(self, raw: tuple[Tensor, ...], index: int, group: slice, place: int, step: int) -> None:
+        """Move the integer ``raw[place]`` of a group by ``step``, with codes for it, where that lowers the form."""
+        own = list(one_group(raw, index))
+        own[place] = (own[place] + step).clamp(*self.kind.integers[place])
+        target = self.values[:, group] + SHARE * self.residual[:, group] / self.diagonal[:, group, None]
+        code, value = self.nearest(target, group, self.kind.scales_of(*own))
+        better, change = self.accept(group, value)
+        self.residual[:, group].baddbmm_(self.metric[:, group, group], change, alpha=-1)
+        row, codes = better.view(-1, 1), self.codes[:, group.start // self.vector : group.stop // self.vector]
+        codes.copy_(torch.where(row, code, codes))
+        raw[place][:, index] = torch.where(row, own[place], raw[place][:, index, None])[:, 0]
+
+    def recode(self, part: slice, group: slice, scales: Scales) -> None:
+        """Better codes for one vector, sought around the optimum of each input alone and around that of all together."""
+        inner = slice(part.start, group.stop)
+        for together in (False, True)[: self.vector]:
+            pull = self.residual[:, part]
+            if together:
+                step = torch.bmm(self.inverses[:, part.start // self.vector], pull)
+            else:
+                step = pull / self.diagonal[:, part, None]
+            code, value = self.nearest(self.values[:, part] + step, part, scales)
+            better, change = self.accept(part, value)
+            self.residual[:, inner].baddbmm_(self.metric[:, inner, part], change, alpha=-1)
+            codes = self.codes[:, part.start // self.vector : part.stop // self.vector]
+            codes.copy_(torch.where(better.view(-1, 1), code, codes))
+
+    def nearest(self, target: Tensor, part: slice, scales: Scales) -> tuple[Tensor, Tensor]:
+        """Codes [R, P/V] and values [E, P, O] near ``target`` [E, P, O] for the scales of one group."""
+        importance = per_row(self.diagonal[:, part], target.shape[2])
+        code, value = self.kind.nearest(rows_of(target), scales.scale, scales.offset, importance)
+        return code, columns_of(value, len(target))
+
+
+def one_group(raw: tuple[Tensor, ...], index: int) -> tuple[Tensor, ...]:
+    """The stored fields of one group of every block."""
+    return tuple(part[:, index, None] if part.ndim > 1 else part for part in raw)
 
 
 def block_values(codes: Tensor, scales: Scales, kind: Codec) -> Tensor:
@@ -154,64 +247,66 @@ def block_values(codes: Tensor, scales: Scales, kind: Codec) -> Tensor:
     return (units * scales.scale[..., None] - scales.offset[..., None]).view(len(codes), -1)
 
 
-def rescale_block(
-    values: Tensor, codes: Tensor, scales: Scales, residual: Tensor, own: Tensor, kind: Codec
-) -> tuple[Tensor, Scales, Tensor]:
-    """The scale of a block of least error for fixed codes; rows that would not gain keep theirs.
-
-    values, residual [E, B, O] with residual = H (w - v) on the block, ``own`` [E, B, B] of H. Returns all three anew.
-    """
-    experts = len(values)
-    image = torch.bmm(own, values)
-    factor = 1 + (values * residual).sum(1) / (values * image).sum(1).clamp_min(1e-30)
-    trial = kind.rescaled(scales, factor.reshape(-1))
-    delta = columns_of(block_values(codes, trial, kind), experts) - values
-    step = torch.bmm(own, delta)
-    better = (delta * (step - 2 * residual)).sum(1) < 0
-    kept = better[:, None]
-    return values + delta * kept, pick_scales(better.reshape(-1, 1), trial, scales), residual - step * kept
-
-
-def descend_block(
-    values: Tensor, codes: Tensor, scales: Scales, residual: Tensor, own: Tensor, kind: Codec
-) -> None:
-    """Coordinate descent over the vectors of a block, in place: values, residual [E, B, O], codes [R, B/V]."""
-    experts, size, outputs = values.shape
-    group, vector = kind.type.group, kind.type.vector
-    diagonal = own.diagonal(dim1=1, dim2=2)
-    for index, outer in enumerate(spans(size, group)):
-        scale, offset = scales.scale[:, index, None], scales.offset[:, index, None]
-        before = values[:, outer].clone()
-        for start in range(outer.start, outer.stop, vector):
-            part, rest = slice(start, start + vector), slice(start + vector, outer.stop)
-            old, pull, metric = values[:, part], residual[:, part], own[:, part, part]
-            target = old + pull / diagonal[:, part, None]
-            code, value = kind.nearest(rows_of(target), scale, offset, per_row(diagonal[:, part], outputs))
-            delta = columns_of(value, experts) - old
-            better = (delta * (torch.bmm(metric, delta) - 2 * pull)).sum(1, keepdim=True) < 0  # [E, 1, O]
-            delta = torch.where(better, delta, 0.0)
-            values[:, part] = torch.where(better, columns_of(value, experts), old)
-            place = slice(start // vector, start // vector + code.shape[1])
-            codes[:, place] = torch.where(better.view(-1, 1), code, codes[:, place])
-            residual[:, rest].baddbmm_(own[:, rest, part], delta, alpha=-1)
-        behind = slice(outer.stop, size)
-        residual[:, behind].baddbmm_(own[:, behind, outer], values[:, outer] - before, alpha=-1)
-
-
-def improve(wt: Tensor, state: Rounded, hessian: Tensor, kind: Codec) -> Rounded:
-    """One pass of rescale and descend over all blocks; no row's error rises (but for float32 rounding)."""
-    values, codes, scales = state.values.clone(), state.codes.clone(), list(state.scales)
-    vectors = kind.type.block // kind.type.vector
+def descend(wt: Tensor, state: Rounded, hessian: Tensor, kind: Codec) -> Rounded:
+    """Improve every block in turn while the others are fixed; no row's error rises, but for float32 rounding."""
+    values, codes, scales = state.values.clone(), state.codes.chunk(len(state.scales), 1), []
+    found = []
     for index, part in enumerate(spans(wt.shape[1], kind.type.block)):
-        own, code = hessian[:, part, part], codes[:, index * vectors : (index + 1) * vectors]
         residual = torch.bmm(hessian[:, part], wt - values)
-        block, scales[index], residual = rescale_block(values[:, part], code, scales[index], residual, own, kind)
-        descend_block(block, code, scales[index], residual, own, kind)
-        values[:, part] = block
-    return Rounded(values, codes, scales)
+        block = Block(values[:, part], codes[index], state.scales[index], residual, hessian[:, part, part], kind)
+        block.improve()
+        values[:, part] = block.values
+        found.append(block.codes)
+        scales.append(block.scales)
+    return Rounded(values, torch.cat(found, 1), scales)
 
 
 def packed(state: Rounded, kind: Codec) -> Tensor:
     """uint8 [R, row bytes]."""
     codes = state.codes.chunk(len(state.scales), 1)
     return torch.cat([kind.pack(scales, code) for scales, code in zip(state.scales, codes)], 1)
+
+
+# ---------------------------------------------------------------- all of it
+
+
+def ldlq(
+    weight: Tensor, name: str, hessian: Tensor, damping: float = 0.01, passes: int = 2, working_bytes: float | None = None
+) -> Tensor:
+    """Bytes uint8 [E, O, row_bytes] of ``weight`` [E, O, I] rounded for a small output error under ``hessian`` [E, I, I].
+
+    ``damping`` of the mean of diag(H) is added to it. ``passes``: of descent, within a block when the sweep is there, and over
+    all blocks afterwards. A row whose plain rounding (:func:`ggml_types.encode` with diag(H)) has a lower error takes that.
+    """
+    size, kind = row_bytes(name, weight.shape[-1]), codec(name)
+    experts, outputs, inputs = weight.shape
+    if hessian.shape != (experts, inputs, inputs):
+        raise UserError(f"second moments {list(hessian.shape)} do not belong to a weight {list(weight.shape)}")
+    out = torch.empty(experts, outputs, size, dtype=torch.uint8, device=weight.device)
+    count = experts_at_once(weight.shape, working_bytes or WORKING_BYTES[weight.device.type])
+    for start in range(0, experts, count):
+        part = slice(start, start + count)
+        w, h = weight[part].float(), hessian[part].float()
+        out[part] = encode(w, name, h.diagonal(dim1=1, dim2=2)[:, None])
+        if kind.type.block > 1:
+            _keep_better(out[part], _ldlq(w, kind, h, damping, passes), w, name, h)
+    return out
+
+
+def _ldlq(weight: Tensor, kind: Codec, hessian: Tensor, damping: float, passes: int) -> Tensor:
+    """Of the states of sweep and descent, row by row the bytes of the one of least error under the damped moments."""
+    wt, damped = weight.transpose(1, 2).contiguous(), hessian.clone()
+    mean = damped.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)
+    damped.diagonal(dim1=1, dim2=2).add_(damping * torch.where(mean > 0, mean, 1.0))
+    state = sweep(wt, inverse_factor(damped, 0.0), kind, passes)
+    for _ in range(passes):
+        state = descend(wt, state, damped, kind)
+    return packed(state, kind).view(*weight.shape[:2], -1)
+
+
+def _keep_better(kept: Tensor, data: Tensor, weight: Tensor, name: str, hessian: Tensor) -> None:
+    """Put the rows of ``data`` [E, O, row bytes] into ``kept`` where their output error is lower."""
+    wt = weight.transpose(1, 2)
+    errors = [row_errors(wt, decode_rows(d, name).transpose(1, 2), hessian) for d in (data, kept)]
+    better = (errors[0] < errors[1])[..., None]
+    kept.copy_(torch.where(better, data, kept))

@@ -135,12 +135,16 @@ class ScalarCodec(Codec):
         super().__init__(block_type)
         self.layout = LAYOUTS[block_type.name]
         self.groups = block_type.block // block_type.group
+        highest = self.layout.scale_levels - 1 - self.layout.scale_zero
+        self.integers = {1: (-self.layout.scale_zero, highest)} if self.layout.scale_bytes else {}
+        if self.layout.scale_bytes and self.layout.has_minimum:
+            self.integers[3] = (0, highest)
 
-    def scales_of(self, stored: Stored) -> Scales:
-        """The decoded scales of what is stored, by the same float32 products as llama.cpp."""
-        scale = stored.d[:, None] * stored.multiplier.float()
-        offset = stored.m[:, None] * stored.minimum.float()
-        return Scales(scale, offset, tuple(stored))
+    def scales_of(self, d: Tensor, multiplier: Tensor, m: Tensor, minimum: Tensor) -> Scales:
+        """The decoded scales of :class:`Stored` fields, by the same float32 products as llama.cpp."""
+        scale = d[:, None] * multiplier.float()
+        offset = m[:, None] * minimum.float()
+        return Scales(scale, offset, (d, multiplier, m, minimum))
 
     def fit(self, w: Tensor, importance: Tensor) -> Scales:
         layout, kind = self.layout, self.type
@@ -154,7 +158,7 @@ class ScalarCodec(Codec):
         d, multiplier, m, minimum = choice
         if kind.name == "q5_1":
             m, minimum = -m, -minimum
-        return self.scales_of(Stored(d, multiplier.int(), m, minimum.int()))
+        return self.scales_of(d, multiplier.int(), m, minimum.int())
 
     def _snap(self, units: Tensor) -> Tensor:
         """Real units to the nearest that the type has, in place."""
@@ -202,8 +206,8 @@ class ScalarCodec(Codec):
         return torch.tensor(self.layout.table, dtype=torch.float32, device=codes.device)[codes]
 
     def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
-        stored = Stored(*scales.raw)
-        return self.scales_of(stored._replace(d=half(stored.d * factor), m=half(stored.m * factor)))
+        d, multiplier, m, minimum = scales.raw
+        return self.scales_of(half(d * factor), multiplier, half(m * factor), minimum)
 
     def pack(self, scales: Scales, codes: Tensor) -> Tensor:
         stored, layout, parts = Stored(*scales.raw), self.layout, []
@@ -239,7 +243,7 @@ class ScalarCodec(Codec):
         codes = found["low"]
         if "high" in found:
             codes = codes | found["high"] << next(field[1] for field in layout.fields if field[0] == "low")
-        return self.scales_of(self._stored(found)), codes
+        return self.scales_of(*self._stored(found)), codes
 
     def _field_bytes(self, field: str | tuple) -> int:
         if field == "s":

@@ -56,7 +56,8 @@ TYPES = {name: _block_type(name, group, 8 if name in LATTICE else 1) for name, g
 
 
 class Scales(NamedTuple):
-    """``scale`` and ``offset`` [N, block/group] float32 as decoded; ``raw``: the stored fields that :meth:`Codec.pack` needs."""
+    """``scale`` and ``offset`` [N, block/group] float32 as decoded; ``raw``: the stored fields that :meth:`Codec.pack` needs,
+    such that scale and offset are those of ``codec.scales_of(*raw)``; raw[0] is the half float of the block."""
 
     scale: Tensor
     offset: Tensor
@@ -64,13 +65,22 @@ class Scales(NamedTuple):
 
 
 class Codec:
-    """One block type: fits scales, finds codes, packs and decodes; every method works on many blocks at once."""
+    """One block type: fits scales, finds codes, packs and decodes; every method works on many blocks at once.
+
+    ``integers``: which of the ``raw`` of Scales hold an integer per group, and their least and largest value.
+    """
+
+    integers: dict[int, tuple[int, int]] = {1: (0, 15)}
 
     def __init__(self, block_type: BlockType):
         self.type = block_type
 
     def fit(self, w: Tensor, importance: Tensor) -> Scales:
         """Scales of small ``sum importance * (w - value)**2``; w, importance [N, block] float32."""
+        raise NotImplementedError
+
+    def scales_of(self, *raw: Tensor) -> Scales:
+        """The scales that stored fields decode to; for any number of groups."""
         raise NotImplementedError
 
     def nearest(self, x: Tensor, scale: Tensor, offset: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +158,8 @@ class CastCodec(Codec):
     """f32, f16 and bf16: a code is the bit pattern of one weight; there is nothing to fit."""
 
     DTYPES = {"f32": (torch.float32, torch.int32), "f16": (torch.float16, torch.int16), "bf16": (torch.bfloat16, torch.int16)}
+
+    integers = {}
 
     def __init__(self, block_type: BlockType):
         super().__init__(block_type)
