@@ -5,8 +5,8 @@
 
 Types: the first pattern of --tensor-types that matches a tensor's name, else --base-type. Methods: ldlq (error feedback over
 the second moments of the inputs) and nearest (their diagonal as importance, or --imatrix FILE without any calibration). OUT
-holds NAME-TYPE.gguf, recipe.json and, for a model with a vision tower, NAME-mmproj-f16.gguf. It appears when it is complete; after
-`kill -9` the same command goes on where it stopped and ends with the same bytes.
+holds NAME-TYPE.gguf, recipe.json and, for a model with a vision tower, NAME-mmproj-f16.gguf. It appears when it is complete;
+after `kill -9` the same command goes on where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ class PackConfig:
     calib_sequences: int
     calib_length: int
     target_gib: float
+    protected: str
     dequant_out: str
     reference: bool
 
@@ -49,8 +50,20 @@ def common_flags(config: PackConfig) -> list[object]:
 def allocated(config: PackConfig) -> str:
     """The file of types for the budget, made beside the output; one that is there is for another run and is refused."""
     types = f"{config.out.rstrip('/')}.types.txt"
-    protected = ["--tensor-types", config.tensor_types] if config.tensor_types else []
-    flags = [*common_flags(config), *protected, "--target-gib", config.target_gib, "--out", types]
+    protected = ["--tensor-types", config.protected] if config.protected else []
+    text = ["--calib", config.calib] if config.calib else []
+    flags = [
+        "--model",
+        config.model,
+        *text,
+        "--calib-length",
+        config.calib_length,
+        *protected,
+        "--target-gib",
+        config.target_gib,
+        "--out",
+        types,
+    ]
     step("src/quant/gguf_alloc.py", *flags, *(["--force"] if flag("FORCE") else []))
     return types
 
