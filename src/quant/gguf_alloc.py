@@ -3,10 +3,11 @@
     python src/quant/gguf_alloc.py --model models/razor-tiny --target-gib 0.008 --out work/types.txt \
         [--tensor-types configs/gguf_protected.txt] [--candidates iq2_xs,iq3_xxs,...] [--result F --tag T]
 
-OUT is a file of PATTERN=TYPE lines for gguf_pack. What --tensor-types names is fixed. The checkpoint is streamed once. Sensitivity of a tensor to a type: the error tr(D H D^T) of its output (on a sample of its rows) times nats per error. The
-latter is measured for every group of a layer (experts' gate and up, experts' down, shared expert, attention): the group is
-rounded to --probe, the activations that this changes are carried to the end beside the true ones, and the KL of their
-predictions is taken. The types of least summed KL within the size come from dynamic programming over all choices.
+OUT is a file of PATTERN=TYPE lines for gguf_pack. What --tensor-types names is fixed. The checkpoint is streamed once.
+Sensitivity of a tensor to a type: the error tr(D H D^T) of its output (on a sample of its rows) times nats per error, which is
+measured for every group of a layer (experts' gate and up, experts' down, shared expert, attention): the group is rounded to
+--probe, the activations that this changes are carried to the end beside the true ones, and the KL of the predictions taken.
+The types of least summed KL within the size come from dynamic programming over all choices.
 """
 
 from __future__ import annotations
