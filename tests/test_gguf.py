@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from calibration import Calibration, calibration_ids
+from calibration import Calibration
+from calibration_text import calibration_ids
 from checkpoint import Checkpoint
 from console import UserError
 from ggml_types import decode_rows
@@ -149,7 +150,8 @@ KILLER = textwrap.dedent("""
     import hashlib, os, random, signal, sys, time, traceback
     from pathlib import Path
     import torch, transformers
-    from calibration import Calibration, calibration_ids
+    from calibration import Calibration
+    from calibration_text import calibration_ids
     from checkpoint import Checkpoint
     from gguf_pack import plan_pack, write_pack
     import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe

@@ -33,11 +33,12 @@ RAZOR_TINY = Path(__file__).resolve().parents[2] / "models/razor-tiny/tokenizer.
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
+def add_calibration_arguments(parser: argparse.ArgumentParser, sequences: int = 128) -> None:
     """The --calib, --calib-sequences and --calib-length of every command that reads calibration text."""
     known = "a text file, hf:REPOSITORY@COMMIT:SPLIT[:CONFIG], or several joined by +"
     parser.add_argument("--calib", help=f"{known} (default: {DEFAULT}; for razor-tiny its tasks' training split)")
-    parser.add_argument("--calib-sequences", type=int, default=128, help="sequences of calibration text (default 128)")
+    shown = f"sequences of calibration text (default {sequences})"
+    parser.add_argument("--calib-sequences", type=int, default=sequences, help=shown)
     parser.add_argument("--calib-length", type=int, default=512, help="tokens of a sequence (default 512)")
 
 

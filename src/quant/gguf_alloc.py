@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration import Calibration, Collector, LayerStream, calibration_ids
+from calibration import Calibration, Collector, LayerStream
+from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, progress, run_cli
 from ggml_types import decode_rows, encode, fallback
@@ -176,9 +177,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tensor-types", type=Path, help="PATTERN=TYPE lines of tensors whose types are fixed")
     parser.add_argument("--candidates", default=CANDIDATES, help=f"types to choose from (default {CANDIDATES})")
     parser.add_argument("--probe", default="q3_K", help="type at which the KL of a group is measured (default q3_K)")
-    parser.add_argument("--calib", type=Path, help="text file (default: the tiny tasks' training split)")
-    parser.add_argument("--calib-sequences", type=int, default=16)
-    parser.add_argument("--calib-length", type=int, default=512)
+    add_calibration_arguments(parser, sequences=16)
     parser.add_argument("--force", action="store_true", help="replace an earlier output")
     add_record_arguments(parser)
     return parser.parse_args()
@@ -206,7 +205,7 @@ def main() -> None:
     taken = header + sum(padded(tensor_bytes(p.shape, fixed[p.name])) for p in pieces if p.name in fixed)
     budget = int(args.target_gib * 2**30) - taken
     choose(open_pieces, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now
-    ids, entry = calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
+    ids, entry = calibration_of(args)
     found = Sensitivities(checkpoint, Calibration(ids, entry), open_pieces, type_named(args.probe, "--probe"))
     with progress(len(found.stream.layers), "sensitivity", "layer") as bar:
         for index in range(len(found.stream.layers)):

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from calibrated_pass import activations_file, facts_file
-from calibration import Calibration, LayerStream, calibration_ids
+from calibration import Calibration, LayerStream
+from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
 from ggml_types import TYPES, CastCodec, decode_rows, encode
@@ -329,9 +330,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tensor-types", type=Path, help="file of PATTERN=TYPE lines, as configs/gguf_tensor_types_iq3.txt")
     parser.add_argument("--method", default="ldlq", help=f"{', '.join(METHODS)} (default ldlq)")
     parser.add_argument("--imatrix", type=Path, help="importance of llama-imatrix or moe_probe, instead of calibration")
-    parser.add_argument("--calib", type=Path, help="text file for calibration (default: the tiny tasks' training split)")
-    parser.add_argument("--calib-sequences", type=int, default=128)
-    parser.add_argument("--calib-length", type=int, default=512, help="tokens of a calibration sequence")
+    add_calibration_arguments(parser)
     parser.add_argument("--dequant-out", type=Path, help="also write what the file holds as a BF16 checkpoint")
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
     add_record_arguments(parser)
@@ -348,9 +347,7 @@ def prepare(args: argparse.Namespace) -> tuple[Pack, list[str]]:
     pack, notes = plan_pack(checkpoint, base, patterns, args.method)  # its errors before the tokenizer's
     if not any(is_quantized(pack.types[p.name]) and p.role is not Role.EMBEDDING for p in pack.pieces):
         return pack, notes
-    if min(args.calib_sequences, args.calib_length) < 1:
-        raise UserError("--calib-sequences and --calib-length must be at least 1")
-    ids, entry = calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
+    ids, entry = calibration_of(args)
     return dataclasses.replace(pack, calibration=Calibration(ids, entry)), notes
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-from calibration import calibration_ids
+from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
 from gguf_file import GgufFile, file_sha256, run_converter
@@ -75,7 +75,7 @@ def calibration_text(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The text of the tokens that the calibrated pass would read, and their record."""
     from backends import load_tokenizer
 
-    ids, entry = calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
+    ids, entry = calibration_of(args)
     tokenizer = load_tokenizer(args.model)
     return tokenizer.decode(ids.flatten(), skip_special_tokens=False, clean_up_tokenization_spaces=False), entry
 
@@ -128,9 +128,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="directory for the files")
     parser.add_argument("--base-type", required=True)
     parser.add_argument("--tensor-types", type=Path)
-    parser.add_argument("--calib", type=Path, help="text file (default: the tiny tasks' training split)")
-    parser.add_argument("--calib-sequences", type=int, default=128)
-    parser.add_argument("--calib-length", type=int, default=512)
+    add_calibration_arguments(parser)
     parser.add_argument("--force", action="store_true", help="make files again that have other settings")
     add_record_arguments(parser)
     return parser.parse_args()
