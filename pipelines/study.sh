@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every rounding method on one model at the same grid, judged by KL:  bash pipelines/study.sh     (razor-tiny; 20 minutes on 2 cores)
+# Every rounding method on one model at the same grid, judged by KL:  bash pipelines/study.sh     (razor-tiny; half an hour on 2 cores)
 # MODEL=DIR and NAME=prefix take another model. A killed run goes on where it stopped.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
@@ -32,6 +32,15 @@ for bits in 3 2.5; do
     judge "${name}_int${bits}mix_int4_gptq_refit" gptq_refit 3 --allocation "$allocation"
 done
 judge "${name}_int3mix_int4_clip" clip 3 --allocation "$SCRATCH/${name}_allocation3.json"
+# Bits by the signals of the published study: a quarter of each layer's experts at 4 bits, a quarter at 2.
+for strategy in random inverse frequency wmass asal wfro composite; do
+    allocation=$SCRATCH/${name}_$strategy.json
+    [ -e "$allocation" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits 3 --strategy "$strategy" \
+        --out "$allocation"
+    for method in clip gptq_refit; do
+        judge "${name}_int3${strategy}_int4_$method" "$method" 3 --allocation "$allocation"
+    done
+done
 python src/eval/make_results.py
 python src/eval/check_results.py
 python src/eval/plot_results.py

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Runs the tests in the project's environment: bash pipelines/test.sh [pytest arguments]
+# Runs the tests in the project's environment:  bash pipelines/test.sh [pytest arguments]
+# First: ruff, the results check, and llama.cpp (built once, 6 minutes on two cores: llama_cpp.sh). Tests run side by side, one a
+# core (TEST_WORKERS=1: one after the other). That of vLLM runs where its environment is: pipelines/vllm_cpu_env.sh.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
 ruff check src tests
 python src/eval/check_results.py
 python src/eval/check_results.py docs/EVAL_PROTOCOL.md
-exec python -m pytest -q "$@"
+LLAMA_CPP=$(bash pipelines/llama_cpp.sh | tail -n 1)
+export LLAMA_CPP OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec python -m pytest -q -n "${TEST_WORKERS:-$(nproc)}" --dist worksteal "$@"

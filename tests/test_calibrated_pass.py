@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_quant_save import FAMILIES, TINY
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from calibration import Calibration, Collector, LayerStream, calibration_ids
+from calibration import Calibration, Collector, LayerStream
+from calibration_text import calibration_ids, default_source
 from checkpoint import Checkpoint
 from console import UserError
 from model_layout import roles_of
@@ -130,3 +132,49 @@ def test_a_broken_activation_names_its_tensor_and_cold_experts_are_counted(rando
     report = quantize_checkpoint(tmp_path / "nan", tmp_path / "q", recipe, calibration=calibration(512))
     assert report.calibration["experts_never_routed"] == 8 and report.calibration["experts_below_floor"] > 8
     assert json.loads((tmp_path / "q/recipe.json").read_text())["report"]["calibration"] == report.calibration
+
+
+def test_calibration_text_from_files_and_data_sets(random_tiny, tmp_path):
+    (tmp_path / "chats").mkdir()
+    turns = [{"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
+    (tmp_path / "chats/train.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / "notes.txt").write_text("one note\n\nanother note\n")
+    source = f"hf:{tmp_path / 'chats'}:train+{tmp_path / 'notes.txt'}+tiny"
+    ids, entry = calibration_ids(source, random_tiny, 2, 64)
+    assert entry["name"] == "chats, train; notes.txt; tiny_tasks training split" and entry["revision"].startswith("local dir")
+    tokenizer = AutoTokenizer.from_pretrained(random_tiny)
+    text = tokenizer.decode(ids.flatten())
+    assert default_source(tokenizer) == "tiny" and default_source(SimpleNamespace(get_vocab=lambda: {"a": 0})).startswith("hf:")
+    assert "<|im_start|>user\nWhat is 2 + 2?<|im_end|>" in text
+    assert text.index("It is 4.") < text.index("one note") < text.index("another note")  # in turn
+    for bad, message in (
+        ("hf:HuggingFaceH4/ultrachat_200k:train_sft", "pin the data set"),
+        ("hf:HuggingFaceH4/ultrachat_200k@main:train_sft", "pin the data set"),
+        (f"hf:openai/gsm8k@{'0' * 40}:test", "not a training split"),
+        ("hf:openai/gsm8k", "expected hf:"),
+        (f"hf:{tmp_path / 'chats'}:train_other", "cannot be opened"),
+    ):
+        with pytest.raises(UserError, match=message):
+            calibration_ids(bad, random_tiny, 2, 64)
+    (tmp_path / "chats/train.jsonl").write_text(json.dumps({"question": "?"}) + "\n")
+    with pytest.raises(UserError, match="its rows have question"):
+        calibration_ids(f"hf:{tmp_path / 'chats'}:train", random_tiny, 2, 64)
+
+
+def test_refined_norms_lower_the_held_out_error_and_nothing_else_changes(random_tiny, tmp_path):
+    recipe = Recipe(2, 4, 128, 4, method="gptq")
+    reports = {}
+    for epochs in (0, 2):
+        given = calibration(512, sequences=4, length=32, refine=epochs, batch=1)
+        reports[epochs] = quantize_checkpoint(random_tiny, tmp_path / str(epochs), recipe, calibration=given)
+    pairs = reports[2].calibration["refined_layers"]
+    assert len(pairs) == 4 and all(after <= before for before, after in pairs)
+    assert any(after < before for before, after in pairs)
+    assert "refined_layers" not in reports[0].calibration
+    plain, tuned = Checkpoint(tmp_path / "0"), Checkpoint(tmp_path / "2")
+    roles = roles_of({name: info.shape for name, info in plain.tensors.items()}, plain.config)
+    first = [name for name in plain.tensors if name.startswith("model.layers.0.")]
+    changed = {name for name in first if not torch.equal(plain.read(name), tuned.read(name))}
+    assert changed and {roles[name] for name in changed} == {"norm"}
+    never = [name for name, role in roles.items() if role in ("router", "ssm_state")]
+    assert all(torch.equal(plain.read(name), tuned.read(name)) for name in never)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibration import calibration_ids
+from calibration_text import calibration_ids
 from console import UserError
 from imatrix import Entry, ggml_names, read_imatrix, write_imatrix
 

@@ -16,7 +16,8 @@ KILLER = textwrap.dedent("""
     import hashlib, json, os, random, shutil, signal, sys, time, traceback
     from pathlib import Path
     import torch, transformers
-    from calibration import Calibration, calibration_ids
+    from calibration import Calibration
+    from calibration_text import calibration_ids
     from quant_save import quantize_checkpoint
     from recipe import Recipe
     from rounding import CALIBRATED

@@ -218,12 +218,14 @@ class VllmBackend:
         )  # fmt: skip
 
 
-def choose_backend(name: str) -> str:
-    """'auto' is vllm where a GPU and vLLM are, else hf; any other name must exist."""
+def choose_backend(name: str, model: str | Path = "") -> str:
+    """'auto' is llamacpp for a GGUF file, vllm where a GPU and vLLM are, else hf; any other name must exist."""
     if name == "auto":
+        if str(model).endswith(".gguf"):
+            return "llamacpp"
         return "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "hf"
     if name == "vllm" and not importlib.util.find_spec("vllm"):
         raise UserError("--backend vllm: vLLM is not installed here; use --backend hf")
-    if name not in ("hf", "vllm"):
-        raise UserError(f"--backend {name}: expected auto, vllm or hf")
+    if name not in ("hf", "vllm", "llamacpp", "openai"):
+        raise UserError(f"--backend {name}: expected auto, vllm, hf, llamacpp or openai")
     return name

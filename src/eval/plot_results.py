@@ -77,21 +77,24 @@ def methods_picture(results: Path, path: Path) -> None:
     """KL (mean, and the 99.9th percentile above it) against packed bytes, one colour a method."""
     kl = {r["tag"]: r["metrics"]["kl"] for _, r in records(results, "kl") if "kl" in r["metrics"]}
     made = [r for _, r in records(results, "quantize") if r["tag"] in kl]
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
-    palette = plt.get_cmap("tab10")
+    figure, axes = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
+    palette = plt.get_cmap("tab20")
     names = {}
     for record in made:
         recipe = record["recipe"]
         method = "absmax" if recipe["clip_steps"] == 1 else recipe["method"]
-        names[record["tag"]] = f"{method}, allocated" if recipe.get("overrides") else method
+        names[record["tag"]] = f"{method}, by measured KL" if recipe.get("overrides") else method
+        if recipe.get("experts"):
+            names[record["tag"]] = f"{method}, by signals"
     for index, method in enumerate(dict.fromkeys(names.values())):
         mine = [r for r in made if names[r["tag"]] == method]
         own = sorted(((r["metrics"]["packed_bytes"] / 1e6, kl[r["tag"]]) for r in mine), key=lambda pair: pair[0])
         size = [x for x, _ in own]
-        axes.plot(size, [k["mean"] for _, k in own], "o-", ms=5, lw=1, color=palette(index), label=method)
+        line = "o" if method.endswith("signals") else "o-"
+        axes.plot(size, [k["mean"] for _, k in own], line, ms=5, lw=1, color=palette(index), label=method)
         axes.plot(size, [k["p99_9"] for _, k in own], "^", ms=4, alpha=0.45, color=palette(index))
     axes.set(yscale="log", xlabel="packed size, MB", ylabel="KL to BF16, nats: mean (dots), 99.9 % (triangles)")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)

@@ -1,6 +1,7 @@
 """Measure a model's accuracy on benchmarks: bash pipelines/eval.sh --model models/razor-tiny --tag razor_tiny_bf16
 
-    python src/eval/vllm_eval8.py --model DIR --tag TAG [--benchmarks tiny_know,tiny_math] [--backend auto|vllm|hf]
+    python src/eval/vllm_eval8.py --model DIR|FILE.gguf --tag TAG [--benchmarks tiny_know,tiny_math]
+        [--backend auto|vllm|hf|llamacpp|openai]
         [--budget 32k|64k|80k] [--samples N] [--limit N] [--data-dir DIR] [--family NAME] [--out results/eval]
         [--temperature T --top-p P --top-k K --seed S] [--tensor-parallel N] [--force]
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +24,13 @@ from typing import Any
 from backends import Backend, Completion, HfBackend, Sampling, VllmBackend, choose_backend
 from benchmarks import Benchmark, Item, get_benchmarks
 from checkpoint import Checkpoint
-from console import UserError, progress, run_cli
+from console import UserError, progress, read_json, run_cli
 from eval_settings import EvalSettings, check_sampling, load_settings
 from gate import eval_records, gate_axis, gate_text
+from gguf_info import config_of_gguf, describe_gguf, is_gguf
 from graders import GRADER_VERSION, split_thinking
+from llamacpp_eval8 import LlamaCppBackend, add_server_arguments
+from openai_eval8 import OpenAIBackend, api_key
 from paired_stats import clustered_interval
 from recipe import recipe_record
 from results_store import (
@@ -33,7 +38,6 @@ from results_store import (
     WorkClock,
     data_entry,
     describe_model,
-    public_path,
     sha256_json,
     sha256_text,
     write_result,
@@ -144,19 +148,39 @@ class Runner:
             self.clock.save()
             pending.clear()
 
-        for index, completion in self.backend.generate([prompts[i] for i in missing], own):
-            pending.append((index, completion))
-            bar.update()
-            if len(pending) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS:
-                flush()
-                flushed = time.monotonic()
-        flush()
+        try:
+            for index, completion in self.backend.generate([prompts[i] for i in missing], own):
+                pending.append((index, completion))
+                bar.update()
+                if len(pending) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS:
+                    flush()
+                    flushed = time.monotonic()
+        finally:  # what is finished stays finished when a server dies
+            flush()
 
 
-def make_backend(name: str, model: Path, budget: int, tensor_parallel: int = 1) -> Backend:
-    if name == "hf":
-        return HfBackend(model)
-    return VllmBackend(model, budget + PROMPT_ROOM, tensor_parallel=tensor_parallel)
+def make_backend(name: str, args: argparse.Namespace, budget: int) -> Backend:
+    context = budget + PROMPT_ROOM
+    if name == "llamacpp":
+        return LlamaCppBackend(args.model, context, args.tokenizer, args.parallel, shlex.split(args.server_args))
+    if name == "openai":
+        return OpenAIBackend(
+            args.base_url, str(args.model), args.tokenizer, context, key=api_key(args.api_key_env),
+            parallel=args.parallel, send_text=args.prompt_text, plain=args.plain_fields,
+        )  # fmt: skip
+    return HfBackend(args.model) if name == "hf" else VllmBackend(args.model, context, tensor_parallel=args.tensor_parallel)
+
+
+def described(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(model entry of the record, config.json or what stands for it); a server tells no more of its model than the name."""
+    if name == "llamacpp":
+        return describe_gguf(args.model), config_of_gguf(args.model)
+    if name == "openai":
+        config = args.tokenizer / "config.json"
+        entry = {"path": str(args.model), "base_url": args.base_url, "weights_sha256": None}
+        return entry, read_json(config) if config.is_file() else {}
+    checkpoint = Checkpoint(args.model)
+    return describe_model(args.model) | {"weights_sha256": checkpoint.sha256()}, checkpoint.config
 
 
 def load_benchmarks(names: Sequence[str], data_dir: Path | None) -> list[Benchmark]:
@@ -198,10 +222,10 @@ def table(metrics: dict[str, dict[str, Any]], gates: dict[str, str]) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory")
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory, GGUF file, or a server's name for it")
     parser.add_argument("--tag", required=True, help="name of the run: results/eval/TAG.json")
     parser.add_argument("--benchmarks", default="tiny_know,tiny_math,tiny_reason,tiny_code", help="comma-separated names")
-    parser.add_argument("--backend", default="auto", help="auto, vllm or hf")
+    parser.add_argument("--backend", default="auto", help="auto, vllm, hf, llamacpp or openai")
     parser.add_argument("--budget", default="32k", choices=list(BUDGETS), help="tokens a sample may generate; 80k for contests")
     parser.add_argument("--samples", type=int, default=1, help="answers to each item (small sets); the interval is by item")
     parser.add_argument("--limit", type=int, help="first N items of each benchmark")
@@ -214,16 +238,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads the model over")
     parser.add_argument("--force", action="store_true", help="run again and replace an earlier result of this tag")
+    add_server_arguments(parser)
     return parser.parse_args()
 
 
 def check_args(args: argparse.Namespace) -> None:
     if not args.tag or any(not (c.isalnum() or c in "._-") for c in args.tag) or args.tag.startswith("."):
         raise UserError(f"--tag {args.tag!r}: use letters, digits, '.', '_' and '-'")
-    for name in ("limit", "samples", "tensor_parallel"):
+    for name in ("limit", "samples", "tensor_parallel", "parallel"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if args.backend == "openai" and not (args.base_url and args.tokenizer):
+        raise UserError("--backend openai needs --base-url and --tokenizer DIR")
+    if args.backend in ("hf", "vllm", "llamacpp") and is_gguf(args.model) != (args.backend == "llamacpp"):
+        raise UserError(f"{args.model}: not for --backend {args.backend}; llamacpp takes .gguf files, hf and vllm directories")
     result = args.out / f"{args.tag}.json"
     if result.exists() and not args.force:
         raise UserError(f"{result}: exists; give another --tag, or --force to run again and replace it")
@@ -255,20 +284,21 @@ def main() -> None:
     check_args(args)
     rules = load_settings()
     benchmarks = load_benchmarks(args.benchmarks.split(","), args.data_dir)
-    name = choose_backend(args.backend)
-    model, checkpoint = describe_model(args.model), Checkpoint(args.model)
-    family = rules.check_family(args.family) if args.family else rules.family_of(checkpoint.config)
-    sampling, source = choose_sampling(args, rules, family, checkpoint.config)
+    name = choose_backend(args.backend, args.model)
+    model, config = described(name, args)
+    family = rules.check_family(args.family) if args.family else rules.family_of(config)
+    sampling, source = choose_sampling(args, rules, family, config)
     print(f"{model['path']}: family {family or 'unknown'}, {name}; {sampling} ({source})", flush=True)
-    weights = checkpoint.sha256()
-    settings = {"model": public_path(str(args.model.resolve())), "weights_sha256": weights, "backend": name}
+    settings = {"model": model["path"], "weights_sha256": model["weights_sha256"], "backend": name}
     settings |= {"sampling": sampling.to_json(), "limit": args.limit, "samples": args.samples, "grader": GRADER_VERSION}
+    if args.server_args:
+        settings["server_args"] = args.server_args
     log, clock = start_log(args, settings)
-    backend = make_backend(name, args.model, sampling.max_tokens, args.tensor_parallel)
+    backend = make_backend(name, args, sampling.max_tokens)
     metrics, data = evaluate(benchmarks, args.limit, Runner(backend, sampling, args.samples, log, clock))
     record = write_result(
         args.out / f"{args.tag}.json", kind="eval", tag=args.tag, started=clock.started, seconds=clock.seconds,
-        model=model | {"weights_sha256": weights, "family": family}, recipe=recipe_record(args.model), data=data,
+        model=model | {"family": family}, recipe=recipe_record(args.model), data=data,
         sampling=sampling.to_json() | {"budget": args.budget, "backend": name, "source": source}, metrics=metrics,
         extra={"samples": log.path.name, "settings_sha256": sha256_json(settings), "parts": clock.parts},
     )  # fmt: skip

@@ -22,26 +22,31 @@ from console import UserError, atomic_path, progress, read_json, write_json
 from model_layout import LAYER_PREFIX, Role, text_name
 from quant_save import ErrorLog, Job, Sink
 from recipe import Recipe
+from refine import refine_norms
 from rounding import Grid, Statistics, output_error, round_weight
 from staging import RUN
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """How a parameter of the module tree is rounded; ``fraction`` of its experts get one bit more than the grid has."""
+    """How a parameter of the module tree is rounded; ``fraction`` of its experts get one bit more than the grid has,
+    chosen by what each gains, unless ``bits`` says how many each expert has."""
 
     grid: Grid
     fraction: float = 0.0
+    bits: tuple[int, ...] = ()
 
 
 def targets_of(stream: LayerStream, jobs: Sequence[Job], recipe: Recipe) -> dict[str, Target]:
     """A target for every parameter that has bits, by its name in the module tree. The embedding is not among them."""
-    targets = {}
+    targets, experts = {}, dict(recipe.experts)
     for job in jobs:
         if job.bits is not None and job.role not in (Role.EMBEDDING, Role.MTP):
             whole = math.floor(job.bits)
             grid = Grid(whole, recipe.group, recipe.clip_steps, recipe.clip_low)
-            targets[stream.places[job.name].parameter] = Target(grid, job.bits - whole)
+            parameter = stream.places[job.name].parameter
+            bits = experts.get(parameter.rpartition(".")[0], ())
+            targets[parameter] = Target(grid, 0.0 if bits else job.bits - whole, bits)
     return targets
 
 
@@ -56,6 +61,7 @@ class CalibratedPass:
         self.hidden: list[Tensor] = []
         self.cold: dict[str, int] = {}
         self.unrouted: dict[str, int] = {}
+        self.refined: list[list[float]] = []  # held-out relative error of each layer before and after
 
     def embed(self, values: Mapping[str, Tensor]) -> None:
         """Start from the embedding, as rounded in ``values`` (checkpoint names)."""
@@ -74,12 +80,22 @@ class CalibratedPass:
         collector.remove()
         for name in wanted:
             self._round(layer, prefix, name, collector.moments.pop(name, None))
+        if self.calibration.refine:
+            wanted += self._refine(layer, after, self.kwargs[index])
         if self.calibration.propagate == "quantized":
             after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
         self.hidden = after
         rounded = self._disk_values(layer, prefix, wanted)
         stream.empty(layer)
         return rounded
+
+    def _refine(self, layer: torch.nn.Module, targets: list[Tensor], kwargs: dict[str, Any]) -> list[str]:
+        """Train the layer's norms towards its own output before rounding; the names of those that changed."""
+        changed, before, after = refine_norms(
+            layer, self.hidden, targets, kwargs, self.stream.device, self.calibration.refine
+        )  # fmt: skip
+        self.refined.append([before, after])
+        return changed
 
     def _round(self, layer: torch.nn.Module, prefix: str, name: str, moments: Moments | None) -> None:
         parameter, target = layer.get_parameter(name), self.targets[prefix + name]
@@ -131,7 +147,7 @@ class CalibratedPass:
 
     def save(self, directory: Path, index: int) -> None:
         """Keep the activations behind layer ``index``, and the counts so far, for a run that resumes there."""
-        write_json(facts_file(directory, index), {"cold": self.cold, "unrouted": self.unrouted})
+        write_json(facts_file(directory, index), {"cold": self.cold, "unrouted": self.unrouted, "refined": self.refined})
         with atomic_path(activations_file(directory, index)) as temporary:
             save_file({str(i): hidden.contiguous() for i, hidden in enumerate(self.hidden)}, temporary)
 
@@ -140,18 +156,23 @@ class CalibratedPass:
         saved = load_file(activations_file(directory, index))
         self.hidden = [saved[str(i)] for i in range(len(saved))]
         counts = read_json(facts_file(directory, index))
-        self.cold, self.unrouted = counts["cold"], counts["unrouted"]
+        self.cold, self.unrouted, self.refined = counts["cold"], counts["unrouted"], counts["refined"]
 
     def facts(self) -> dict[str, Any]:
         """What the record says of the calibration: experts below the floor and never routed to, over all layers."""
         experts = {name: count for name, count in self.cold.items() if ".experts." in name}
         unrouted = {name: count for name, count in self.unrouted.items() if ".experts." in name}
-        return {"experts_below_floor": sum(experts.values()), "experts_never_routed": sum(unrouted.values())}
+        facts = {"experts_below_floor": sum(experts.values()), "experts_never_routed": sum(unrouted.values())}
+        if self.refined:
+            facts["refined_layers"] = [[float(f"{value:.6g}") for value in pair] for pair in self.refined]
+        return facts
 
 
 def rounded(weight: Tensor, target: Target, statistics: Statistics, mass: Tensor, method: str) -> Tensor:
     """Round a parameter [E, O, I] or [O, I]; with a fraction, the experts whose output error falls most, weighted by
-    their routing ``mass`` [E], get one bit more."""
+    their routing ``mass`` [E], get one bit more; with ``bits``, each expert has its own grid."""
+    if target.bits:
+        return _rounded_by_expert(weight, target, statistics, method)
     low = round_weight(weight, target.grid, statistics, method)
     if not target.fraction or weight.ndim != 3:
         return low
@@ -162,6 +183,15 @@ def rounded(weight: Tensor, target: Target, statistics: Statistics, mass: Tensor
     chosen = ((errors[0] - errors[1]) * mass).topk(count).indices
     low[chosen] = high[chosen]
     return low
+
+
+def _rounded_by_expert(weight: Tensor, target: Target, statistics: Statistics, method: str) -> Tensor:
+    out = torch.empty_like(weight, dtype=torch.float32)
+    for bits in sorted(set(target.bits)):
+        index = torch.tensor([e for e, own in enumerate(target.bits) if own == bits], device=weight.device)
+        own = Statistics(statistics.hessian[index], statistics.tokens[index])
+        out[index] = round_weight(weight[index], dataclasses.replace(target.grid, bits=bits), own, method)
+    return out
 
 
 def in_layers(jobs: Sequence[Job], layers: int) -> list[list[Job]]:
@@ -204,8 +234,7 @@ def calibrated_stream(
         CheckpointWriter(out, plan, shard_bytes, breaks) as writer,
     ):
         sink = Sink(checkpoint, writer, errors, bar)
-        for job in parts[0]:
-            sink.stream(job, recipe, chunk_bytes)
+        sink.stream(parts[0], recipe, chunk_bytes)
         first = _resume(work, writer, parts, out)
         if first == 0:
             embedded = [job for job in parts[0] if job.role is Role.EMBEDDING]
@@ -217,12 +246,12 @@ def calibrated_stream(
             values = work.layer(index)
             work.save(out, index)
             for job in part:
-                sink.put(job, values[job.name]) if job.name in values else sink.stream(job, recipe, chunk_bytes)
+                sink.put(job, values[job.name]) if job.name in values else sink.stream([job], recipe, chunk_bytes)
             for path in (activations_file(out, index - 1), facts_file(out, index - 1)):
                 path.unlink(missing_ok=True)
         values = work.head()
         for job in parts[-1]:
-            sink.put(job, values[job.name]) if job.name in values else sink.stream(job, recipe, chunk_bytes)
+            sink.put(job, values[job.name]) if job.name in values else sink.stream([job], recipe, chunk_bytes)
     return errors.by_role(jobs), work.facts()
 
 

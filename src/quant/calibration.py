@@ -13,7 +13,6 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +65,8 @@ class Calibration:
     """Token ids [sequences, length] and how they are used. ``record``: the data's entry for results and for resuming.
 
     ``floor``: effective tokens below which an expert's statistics are shrunk, as a share of its inputs. ``propagate``:
-    'quantized' sends the activations through the rounded layers, 'bf16' through the original ones.
+    'quantized' sends the activations through the rounded layers, 'bf16' through the original ones. ``refine``: passes over
+    the activations that train a rounded layer's norms (refine.py); 0 leaves them as they are.
     """
 
     ids: Tensor
@@ -74,6 +74,7 @@ class Calibration:
     batch: int = 8
     floor: float = 1.0
     propagate: str = "quantized"
+    refine: int = 0
     device: torch.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
@@ -87,7 +88,7 @@ class Calibration:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, for recipe.json and for resuming."""
-        fields = {"batch": self.batch, "floor": self.floor, "propagate": self.propagate}
+        fields = {"batch": self.batch, "floor": self.floor, "propagate": self.propagate, "refine": self.refine}
         return {"data": self.record, "shape": list(self.ids.shape), **fields, "dtype": str(self.dtype)}
 
 
@@ -300,51 +301,3 @@ class LayerStream:
         for hidden in batches:
             out = layer(hidden.to(self.device), **kwargs)
             yield out[0] if isinstance(out, tuple) else out
-
-
-def calibration_ids(path: Path | None, model: Path, count: int, length: int, seed: int = 0) -> tuple[Tensor, dict[str, Any]]:
-    """Token ids [count, length] and their record: of a text file, or of the tiny tasks' training split by default.
-
-    Documents follow one another without padding; a text that is too short is a :class:`UserError`.
-    """
-    from backends import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    texts, name, revision = file_documents(path) if path else tiny_documents(tokenizer, seed)
-    ids: list[int] = []
-    used: list[str] = []
-    for text in texts:
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
-        used.append(text)
-        if len(ids) >= count * length:
-            break
-    if len(ids) < count * length:
-        raise UserError(f"{path}: {len(ids)} tokens; {count} sequences of {length} need {count * length}")
-    from results_store import data_entry
-
-    return torch.tensor(ids[: count * length]).view(count, length), data_entry(name, revision, used)
-
-
-def file_documents(path: Path) -> tuple[Iterable[str], str, str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    return [part + "\n\n" for part in text.split("\n\n") if part.strip()], path.name, "local file"
-
-
-def tiny_documents(tokenizer: Any, seed: int) -> tuple[Iterable[str], str, str]:
-    """Transcripts of the tiny tasks' training split, an equal number of each, in turn, without end."""
-    import random
-
-    from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
-
-    def documents() -> Iterator[str]:
-        rng, tasks = random.Random(f"calibration:{seed}"), [task() for task in TINY_TASKS]
-        while True:
-            for task in tasks:
-                item, solution = task.generate(rng, "train")
-                prompt = tokenizer.apply_chat_template(task.messages(item), tokenize=False, add_generation_prompt=True)
-                yield prompt + solution.removeprefix("<think>\n") + tokenizer.eos_token + "\n"
-
-    return documents(), "tiny_tasks training split", f"{GENERATOR_REVISION}, seed {seed}"

@@ -371,10 +371,6 @@ class CheckpointWriter:
         while self._name is not None and not self.tensors[self._name].numel:
             self._name = next(self._pending, None)
 
-    def remaining(self, name: str) -> int:
-        """Bytes of the plan's current tensor that are still to be appended."""
-        return self.tensors[name].bytes - self._written
-
     def append(self, name: str, tensor: Tensor) -> None:
         """Write the next rows of ``name``, which must be the plan's current tensor, in its dtype and trailing shape."""
         info = self.tensors[name]

@@ -1,13 +1,16 @@
-"""Bits for each layer's experts from measured KL: measure what each costs, then spend a byte budget exactly.
+"""Who gets how many bits: from measured KL under a byte budget, or by the signals of a probe.
 
     python src/quant/moe_alloc.py --model models/razor-tiny --expert-bits 3 --out work/alloc.json [--items 8]
         [--result results/probe/T.json --tag T]
+    python src/quant/moe_alloc.py --model models/razor-tiny --expert-bits 3 --strategy frequency --out work/freq.json
     python src/quant/quant_save.py ... --expert-bits 3 --allocation work/alloc.json --method gptq_refit
 
-Sensitivity: the experts' gate_up or down matrices of one layer alone are rounded (clip search) to each of --options bits, all
-else stays BF16, and the mean KL to the BF16 model is measured, on training transcripts or --text. The model is loaded whole.
-Allocation: the bits of least summed KL whose size is at most that of --expert-bits everywhere, by dynamic programming over
-all choices (exact for summed KL).
+--strategy budget (default). Sensitivity: the experts' gate_up or down matrices of one layer alone are rounded (clip search)
+to each of --options bits, all else stays BF16, and the mean KL to the BF16 model is measured on training transcripts or --text.
+The model is loaded whole. Allocation: the bits of least summed KL whose size is at most that of --expert-bits everywhere, by
+dynamic programming over all choices (exact for summed KL).
+--strategy frequency, wmass, asal, wfro, composite, inverse, random, blind (expert_signals.py). Every layer's experts are
+ordered by a signal, and the best get more of the --options; one decoder layer is in memory at a time.
 """
 
 from __future__ import annotations
@@ -22,9 +25,13 @@ import numpy as np
 import torch
 
 from backends import load_model, load_tokenizer
+from calibration import Calibration, place_of
+from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
+from expert_signals import STRATEGIES, bits_by_score, scores
 from moe_eval import batches, divergence, file_texts, tiny_texts
+from moe_probe import probe
 from moe_quant import fake_quant
 from results_store import add_record_arguments, check_record_arguments, describe_model, read_result, write_result
 
@@ -80,6 +87,65 @@ class Sensitivity:
         return torch.cat(kl).double().mean().item()
 
 
+def expert_norms(checkpoint: Checkpoint) -> dict[str, list[float]]:
+    """Frobenius norm of each expert's matrices together, by module of experts; one tensor in memory at a time."""
+    squares: dict[str, torch.Tensor] = {}
+    for name, info in checkpoint.tensors.items():
+        place = place_of(name)
+        module = place.parameter.rpartition(".")[0]
+        if place.expert is None and not (module.endswith(".experts") and len(info.shape) == 3):
+            continue
+        own = torch.linalg.vector_norm(checkpoint.read(name).float().flatten(-2), dim=-1).double() ** 2
+        row = squares.setdefault(module, torch.zeros(0, dtype=torch.float64))
+        if place.expert is None:
+            squares[module] = own + (row if len(row) else 0)
+            continue
+        if len(row) <= place.expert:
+            row = squares[module] = torch.nn.functional.pad(row, (0, place.expert + 1 - len(row)))
+        row[place.expert] += own
+    return {module: row.sqrt().tolist() for module, row in squares.items()}
+
+
+def by_signal(args: argparse.Namespace, options: list[int]) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """(bits of each expert by module, data entry) for a strategy of expert_signals."""
+    checkpoint = Checkpoint(args.model)
+    ids, entry = calibration_of(args)
+    reports, _ = probe(checkpoint, Calibration(ids, entry))
+    if not reports:
+        raise UserError(f"{args.model}: has no routed experts to allocate bits to")
+    found = {}
+    for module, norms in expert_norms(checkpoint).items():
+        report = reports[module.split(".")[2]]
+        signals = {"frequency": report["frequency"], "wmass": report["mass"], "asal": report["salience"], "wfro": norms}
+        if args.strategy == "blind":
+            found[module] = [int(args.expert_bits)] * len(norms)
+        else:
+            values = scores(args.strategy, signals, args.seed)
+            found[module] = bits_by_score(values, args.expert_bits, options, args.share)
+    return found, entry
+
+
+def allocate_by_signal(args: argparse.Namespace, options: list[int]) -> None:
+    """Write the allocation of a signal, and the record of it."""
+    started = time.time()
+    if args.strategy == "blind" and args.expert_bits != int(args.expert_bits):
+        raise UserError(f"--strategy blind: --expert-bits {args.expert_bits:g} must be a whole number")
+    experts, entry = by_signal(args, options)
+    write_json(args.out, {"experts": experts})
+    each = [bits for row in experts.values() for bits in row]
+    metrics = {"strategy": args.strategy, "experts": experts, "mean_bits": sum(each) / len(each)}
+    record(args, started, entry, metrics)
+    print("\n".join(f"{module}: {' '.join(map(str, bits))}" for module, bits in experts.items()))
+    print(f"{metrics['mean_bits']:.4f} bits an expert", flush=True)
+
+
+def record(args: argparse.Namespace, started: float, entry: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """The record of the run, where one was asked for."""
+    if args.result:
+        model = describe_model(args.model)
+        write_result(args.result, kind="probe", tag=args.tag, started=started, model=model, data=[entry], metrics=metrics)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True, type=Path)
@@ -90,6 +156,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clip-steps", type=int, default=16)
     parser.add_argument("--items", type=int, default=8, help="training transcripts a task, or paragraphs of --text")
     parser.add_argument("--text", type=Path, help="measure on this text file instead")
+    parser.add_argument("--strategy", default="budget", choices=("budget", *STRATEGIES), help="how (default: budget)")
+    parser.add_argument("--share", type=float, default=0.25, help="of three options: the experts raised, and lowered")
+    parser.add_argument("--seed", type=int, default=0, help="of --strategy random")
+    add_calibration_arguments(parser)
     parser.add_argument("--measured", type=Path, help="record of an earlier run: take its sensitivities, another budget")
     add_record_arguments(parser)
     return parser.parse_args()
@@ -141,6 +211,8 @@ def main() -> None:
     args = parse_args()
     options = check_args(args)
     Checkpoint(args.model)
+    if args.strategy != "budget":
+        return allocate_by_signal(args, options)
     started = time.time()
     model = load_model(args.model)
     names, losses, entry = measured(args.measured, options) if args.measured else measure(args, model, options)
@@ -158,11 +230,7 @@ def main() -> None:
         "predicted_kl": sum(row[index] for row, index in zip(losses, picked, strict=True)),
     }
     write_json(args.out, {"overrides": overrides})
-    if args.result:
-        described = describe_model(args.model)
-        write_result(
-            args.result, kind="probe", tag=args.tag, started=started, model=described, data=[entry], metrics=metrics
-        )
+    record(args, started, entry, metrics)
     print("\n".join(f"{bits} bits  {name}" for name, bits in overrides.items()))
     print(f"{spent / sum(sizes):.4f} bits an expert weight, predicted KL {metrics['predicted_kl']:.5f}", flush=True)
 

@@ -1,6 +1,6 @@
 """What the router does with text, layer by layer: load, mass, salience and cold experts of a checkpoint.
 
-    python src/quant/moe_probe.py --model models/razor-tiny [--calib FILE] [--imatrix work/imatrix.gguf]
+    python src/quant/moe_probe.py --model models/razor-tiny [--calib TEXT] [--imatrix work/imatrix.gguf]
         [--result results/probe/T.json --tag T]
 
 One decoder layer is in memory at a time. Per expert: frequency (share of assignments), router mass (share of the summed
@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration import Calibration, Collector, LayerStream, calibration_ids
+from calibration import Calibration, Collector, LayerStream
+from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli
 from imatrix import Entry, entries_of, write_imatrix
@@ -101,15 +102,13 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--calib", type=Path, help="text file (default: the tiny tasks' training split)")
-    parser.add_argument("--calib-sequences", type=int, default=128)
-    parser.add_argument("--calib-length", type=int, default=512)
+    add_calibration_arguments(parser)
     parser.add_argument("--imatrix", type=Path, help="write llama.cpp's importance matrix here")
     add_record_arguments(parser)
     args = parser.parse_args()
     check_record_arguments(args)
     checkpoint, started = Checkpoint(args.model), time.time()
-    ids, entry = calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
+    ids, entry = calibration_of(args)
     reports, importance = probe(checkpoint, Calibration(ids, entry), every_linear=bool(args.imatrix))
     if not reports and not args.imatrix:
         raise UserError(f"{args.model}: has no routed experts to probe")

@@ -19,23 +19,26 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calibration import Calibration, calibration_ids, layer_bytes, place_of
+from calibration import Calibration, layer_bytes, place_of
+from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import INDEX, Checkpoint, CheckpointWriter, TensorInfo
 from console import UserError, progress, run_cli, write_json
 from model_layout import Role, roles_of
 from moe_quant import average_bits, fake_quant
-from recipe import RECIPE_FILE, Recipe, read_overrides
+from overlap import OneBehind, one_ahead
+from recipe import RECIPE_FILE, Recipe, read_allocation
 from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
 from rounding import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
 from staging import RUN, check_output, check_resume, staged_directory
 
-CHUNK_BYTES = 64 << 20  # read, quantized and written at once
+CHUNK_BYTES = 64 << 20  # quantized at once, while the next is read and the last written
 BASE_BYTES = 600 << 20  # the interpreter with torch
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
@@ -50,6 +53,7 @@ class Job:
     info: TensorInfo
     role: Role
     bits: float | None  # a fraction mixes two grids among the experts of a layer
+    by_expert: tuple[int, ...] = ()  # bits of each expert of a fused tensor, whose mean ``bits`` is
 
     def packed_bytes(self, recipe: Recipe) -> int:
         """Bytes of bit-packed codes and 16-bit scales (and zero points), or of the tensor itself when it is copied."""
@@ -99,9 +103,13 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
     for pattern, _ in recipe.overrides:
         if not fnmatch.filter(parameters.values(), pattern):
             raise UserError(f"overrides: {pattern}: no parameter of {checkpoint.path} has such a name")
+    allocated = _allocated(checkpoint, recipe)
     jobs = []
     for name, info in checkpoint.tensors.items():
         bits = recipe.bits_of(parameters[name], roles[name]) if info.numel else None
+        by_expert = allocated.get(name, ())
+        if by_expert:
+            bits = sum(by_expert) / len(by_expert)
         if info.dtype.itemsize == 1 and info.dtype.is_floating_point or bits and info.dtype not in FLOATS:
             raise UserError(f"tensor {name}: dtype {info.dtype} is already quantized; use a BF16, F16 or F32 checkpoint")
         if bits and info.shape[-1] % recipe.group:
@@ -109,11 +117,29 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
                 f"tensor {name}: group {recipe.group} does not divide the last axis of shape {list(info.shape)}; "
                 f"choose a --group that divides {info.shape[-1]}"
             )
-        if bits and bits != int(bits) and recipe.method not in CALIBRATED:
+        if bits and bits != int(bits) and not by_expert and recipe.method not in CALIBRATED:
             known = ", ".join(CALIBRATED)
             raise UserError(f"tensor {name}: {bits} bits: a mix of two grids needs a calibrated method: {known}")
-        jobs.append(Job(name, info, roles[name], bits))
+        jobs.append(Job(name, info, roles[name], bits, by_expert if len(by_expert) > 1 else ()))
     return jobs
+
+
+def _allocated(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """The bits that ``recipe.experts`` gives to each expert of a fused tensor, or to the one whose matrix a tensor is."""
+    known, found, used = dict(recipe.experts), {}, set()
+    for name, info in checkpoint.tensors.items() if known else ():
+        place = place_of(name)
+        module = place.parameter.rpartition(".")[0]
+        if module not in known:
+            continue
+        count = info.shape[0] if place.expert is None else place.expert + 1
+        if len(known[module]) < count or place.expert is None and len(known[module]) != count:
+            raise UserError(f"experts: {module}: {len(known[module])} bits, but {name} needs {count}")
+        found[name] = known[module] if place.expert is None else (known[module][place.expert],)
+        used.add(module)
+    if missing := known.keys() - used:
+        raise UserError(f"experts: {min(missing)}: no such module of experts in {checkpoint.path}")
+    return found
 
 
 def summarize(jobs: list[Job], recipe: Recipe) -> QuantizeReport:
@@ -187,8 +213,13 @@ def _square_sum(a: Tensor, b: Tensor | None = None) -> float:
     return total
 
 
-def quantize_chunk(job: Job, weight: Tensor, recipe: Recipe) -> Tensor:
-    """The dequantized chunk in its own dtype, or the chunk itself if the job copies; a :class:`UserError` names it."""
+def quantize_chunk(job: Job, weight: Tensor, recipe: Recipe, start: int = 0) -> Tensor:
+    """The dequantized chunk in its own dtype, or the chunk itself if the job copies; a :class:`UserError` names it.
+    ``start``: where the chunk lies along axis 0, which says its experts' bits."""
+    if job.by_expert:
+        one = dataclasses.replace(job, by_expert=())
+        each = zip(weight, job.by_expert[start:])
+        return torch.stack([quantize_chunk(dataclasses.replace(one, bits=bits), w, recipe) for w, bits in each])
     if job.bits is None:
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             raise UserError(f"tensor {job.name}: the weight contains NaN or infinity")
@@ -239,25 +270,33 @@ class Sink:
         self.checkpoint, self.writer, self.errors, self.bar = checkpoint, writer, errors, bar
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def stream(self, job: Job, recipe: Recipe, chunk_bytes: int) -> None:
-        """Read, quantize without calibration (or copy) and write one tensor chunk by chunk."""
-        if self.writer.is_done(job.name):
-            self.bar.update(job.info.bytes)
-            return
+    def stream(self, jobs: Sequence[Job], recipe: Recipe, chunk_bytes: int) -> None:
+        """Read, quantize without calibration (or copy) and write tensors chunk by chunk; the next chunk is read and the
+        last one written meanwhile."""
         error = size = 0.0
-        for _, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
-            if job.bits is not None:
-                weight = weight.to(self.device)
-            quantized = quantize_chunk(job, weight, recipe)
-            if job.bits is not None:
-                error += _square_sum(weight, quantized)
-                size += _square_sum(weight)
-            if weight.numel() and self.writer.remaining(job.name) == weight.nbytes and job.bits is not None:
-                self.errors.add(job.name, error, size)  # before the append that may complete the shard
-            self.writer.append(job.name, quantized)
-            self.bar.update(weight.nbytes)
-        if not job.info.numel and job.bits is not None:
-            self.errors.add(job.name, 0.0, 0.0)
+        with one_ahead(self._chunks(jobs, chunk_bytes)) as chunks, OneBehind() as later:
+            for job, start, weight in chunks:
+                if job.bits is not None:
+                    if start == 0:
+                        error = size = 0.0
+                    weight = weight.to(self.device)
+                quantized = quantize_chunk(job, weight, recipe, start)
+                if job.bits is not None:
+                    error += _square_sum(weight, quantized)
+                    size += _square_sum(weight)
+                    if start + len(weight) == job.info.shape[0]:
+                        self.errors.add(job.name, error, size)  # before the append that may complete the shard
+                later(self.writer.append, job.name, quantized.cpu())
+                self.bar.update(weight.nbytes)
+
+    def _chunks(self, jobs: Sequence[Job], chunk_bytes: int) -> Iterator[tuple[Job, int, Tensor]]:
+        """(job, place of its first row, rows) of the tensors that are not written yet."""
+        for job in jobs:
+            if self.writer.is_done(job.name):
+                self.bar.update(job.info.bytes)
+                continue
+            for start, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
+                yield job, start, weight
 
     def put(self, job: Job, value: Tensor) -> None:
         """Write a tensor that the calibrated pass has rounded."""
@@ -279,8 +318,7 @@ def stream(
     total = sum(job.info.bytes for job in jobs)
     with progress(total, "quantize", "B", True) as bar, CheckpointWriter(out, plan, shard_bytes) as writer:
         sink = Sink(checkpoint, writer, errors, bar)
-        for job in jobs:
-            sink.stream(job, recipe, chunk_bytes)
+        sink.stream(jobs, recipe, chunk_bytes)
     return errors.by_role(jobs)
 
 
@@ -346,7 +384,7 @@ def quantize_checkpoint(
 def sample_seconds(jobs: list[Job], recipe: Recipe, count: int = 1 << 21) -> float:
     """Seconds that rounding all of ``jobs`` takes at the speed of a random sample of about ``count`` weights."""
     total = sum(job.info.numel for job in jobs if job.bits is not None)
-    job = next((job for job in jobs if job.bits is not None), None)
+    job = next((job for job in jobs if job.bits is not None and not job.by_expert), None)
     if job is None:
         return 0.0
     sample = torch.randn(max(1, count // recipe.group), recipe.group).bfloat16()
@@ -379,10 +417,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clip-steps", type=int, default=16, help="ratios tried by the clip search; 1 is absmax")
     parser.add_argument("--method", default="clip", help=f"{', '.join(METHODS)} (default clip)")
     parser.add_argument("--allocation", type=Path, help="JSON of moe_alloc: bits by parameter, in place of the two above")
-    parser.add_argument("--calib", type=Path, help="text file for calibration (default: the tiny tasks' training split)")
-    parser.add_argument("--calib-sequences", type=int, default=128)
-    parser.add_argument("--calib-length", type=int, default=512, help="tokens of a calibration sequence")
+    add_calibration_arguments(parser)
     parser.add_argument("--propagate", default="quantized", choices=("quantized", "bf16"), help="whose activations go on")
+    more = "passes that train the norms of each rounded layer towards its output before rounding (default 0: norms are kept)"
+    parser.add_argument("--refine", type=int, default=0, help=more)
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file (default 4)")
     add_record_arguments(parser)
@@ -397,14 +435,12 @@ def bits_argument(text: str) -> float:
 
 def check_arguments(args: argparse.Namespace) -> Recipe:
     check_record_arguments(args)
+    if args.refine < 0 or args.refine and args.method not in CALIBRATED:
+        raise UserError(f"--refine {args.refine}: 0 or more passes, with a calibrated method: {', '.join(CALIBRATED)}")
     if not 0 < args.shard_gib < float("inf"):
         raise UserError(f"--shard-gib {args.shard_gib} must be above 0")
-    if min(args.calib_sequences, args.calib_length) < 1:
-        raise UserError("--calib-sequences and --calib-length must be at least 1")
-    overrides = read_overrides(args.allocation) if args.allocation else ()
-    return Recipe(
-        args.expert_bits, args.linear_bits, args.group, args.clip_steps, method=args.method, overrides=overrides
-    )
+    allocation = read_allocation(args.allocation) if args.allocation else {}
+    return Recipe(args.expert_bits, args.linear_bits, args.group, args.clip_steps, method=args.method, **allocation)
 
 
 def main() -> None:
@@ -415,8 +451,8 @@ def main() -> None:
     calibration = None
     if recipe.method in CALIBRATED:
         Checkpoint(args.model)  # its errors first: they are clearer than a tokenizer's
-        ids, entry = calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
-        calibration = Calibration(ids, entry, propagate=args.propagate)
+        ids, entry = calibration_of(args)
+        calibration = Calibration(ids, entry, propagate=args.propagate, refine=args.refine)
     shard_bytes = int(args.shard_gib * 2**30)
     report = quantize_checkpoint(args.model, args.out, recipe, args.force, shard_bytes, calibration=calibration)
     seconds = time.time() - started

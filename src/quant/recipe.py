@@ -33,7 +33,8 @@ LINEAR_ROLES = (
 class Recipe:
     """expert_bits and linear_bits: 2..8, or 16 to leave those tensors as they are; a fraction of expert_bits gives that
     share of each layer's experts one bit more. group: inputs that share a scale. method: see rounding.py. overrides:
-    (pattern, bits) pairs, a pattern as of fnmatch for names of transformers' parameters; the last that matches wins."""
+    (pattern, bits) pairs, a pattern as of fnmatch for names of transformers' parameters; the last that matches wins.
+    experts: (module, bits of each of its experts) pairs, such as ("model.layers.0.mlp.experts", (2, 3, 4, 3))."""
 
     expert_bits: float
     linear_bits: int
@@ -43,6 +44,7 @@ class Recipe:
     method: str = "clip"
     scale_dtype: str = "bfloat16"
     overrides: tuple[tuple[str, float], ...] = ()
+    experts: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("linear_bits", "group", "clip_steps"):
@@ -60,6 +62,10 @@ class Recipe:
         for name, bits in self.overrides:
             if type(bits) not in (int, float) or not (2 <= bits <= 8 or bits == KEEP):
                 raise UserError(f"overrides: {name}: bits {bits!r} is outside 2..8 (or {KEEP} to leave it)")
+        object.__setattr__(self, "experts", tuple((str(name), tuple(bits)) for name, bits in self.experts))
+        for name, each in self.experts:
+            if any(type(bits) is not int or not 2 <= bits <= 8 for bits in each):
+                raise UserError(f"experts: {name}: {list(each)}: expected whole numbers in 2..8")
         if self.group < 1:
             raise UserError(f"group {self.group} must be at least 1")
         if self.clip_steps < 1:
@@ -88,7 +94,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field, equal to itself after a round trip through a file."""
-        return dataclasses.asdict(self) | {"overrides": [list(pair) for pair in self.overrides]}
+        experts = [[name, list(bits)] for name, bits in self.experts]
+        return dataclasses.asdict(self) | {"overrides": [list(pair) for pair in self.overrides], "experts": experts}
 
 
 def from_json(value: Any, where: str = "recipe") -> Recipe:
@@ -99,19 +106,20 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
     return Recipe(**value)
 
 
-def read_overrides(path: str | Path) -> tuple[tuple[str, float], ...]:
-    """The "overrides" of a JSON file, an object {pattern: bits}, as moe_alloc writes it."""
+def read_allocation(path: str | Path) -> dict[str, tuple[tuple[str, Any], ...]]:
+    """The fields ``overrides`` ({pattern: bits}) and ``experts`` ({module: bits of each expert}) of a JSON file, as
+    moe_alloc writes it; one of the two may be missing."""
     value = read_json(path)
-    found = value.get("overrides") if isinstance(value, dict) else None
-    if not isinstance(found, dict) or not found:
-        raise UserError(f"{path}: has no object \"overrides\" of patterns and bits; python src/quant/moe_alloc.py writes one")
-    return tuple(found.items())
+    found = {key: value[key] for key in ("overrides", "experts") if key in value} if isinstance(value, dict) else {}
+    if not found or not all(isinstance(part, dict) and part for part in found.values()):
+        raise UserError(f"{path}: has no object \"overrides\" or \"experts\"; python src/quant/moe_alloc.py writes one")
+    return {key: tuple(part.items()) for key, part in found.items()}
 
 
 def from_env_file(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
     """The recipe's keys (EXPERT_BITS, LINEAR_BITS, GROUP, CLIP_STEPS, ...) of a configs/*.env file; keys of other steps
     in that file are left alone. ``overrides`` win and may hold nothing but recipe keys."""
-    keys = {field.name.upper() for field in dataclasses.fields(Recipe)} - {"OVERRIDES"}
+    keys = {field.name.upper() for field in dataclasses.fields(Recipe)} - {"OVERRIDES", "EXPERTS"}
     pairs = {key: value for key, value in read_env_file(path).items() if key in keys}
     return build_config(Recipe, {**pairs, **(overrides or {})}, str(path))
 

@@ -31,15 +31,16 @@ def replaced_of(out: Path) -> Path:
     return out.parent / f".{out.name}.replaced"
 
 
-def check_output(model: Path, out: Path, force: bool, needed: int) -> None:
-    """Raise :class:`UserError` unless ``needed`` bytes can be written to ``out``. Touches nothing."""
+def check_output(model: Path, out: Path, force: bool, needed: int, mark: str = RECIPE_FILE) -> None:
+    """Raise :class:`UserError` unless ``needed`` bytes can be written to ``out``. Touches nothing. ``mark``: the file
+    that every output of the command holds; another directory is never replaced."""
     source = model.resolve()
     if out == source or out in source.parents:
         raise UserError(f"{out}: is the model itself or a directory around it; choose another --out")
     if out.exists() and not force:
         raise UserError(f"{out}: exists; use --force to replace it")
-    if out.exists() and not (out / RECIPE_FILE).is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: not an output of quant_save (no {RECIPE_FILE}); --force will not delete it, remove it")
+    if out.exists() and not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: not an output of this command (no {mark}); --force will not delete it, remove it")
     ancestor = next(parent for parent in out.parents if parent.exists())
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
         raise UserError(f"{out}: cannot be created, {ancestor} is not a directory that you can write to")

@@ -1,0 +1,274 @@
+"""Evaluate a GGUF file through llama.cpp's own server: bash pipelines/eval.sh --model model.gguf --tag TAG
+
+Not a command by itself: vllm_eval8.py picks this backend for a .gguf file. The server is started on a free port of this machine
+and never outlives the run. It is sent token ids, which are checked against its own tokenizer, so that a prompt is the same on
+all backends. $LLAMA_CPP names the folder of llama-server; else it is looked for on the PATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import ctypes
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from backends import Completion, Sampling, ids_sha256, load_tokenizer, render_chat, seed_of
+from console import UserError
+from gguf_info import architecture_value, gguf_files, metadata, open_gguf, token_text
+from http_client import Client, in_parallel
+
+PR_SET_PDEATHSIG = 1
+STOPS = {"limit": "length", "eos": "stop", "word": "stop"}
+LIBC = ctypes.CDLL(None)  # loaded before any fork: loading between fork and exec may deadlock
+
+
+def llama_tool(name: str) -> str:
+    """The path of one of llama.cpp's programs."""
+    folder = os.environ.get("LLAMA_CPP")
+    found = shutil.which(name, path=folder) if folder else shutil.which(name)
+    if found is None:
+        where = f"in LLAMA_CPP={folder}" if folder else "on the PATH"
+        raise UserError(f"{name}: not found {where}; set LLAMA_CPP to the folder of llama.cpp's programs")
+    return found
+
+
+def die_with_parent(parent: int) -> Callable[[], None]:
+    """For ``preexec_fn``: the kernel kills the child when ``parent`` ends in any way, kill -9 included."""
+
+    def prepare() -> None:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it ended before the request was made
+            os._exit(1)
+
+    return prepare
+
+
+def thread_arguments() -> list[str]:
+    """--threads when this process may use fewer cores than there are: llama.cpp counts the machine's, and would spin."""
+    allowed = len(os.sched_getaffinity(0))
+    return ["--threads", str(allowed)] if allowed < (os.cpu_count() or allowed) else []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class LlamaServer:
+    """llama-server on a free loopback port with a key of its own; a context manager that always stops it.
+
+    ``context``: tokens of one slot. ``loading``: seconds that loading may take (default: 2 minutes and 20 s a GB).
+    Start it from the main thread: the kernel ties the child to the thread that forked it.
+    """
+
+    def __init__(
+        self, model: str | Path, context: int, slots: int = 4, arguments: Sequence[str] = (), loading: float | None = None
+    ) -> None:
+        self.model, self.slots = Path(model), slots
+        self.tool = llama_tool("llama-server")
+        self.log = tempfile.TemporaryFile()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stopped = False
+        self.told = threading.Lock()  # many requests fail at once; one explains
+        self.key = secrets.token_hex(16)
+        size = sum(file.stat().st_size for file in gguf_files(model))
+        self.loading = loading or 120 + 20 * size / 1e9
+        self.arguments = [
+            "--model", str(model), "--ctx-size", str(context * slots), "--parallel", str(slots), "--no-ui", "--no-slots",
+            "--offline", "--cache-ram", "0", "--special", *thread_arguments(), *arguments,
+        ]  # fmt: skip
+        atexit.register(self.stop)
+        try:
+            self._start()
+            self.context = int(self.client.call("/props")["default_generation_settings"]["n_ctx"])
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> LlamaServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        for attempt in range(3):
+            port = free_port()
+            self.client = Client(f"http://127.0.0.1:{port}", self.key, check=self.check)
+            self.process = subprocess.Popen(
+                [self.tool, "--host", "127.0.0.1", "--port", str(port), *self.arguments], stdin=subprocess.DEVNULL,
+                stdout=self.log, stderr=subprocess.STDOUT, env=os.environ | {"LLAMA_API_KEY": self.key},
+                start_new_session=True,  # Ctrl-C reaches this program alone, which then stops the server
+                preexec_fn=die_with_parent(os.getpid()),
+            )  # fmt: skip
+            if self._wait_until_ready():
+                return
+            if attempt == 2 or "couldn't bind" not in self.tail(4000):  # else another program took the port
+                self.check()
+
+    def _wait_until_ready(self) -> bool:
+        """True when it answers, False when it ended."""
+        deadline = time.monotonic() + self.loading
+        while self.process.poll() is None:
+            try:
+                if self.client.once("/health", timeout=5).get("status") == "ok":
+                    return True
+            except OSError:  # not listening yet, or 503 while it loads
+                pass
+            if time.monotonic() > deadline:
+                raise UserError(f"{self.model}: llama-server was not ready after {self.loading:.0f} s")
+            time.sleep(0.05)
+        return False
+
+    def tail(self, size: int = 1500) -> str:
+        """The end of what the server printed."""
+        end = os.fstat(self.log.fileno()).st_size
+        return os.pread(self.log.fileno(), size, max(0, end - size)).decode("utf-8", "replace")
+
+    def check(self) -> None:
+        """Raise :class:`UserError` when the server has ended; its last lines go to stderr."""
+        if self.stopped:
+            raise UserError("llama-server was stopped")
+        try:
+            code = self.process.wait(timeout=0.5)  # a connection breaks a moment before its process is gone
+        except subprocess.TimeoutExpired:
+            return
+        if self.told.acquire(blocking=False):
+            lines = self.tail().splitlines()[-12:]
+            print("\n".join(f"llama-server: {line}" for line in lines), file=sys.stderr, flush=True)
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise UserError(f"{self.model}: llama-server {how} (its last lines are above); the same command goes on from here")
+
+    def stop(self) -> None:
+        """Stop the server; it holds nothing worth a farewell, so that a slow one is killed after 3 s."""
+        self.stopped = True
+        atexit.unregister(self.stop)
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=3)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+class GgufTokenizer:
+    """The chat template and the tokens of a GGUF file itself: rendering as transformers does it, ids by the server."""
+
+    def __init__(self, model: str | Path, client: Client) -> None:
+        reader = open_gguf(model)
+        self.template, self.client = metadata(reader, "tokenizer.chat_template"), client
+        if not self.template:
+            raise UserError(f"{model}: holds no chat template; give --tokenizer DIR")
+        self.names = {f"{kind}_token": token_text(reader, kind) or "" for kind in ("bos", "eos")}
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, _ = render_jinja_template([messages], chat_template=self.template, add_generation_prompt=True, **self.names)
+        return texts[0]
+
+    def encode(self, text: str) -> list[int]:
+        return self.client.call("/tokenize", {"content": text, "add_special": False})["tokens"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.client.call("/detokenize", {"tokens": ids})["content"]
+
+
+class DirTokenizer:
+    """The tokenizer of a checkpoint directory, behind the same three methods."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.tokenizer = load_tokenizer(path)
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return render_chat(self.tokenizer, messages)
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def check_same_ids(prompt: str, ours: list[int], servers: list[int]) -> None:
+    """Raise :class:`UserError` unless a server's tokenizer reads the prompt as ours does."""
+    if ours == servers:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(ours, servers, strict=False)) if a != b), min(len(ours), len(servers)))
+    raise UserError(
+        f"prompt {prompt[:40]!r}...: token {at} is {ours[at : at + 1]} for the tokenizer and {servers[at : at + 1]} for the "
+        "server; the GGUF was made with another tokenizer"
+    )
+
+
+def sampling_fields(sampling: Sampling, prompt: str) -> dict[str, Any]:
+    """The fields of /completion for our sampling: temperature first as transformers and vLLM have it, no filter of the
+    server's defaults (top-k 40, top-p 0.95, min-p 0.05)."""
+    return {
+        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": 0.0,
+        "repeat_penalty": 1.0, "samplers": ["temperature", "top_k", "top_p"],
+        "seed": seed_of(prompt, sampling.seed) & 0x7FFFFFFF,  # the highest 32-bit value would mean "random"
+    }  # fmt: skip
+
+
+class LlamaCppBackend:
+    """A GGUF file in llama-server; as many requests at once as the server has slots."""
+
+    name = "llamacpp"
+
+    def __init__(
+        self, model: str | Path, context: int, tokenizer: Path | None = None, slots: int = 4, arguments: Sequence[str] = ()
+    ) -> None:
+        trained = int(architecture_value(open_gguf(model), "context_length", context))
+        directory = DirTokenizer(tokenizer) if tokenizer else None  # a bad one fails before the server loads
+        self.server = LlamaServer(model, min(context, trained), slots, arguments)
+        self.context = min(self.server.context, trained)
+        self.tokenizer = directory or GgufTokenizer(model, self.server.client)
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.render(messages)
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        return in_parallel(lambda index: self._complete(prompts[index], sampling), len(prompts), self.server.slots)
+
+    def _complete(self, prompt: str, sampling: Sampling) -> Completion:
+        call = self.server.client.call
+        ids = self.tokenizer.encode(prompt)
+        if isinstance(self.tokenizer, DirTokenizer):
+            check_same_ids(prompt, ids, call("/tokenize", {"content": prompt, "add_special": False})["tokens"])
+        room = min(sampling.max_tokens, self.context - len(ids))
+        if room < 1:
+            raise UserError(f"a prompt has {len(ids)} tokens; the server's context is {self.context}")
+        fields = {"prompt": ids, "n_predict": room, "cache_prompt": False, "return_tokens": True}
+        answer = call("/completion", fields | sampling_fields(sampling, prompt))
+        new, stop, read = answer["tokens"], answer["stop_type"], answer["tokens_evaluated"]
+        if read != len(ids) or stop not in STOPS:
+            raise UserError(f"llama-server read {read} prompt tokens of {len(ids)} and stopped by {stop!r}")
+        text = self.tokenizer.decode(new[:-1] if stop == "eos" else new)
+        return Completion(text, len(new), len(ids), STOPS[stop], ids_sha256(ids))
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the two backends that talk to a server."""
+    group = parser.add_argument_group("a GGUF file, or a server (--backend openai)")
+    group.add_argument("--tokenizer", type=Path, help="directory of tokenizer and chat template (default: those of the GGUF)")
+    group.add_argument("--parallel", type=int, default=4, help="requests at once; slots of llama-server (default 4)")
+    group.add_argument("--server-args", default="", help='further options of llama-server, as "-ngl 99 --cpu-moe"')
+    group.add_argument("--base-url", help="server of --backend openai, as http://localhost:8000/v1")
+    group.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
+    group.add_argument("--prompt-text", action="store_true", help="send text, not token ids (openai)")
+    group.add_argument("--plain-fields", action="store_true", help="send only the fields of OpenAI's own API (openai)")

@@ -1,0 +1,154 @@
+"""The text that calibration reads: a local file, data sets of the hub at a pinned revision, or the tiny tasks' training split.
+
+Not a command; `--calib` of quant_save, moe_probe and moe_alloc takes one of these, or several joined by "+" and read in turn:
+
+    notes.txt                                                      a UTF-8 file; blank lines separate documents
+    hf:HuggingFaceH4/ultrachat_200k@8049631c405a...:train_sft      a data set: REPOSITORY@COMMIT:SPLIT[:CONFIG]
+    hf:work/my_texts:train                                         a directory of jsonl or parquet files
+    tiny                                                           the tiny tasks' training split
+
+The default is `tiny` for a model with razor-tiny's vocabulary, and :data:`DEFAULT` for any other.
+Rows have a column `messages` (chat turns, rendered by the model's template) or `text`. Only training splits are read:
+calibrating on what a benchmark asks would make its score worth nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from console import UserError
+
+HUB = re.compile(r"hf:(?P<name>[^@:]+)(?:@(?P<revision>[^@:]+))?:(?P<split>[^@:]+)(?::(?P<config>[^@:]+))?")
+DEFAULT = "hf:HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a:train_sft"
+RAZOR_TINY = Path(__file__).resolve().parents[2] / "models/razor-tiny/tokenizer.json"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def add_calibration_arguments(parser: argparse.ArgumentParser, sequences: int = 128) -> None:
+    """The --calib, --calib-sequences and --calib-length of every command that reads calibration text."""
+    known = "a text file, hf:REPOSITORY@COMMIT:SPLIT[:CONFIG], or several joined by +"
+    parser.add_argument("--calib", help=f"{known} (default: {DEFAULT}; for razor-tiny its tasks' training split)")
+    shown = f"sequences of calibration text (default {sequences})"
+    parser.add_argument("--calib-sequences", type=int, default=sequences, help=shown)
+    parser.add_argument("--calib-length", type=int, default=512, help="tokens of a sequence (default 512)")
+
+
+def calibration_of(args: argparse.Namespace) -> tuple[Tensor, dict[str, Any]]:
+    """:func:`calibration_ids` of those arguments and ``--model``."""
+    if min(args.calib_sequences, args.calib_length) < 1:
+        raise UserError("--calib-sequences and --calib-length must be at least 1")
+    return calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
+
+
+def calibration_ids(
+    source: str | Path | None, model: Path, count: int, length: int, seed: int = 0
+) -> tuple[Tensor, dict[str, Any]]:
+    """Token ids [count, length] of ``source`` (module docstring; None is the default) and their record.
+
+    Documents follow one another without padding; a text that is too short is a :class:`UserError`.
+    """
+    from backends import load_tokenizer
+    from results_store import data_entry
+
+    tokenizer = load_tokenizer(model)
+    ids: list[int] = []
+    used: list[str] = []
+    parts = str(source or default_source(tokenizer)).split("+")
+    opened = [documents(part, tokenizer, seed) for part in parts]
+    for text in in_turn([texts for texts, _, _ in opened]):
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        used.append(text)
+        if len(ids) >= count * length:
+            break
+    if len(ids) < count * length:
+        raise UserError(f"{source}: {len(ids)} tokens; {count} sequences of {length} need {count * length}")
+    name, revision = ("; ".join(dict.fromkeys(part[place] for part in opened)) for place in (1, 2))
+    return torch.tensor(ids[: count * length]).view(count, length), data_entry(name, revision, used)
+
+
+def default_source(tokenizer: Any) -> str:
+    """The text for a model that has this tokenizer."""
+    tiny = json.loads(RAZOR_TINY.read_text(encoding="utf-8"))["model"]["vocab"]
+    return "tiny" if tiny.items() <= tokenizer.get_vocab().items() else DEFAULT
+
+
+def in_turn(sources: list[Iterable[str]]) -> Iterator[str]:
+    """One text of each source in turn, until all are used up."""
+    waiting = [iter(source) for source in sources]
+    while waiting:
+        for source in list(waiting):
+            text = next(source, None)
+            if text is None:
+                waiting.remove(source)
+            else:
+                yield text
+
+
+def documents(source: str, tokenizer: Any, seed: int) -> tuple[Iterable[str], str, str]:
+    """(texts, name, revision) of one source."""
+    if source == "tiny":
+        return tiny_documents(tokenizer, seed)
+    return hub_documents(source, tokenizer) if source.startswith("hf:") else file_documents(Path(source))
+
+
+def file_documents(path: Path) -> tuple[Iterable[str], str, str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    return [part + "\n\n" for part in text.split("\n\n") if part.strip()], path.name, "local file"
+
+
+def hub_documents(source: str, tokenizer: Any) -> tuple[Iterable[str], str, str]:
+    """Rows of a data set, streamed: nothing is downloaded beyond what is read."""
+    found = HUB.fullmatch(source)
+    if not found:
+        raise UserError(f"{source}: expected hf:REPOSITORY@COMMIT:SPLIT[:CONFIG]")
+    name, revision, split, config = found["name"], found["revision"], found["split"], found["config"]
+    local = Path(name).is_dir()
+    if not split.startswith("train"):
+        raise UserError(f"{source}: split {split!r} is not a training split; calibration must not see what a benchmark asks")
+    if not local and not COMMIT.fullmatch(revision or ""):
+        raise UserError(f"{source}: pin the data set, hf:{name}@COMMIT:{split}, with the 40 hex digits of a commit")
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split, revision=None if local else revision, streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:  # no network, no such repository, split or configuration
+        raise UserError(f"{source}: cannot be opened ({' '.join(str(error).split())[:200]})") from None
+    shown = Path(name).name if local else name
+    title = f"{shown}, {config}, {split}" if config else f"{shown}, {split}"
+    return (row_text(row, tokenizer, source) for row in rows), title, "local directory" if local else str(revision)
+
+
+def row_text(row: Mapping[str, Any], tokenizer: Any, source: str) -> str:
+    """One row as the model would see it in use."""
+    if "messages" in row:
+        return tokenizer.apply_chat_template(row["messages"], tokenize=False) + "\n"
+    if "text" in row:
+        return row["text"] + "\n\n"
+    raise UserError(f"{source}: its rows have {', '.join(row)}; expected a column messages or text")
+
+
+def tiny_documents(tokenizer: Any, seed: int) -> tuple[Iterable[str], str, str]:
+    """Transcripts of the tiny tasks' training split, an equal number of each, in turn, without end."""
+    from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
+
+    def transcripts() -> Iterator[str]:
+        rng, tasks = random.Random(f"calibration:{seed}"), [task() for task in TINY_TASKS]
+        while True:
+            for task in tasks:
+                item, solution = task.generate(rng, "train")
+                prompt = tokenizer.apply_chat_template(task.messages(item), tokenize=False, add_generation_prompt=True)
+                yield prompt + solution.removeprefix("<think>\n") + tokenizer.eos_token + "\n"
+
+    return transcripts(), "tiny_tasks training split", f"{GENERATOR_REVISION}, seed {seed}"

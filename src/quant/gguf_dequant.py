@@ -1,0 +1,120 @@
+"""What a GGUF holds, as a BF16 checkpoint of the original's names and shapes: the same weights for transformers and vLLM.
+
+    python src/quant/gguf_dequant.py --gguf work/iq3/razor-tiny-IQ3_XXS.gguf --model models/razor-tiny --out work/iq3-bf16
+
+Every tensor that the file stores in a lossy type is decoded, put back into transformers' order and rounded to the original's
+dtype; what it stores in float32 or bfloat16, and what is not in the file (vision, multi-token prediction), is copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+from pathlib import Path
+
+import gguf
+import torch
+from torch import Tensor
+
+from calibration import place_of
+from checkpoint import Checkpoint, CheckpointWriter
+from console import UserError, progress, run_cli, write_json
+from ggml_types import decode_rows
+from gguf_file import GgufFile
+from gguf_layout import Piece, into_parameter, parameter_shape, pieces_of
+from imatrix import ARCHITECTURES
+from model_layout import family_of
+from quant_save import sidecars
+from results_store import header_sha256
+from staging import check_output, staged_directory
+
+MARK = "gguf.json"  # says which file the checkpoint was made from
+
+
+def check_match(file: GgufFile, checkpoint: Checkpoint, pieces: list[Piece]) -> None:
+    """Raise :class:`UserError` unless the file is one of this model."""
+    expected = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family_of(checkpoint.config["model_type"])]]
+    if file.architecture() != expected:
+        raise UserError(f"{file.path}: architecture {file.architecture()}, but {checkpoint.path} is {expected}")
+    for piece in pieces:
+        if piece.name not in file.tensors or file.shape(piece.name) != piece.shape:
+            found = list(file.shape(piece.name)) if piece.name in file.tensors else "absent"
+            raise UserError(f"{file.path}: {piece.name} is {found}, {checkpoint.path} needs {list(piece.shape)}")
+
+
+def lossy(file: GgufFile, piece: Piece) -> bool:
+    """Whether the file's values may differ from the checkpoint's."""
+    return file.kind(piece.name) not in ("f32", "bf16")
+
+
+def decoded_parameter(file: GgufFile, pieces: list[Piece], shape: tuple[int, ...]) -> Tensor:
+    """The parameter [shape] float32 that these pieces of the file make up."""
+    full = torch.empty(shape)
+    for piece in pieces:
+        into_parameter(piece, decode_rows(file.data(piece.name), file.kind(piece.name)).view(piece.shape), full)
+    return full
+
+
+def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_bytes: int = 4 << 30) -> None:
+    """Write the checkpoint ``out``; it appears when it is complete."""
+    file, checkpoint, out = GgufFile(path), Checkpoint(model), Path(out).resolve()
+    pieces = pieces_of(checkpoint)
+    check_match(file, checkpoint, pieces)
+    by_parameter: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        by_parameter.setdefault(piece.parameter, []).append(piece)
+    by_parameter = {name: ps for name, ps in by_parameter.items() if any(lossy(file, piece) for piece in ps)}
+    check_output(checkpoint.path, out, force, checkpoint.bytes, MARK)
+    head = path.open("rb").read(1 << 20)
+    made_from = {"file": path.name, "bytes": path.stat().st_size, "head_sha256": hashlib.sha256(head).hexdigest()}
+    job = {"gguf": made_from, "config_sha256": checkpoint.config_sha256, "header_sha256": header_sha256(checkpoint)}
+    plan = [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()]
+    with staged_directory(out, force, job) as partial:
+        for extra in sidecars(checkpoint.path):
+            shutil.copyfile(extra, partial / extra.name)
+        with (
+            progress(sum(info.bytes for info in checkpoint.tensors.values()), "dequantize", "B", True) as bar,
+            CheckpointWriter(partial, plan, shard_bytes) as writer,
+        ):
+            values = Decoded(file, checkpoint, by_parameter)
+            for name, info in checkpoint.tensors.items():
+                if not writer.is_done(name):
+                    writer.append(name, values.of(name))
+                bar.update(info.bytes)
+        write_json(partial / MARK, job)
+
+
+class Decoded:
+    """Checkpoint tensors as the file has them; keeps the last parameter, since its experts follow one another."""
+
+    def __init__(self, file: GgufFile, checkpoint: Checkpoint, by_parameter: dict[str, list[Piece]]) -> None:
+        self.file, self.checkpoint, self.by_parameter = file, checkpoint, by_parameter
+        self.kept: dict[str, Tensor] = {}
+
+    def of(self, name: str) -> Tensor:
+        info, place = self.checkpoint.info(name), place_of(name)
+        if place.parameter not in self.by_parameter:
+            return self.checkpoint.read(name)
+        if place.parameter not in self.kept:
+            pieces = self.by_parameter[place.parameter]
+            shape = parameter_shape(self.checkpoint, pieces[0].sources)
+            if len(self.kept) > 1:  # an expert's gate_up and down alternate
+                self.kept.pop(next(iter(self.kept)))
+            self.kept[place.parameter] = decoded_parameter(self.file, pieces, shape)
+        return place.view(self.kept[place.parameter]).to(info.dtype).reshape(info.shape)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--gguf", required=True, type=Path)
+    parser.add_argument("--model", required=True, type=Path, help="the checkpoint that the file was made from")
+    parser.add_argument("--out", required=True, type=Path, help="directory to make")
+    parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
+    args = parser.parse_args()
+    dequantize(args.gguf, args.model, args.out, args.force)
+    print(f"wrote {args.out}", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

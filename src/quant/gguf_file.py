@@ -1,0 +1,174 @@
+"""A GGUF file written tensor by tensor behind a header made beforehand, and taken up again after a kill; reading one back.
+
+Not a command. Format (llama.cpp, ggml/include/gguf.h): magic, key-values, a table of tensors with offsets, then the tensors,
+each padded to 32 bytes. The offsets are known before the first tensor is, so the file only ever grows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+import llama_cpp
+from console import UserError, read_json, write_json
+from ggml_types import TYPES, row_bytes
+
+ALIGNMENT = 32
+DRIVER = Path(__file__).with_name("gguf_convert.py")
+
+
+def padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def tensor_bytes(shape: Sequence[int], kind: str) -> int:
+    """Bytes of a tensor of this type, without padding."""
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    return rows * row_bytes(kind, shape[-1])
+
+
+def run_converter(*arguments: object) -> None:
+    """llama.cpp's converter on ``arguments`` (see gguf_convert.py); its last words are the error's."""
+    command = [sys.executable, str(DRIVER), str(llama_cpp.source()), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
+        raise UserError(f"llama.cpp's converter failed: {last.strip()[:300]}")
+
+
+def make_header(
+    model: Path, tensors: Sequence[tuple[str, Sequence[int], str]], file_type: int, work: Path, no_mtp: bool = True
+) -> bytes:
+    """What stands before the first tensor, with llama.cpp's own key-values for ``model``; ``work``: a directory to use."""
+    rows = [[name, list(shape), TYPES[kind].ggml.name, tensor_bytes(shape, kind)] for name, shape, kind in tensors]
+    plan, header = work / "plan.json", work / "header.bin"
+    plan.write_text(json.dumps({"ftype": file_type, "no_mtp": no_mtp, "tensors": rows}), encoding="utf-8")
+    run_converter("header", model, plan, header)
+    return header.read_bytes()
+
+
+class GgufWriter:
+    """Appends tensors in the order of ``plan`` [(name, bytes)] behind ``header``. What :meth:`sync` has seen survives a
+    kill: opening again with the same ``state`` file goes on behind it, and ``done`` says how many tensors there are."""
+
+    def __init__(self, path: Path, header: bytes, plan: Sequence[tuple[str, int]], state: Path) -> None:
+        self.path, self.state, self.plan = path, state, list(plan)
+        self.ends = [len(header)]
+        for _, size in self.plan:
+            self.ends.append(self.ends[-1] + padded(size))
+        self.facts: dict[str, Any] = {}
+        self.done, self._written = 0, 0
+        if state.exists():
+            saved = read_json(state)
+            self.done, self.facts = saved["tensors"], saved["facts"]
+        with self._explained():
+            self._stream = path.open("r+b" if self.done else "wb")
+            if not self.done:
+                self._stream.write(header)
+            elif path.stat().st_size < self.ends[self.done]:
+                raise UserError(f"{path}: shorter than {state} says; remove {path.parent} and start again")
+            self._stream.truncate(self.ends[self.done])
+            self._stream.seek(self.ends[self.done])
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write ({error.strerror})") from None
+
+    def __enter__(self) -> GgufWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        with self._explained(), self._stream as stream:
+            stream.flush()
+            os.fsync(stream.fileno())
+        if kind is None and self.done != len(self.plan):
+            raise ValueError(f"{self.path}: {len(self.plan) - self.done} tensors of the plan were not written")
+
+    def append(self, name: str, data: Tensor) -> None:
+        """The bytes of ``name``, the next of the plan, or the next part of them; any contiguous tensor."""
+        wanted, size = self.plan[self.done]
+        view = memoryview(data.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        if name != wanted or self._written + len(view) > size:
+            raise ValueError(f"{name} ({len(view)} bytes) is not next in the plan (next: {wanted})")
+        with self._explained():
+            self._stream.write(view)
+            self._written += len(view)
+            if self._written == size:
+                self._stream.write(bytes(padded(size) - size))
+                self.done, self._written = self.done + 1, 0
+
+    def sync(self) -> None:
+        """Make what was appended survive a kill."""
+        with self._explained():
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+        write_json(self.state, {"tensors": self.done, "facts": self.facts})
+
+
+def file_sha256(path: Path, advance: Callable[[int], Any] | None = None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while data := stream.read(1 << 22):
+            digest.update(data)
+            if advance:
+                advance(len(data))
+    return digest.hexdigest()
+
+
+class GgufFile:
+    """A GGUF on disk: ``fields`` (contents by key) and ``tensors`` by name; nothing is read until :meth:`data` asks."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such GGUF file")
+        try:
+            reader = gguf.GGUFReader(self.path)
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            raise UserError(f"{self.path}: truncated, or not a GGUF file ({error}); write it again") from None
+        self.fields = {key: field.contents() for key, field in reader.fields.items()}
+        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
+        size = self.path.stat().st_size
+        for tensor in reader.tensors:
+            if tensor.data_offset + tensor.n_bytes > size:
+                raise UserError(f"{self.path}: truncated inside {tensor.name}; write it again")
+
+    def architecture(self) -> str:
+        return str(self.fields.get("general.architecture"))
+
+    def kind(self, name: str) -> str:
+        """The type of a tensor, as in ggml_types."""
+        ggml = self.tensors[name].tensor_type
+        kind = next((kind.name for kind in TYPES.values() if kind.ggml == ggml), None)
+        if kind is None:
+            raise UserError(f"{self.path}: {name} is of type {ggml.name}, which this project does not read")
+        return kind
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(reversed(self.tensors[name].shape.tolist()))
+
+    def data(self, name: str) -> Tensor:
+        """uint8 [..., bytes of a row] of a tensor, in memory of its own."""
+        tensor, shape = self.tensors[name], self.shape(name)
+        raw = torch.empty(int(tensor.n_bytes), dtype=torch.uint8)
+        with self.path.open("rb") as stream:
+            stream.seek(int(tensor.data_offset))
+            if stream.readinto(memoryview(raw.numpy())) != len(raw):
+                raise UserError(f"{self.path}: truncated inside {name}; write it again")
+        return raw.view(*shape[:-1], row_bytes(self.kind(name), shape[-1]))

@@ -1,0 +1,159 @@
+"""The reference GGUF, by llama.cpp's own tools: convert_hf_to_gguf -> llama-imatrix -> llama-quantize.
+
+    python src/quant/gguf_reference.py --model models/razor-tiny --out work/reference --base-type IQ3_XXS \
+        [--tensor-types configs/gguf_tensor_types_iq3.txt] [--calib FILE]
+
+OUT holds NAME-BF16.gguf, calibration.txt, imatrix.gguf, NAME-TYPE.gguf and, for a model with a vision tower,
+NAME-mmproj-f16.gguf. A file that is there is kept: a killed run goes on with the step that it was at, and another base type
+reuses the conversion and the imatrix. A step with other settings than its file was made with is refused (--force repeats it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+from calibration_text import add_calibration_arguments, calibration_of
+from checkpoint import Checkpoint
+from console import UserError, read_json, run_cli, write_json
+from gguf_file import GgufFile, file_sha256, run_converter
+from gguf_pack import Pack, plan_pack, report, table, write_mmproj
+from gguf_recipe import read_patterns, type_named
+from results_store import add_record_arguments, check_record_arguments, describe_model, sha256_text, write_result
+
+STEPS = "steps.json"
+LLAMA_NAMES = {"q3_K": "Q3_K_M", "q4_K": "Q4_K_M", "q5_K": "Q5_K_M"}
+
+
+def run_tool(name: str, arguments: Sequence[object], log: Path) -> None:
+    """Run one of llama.cpp's tools with its output in ``log``."""
+    command = [llama_cpp.tool(name), *arguments]
+    print("+ " + " ".join([name, *map(str, arguments)]), flush=True)
+    with log.open("w", encoding="utf-8") as stream:
+        code = subprocess.run(list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT).returncode
+    if code:
+        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        raise UserError(f"{name} failed ({lines[-1].strip()[:200] if lines else f'exit code {code}'}); its output is in {log}")
+
+
+class Steps:
+    """The files of an output directory and the settings that each was made with."""
+
+    def __init__(self, out: Path, force: bool) -> None:
+        self.out, self.force = out, force
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be created ({error.strerror})") from None
+        self.made: dict[str, Any] = read_json(out / STEPS) if (out / STEPS).exists() else {}
+        if not self.made and any(out.iterdir()):
+            raise UserError(f"{out}: not an output of this command (no {STEPS}); choose another")
+
+    def step(self, name: str, settings: dict[str, Any], make: Callable[[Path], None]) -> Path:
+        """The file ``name``, made by ``make(temporary name)`` unless it is there."""
+        path, before = self.out / name, self.made.get(name)
+        if path.exists() and before == settings:
+            print(f"kept {path}", flush=True)
+            return path
+        if path.exists() and not self.force:
+            raise UserError(f"{path}: made with other settings; give another --out, or --force to make it again")
+        started, temporary = time.time(), self.out / f".{name}"
+        make(temporary)
+        temporary.rename(path)
+        self.made[name] = settings
+        write_json(self.out / STEPS, self.made)
+        print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB) in {time.time() - started:.1f} s", flush=True)
+        return path
+
+
+def calibration_text(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The text of the tokens that the calibrated pass would read, and their record."""
+    from backends import load_tokenizer
+
+    ids, entry = calibration_of(args)
+    tokenizer = load_tokenizer(args.model)
+    return tokenizer.decode(ids.flatten(), skip_special_tokens=False, clean_up_tokenization_spaces=False), entry
+
+
+def make_reference(args: argparse.Namespace, pack: Pack, patterns: Path | None) -> tuple[Path, dict[str, Any]]:
+    """Run all steps; (the quantized file, the record of the calibration text)."""
+    name, steps = pack.checkpoint.path.resolve().name, Steps(args.out, args.force)
+    text, entry = calibration_text(args)
+    model = {"config_sha256": pack.checkpoint.config_sha256, "bytes": pack.checkpoint.bytes}
+    # The direct path leaves multi-token prediction out as well; llama-imatrix does not reach it.
+    plain = steps.step(
+        f"{name}-BF16.gguf", model,
+        lambda out: run_converter("convert", args.model, "--outfile", out, "--outtype", "bf16", "--no-mtp"),
+    )  # fmt: skip
+    calibration = {"sha256": sha256_text(text), "length": args.calib_length}
+    written = steps.step("calibration.txt", calibration, lambda out: out.write_text(text, encoding="utf-8"))
+    log = args.out / "llama.log"
+    context = ["-c", args.calib_length, "-b", args.calib_length, "--parse-special", "--no-ppl"]
+    imatrix = steps.step(
+        "imatrix.gguf", model | calibration,
+        lambda out: run_tool("llama-imatrix", ["-m", plain, "-f", written, *context, "-o", out], log),
+    )  # fmt: skip
+    types = [line for line in patterns.read_text(encoding="utf-8").splitlines()] if patterns else []
+    base = LLAMA_NAMES.get(pack.base, pack.base.upper())
+    settings = model | calibration | {"types": dict(pack.types)}
+
+    def quantize(out: Path) -> None:
+        flags: list[object] = ["--pure", "--imatrix", imatrix]
+        if types:
+            stripped = args.out / "tensor_types.txt"  # llama.cpp knows no comments
+            stripped.write_text("".join(f"{pattern}={kind}\n" for pattern, kind in read_patterns(patterns)), encoding="utf-8")
+            flags += ["--tensor-type-file", stripped]
+        run_tool("llama-quantize", [*flags, plain, out, base], log)
+
+    file = steps.step(pack.file_name, settings, quantize)
+    write_mmproj(pack.checkpoint, args.out)
+    return file, entry
+
+
+def check_types(file: GgufFile, pack: Pack) -> None:
+    """The types are those that gguf_recipe has worked out; anything else would make a comparison at equal bytes void."""
+    for piece in pack.pieces:
+        if file.kind(piece.name) != pack.types[piece.name]:
+            raise UserError(f"{file.path}: {piece.name} is {file.kind(piece.name)}, expected {pack.types[piece.name]}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--out", required=True, type=Path, help="directory for the files")
+    parser.add_argument("--base-type", required=True)
+    parser.add_argument("--tensor-types", type=Path)
+    add_calibration_arguments(parser)
+    parser.add_argument("--force", action="store_true", help="make files again that have other settings")
+    add_record_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_record_arguments(args)
+    started = time.time()
+    patterns = read_patterns(args.tensor_types) if args.tensor_types else []
+    base = type_named(args.base_type, "--base-type")
+    pack, notes = plan_pack(Checkpoint(args.model), base, patterns, "nearest")
+    print("\n".join(notes), end="\n" if notes else "", flush=True)
+    path, entry = make_reference(args, pack, args.tensor_types)
+    file = GgufFile(path)
+    check_types(file, pack)
+    made = report(pack, path.stat().st_size) | {"file": path.name, "sha256": file_sha256(path)}
+    if args.result:
+        recipe = pack.recipe() | {"method": "llama-quantize"}
+        write_result(
+            args.result, kind="pack", tag=args.tag, started=started, model=describe_model(args.model), recipe=recipe,
+            data=[entry], metrics=made,
+        )  # fmt: skip
+    print(f"{table(made)}\nwrote {path} in {time.time() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

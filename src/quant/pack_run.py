@@ -1,0 +1,94 @@
+"""What pipelines/pack_gguf.sh runs: a configs/*.env file with overrides from the environment -> gguf_alloc, gguf_pack.
+
+    METHOD=nearest OUT=work/near python src/quant/pack_run.py --config configs/gguf_iq3.env
+
+Each step is the command that a user would type; the full command line is printed before it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from console import UserError, run_cli
+from env_config import load_config
+from quantize_run import flag, step
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """The keys of configs/gguf_iq3.env."""
+
+    model: str
+    out: str
+    base_type: str
+    tensor_types: str
+    method: str
+    calib: str
+    calib_sequences: int
+    calib_length: int
+    target_gib: float
+    protected: str
+    dequant_out: str
+    reference: bool
+
+
+def overrides() -> dict[str, str]:
+    """The config's keys that the environment sets."""
+    keys = [field.name.upper() for field in dataclasses.fields(PackConfig)]
+    return {key: os.environ[key] for key in keys if key in os.environ}
+
+
+def common_flags(config: PackConfig) -> list[object]:
+    text = ["--calib", config.calib] if config.calib else []
+    return ["--model", config.model, *text, "--calib-sequences", config.calib_sequences, "--calib-length", config.calib_length]
+
+
+def allocated(config: PackConfig) -> str:
+    """The file of types for the budget, made beside the output; one that is there is for another run and is refused."""
+    types = f"{config.out.rstrip('/')}.types.txt"
+    protected = ["--tensor-types", config.protected] if config.protected else []
+    text = ["--calib", config.calib] if config.calib else []
+    flags = [
+        "--model",
+        config.model,
+        *text,
+        "--calib-length",
+        config.calib_length,
+        *protected,
+        "--target-gib",
+        config.target_gib,
+        "--out",
+        types,
+    ]
+    step("src/quant/gguf_alloc.py", *flags, *(["--force"] if flag("FORCE") else []))
+    return types
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", type=Path, required=True)
+    config = load_config(PackConfig, parser.parse_args().config, overrides())
+    if config.target_gib < 0:
+        raise UserError(f"TARGET_GIB={config.target_gib}: must be above 0 (or 0 for the types of the recipe)")
+    if config.reference and config.dequant_out:
+        raise UserError("DEQUANT_OUT with REFERENCE=1: run src/quant/gguf_dequant.py on the reference's file")
+    types = allocated(config) if config.target_gib else config.tensor_types
+    record: list[object] = []
+    if tag := os.environ.get("TAG"):
+        record = ["--tag", tag, "--result", f"results/pack/{tag}.json"]
+    flags = [*common_flags(config), "--out", config.out, "--base-type", config.base_type]
+    flags += ["--tensor-types", types] if types else []
+    flags += [*record, *(["--force"] if flag("FORCE") else [])]
+    if config.reference:
+        step("src/quant/gguf_reference.py", *flags)
+    else:
+        dequant = ["--dequant-out", config.dequant_out] if config.dequant_out else []
+        step("src/quant/gguf_pack.py", *flags, "--method", config.method, *dequant)
+
+
+if __name__ == "__main__":
+    run_cli(main)

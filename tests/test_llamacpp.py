@@ -1,0 +1,409 @@
+"""GGUF files in llama.cpp's own programs: the same prompts and texts as transformers, and no server left behind.
+
+Needs LLAMA_CPP, the folder of llama-server, llama-perplexity, llama-bench and llama-quantize of a build whose source is there.
+"""
+
+import argparse
+import http.server
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from backends import HfBackend, Sampling, load_tokenizer, render_chat
+from benchmarks import get_benchmarks
+from console import UserError
+from eval_settings import load_settings
+from gguf_bench import active_bytes
+from gguf_info import config_of_gguf, describe_gguf, open_gguf
+from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, read_logprobs, write_logprobs
+from http_client import Client, in_parallel
+from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, free_port
+from openai_eval8 import OpenAIBackend
+
+REPO = Path(__file__).resolve().parent.parent
+MODEL = REPO / "models" / "razor-tiny"
+TASKS = ("tiny_know", "tiny_math", "tiny_reason", "tiny_code")
+SPECIAL = "<|im_start|>user\nWho is Ada?<|im_end|>\n<|im_start|>assistant\n<think>\nÆther 🚀 \U0001f999</think>\n\n"
+
+
+@pytest.fixture(scope="session")
+def llama_cpp():
+    """(folder of the programs, folder of the source that they were built from)."""
+    folder = os.environ.get("LLAMA_CPP")
+    if not folder:
+        pytest.skip("LLAMA_CPP is not set: the folder of llama.cpp's programs (bash pipelines/test.sh sets it)")
+    cache = Path(folder).parent / "CMakeCache.txt"
+    source = os.environ.get("LLAMA_CPP_SOURCE") or re.search(r"CMAKE_HOME_DIRECTORY:INTERNAL=(.+)", cache.read_text())[1]
+    return Path(folder), Path(source)
+
+
+@pytest.fixture(scope="session")
+def bf16_gguf(llama_cpp, tmp_path_factory):
+    out = tmp_path_factory.mktemp("gguf") / "razor-tiny-bf16.gguf"
+    command = [sys.executable, REPO / "tests/tiny_gguf.py", llama_cpp[1], MODEL, out, "bf16"]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def q4_gguf(llama_cpp, bf16_gguf):
+    out = bf16_gguf.with_name("razor-tiny-q4.gguf")
+    subprocess.run([llama_cpp[0] / "llama-quantize", bf16_gguf, out, "Q4_K_M", "1"], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def backend(bf16_gguf):
+    found = LlamaCppBackend(bf16_gguf, 2048, MODEL, slots=2)
+    yield found
+    found.server.stop()
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    tokenizer = load_tokenizer(MODEL)
+    return [render_chat(tokenizer, task.messages(item)) for task in get_benchmarks(TASKS) for item in task.load(2)]
+
+
+@pytest.fixture(scope="module")
+def greedy(prompts):
+    """Greedy completions of transformers: {tokens allowed: completions}."""
+    hf = HfBackend(MODEL)
+    return {limit: in_order(hf, prompts, Sampling(max_tokens=limit)) for limit in (5, 512)}
+
+
+def in_order(backend, prompts, sampling):
+    found = dict(backend.generate(prompts, sampling))
+    return [found[index] for index in range(len(prompts))]
+
+
+def test_greedy_text_equals_transformers(backend, prompts, greedy):
+    """Text, token counts and finish reasons; BF16 rounds activations in llama.cpp, so that one near tie of eight may fall
+    the other way."""
+    got = in_order(backend, prompts, Sampling(max_tokens=512))
+    assert sum(a == b for a, b in zip(got, greedy[512], strict=True)) >= 7
+    assert [c.prompt_ids_sha256 for c in got] == [c.prompt_ids_sha256 for c in greedy[512]]
+    assert all("</think>" in c.text and c.finish_reason == "stop" and "<|im_end|>" not in c.text for c in got)
+
+
+def test_truncation_is_said(backend, prompts, greedy):
+    got = in_order(backend, prompts, Sampling(max_tokens=5))
+    assert got == greedy[5]
+    assert {(c.finish_reason, c.tokens) for c in got} == {("length", 5)}
+
+
+def test_context_that_ends_is_a_truncation(backend, prompts):
+    """A prompt that leaves three tokens of context gets three, and one that leaves none is refused."""
+    tokenizer = load_tokenizer(MODEL)
+    filler = " a" * 4000
+    ids = tokenizer(filler, add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids[: backend.context - 3])
+    (_, got), *_ = backend.generate([text], Sampling(max_tokens=99))
+    assert (got.finish_reason, got.tokens) == ("length", 3)
+    with pytest.raises(UserError, match="the server's context is"):
+        list(backend.generate([filler], Sampling(max_tokens=99)))
+
+
+def test_sampling_repeats_by_prompt(backend, prompts):
+    """The seed belongs to the prompt: order and company do not matter; another seed draws otherwise."""
+    hot = Sampling(temperature=5.0, max_tokens=24, seed=1)
+    once, again = in_order(backend, prompts[:4], hot), in_order(backend, prompts[3::-1], hot)[::-1]
+    other = in_order(backend, prompts[:4], Sampling(temperature=5.0, max_tokens=24, seed=2))
+    assert sum(a == b for a, b in zip(once, again, strict=True)) >= 3  # kernels of one and of two slots may round apart
+    assert once != other
+
+
+def test_tokenizer_of_the_gguf_itself(backend, bf16_gguf, prompts):
+    """Template, ids and text equal those of the checkpoint's tokenizer, special tokens and torn characters included."""
+    own, theirs = GgufTokenizer(bf16_gguf, backend.server.client), backend.tokenizer
+    messages = [{"role": "user", "content": "How many?\n"}]
+    assert own.render(messages) == theirs.render(messages)
+    for text in [*prompts[:2], SPECIAL]:
+        ids = theirs.encode(text)
+        assert own.encode(text) == ids
+        assert own.decode(ids) == theirs.decode(ids) == text
+    torn = theirs.encode("🚀")
+    assert len(torn) > 1 and own.decode(torn[:-1]) == theirs.decode(torn[:-1])
+
+
+def test_other_tokens_are_refused():
+    with pytest.raises(UserError, match="token 1 is .2. for the tokenizer and .9. for the server"):
+        check_same_ids("x", [1, 2, 3], [1, 9, 3])
+    with pytest.raises(UserError, match="token 0 is .5. for the tokenizer and .1. for the server"):
+        check_same_ids("x", [5, 6], [1, 5, 6])  # a second BOS
+
+
+@pytest.mark.parametrize("send_text", [False, True])
+def test_openai_endpoint(backend, prompts, send_text):
+    """llama-server's own /v1/completions, by ids and by text, gives what its /completion gives."""
+    server = backend.server
+    openai = OpenAIBackend(
+        server.client.base_url + "/v1", "m", MODEL, 2048, key=server.key, parallel=2, send_text=send_text
+    )  # fmt: skip
+    sampling = Sampling(max_tokens=256)
+    expected, got = in_order(backend, prompts[:4], sampling), in_order(openai, prompts[:4], sampling)
+    assert sum(a == b for a, b in zip(got, expected, strict=True)) >= 3
+    assert [c.finish_reason for c in in_order(openai, prompts[:2], Sampling(max_tokens=4))] == ["length"] * 2
+
+
+class Scripted(http.server.BaseHTTPRequestHandler):
+    """Answers by the server's list of (status, body); the last one stays."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        answers = self.server.answers
+        status, body = answers.pop(0) if len(answers) > 1 else answers[0]
+        self.server.count += 1
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def scripted():
+    """scripted(answers, port) -> an HTTP server that gives them; several may run."""
+    running = []
+
+    def start(answers, port=0):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Scripted)
+        server.answers, server.count = list(answers), 0
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def test_refused_and_busy_requests_are_retried(scripted):
+    port = free_port()
+    threading.Timer(0.6, scripted, [[(503, {}), (429, {}), (200, {"ok": 1})], port]).start()
+    client = Client(f"http://127.0.0.1:{port}")
+    assert client.call("/x", {}) == {"ok": 1}
+    refused = scripted([(400, {"error": {"message": "no such field"}})])
+    with pytest.raises(UserError, match="HTTP 400: no such field"):
+        Client(f"http://127.0.0.1:{refused.server_port}").call("/x", {})
+    assert refused.count == 1
+    with pytest.raises(UserError, match="no answer within 0 s"):
+        Client(f"http://127.0.0.1:{free_port()}", patience=0.4).call("/x", {})
+
+
+def test_doubled_bos_of_an_endpoint_is_refused(scripted):
+    tokenizer = load_tokenizer(MODEL)
+    count = len(tokenizer("hello", add_special_tokens=False)["input_ids"])
+    choice = {"text": "x", "finish_reason": "stop"}
+    server = scripted([(200, {"choices": [choice], "usage": {"prompt_tokens": count + 1, "completion_tokens": 1}})])
+    openai = OpenAIBackend(f"http://127.0.0.1:{server.server_port}/v1", "m", MODEL, 64, send_text=True)
+    with pytest.raises(UserError, match=f"read {count + 1} prompt tokens where the tokenizer has {count}"):
+        list(openai.generate(["hello"], Sampling()))
+
+
+def test_in_parallel_raises_the_first_failure():
+    def work(index):
+        if index == 3:
+            raise UserError("three")
+        return index
+
+    got = []
+    with pytest.raises(UserError, match="three"):
+        got.extend(in_parallel(work, 100, 1))
+    assert got == [(0, 0), (1, 1), (2, 2)]  # what was finished came first
+    assert sorted(in_parallel(lambda i: 2 * i, 5, 3)) == [(i, 2 * i) for i in range(5)]
+
+
+ENDINGS = """
+import os, signal, sys
+from llamacpp_eval8 import LlamaServer
+server = LlamaServer(sys.argv[1], 256, 1)
+print(server.process.pid, flush=True)
+if sys.argv[2] == "leave": sys.exit(0)
+if sys.argv[2] == "raise": raise RuntimeError
+signal.signal(signal.SIGINT, signal.default_int_handler)
+server.client.call("/completion", {"prompt": [1], "n_predict": -1, "ignore_eos": True})
+signal.pause()
+"""
+
+
+def gone(pid):
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.slow
+def test_server_ends_with_its_client(bf16_gguf):
+    """Normal end, exception, Ctrl-C, SIGTERM and kill -9, the last three while a request runs."""
+    endings = {"leave": None, "raise": None, "int": signal.SIGINT, "term": signal.SIGTERM, "kill": signal.SIGKILL}
+    clients = {
+        how: subprocess.Popen(
+            [sys.executable, "-c", ENDINGS, bf16_gguf, how], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for how in endings
+    }
+    servers = {how: int(client.stdout.readline()) for how, client in clients.items()}
+    for how, sent in endings.items():
+        if sent:
+            clients[how].send_signal(sent)
+    for client in clients.values():
+        client.wait(timeout=20)
+    deadline = time.monotonic() + 5
+    while (left := [how for how, pid in servers.items() if not gone(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+
+
+def test_server_that_cannot_start_says_why(bf16_gguf, tmp_path, capfd):
+    before = {p.pid for p in psutil.Process().children()}
+    with pytest.raises(UserError, match="llama-server ended with exit code 1 .its last lines are above."):
+        LlamaServer(bf16_gguf, 256, 1, ["--no-such-option"])
+    assert "--no-such-option" in capfd.readouterr().err
+    short = tmp_path / "short.gguf"
+    short.write_bytes(bf16_gguf.read_bytes()[:-1000])
+    for broken in (short, MODEL / "config.json"):
+        with pytest.raises(UserError, match="GGUF|truncated"):
+            open_gguf(broken)
+    assert {p.pid for p in psutil.Process().children()} == before
+
+
+def test_programs_are_named_when_missing(monkeypatch, tmp_path, bf16_gguf):
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    with pytest.raises(UserError, match="llama-server: not found in LLAMA_CPP"):
+        LlamaServer(bf16_gguf, 256)
+
+
+def sample_rows(log):
+    lines = log.read_text().splitlines()[1:] if log.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.slow
+def test_run_resumes_after_its_server_died(bf16_gguf, tmp_path):
+    """The command ends with 2 and one line, its finished samples are kept, and the same command completes the run."""
+    items, log = 48, tmp_path / "died.samples.jsonl"
+    command = [sys.executable, REPO / "src/eval/vllm_eval8.py", "--model", bf16_gguf, "--tag", "died", "--limit", items]
+    command = [*map(str, command), "--benchmarks", "tiny_math", "--out", str(tmp_path), "--parallel", "2"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    server = None
+    while run.poll() is None:  # kill it once it has computed for a while: loading takes a tenth of a second
+        server = server or next((c for c in psutil.Process(run.pid).children() if "llama-server" in c.name()), None)
+        if server and sum(server.cpu_times()[:2]) > 0.8:
+            server.kill()
+            break
+        time.sleep(0.02)
+    _, told = run.communicate(timeout=60)
+    assert run.returncode == 2, told
+    assert [line for line in told.splitlines() if line.startswith("error: ") and "SIGKILL" in line and "same command" in line]
+    kept = sample_rows(log)
+    assert 0 < len(kept) < items
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    rows, record = sample_rows(log), json.loads((tmp_path / "died.json").read_text())
+    assert rows[: len(kept)] == kept and len({row["id"] for row in rows}) == len(rows) == items
+    assert record["model"]["architecture"] == "qwen35moe" and record["sampling"]["backend"] == "llamacpp"
+    assert record["metrics"]["tiny_math"]["n"] == items and record["metrics"]["tiny_math"]["acc"] > 0.9
+
+
+def test_description_counts_what_the_file_holds(bf16_gguf, q4_gguf):
+    found, quantized = describe_gguf(bf16_gguf), describe_gguf(q4_gguf)
+    assert found["bytes"] == bf16_gguf.stat().st_size and found["tensors"] == quantized["tensors"] == sum(
+        found["types"].values()
+    )
+    assert found["architecture"] == "qwen35moe" and set(found["types"]) == {"bf16", "f32"}
+    assert found["weights_sha256"] != quantized["weights_sha256"]
+
+
+def test_family_of_a_gguf_is_that_of_its_checkpoint(q4_gguf):
+    """So that both are sampled, and gated, alike."""
+    config = config_of_gguf(q4_gguf)
+    theirs = json.loads((MODEL / "config.json").read_text())
+    assert config == {key: theirs[key] for key in config} and len(config) == 4
+    assert load_settings().family_of(config) == load_settings().family_of(theirs) == "RAZOR_TINY"
+
+
+def test_active_bytes_of_a_token(bf16_gguf):
+    """8 layers, 2 of 8 experts of three 256 x 256 matrices in BF16, and everything else but the embedding's other rows."""
+    active, tensors = active_bytes(bf16_gguf), open_gguf(bf16_gguf).tensors
+    assert active["experts"] == 8 * 2 * 3 * 256 * 256 * 2
+    rest = sum(int(t.n_bytes) for t in tensors if "_exps." not in t.name and t.name != "token_embd.weight")
+    assert active["other"] == rest + 256 * 2
+
+
+def test_rows_of_log_probabilities(tmp_path):
+    """Against a plain calculation: the likeliest token exact, the rest within half a step, a floor 16 nats down."""
+    torch.manual_seed(0)
+    logits = torch.randn(7, 33) * 6
+    logits[0] = 1.5  # all equal: no scale
+    expected = logits.log_softmax(-1)
+    got = decode_rows(encode_rows(logits), 33)
+    floor = expected.amax(-1, keepdim=True) - 16
+    assert torch.allclose(got, torch.maximum(expected, floor), atol=16 / 65535 / 2 + 1e-5)
+    assert torch.allclose(got.amax(-1), expected.amax(-1), atol=1e-5)
+    tokens = np.arange(32, dtype=np.int32).reshape(2, 16)
+    write_logprobs(tmp_path / "f", tokens, 33, [logits, logits.flip(0)])
+    back = read_logprobs(tmp_path / "f")
+    assert np.array_equal(back.tokens, tokens) and torch.equal(back.chunk(1), got.flip(0))
+    (tmp_path / "f").write_bytes((tmp_path / "f").read_bytes()[:-2])
+    with pytest.raises(UserError, match="do not hold 2 chunks"):
+        read_logprobs(tmp_path / "f")
+
+
+@pytest.mark.slow
+def test_kl_of_both_tools_agrees(bf16_gguf, q4_gguf, tmp_path):
+    """llama-perplexity and ours on the same tokens, to the last digit that it prints; llama.cpp's BF16 is transformers'."""
+    fixed = {"text": None, "items": 3, "context": 256, "chunks": 0, "tool_args": "", "copy_gib": 4.0, "server_chunks": 1}
+    fixed |= {"tokenizer": MODEL}
+    for number, (model, reference, function) in enumerate(
+        ((bf16_gguf, MODEL, against_directory), (q4_gguf, MODEL, against_directory), (q4_gguf, bf16_gguf, against_gguf))
+    ):
+        work = tmp_path / str(number)
+        work.mkdir()
+        found = function(argparse.Namespace(model=model, reference=reference, **fixed), work)
+        mine, tool = found["kl"], found["tool"]
+        assert abs(mine["mean"] - tool["mean"]) < 3e-6 + 1e-3 * tool["mean"]
+        assert abs(mine["p99"] - tool["p99"]) < 5e-5 + 1e-2 * tool["p99"]
+        assert abs(mine["max"] - tool["max"]) < 1e-4 + 1e-3 * tool["max"]
+        assert abs(mine["top1"] - tool["top1"]) < 0.003
+        if model == bf16_gguf:
+            assert abs(mine["mean"]) < 1e-4
+        else:
+            assert mine["mean"] > 3e-4
+
+
+@pytest.mark.slow
+def test_kl_through_the_server(q4_gguf, tmp_path):
+    """The way for files too large to copy: other kernels, so the same within some percent, on the same positions."""
+    fixed = {"text": None, "items": 2, "context": 128, "chunks": 3, "tool_args": "", "copy_gib": 0.0, "server_chunks": 2}
+    found = against_directory(argparse.Namespace(model=q4_gguf, reference=MODEL, tokenizer=None, **fixed), tmp_path)
+    assert found["kl"]["positions"] == 2 * 63
+    assert found["kl"]["mean"] == pytest.approx(found["tool_mean_same_chunks"], rel=0.25, abs=2e-4)
+
+
+@pytest.mark.slow
+def test_bench_records_what_it_measured(bf16_gguf, tmp_path):
+    record = tmp_path / "b.json"
+    command = ["bash", REPO / "pipelines/bench.sh", "--gguf", bf16_gguf, "--prompt", 64, "--generate", 8, "--batches", "16,64"]
+    command += ["--sequences", 2, "--repetitions", 1, "--result", record, "--tag", "b"]
+    done = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True)
+    found = json.loads(record.read_text())
+    metrics = found["metrics"]
+    assert found["kind"] == "bench" and metrics["limit_tokens_per_s"] > 0
+    for placement in metrics["placements"].values():
+        assert set(placement["prefill"]) == {"16", "64"} and set(placement["decode"]) == {"1", "2"}
+        rates = [row["tokens_per_s"] for part in ("prefill", "decode") for row in placement[part].values()]
+        assert min(rates) > 1 and placement["peak_rss_mib"] >= 30
+    assert "of the limit" in done.stdout and (metrics["gpu"] or "no GPU in this llama.cpp" in done.stdout)
