@@ -28,3 +28,4 @@ quantized razor_tiny_int2_int4_absmax 2 4 1
 python src/eval/make_results.py
 python src/eval/check_results.py
 python src/eval/plot_results.py
+python src/eval/make_report.py

@@ -362,7 +362,7 @@ def test_the_report_of_our_own_records():
 
     text = page(REPO / "results", load_settings())
     assert len(text.encode()) < SAMPLE_BYTES + 1_000_000 < 3_000_001
-    assert text.count("<svg") == 2 and "razor_tiny_int3_int4_clip16" in text and "98.0 % <" in text
+    assert text.count("<svg") >= 2 and "razor_tiny_int3_int4_clip16" in text and "98.0 % <" in text
     assert "http://" not in text and "https://" not in text.split("<script")[0]  # nothing is fetched
     shown = json.loads(text.split('id="data">')[1].split("</script>")[0])
     assert {entry["benchmark"] for entry in shown} == {"tiny_know", "tiny_math", "tiny_reason", "tiny_code"}

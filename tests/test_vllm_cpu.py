@@ -75,7 +75,7 @@ def evaluate(python, model, out, backend, extra_path=None):
     """Run the command as a user would; {key: row} of its samples."""
     run = [python, REPO / "src/eval/vllm_eval8.py", "--model", model, "--tag", backend, "--backend", backend, "--out", out]
     run += ["--benchmarks", "tiny_math,tiny_know", "--limit", "6", "--temperature", "0"]
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # CI may pin the process to one core
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # the machine may be busy
     if extra_path:
         environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(extra_path)])
     done = subprocess.run([str(part) for part in run], capture_output=True, text=True, cwd=REPO, timeout=500, env=environment)

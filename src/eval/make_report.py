@@ -122,7 +122,9 @@ def fidelity(found: Found) -> str:
     for _, record in found:
         m, kl = record["metrics"], record["metrics"].get("kl")
         values = [f"{kl['mean']:.5f}", f"{kl['p99']:.4f}", f"{kl['p99_9']:.4f}", percent(kl["top1"], 2)] if kl else [""] * 4
-        rows.append([cell(record["tag"]), cell(f"{m['ppl']:.4f}"), *map(cell, values), cell(f"{m['tokens']:,}")])
+        rows.append(
+            [cell(record["tag"]), cell(f"{m['ppl']:.4f}" if "ppl" in m else ""), *map(cell, values), cell(f"{m['tokens']:,}")]
+        )
     head = ["model", "perplexity", "mean KL", "99 %", "99.9 %", "same top token, %", "tokens"]
     note = "KL divergence to the original over the whole vocabulary, in nats, on held-out transcripts."
     return section("Fidelity", "fidelity", note, table(head, rows))
@@ -147,37 +149,53 @@ def method_of(record: Mapping[str, Any]) -> str:
     return f"{name}, allocated" if recipe.get("overrides") else name
 
 
-def kl_plot(quantized: Found, kls: Found) -> str:
-    """Mean KL against packed megabytes, one colour a method."""
-    kl = {r["tag"]: r["metrics"]["kl"]["mean"] for _, r in kls if "kl" in r["metrics"]}
-    points: dict[str, list[Point]] = {}
-    for _, r in quantized:
-        if kl.get(r["tag"], 0) > 0:
-            x, y = r["metrics"]["packed_bytes"] / 1e6, kl[r["tag"]]
-            points.setdefault(method_of(r), []).append(Point(x, y, f"{r['tag']}: {x:.2f} MB, KL {y:.5f}"))
-    if not points:
-        return ""
-    series = [Series(name, own, line=True) for name, own in points.items()]
-    plot = scatter(series, "packed size, MB", "mean KL to the original, nats", log_y=True)
-    return f"<figure><figcaption>KL against bytes</figcaption>{plot}</figure>"
+def sizes_by_tag(quantized: Found) -> dict[str, tuple[float, str]]:
+    """{tag: (packed megabytes, method)}."""
+    return {r["tag"]: (r["metrics"]["packed_bytes"] / 1e6, method_of(r)) for _, r in quantized}
 
 
-def accuracy_plot(evaluated: Found, quantized: Found) -> str:
-    """Accuracy against packed megabytes, one colour a benchmark; the original at the size of its files."""
-    packed = {r["tag"]: r["metrics"]["packed_bytes"] for _, r in quantized}
+def size_of(record: Mapping[str, Any], packed: Mapping[str, tuple[float, str]]) -> tuple[float, str] | None:
+    """(megabytes, name of its series) of the model that a record is about: packed, a GGUF file, or an original."""
+    model = record["model"] or {}
+    if model.get("format") == "gguf":
+        return model["bytes"] / 1e6, "gguf"
+    if record["tag"] in packed:
+        return packed[record["tag"]]
+    return (model["bytes"] / 1e6, "original") if record["recipe"] is None and "bytes" in model else None
+
+
+def kl_plots(kls: Found, packed: Mapping[str, tuple[float, str]]) -> str:
+    """Mean KL against megabytes, one colour a method; a plot of its own for every text on which KL was taken."""
+    texts: dict[str, dict[str, list[Point]]] = {}
+    for _, r in kls:
+        size, mean = size_of(r, packed), r["metrics"].get("kl", {}).get("mean", 0)
+        if size and mean > 0 and size[1] != "original":
+            text = texts.setdefault(f"{r['data'][0]['name']}, {r['metrics']['tokens']:,} tokens" if r["data"] else "", {})
+            text.setdefault(size[1], []).append(Point(size[0], mean, f"{r['tag']}: {size[0]:.2f} MB, KL {mean:.5f}"))
+    figures = []
+    for text, points in texts.items():
+        series = [Series(name, own, line=name != "gguf") for name, own in points.items()]
+        plot = scatter(series, "packed size, MB", "mean KL to the original, nats", log_y=True)
+        figures.append(f"<figure><figcaption>KL against bytes ({escape(text)})</figcaption>{plot}</figure>")
+    return "".join(figures)
+
+
+def accuracy_plot(evaluated: Found, packed: Mapping[str, tuple[float, str]]) -> str:
+    """Accuracy against megabytes, one colour a benchmark; the original at the size of its files."""
     points: dict[str, list[Point]] = {}
     for _, r in evaluated:
-        size = packed.get(r["tag"]) or (r["model"]["bytes"] if r["model"] and r["recipe"] is None else None)
+        size = size_of(r, packed)
         for axis, m in r["metrics"].items() if size else ():
-            title = f"{r['tag']}, {axis}: {size / 1e6:.2f} MB, {percent(m['acc'])} %"
+            title = f"{r['tag']}, {axis}: {size[0]:.2f} MB, {percent(m['acc'])} %"
             bar = (100 * m["acc_low"], 100 * m["acc_high"])
-            points.setdefault(axis, []).append(Point(size / 1e6, 100 * m["acc"], title, *bar))
+            points.setdefault(axis, []).append(Point(size[0], 100 * m["acc"], title, *bar))
     if not points:
         return ""
     lows = [point.low for own in points.values() for point in own if point.y >= 50]
     floor = 5.0 * (min(lows) // 5) if lows else 0.0  # models that lost everything must not flatten the others
-    series = [Series(name, own) for name, own in points.items()]
-    plot = scatter(series, "packed size, MB", "accuracy, %", log_x=True, floor=floor)
+    plot = scatter(
+        [Series(name, own) for name, own in points.items()], "packed size, MB", "accuracy, %", log_x=True, floor=floor
+    )
     foot = f" (triangles: below {floor:g} %)" if any(p.y < floor for own in points.values() for p in own) else ""
     return f"<figure><figcaption>Accuracy against bytes{foot}</figcaption>{plot}</figure>"
 
@@ -264,7 +282,8 @@ def body(directory: Path, settings: EvalSettings) -> str:
     everything = sorted((pair for own in found.values() for pair in own), key=lambda pair: pair[1]["started"])
     if not everything:
         raise UserError(f"{directory}: holds no record; bash pipelines/eval.sh --model DIR --tag TAG makes one")
-    plots = kl_plot(found["quantize"], found["kl"]) + accuracy_plot(found["eval"], found["quantize"])
+    packed = sizes_by_tag(found["quantize"])
+    plots = kl_plots(found["kl"], packed) + accuracy_plot(found["eval"], packed)
     parts = [
         section("Against bytes", "plots", "Hold the pointer over a mark for its record.", f'<div class="plots">{plots}</div>')
         if plots else "",
