@@ -3,9 +3,10 @@
 Not a command; :mod:`ggml_scalar` calls `fit_symmetric` and `fit_minimum`. Letters: N blocks, G groups of a block, S weights of
 a group, M = N * G. The weights of a group lie along the first axis ([S, M]), so that sums over a group are additions of rows.
 
-    1. every group for itself: candidate scales, the codes of each, and the least-squares scale (and minimum) of those codes
-    2. every block: candidate half floats d (and m), integers nearest to what the groups want, cost by the quadratic forms of 1
-    3. rounds of: integers of the groups one up or down with codes chosen anew, then d (and m) by least squares; the best is kept
+    1. every group for itself: candidate scales, the codes of each, the least-squares scale (and minimum) of those codes
+    2. every block: candidate half floats d (and m), integers nearest to what the groups want, cost by the forms of 1
+    3. rounds of: integers of the groups one up or down with codes chosen anew, then d (and m) by least squares; the best
+       of all rounds is kept
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ def step_symmetric(p: Problem, choice: Choice, low: int, high: int, steps: tuple
             least, multiplier, scale, curve = fresh
         else:
             better = fresh[0] < least
-            least, multiplier, scale, curve = (torch.where(better, n, o) for n, o in zip(fresh, (least, multiplier, scale, curve)))
+            kept = (least, multiplier, scale, curve)
+            least, multiplier, scale, curve = (torch.where(better, new, old) for new, old in zip(fresh, kept))
     return choice._replace(multiplier=multiplier), least.sum(1), scale, curve
 
 
@@ -172,7 +174,10 @@ class Form(NamedTuple):
         s = (self.w * self.b - self.q * self.x) / bottom.clamp_min(TINY)
         usable = (bottom > 1e-6 * self.w * self.a) & (s * self.q > self.x)
         s = torch.where(usable, s, self.b / self.a.clamp_min(TINY)).clamp_min_(0)
-        return s, torch.where(usable, self.offset(s), 0.0)
+        o = torch.where(usable, self.offset(s), 0.0)
+        flat = self.offset(torch.zeros_like(s))  # all weights alike, and negative
+        better = self.cost(torch.zeros_like(s), flat) < self.cost(s, o)
+        return torch.where(better, 0.0, s), torch.where(better, flat, o)
 
     def where(self, better: Tensor, other: Form) -> Form:
         return Form(*(torch.where(better, a, b) for a, b in zip(self, other)))
@@ -271,9 +276,7 @@ def refit_minimum(choice: Choice, f: Form) -> Choice:
     alone = half(ra / aa.clamp_min(TINY))  # no group has a minimum
     usable = (bottom > 1e-6 * aa * bb) & (d > 0) & (m >= 0)
     lone = (bb == 0) & (aa > 0)
-    return choice._replace(
-        d=torch.where(usable, d, torch.where(lone, alone, choice.d)), m=torch.where(usable, m, choice.m)
-    )
+    return choice._replace(d=torch.where(usable, d, torch.where(lone, alone, choice.d)), m=torch.where(usable, m, choice.m))
 
 
 def code_minimum(p: Problem, choice: Choice) -> tuple[Tensor, Tensor]:

@@ -303,7 +303,7 @@ def fit_scales(codec: LatticeCodec, w: Tensor, importance: Tensor) -> Scales:
     size = codec.type.group
     largest = w.abs().amax(1, keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
-    x, weight = (w / largest).view(-1, size), importance.reshape(-1, size)
+    x, weight = (w / largest).contiguous().view(-1, size), importance.contiguous().view(-1, size)
     scale = search_scales(codec, x, weight)
     codes, _ = codec.nearest(x, scale, torch.zeros_like(scale), weight)
     units = codec.units(codes)

@@ -1,8 +1,8 @@
 """Error feedback into the block types of ggml: GPTQ/LDLQ for every codec, batched over the experts of a layer.
 
-Not a command. `ldlq(weight [E, O, I], "iq3_xxs", hessian [E, I, I])` returns the bytes of all rows. Letters: E experts, O outputs,
-I inputs, B inputs of a block, V of a vector, R = E * O rows; H is the second moment of the inputs, and a row w rounded to v has
-the output error  (w - v) H (w - v)^T, which depends on no other row.
+Not a command. `ldlq(weight [E, O, I], "iq3_xxs", hessian [E, I, I])` returns the bytes of all rows. Letters: E experts,
+O outputs, I inputs, B inputs of a block, V of a vector, R = E * O rows; H is the second moment of the inputs, and a row w
+rounded to v has the output error  (w - v) H (w - v)^T, which depends on no other row.
 
     sweep     vectors are coded in turn; inputs behind them take up their error (Frantar et al. 2023, arXiv 2210.17323; with
               vectors: Tseng et al. 2024, arXiv 2402.04396). The scales of a block are fitted when the sweep reaches it, on
@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from console import UserError
-from ggml_types import Codec, Scales, balanced, codec, decode_rows, encode, row_bytes
+from ggml_types import Codec, Scales, balanced, codec, decode_rows, encode, fit_blocks, row_bytes
 from rounding import WORKING_BYTES, experts_at_once, inverse_factor
 
-SIZES = (1.0,)  # of the fitted scales, that a sweep tries
-SHARE = 0.5  # of the way to the optimum of each input alone, where all inputs of a group move together
+SIZES = (1.0, 0.94, 1.06)  # of the fitted scales, that a sweep tries
 
 
 class Rounded(NamedTuple):
@@ -36,7 +35,7 @@ class Rounded(NamedTuple):
 
 def rows_of(columns: Tensor) -> Tensor:
     """[E, V, O] -> [E * O, V]."""
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    return columns.transpose(1, 2).contiguous().view(-1, columns.shape[1])
 
 
 def columns_of(rows: Tensor, experts: int) -> Tensor:
@@ -69,11 +68,14 @@ def vector_importance(factor: Tensor, vector: int) -> Tensor:
     """
     experts, inputs, _ = factor.shape
     own = torch.stack([factor[:, part, part] for part in spans(inputs, vector)], 1)
-    solved = torch.linalg.solve_triangular(own, torch.eye(vector, dtype=own.dtype, device=own.device).expand_as(own), upper=True)
+    identity = torch.eye(vector, dtype=own.dtype, device=own.device).expand_as(own)
+    solved = torch.linalg.solve_triangular(own, identity, upper=True)
     return solved.square().sum(-1).reshape(experts, inputs)
 
 
-def sweep_block(block: Tensor, scales: Scales, factor: Tensor, importance: Tensor, kind: Codec) -> tuple[Tensor, Tensor, Tensor]:
+def sweep_block(
+    block: Tensor, scales: Scales, factor: Tensor, importance: Tensor, kind: Codec
+) -> tuple[Tensor, Tensor, Tensor]:
     """Code a block of inputs ``block`` [E, B, O], which it changes. Returns codes [R, B/V], values and errors [E, B, O].
 
     ``factor`` [E, B, B] is the block of U, ``importance`` [E, B]. The sum of squares of the errors is the loss of the block.
@@ -115,7 +117,7 @@ def sweep(wt: Tensor, factor: Tensor, kind: Codec, passes: int, sizes: tuple[flo
     values, codes, scales = torch.empty_like(wt), [], []
     for part in spans(wt.shape[1], kind.type.block):
         x, own = work[:, part], factor[:, part, part]
-        fitted = kind.fit(rows_of(x), balanced(per_row(importance[:, part], outputs)))
+        fitted = fit_blocks(kind, rows_of(x), balanced(per_row(importance[:, part], outputs)))
         best = None
         for size in sizes:
             trial = fitted if size == 1 else kind.rescaled(fitted, torch.full_like(x[:, 0], size).view(-1))
@@ -206,7 +208,7 @@ class Block:
         """Move the integer ``raw[place]`` of a group by ``step``, with codes for it, where that lowers the form."""
         own = list(one_group(raw, index))
         own[place] = (own[place] + step).clamp(*self.kind.integers[place])
-        target = self.values[:, group] + SHARE * self.residual[:, group] / self.diagonal[:, group, None]
+        target = self.values[:, group] + self.residual[:, group] / self.diagonal[:, group, None]
         code, value = self.nearest(target, group, self.kind.scales_of(*own))
         better, change = self.accept(group, value)
         self.residual[:, group].baddbmm_(self.metric[:, group, group], change, alpha=-1)
@@ -217,7 +219,7 @@ class Block:
     def recode(self, part: slice, group: slice, scales: Scales) -> None:
         """Better codes for one vector, sought around the optimum of each input alone and around that of all together."""
         inner = slice(part.start, group.stop)
-        for together in (False, True)[: self.vector]:
+        for together in (False, True) if self.vector > 1 else (False,):
             pull = self.residual[:, part]
             if together:
                 step = torch.bmm(self.inverses[:, part.start // self.vector], pull)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ggml_fit import fit_minimum, fit_symmetric, problem
 from ggml_types import BlockType, Codec, Scales, bytes_half, half, half_bytes, join_bits, split_bits
 
-# ---------------------------------------------------------------- stored scales of groups: (multipliers, offsets) [N, G] as integers
+# ---------------------------------------------------------------- integers of groups: (multipliers, minimums) [N, G]
 
 
 def _split_k4(data: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,12 +105,14 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-TOP_FACTORS = [0.75 + 0.05 * k for k in range(12)]
+TOP_FACTORS = [0.7 + 0.03 * k for k in range(24)]
 
 
 def minimum_tries(highest: int) -> list[tuple[float, float]]:
     """Ranges that :func:`ggml_fit.search_minimum` tries."""
-    return [(highest + step * (0.2 if highest > 3 else 0.15), share) for step in range(-4, 5) for share in (1.0, 0.9)]
+    low, high = (-0.06, 0.12) if highest > 3 else (-0.2, 0.4)
+    stretches = [1 + low + (high - low) * k / 7 for k in range(8)]
+    return [(highest * stretch, share) for stretch in stretches for share in (1.0, 0.93, 0.86, 0.78, 0.7)]
 
 
 def block_tops(low: int, high: int) -> list[float]:

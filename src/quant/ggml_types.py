@@ -236,6 +236,12 @@ def balanced(importance: Tensor) -> Tensor:
     return torch.where(mean > 0, importance / mean.clamp_min(1e-38), 1.0).clamp_min(1e-6)
 
 
+def fit_blocks(kind: Codec, w: Tensor, importance: Tensor) -> Scales:
+    """:meth:`Codec.fit` of any number of blocks [N, block], in chunks of bounded memory."""
+    parts = [kind.fit(w[part], importance[part]).raw for part in _chunks(w)]
+    return kind.scales_of(*(torch.cat(fields) for fields in zip(*parts)))
+
+
 def encode(weight: Tensor, name: str, importance: Tensor | None = None) -> Tensor:
     """Bytes uint8 [..., row_bytes] of ``weight`` [..., I], rounded for a small sum of importance * error**2.
 
