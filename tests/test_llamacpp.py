@@ -7,7 +7,6 @@ import argparse
 import http.server
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,9 +24,11 @@ from benchmarks import get_benchmarks
 from console import UserError
 from eval_settings import load_settings
 from gguf_bench import active_bytes
+from gguf_file import run_converter
 from gguf_info import config_of_gguf, describe_gguf, open_gguf
 from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, read_logprobs, write_logprobs
 from http_client import Client, in_parallel
+from llama_cpp import tool
 from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, free_port
 from openai_eval8 import OpenAIBackend
 
@@ -38,28 +39,18 @@ SPECIAL = "<|im_start|>user\nWho is Ada?<|im_end|>\n<|im_start|>assistant\n<thin
 
 
 @pytest.fixture(scope="session")
-def llama_cpp():
-    """(folder of the programs, folder of the source that they were built from)."""
-    folder = os.environ.get("LLAMA_CPP")
-    if not folder:
+def bf16_gguf(tmp_path_factory):
+    if not os.environ.get("LLAMA_CPP"):
         pytest.skip("LLAMA_CPP is not set: the folder of llama.cpp's programs (bash pipelines/test.sh sets it)")
-    cache = Path(folder).parent / "CMakeCache.txt"
-    source = os.environ.get("LLAMA_CPP_SOURCE") or re.search(r"CMAKE_HOME_DIRECTORY:INTERNAL=(.+)", cache.read_text())[1]
-    return Path(folder), Path(source)
-
-
-@pytest.fixture(scope="session")
-def bf16_gguf(llama_cpp, tmp_path_factory):
     out = tmp_path_factory.mktemp("gguf") / "razor-tiny-bf16.gguf"
-    command = [sys.executable, REPO / "tests/tiny_gguf.py", llama_cpp[1], MODEL, out, "bf16"]
-    subprocess.run(command, check=True, capture_output=True)
+    run_converter("convert", MODEL, "--outfile", out, "--outtype", "bf16", "--no-mtp")
     return out
 
 
 @pytest.fixture(scope="session")
-def q4_gguf(llama_cpp, bf16_gguf):
+def q4_gguf(bf16_gguf):
     out = bf16_gguf.with_name("razor-tiny-q4.gguf")
-    subprocess.run([llama_cpp[0] / "llama-quantize", bf16_gguf, out, "Q4_K_M", "1"], check=True, capture_output=True)
+    subprocess.run([tool("llama-quantize"), bf16_gguf, out, "Q4_K_M", "1"], check=True, capture_output=True)
     return out
 
 
@@ -234,6 +225,7 @@ def test_in_parallel_raises_the_first_failure():
 
 ENDINGS = """
 import os, signal, sys
+from llama_cpp import tool
 from llamacpp_eval8 import LlamaServer
 server = LlamaServer(sys.argv[1], 256, 1)
 print(server.process.pid, flush=True)
@@ -282,12 +274,6 @@ def test_server_that_cannot_start_says_why(bf16_gguf, tmp_path, capfd):
         with pytest.raises(UserError, match="GGUF|truncated"):
             open_gguf(broken)
     assert {p.pid for p in psutil.Process().children()} == before
-
-
-def test_programs_are_named_when_missing(monkeypatch, tmp_path, bf16_gguf):
-    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
-    with pytest.raises(UserError, match="llama-server: not found in LLAMA_CPP"):
-        LlamaServer(bf16_gguf, 256)
 
 
 def sample_rows(log):

@@ -28,7 +28,8 @@ import torch
 from console import UserError, progress, run_cli
 from gguf_info import architecture_value, describe_gguf, gguf_files, open_gguf
 from http_client import in_parallel
-from llamacpp_eval8 import LlamaServer, die_with_parent, llama_tool, thread_arguments
+from llama_cpp import tool
+from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
 from results_store import add_record_arguments, check_record_arguments, write_result
 
 GPU_ALL = ("-ngl", "99")
@@ -69,7 +70,7 @@ def copy_rate(device: torch.device, size: int = 1 << 28) -> float:
 
 def has_gpu() -> bool:
     """Whether llama.cpp, as it was built, sees a GPU."""
-    listed = subprocess.run([llama_tool("llama-bench"), "--list-devices"], capture_output=True, text=True, check=True)
+    listed = subprocess.run([tool("llama-bench"), "--list-devices"], capture_output=True, text=True, check=True)
     return "(none)" not in listed.stdout and ":" in listed.stdout.split("devices:", 1)[-1]
 
 
@@ -103,7 +104,7 @@ class VramWatch:
 
 def run_bench(arguments: Sequence[object]) -> tuple[list[dict[str, Any]], int]:
     """(llama-bench's rows, its peak resident memory in MiB)."""
-    command = [llama_tool("llama-bench"), *map(str, arguments), "--output", "json", *thread_arguments()]
+    command = [tool("llama-bench"), *map(str, arguments), "--output", "json", *thread_arguments()]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, preexec_fn=die_with_parent(os.getpid())

@@ -38,7 +38,8 @@ from gguf import GGUFReader, TokenType
 from backends import load_model, load_tokenizer
 from console import UserError, progress, run_cli
 from gguf_info import describe_gguf, gguf_files, is_gguf, metadata, open_gguf
-from llamacpp_eval8 import LlamaServer, die_with_parent, llama_tool, thread_arguments
+from llama_cpp import tool
+from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
 from moe_eval import summarize_kl, tiny_texts
 from results_store import data_entry, describe_model, write_result
 
@@ -122,7 +123,7 @@ def read_logprobs(path: Path) -> LogProbs:
 
 def run_tool(arguments: Sequence[object], batch: int) -> str:
     """llama-perplexity's output; it ends with 0 after most failures, so that callers look for what they need."""
-    command = [llama_tool("llama-perplexity"), *map(str, arguments), "--batch-size", str(batch), *thread_arguments()]
+    command = [tool("llama-perplexity"), *map(str, arguments), "--batch-size", str(batch), *thread_arguments()]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
         preexec_fn=die_with_parent(os.getpid()),

@@ -2,7 +2,7 @@
 
 Not a command by itself: vllm_eval8.py picks this backend for a .gguf file. The server is started on a free port of this machine
 and never outlives the run. It is sent token ids, which are checked against its own tokenizer, so that a prompt is the same on
-all backends. $LLAMA_CPP names the folder of llama-server; else it is looked for on the PATH.
+all backends. llama_cpp.py finds or builds the server.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import atexit
 import ctypes
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,20 +27,11 @@ from backends import Completion, Sampling, ids_sha256, load_tokenizer, render_ch
 from console import UserError
 from gguf_info import architecture_value, gguf_files, metadata, open_gguf, token_text
 from http_client import Client, in_parallel
+from llama_cpp import tool
 
 PR_SET_PDEATHSIG = 1
 STOPS = {"limit": "length", "eos": "stop", "word": "stop"}
 LIBC = ctypes.CDLL(None)  # loaded before any fork: loading between fork and exec may deadlock
-
-
-def llama_tool(name: str) -> str:
-    """The path of one of llama.cpp's programs."""
-    folder = os.environ.get("LLAMA_CPP")
-    found = shutil.which(name, path=folder) if folder else shutil.which(name)
-    if found is None:
-        where = f"in LLAMA_CPP={folder}" if folder else "on the PATH"
-        raise UserError(f"{name}: not found {where}; set LLAMA_CPP to the folder of llama.cpp's programs")
-    return found
 
 
 def die_with_parent(parent: int) -> Callable[[], None]:
@@ -78,7 +68,7 @@ class LlamaServer:
         self, model: str | Path, context: int, slots: int = 4, arguments: Sequence[str] = (), loading: float | None = None
     ) -> None:
         self.model, self.slots = Path(model), slots
-        self.tool = llama_tool("llama-server")
+        self.tool = str(tool("llama-server"))
         self.log = tempfile.TemporaryFile()
         self.process: subprocess.Popen[bytes] | None = None
         self.stopped = False
