@@ -1,7 +1,7 @@
 """Write results/RESULTS.md from the records in results/: python src/eval/make_results.py
 
 Every figure is a citation that check_results verifies. Tables: accuracy (eval), differences (compare), fidelity (kl), sizes
-(quantize), speed (bench), training.
+(quantize), GGUF files (pack), speed (bench), training.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ KL_COLUMNS = (("mean", 5, ""), ("standard_error", 5, ""), ("p99", 4, ""), ("p99_
 
 
 def fidelity(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    rows = []
+    rows, files = [], [item for item in found if "tool" in item[1]["metrics"]]
+    found = [item for item in found if item not in files]
     for file, record in found:
         cells = [f"`{record['tag']}`", cite(record, file, "metrics.ppl", 4)]
         for path, decimals, unit in KL_COLUMNS:
@@ -97,7 +98,34 @@ def fidelity(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
         rows.append(cells)
     note = "KL divergence to the unquantized model over the whole vocabulary, in nats, on held-out transcripts."
     head = ["model", "perplexity", "mean KL", "standard error", "percentile `99`", "percentile `99.9`", "same top token"]
-    return ["## Fidelity", "", note, "", *table(head, rows), *commands(found)]
+    lines = ["## Fidelity", "", note, "", *table(head, rows), *commands(found)] if found else []
+    return lines + (gguf_fidelity(files) if files else [])
+
+
+def gguf_fidelity(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """KL of GGUF files, by llama.cpp's tool and by ours on the same chunks."""
+    paths = (
+        ("tool.mean", 5, ""), ("tool.mean_error", 5, ""), ("tool.p99", 4, ""), ("tool.p99_9", 4, ""), ("tool.top1", 2, " %"),
+        ("kl.mean", 5, ""), ("kl.p99_9", 4, ""),
+    )  # fmt: skip
+    rows = [
+        [f"`{r['tag']}`", *(cite(r, file, f"metrics.{path}", decimals, unit) for path, decimals, unit in paths)]
+        for file, r in found
+    ]
+    note = "KL of GGUF files to the unquantized model: by `llama-perplexity`, and by our own reading of the same logits."
+    head = ["file", "mean KL", "error", "percentile `99`", "percentile `99.9`", "same top token", "ours: mean", "ours: `99.9`"]
+    return ["## Fidelity of GGUF files", "", note, "", *table(head, rows), *commands(found)]
+
+
+def packs(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """What was packed into GGUF files."""
+    paths = (("metrics.file_bytes", 3, " MB"), ("metrics.bits_per_weight", 3, ""), ("seconds", 0, ""))
+    rows = []
+    for file, r in found:
+        made_by = f"`{r['recipe']['method']}`, `{r['recipe']['base_type']}`"
+        rows.append([f"`{r['tag']}`", made_by, *(cite(r, file, path, decimals, unit) for path, decimals, unit in paths)])
+    head = ["file", "method, base type", "size", "bits a weight", "seconds"]
+    return ["## GGUF files", "", *table(head, rows), *commands(found)]
 
 
 def sizes(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -123,6 +151,32 @@ def training(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 def speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    files = [item for item in found if "placements" in item[1]["metrics"]]
+    quantizers = [item for item in found if item not in files]
+    return (quantizer_speed(quantizers) if quantizers else []) + (gguf_speed(files) if files else [])
+
+
+def gguf_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Tokens a second of llama.cpp, one row a placement of the weights."""
+    rows = []
+    for file, r in found:
+        for place, made in r["metrics"]["placements"].items():
+            at = f"metrics.placements.{place}"
+            prefill, decode = (max(made[kind], key=lambda n: made[kind][n]["tokens_per_s"]) for kind in ("prefill", "decode"))
+            rows.append([
+                f"`{r['tag']}` (`{r['hardware']['gpu'] or r['hardware']['cpu']}`)", f"`{place}`",
+                cite(r, file, f"{at}.prefill.{prefill}.tokens_per_s", 0),
+                cite(r, file, f"{at}.decode.1.tokens_per_s", 0),
+                cite(r, file, f"{at}.decode.{decode}.tokens_per_s", 0),
+                cite(r, file, "metrics.limit_tokens_per_s", 0),
+                cite(r, file, f"{at}.peak_rss_mib", 0),
+            ])  # fmt: skip
+    note = "Tokens a second in llama.cpp; the limit is the bandwidth of a memory copy over the bytes that a token reads."
+    head = ["file", "weights", "prefill, best", "decode, one sequence", "decode, best", "limit, one sequence", "memory, MiB"]
+    return ["## Speed of GGUF files", "", note, "", *table(head, rows), *commands(found)]
+
+
+def quantizer_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     rates = ("limit_copy", "absmax_int4", "clip16_int3", "clip16_int4", "plain_clip16_int3")
     methods = ("wclip", "gptq", "gptq_refit")
     rows = [
@@ -144,6 +198,7 @@ SECTIONS = (
     ("compare", differences),
     ("kl", fidelity),
     ("quantize", sizes),
+    ("pack", packs),
     ("bench", speed),
     ("train", training),
 )
