@@ -182,8 +182,8 @@ def test_uncorrelated_inputs_need_no_feedback():
 
 
 def test_batches_and_dead_inputs():
-    """Experts rounded together or alone agree, but for the last bits of sums; inputs that are never active do no harm."""
-    weight, hessian = problem(3, 16, 256, seed=8)
+    """Matrices rounded together or in parts agree, but for the last bits of sums; inputs that are never active do no harm."""
+    weight, hessian = problem(3, 40, 256, seed=8)
     hessian[1, :, 40:60] = 0
     hessian[1, 40:60] = 0
     hessian[2] = 0

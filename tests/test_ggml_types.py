@@ -11,6 +11,7 @@ from gguf.quants import dequantize
 
 from checkpoint import Checkpoint
 from console import UserError
+from ggml_round import ldlq
 from ggml_types import (
     CHUNK_WEIGHTS,
     LATTICE,
@@ -167,6 +168,19 @@ def test_encode_beats_llama_quantize(name, library):
             assert own <= theirs, (weight.shape, importance is None, own / theirs)
 
 
+@pytest.mark.parametrize("name", ("iq3_xxs", "iq2_xs", "q3_K", "q4_K"))
+def test_error_feedback_halves_llama_quantizes_output_error(name, library):
+    """On an expert of razor-tiny and correlated inputs; llama-quantize knows their diagonal."""
+    weight, generator = real_rows()[:64], torch.Generator().manual_seed(9)
+    x = torch.randn(4000, 64, generator=generator) @ torch.randn(64, 256, generator=generator) / 8
+    x += 0.5 * torch.randn(4000, 256, generator=generator)
+    hessian = x.T @ x / len(x)
+    theirs = decode_rows(library_encode(library, weight, name, hessian.diagonal().contiguous()), name)
+    own = decode_rows(ldlq(weight[None], name, hessian[None]), name)[0]
+    errors = [((weight - values) @ hessian * (weight - values)).sum().item() for values in (own, theirs)]
+    assert errors[0] < 0.5 * errors[1]
+
+
 @pytest.mark.parametrize("name", SCALAR)
 def test_encode_beats_nearest_on_the_plain_grid(name):
     """Without llama.cpp: better than minimum-to-maximum (or absolute maximum) scales in full precision, one bit less."""
@@ -200,6 +214,8 @@ def test_degenerate_rows(name):
     assert (ones - 1).abs().max() < 0.01
     assert (decode_rows(encode(zeros - 1, name), name) + 1).abs().max() < 0.01
     assert (decode_rows(encode(heavy_tailed(2, 256) * 1e-6, name), name)).abs().max() < 1e-4
+    for size in (1e-42, 1e12, 1e38):
+        assert torch.isfinite(decode_rows(encode(heavy_tailed(2, 256).clamp(-1, 1) * size, name), name)).all()
     importance = torch.zeros(256)
     importance[:40] = 1
     weight = heavy_tailed(4, 256)

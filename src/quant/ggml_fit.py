@@ -20,6 +20,7 @@ from torch import Tensor
 from ggml_types import half
 
 TINY = 1e-30
+SMALL, LARGE = 1e-12, 1e9
 
 
 class Problem(NamedTuple):
@@ -49,7 +50,11 @@ class Choice(NamedTuple):
 
 
 def problem(w: Tensor, importance: Tensor, group: int, snap: Callable[[Tensor], Tensor]) -> Problem:
-    """The groups of blocks ``w`` [N, block] with importance [N, block]."""
+    """The groups of blocks ``w`` [N, block] with importance [N, block].
+
+    What lies below the least half float counts as 0 and what no type reaches is cut, so that sums stay within float32.
+    """
+    w = torch.where(w.abs() < SMALL, 0.0, w.clamp(-LARGE, LARGE))
     columns = (values.reshape(-1, group).T.contiguous() for values in (w, importance))
     return Problem(*columns, w.shape[1] // group, snap)
 

@@ -23,6 +23,7 @@ from ggml_types import Codec, Scales, balanced, codec, decode_rows, encode, fit_
 from rounding import WORKING_BYTES, experts_at_once, inverse_factor
 
 SIZES = (1.0, 0.94, 1.06)  # of the fitted scales, that a sweep tries
+COPIES = 12  # of the weights, as float32, that are at work together
 
 
 class Rounded(NamedTuple):
@@ -285,22 +286,32 @@ def ldlq(
     if hessian.shape != (experts, inputs, inputs):
         raise UserError(f"second moments {list(hessian.shape)} do not belong to a weight {list(weight.shape)}")
     out = torch.empty(experts, outputs, size, dtype=torch.uint8, device=weight.device)
-    count = experts_at_once(weight.shape, working_bytes or WORKING_BYTES[weight.device.type])
-    for start in range(0, experts, count):
-        part = slice(start, start + count)
-        w, h = weight[part].float(), hessian[part].float()
-        out[part] = encode(w, name, h.diagonal(dim1=1, dim2=2)[:, None])
-        if kind.type.block > 1:
-            _keep_better(out[part], _ldlq(w, kind, h, damping, passes), w, name, h)
+    memory = working_bytes or WORKING_BYTES[weight.device.type]
+    for part in spans(experts, experts_at_once(weight.shape, memory)):
+        h = hessian[part].float()
+        damped, factor = damped_factor(h, damping)
+        rows = max(16, int(memory / (4 * inputs * COPIES * len(h))))
+        for row in spans(outputs, rows):
+            w = weight[part, row].float()
+            found = encode(w, name, h.diagonal(dim1=1, dim2=2)[:, None])
+            if kind.type.block > 1:
+                _keep_better(found, _ldlq(w, kind, damped, factor, passes), w, name, h)
+            out[part, row] = found
     return out
 
 
-def _ldlq(weight: Tensor, kind: Codec, hessian: Tensor, damping: float, passes: int) -> Tensor:
-    """Of the states of sweep and descent, row by row the bytes of the one of least error under the damped moments."""
-    wt, damped = weight.transpose(1, 2).contiguous(), hessian.clone()
+def damped_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """H + damping * mean(diag H) * 1, and U of its inverse U^T U, each [E, I, I]."""
+    damped = hessian.clone()
     mean = damped.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)
     damped.diagonal(dim1=1, dim2=2).add_(damping * torch.where(mean > 0, mean, 1.0))
-    state = sweep(wt, inverse_factor(damped, 0.0), kind, passes)
+    return damped, inverse_factor(damped, 0.0)
+
+
+def _ldlq(weight: Tensor, kind: Codec, damped: Tensor, factor: Tensor, passes: int) -> Tensor:
+    """Bytes [E, O, row bytes] of sweep and descent, none of which raises the error under the damped moments."""
+    wt = weight.transpose(1, 2).contiguous()
+    state = sweep(wt, factor, kind, passes)
     for _ in range(passes):
         state = descend(wt, state, damped, kind)
     return packed(state, kind).view(*weight.shape[:2], -1)

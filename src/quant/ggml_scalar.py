@@ -104,7 +104,6 @@ LAYOUTS: dict[str, Layout] = {
     "q2_K": Layout(("s", ("low", 2, 32), "d", "m"), 0, 4, None, 16, 0, 16, _split_q2, _join_q2),
 }
 
-
 TOP_FACTORS = [0.7 + 0.03 * k for k in range(24)]
 
 
@@ -160,6 +159,8 @@ class ScalarCodec(Codec):
         d, multiplier, m, minimum = choice
         if kind.name == "q5_1":
             m, minimum = -m, -minimum
+        if kind.name == "q8_0":  # its grid is symmetric, and llama.cpp writes d >= 0
+            d = d.abs()
         return self.scales_of(d, multiplier.int(), m, minimum.int())
 
     def _snap(self, units: Tensor) -> Tensor:
@@ -198,14 +199,19 @@ class ScalarCodec(Codec):
             codes = torch.bucketize(unit, self._midpoints(x.device), out_int32=True)
         return codes, scale * self.units(codes) - offset
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def _table(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.layout.table, dtype=torch.float32, device=device)
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019
     def _midpoints(self, device: torch.device) -> Tensor:
-        table = torch.tensor(self.layout.table, dtype=torch.float32, device=device)
+        table = self._table(device)
         return (table[1:] + table[:-1]) / 2
 
     def units(self, codes: Tensor) -> Tensor:
         if self.layout.table is None:
             return (codes - self.layout.zero).float()
-        return torch.tensor(self.layout.table, dtype=torch.float32, device=codes.device)[codes]
+        return self._table(codes.device)[codes]
 
     def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
         d, multiplier, m, minimum = scales.raw
