@@ -26,11 +26,12 @@ WORDS = (
 )  # fmt: skip
 # What may stand between that word and the letter.
 LINKS = (
-    "is", "would be", "should be", "must be", "will be", "option", "choice", "letter", "number", "the", "correct", "best", "final",
-    "ist", "lautet", "richtige", "die", "option", "es", "la", "opción", "correcta", "final", "est", "correcte", "l'option",
+    "is", "would be", "should be", "must be", "will be", "option", "choice", "letter", "number", "the", "correct", "best",
+    "final", "ist", "lautet", "richtige", "die", "option", "es", "la", "opción", "correcta", "final", "est", "correcte", "l'option",
     "è", "é", "a", "l'opzione", "opzione", "corretta", "opção", "alternativa", "correta",
     "adalah", "ialah", "yang benar", "benar", "opsi", "pilihan", "ni", "sahihi", "chaguo", "jẹ", "tó tọ́", "ni aṣayan",
-    "হল", "হলো", "হচ্ছে", "সঠিক", "বিকল্প", "है", "सही", "विकल्प", "은", "는", "선택지", "は", "選択肢", "选项", "選項", "是", "为", "為",
+    "হল", "হলো", "হচ্ছে", "সঠিক", "বিকল্প", "है", "सही", "विकल्प",
+    "은", "는", "선택지", "は", "選択肢", "选项", "選項", "是", "为", "為",
     "هي", "هو", "الصحيحة", "النهائية", "النهائي", "الصحيح", "الخيار",
 )  # fmt: skip
 # A letter must not be the start of a word of its own script; after it a word of another script may follow directly.

@@ -20,7 +20,16 @@ def verdict(answer: str, gold: str) -> bool:
     """A comparison that the libraries cannot finish is not a proof of equality; memory is limited by the jail."""
     try:
         return grade_math(answer, gold)
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, NotImplementedError, RecursionError, TypeError, ValueError):
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        NotImplementedError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ):
         return False
 
 
