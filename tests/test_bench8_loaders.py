@@ -30,10 +30,19 @@ def test_case(given: str, want: str, kind: str) -> dict:
 
 
 test_case.__test__ = False  # type: ignore[attr-defined]
-PRO = {"question_id": 7, "question": "What is 2+2?", "options": ["1", "4", "N/A"], "answer": "B", "category": "math", "cot_content": ""}
+PRO = {
+    "question_id": 7,
+    "question": "What is 2+2?",
+    "options": ["1", "4", "N/A"],
+    "answer": "B",
+    "category": "math",
+    "cot_content": "",
+}
 SHOT = PRO | {"cot_content": "A: Let's think step by step. It is 4. The answer is (B)."}
 MMMLU = {"Question": "2+2?", "A": "1", "B": "4", "C": "5", "D": "6", "Answer": "B", "Subject": "arithmetic"}
-GPQA = {"Record ID": "rec1", "Question": "Q?", "Correct Answer": "right\n"} | {f"Incorrect Answer {k}": f"w{k}" for k in (1, 2, 3)}
+GPQA = {"Record ID": "rec1", "Question": "Q?", "Correct Answer": "right\n"} | {
+    f"Incorrect Answer {k}": f"w{k}" for k in (1, 2, 3)
+}
 STDIN = {
     "question_id": "abc1", "question_content": "Add.", "starter_code": "", "difficulty": "easy", "contest_date": "2025-02-01T00:00:00",
     "public_test_cases": json.dumps([test_case("1 2\n", "3\n", "stdin")]), "private_test_cases": packed([test_case("5 6", "11.0", "stdin")]),
@@ -150,7 +159,13 @@ def test_bbeh_headline(local: Path) -> None:
     rows = [{"id": item.id, "correct": item.meta["stratum"] == "t1"} for item in items]
     metrics = bbeh.aggregate(items, rows)
     assert metrics["harmonic_mean"] == pytest.approx(2 / (1 / 1.01 + 1 / 0.01))
-    for answer, gold, right in (("42.0", "42", True), ("[1, 2]", "1,2", True), ("yes?", "Yes", True), ("b", "(a)", False), ("4", "5", False)):
+    for answer, gold, right in (
+        ("42.0", "42", True),
+        ("[1, 2]", "1,2", True),
+        ("yes?", "Yes", True),
+        ("b", "(a)", False),
+        ("4", "5", False),
+    ):
         assert bbeh_match(answer, gold) is right
 
 
@@ -272,3 +287,17 @@ def test_reference_programs_pass(name: str, file: str, n: int, tmp_path: Path, m
     extracted = [benchmark.extract(item, answer) for item, answer in zip(items, answers, strict=True)]
     verdicts = benchmark.grade_all(items, extracted)
     assert not [item.id for item, verdict in zip(items, verdicts, strict=True) if not verdict]
+
+
+def test_tau2_counts_tasks_and_trials(command) -> None:  # noqa: ANN001
+    from tau2_runner import summarize
+
+    rewards = {"t1": (1.0, 1.0, 0.0, 1.0), "t2": (1.0, 1.0, 1.0, 1.0), "t3": (None, 0.0, 0.0, 0.0)}
+    rows = [{"task_id": t, "reward_info": None if r is None else {"reward": r}} for t, four in rewards.items() for r in four]
+    metrics = summarize(rows, 4)
+    assert metrics["n"] == 3 and metrics["acc"] == pytest.approx(7 / 12)
+    assert metrics["pass^2"] == pytest.approx((3 / 6 + 1 + 0) / 3) and metrics["pass^4"] == pytest.approx(1 / 3)
+    with pytest.raises(UserError, match="3 of 4 trials"):
+        summarize(rows[1:], 4)
+    done = command("src/eval/tau2_runner.py", "--endpoint", "http://localhost:1/v1", "--model", "m", "--tag", "t")
+    assert done.returncode == 2 and "not installed" in done.stderr

@@ -64,7 +64,7 @@ def extract_math(answer: str) -> str | None:
     marked = re.findall(r"(?m)^\s*####\s*(\S.*)$", answer)
     stated = re.findall(r"(?i)\banswer(?:\s*[*_]*\s*(?:is|=|:)\s*[*_]*:?)+\s*([^\n]+?)[\s*_]*(?:\.\s|\.?\s*$|\n)", answer)
     found = marked or stated
-    return found[-1].strip(" *") or None if found else None
+    return found[-1].strip(" *").rstrip(".") or None if found else None
 
 
 def fenced_blocks(answer: str) -> list[str]:

@@ -60,7 +60,6 @@ def local_file(data_dir: Path, name: str) -> Path:
 
 def download(source: Source, config: str | None, split: str) -> list[Row]:
     """The rows of one configuration at the pinned commit, through `datasets` (and its cache)."""
-    import httpx
     from datasets import exceptions, load_dataset
     from huggingface_hub import errors
 
@@ -70,7 +69,7 @@ def download(source: Source, config: str | None, split: str) -> list[Row]:
             data = load_dataset("json", data_files=[where + file for file in source.files], split="train")
         else:
             data = load_dataset(source.repository, config, split=split, revision=source.revision)
-    except (OSError, ValueError, exceptions.DatasetsError, errors.HfHubHTTPError, httpx.HTTPError) as error:
+    except (OSError, ValueError, exceptions.DatasetsError, *errors.HfHubHTTPError.__bases__) as error:  # its HTTP client's too
         why = " ".join(str(error).split())[:200]
         mend = f"{source.access}, or " if source.access else ""
         raise UserError(

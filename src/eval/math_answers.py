@@ -26,7 +26,7 @@ _REWRITES = tuple(
         (r"\\(?:mbox|hbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|operatorname)\s*{", r"\\text{"),
         (r"\\(?:lbrace|\{)", "\u27e8"),  # one sign each for set braces, so that LaTeX groups stay distinct
         (r"\\(?:rbrace|\})", "\u27e9"),
-        (r"\\[!,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
+        (r"(?<!\\)\\[!,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\s*\^\s*{?\s*\\circ\s*}?|\\degree(?![A-Za-z])|°", ""),
         (r"\\?[%$]", ""),
         (r"\{,\}", ","),
