@@ -44,31 +44,73 @@ GPQA = {"Record ID": "rec1", "Question": "Q?", "Correct Answer": "right\n"} | {
     f"Incorrect Answer {k}": f"w{k}" for k in (1, 2, 3)
 }
 STDIN = {
-    "question_id": "abc1", "question_content": "Add.", "starter_code": "", "difficulty": "easy", "contest_date": "2025-02-01T00:00:00",
-    "public_test_cases": json.dumps([test_case("1 2\n", "3\n", "stdin")]), "private_test_cases": packed([test_case("5 6", "11.0", "stdin")]),
+    "question_id": "abc1",
+    "question_content": "Add.",
+    "starter_code": "",
+    "difficulty": "easy",
+    "contest_date": "2025-02-01T00:00:00",
+    "public_test_cases": json.dumps([test_case("1 2\n", "3\n", "stdin")]),
+    "private_test_cases": packed([test_case("5 6", "11.0", "stdin")]),
     "metadata": "{}",
-}  # fmt: skip
+}
 FUNCTIONAL = STDIN | {
-    "question_id": "3701", "starter_code": "class Solution:\n    def add(self, a: List[int]) -> int:\n        ", "difficulty": "hard",
-    "public_test_cases": json.dumps([test_case("[1, 2]", "[1, 3]", "functional")]), "private_test_cases": packed([test_case("[]", "[]", "functional")]),
+    "question_id": "3701",
+    "starter_code": "class Solution:\n    def add(self, a: List[int]) -> int:\n        ",
+    "difficulty": "hard",
+    "public_test_cases": json.dumps([test_case("[1, 2]", "[1, 3]", "functional")]),
+    "private_test_cases": packed([test_case("[]", "[]", "functional")]),
     "metadata": json.dumps({"func_name": "add"}),
-}  # fmt: skip
+}
 HLE = {"id": "h1", "question": "Q?", "image": "", "answer": "42", "answer_type": "exactMatch", "category": "Math"}
 ROWS = {
-    "mmlu_pro": [PRO], "mmlu_pro_validation": [SHOT] * 5, "gpqa": [GPQA],
+    "mmlu_pro": [PRO],
+    "mmlu_pro_validation": [SHOT] * 5,
+    "gpqa": [GPQA],
     **{f"mmmlu_{language}": [MMMLU] for language in MMMLU_LANGUAGES},
-    "bbeh": [{"input": f"{task} {k}", "target": "(a)", "task": task, "mini": k == 0} for task in ("t1", "t2") for k in (0, 1, 1)],
+    "bbeh": [
+        {"input": f"{task} {k}", "target": "(a)", "task": task, "mini": k == 0} for task in ("t1", "t2") for k in (0, 1, 1)
+    ],
     "gsm8k": [{"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"}],
-    "math500": [{"problem": "1/2?", "answer": "\\frac{1}{2}", "unique_id": "test/algebra/1.json", "level": 1, "subject": "Algebra", "solution": ""}],
-    "aime": [{"id": "0", "problem": "p", "answer": "025"}], "aime2026": [{"id": "0", "problem": "p", "answer": 25}],
+    "math500": [
+        {
+            "problem": "1/2?",
+            "answer": "\\frac{1}{2}",
+            "unique_id": "test/algebra/1.json",
+            "level": 1,
+            "subject": "Algebra",
+            "solution": "",
+        }
+    ],
+    "aime": [{"id": "0", "problem": "p", "answer": "025"}],
+    "aime2026": [{"id": "0", "problem": "p", "answer": 25}],
     "hmmt": [{"problem_idx": 1, "problem": "p", "answer": "\\sqrt{2}", "problem_type": ["Algebra"]}],
     "hmmt_nov": [{"problem_idx": 1, "problem": "p", "answer": "7", "problem_type": ["Algebra"]}],
-    "humaneval": [{"task_id": "HumanEval/0", "prompt": "import math\ndef f(x):\n    '''floor'''\n", "canonical_solution": "    return math.floor(x)\n",
-                   "test": "def check(candidate):\n    assert candidate(1.5) == 1\n", "entry_point": "f"}],
-    "mbpp": [{"task_id": t, "text": "double", "code": "def g(x): return 2 * x", "test_list": ["assert set([g(2)]) == {4}"], "test_setup_code": ""} for t in (1, 11, 510, 511)],
+    "humaneval": [
+        {
+            "task_id": "HumanEval/0",
+            "prompt": "import math\ndef f(x):\n    '''floor'''\n",
+            "canonical_solution": "    return math.floor(x)\n",
+            "test": "def check(candidate):\n    assert candidate(1.5) == 1\n",
+            "entry_point": "f",
+        }
+    ],
+    "mbpp": [
+        {
+            "task_id": t,
+            "text": "double",
+            "code": "def g(x): return 2 * x",
+            "test_list": ["assert set([g(2)]) == {4}"],
+            "test_setup_code": "",
+        }
+        for t in (1, 11, 510, 511)
+    ],
     "lcb": [STDIN, FUNCTIONAL],
-    "hle": [HLE, HLE | {"id": "h2", "image": "data:image/png;base64,AA"}, HLE | {"id": "h3", "answer": "C", "answer_type": "multipleChoice"}],
-}  # fmt: skip
+    "hle": [
+        HLE,
+        HLE | {"id": "h2", "image": "data:image/png;base64,AA"},
+        HLE | {"id": "h3", "answer": "C", "answer_type": "multipleChoice"},
+    ],
+}
 # benchmark -> right answers of its items, then wrong ones
 ANSWERS = {
     "mmlu_pro": (["The answer is (B)."], ["The answer is (A). B is wrong."]),
@@ -83,12 +125,17 @@ ANSWERS = {
     "humaneval": (["```python\ndef f(x):\n    return math.floor(x)\n```"], ["```python\nimport sys; sys.exit(0)\n```"]),
     "mbpp": (["```python\ndef g(x): return x + x\n```"] * 2, ["```python\ndef g(x): return x\n```"] * 2),
     "lcb": (
-        ["```python\nimport sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))\n```",
-         "```python\nclass Solution:\n    def add(self, a: List[int]): return tuple(accumulate(a))\n```"],
+        [
+            "```python\nimport sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))\n```",
+            "```python\nclass Solution:\n    def add(self, a: List[int]): return tuple(accumulate(a))\n```",
+        ],
         ["```python\nprint(3)\n```", "```python\nclass Solution:\n    def add(self, a): return a\n```"],
     ),
-    "hle": (["Explanation: x\nAnswer: 42\nConfidence: 90%", "Answer: C\nConfidence: 50%"], ["Answer: 43\nConfidence: 90%", "Answer: A"]),
-}  # fmt: skip
+    "hle": (
+        ["Explanation: x\nAnswer: 42\nConfidence: 90%", "Answer: C\nConfidence: 50%"],
+        ["Answer: 43\nConfidence: 90%", "Answer: A"],
+    ),
+}
 
 
 @pytest.fixture
@@ -187,9 +234,13 @@ def test_bad_input(local: Path) -> None:
     (local / "math500.jsonl").write_text("")
     (local / "hle.jsonl").unlink()
     for name, words in (
-        ("aime", "not an integer"), ("hmmt", "row 1 lacks answer"), ("hmmt_nov", "line 1 is not JSON"),
-        ("math500", "no rows"), ("hle", "has no hle.jsonl"), ("tau2", "tau2"),
-    ):  # fmt: skip
+        ("aime", "not an integer"),
+        ("hmmt", "row 1 lacks answer"),
+        ("hmmt_nov", "line 1 is not JSON"),
+        ("math500", "no rows"),
+        ("hle", "has no hle.jsonl"),
+        ("tau2", "tau2"),
+    ):
         with pytest.raises(UserError, match=words):
             get_benchmarks([name], local)[0].load()
 
@@ -226,27 +277,38 @@ def test_private_tests_admit_one_string_only() -> None:
 @pytest.mark.parametrize(
     "printed,expected,same",
     [
-        ("1 2\n", "1 2", True), ("1 2  \n\n", "1 2", True), ("1.0 2", "1 2.00", True), ("1  2", "1 2", True), ("a  b", "a b", False),
-        ("1\n2", "1 2", False), ("50000000000000001", "50000000000000000", False), ("0.1", "0.10000000001", False), ("Yes", "YES", False), ("", "0", False),
+        ("1 2\n", "1 2", True),
+        ("1 2  \n\n", "1 2", True),
+        ("1.0 2", "1 2.00", True),
+        ("1  2", "1 2", True),
+        ("a  b", "a b", False),
+        ("1\n2", "1 2", False),
+        ("50000000000000001", "50000000000000000", False),
+        ("0.1", "0.10000000001", False),
+        ("Yes", "YES", False),
+        ("", "0", False),
     ],
-)  # fmt: skip
+)
 def test_official_comparison(printed: str, expected: str, same: bool) -> None:
     assert same_output(printed, expected) is same
 
 
 SCRIPTS = {  # adds two numbers, by each way to read and write
     "input": "a, b = map(int, input().split())\nprint(a + b)",
-    "main": "def main():\n    a, b = map(int, open(0).read().split())\n    print(a + b)\n    exit()\nif __name__ == '__main__':\n    main()",
+    "main": "def main():\n    a, b = map(int, open(0).read().split())\n    print(a + b)\n    exit()\n"
+    "if __name__ == '__main__':\n    main()",
     "os.write": "import os\nos.write(1, str(sum(map(int, os.read(0, 99).split()))).encode())",
     "readline": "from sys import stdin, stdout\nstdout.write(str(sum(map(int, stdin.readline().split()))))",
-    "thread": "import threading\nthreading.stack_size(1 << 26)\nt = threading.Thread(target=lambda: print(sum(map(int, input().split()))))\nt.start(); t.join()",
-}  # fmt: skip
+    "thread": "import threading\nthreading.stack_size(1 << 26)\n"
+    "t = threading.Thread(target=lambda: print(sum(map(int, input().split()))))\nt.start(); t.join()",
+}
 CHEATS = {
     "nothing": "pass",
     "exit": "import os; os._exit(0)",
     "error after": "print(sum(map(int, input().split())))\nraise ValueError",
     "for ever": "while True: print(1)",
-    "patched": "import builtins, sys\nsys.modules['program'].run = lambda text: type('S', (str,), {'__eq__': lambda a, b: True})('x')\nprint(1)",
+    "patched": "import sys\nclass S(str):\n    def __eq__(self, other): return True\n"
+    "sys.modules['program'].run = lambda text: S('x')\nprint(1)",
 }
 
 

@@ -2,7 +2,7 @@ r"""Find the option letter that an answer states, in English or one of MMMLU's l
 
 Not a command. `extract_letter("The answer is D. Option A ignores friction.", "ABCD") == "D"`. Only statements count: a
 letter that merely appears in prose is none, so that words after the answer cannot flip it. The answer words of the
-fourteen languages and the letters of Arabic and Bengali options are those of openai/simple-evals (common.py).
+fourteen languages and most letters of Arabic and Bengali options are those of openai/simple-evals (common.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from functools import cache
 
-# Letters that stand for A, B, C, D in option lists of other scripts (simple-evals, normalize_extracted_answer).
+# Letters that stand for A, B, C, D in option lists of other scripts: simple-evals (normalize_extracted_answer), and the
+# alif without hamza and the Bengali consonants in their usual order, which it lacks.
 OTHER_SCRIPTS = {
     "أ": "A", "ا": "A", "ب": "B", "ج": "C", "د": "D",
     "অ": "A", "ক": "A", "ব": "B", "খ": "B", "ড": "C", "গ": "C", "ঢ": "D", "ঘ": "D",
@@ -27,7 +28,8 @@ WORDS = (
 # What may stand between that word and the letter.
 LINKS = (
     "is", "would be", "should be", "must be", "will be", "option", "choice", "letter", "number", "the", "correct", "best",
-    "final", "ist", "lautet", "richtige", "die", "option", "es", "la", "opción", "correcta", "final", "est", "correcte", "l'option",
+    "final", "ist", "lautet", "richtige", "die", "option",
+    "es", "la", "opción", "correcta", "final", "est", "correcte", "l'option",
     "è", "é", "a", "l'opzione", "opzione", "corretta", "opção", "alternativa", "correta",
     "adalah", "ialah", "yang benar", "benar", "opsi", "pilihan", "ni", "sahihi", "chaguo", "jẹ", "tó tọ́", "ni aṣayan",
     "হল", "হলো", "হচ্ছে", "সঠিক", "বিকল্প", "है", "सही", "विकल्प",
