@@ -75,6 +75,30 @@ def test_letters(answer: str, letter: str | None) -> None:
     assert extract_letter(answer, "ABCD") == letter
 
 
+def test_long_repetitions_cost_nothing() -> None:
+    started = time.monotonic()
+    for unit in (
+        "*",
+        " ",
+        "\n",
+        "* ",
+        "answer ",
+        "Answer: ",
+        "answer is ",
+        "The answer is A or ",
+        "(",
+        "\\boxed{",
+        "```\n",
+        "은 ",
+        "#### ",
+    ):
+        text = "Answer" + unit * (60_000 // len(unit)) + "x"
+        extract_letter(text, "ABCDEFGHIJ")
+        extract_math(text)
+        extract_code(text, "f")
+    assert time.monotonic() - started < 20
+
+
 def test_ten_options() -> None:
     assert extract_letter("the answer is (J).", "ABCDEFGHIJ") == "J"
     assert extract_letter("I think the answer is I think hard to say", "ABCDEFGHIJ") is None
@@ -120,6 +144,11 @@ EQUAL = [
     ("11\\sqrt2", "11\\sqrt{2}"),
     ("$\\pi$", "\\pi"),
     ("p-q.", "p - q"),
+    ("2 1/2", "\\frac{5}{2}"),
+    ("1\\,234\\,567", "1234567"),
+    ("ba", "ab"),
+    ("x = 5 or x = 6", "5,6"),
+    ("3 \\times 10^8", "300000000"),
 ]
 UNEQUAL = [
     ("1,2", "12"),
@@ -153,6 +182,10 @@ UNEQUAL = [
     ("\\frac{1}{0}", "0"),
     ("3.14", "\\pi"),
     ("10^{15}+1", "10^{15}"),
+    ("2 1/2", "21/2"),
+    ("1 2", "12"),
+    ("6", "6m"),
+    ("6s", "6m"),
 ]
 
 
@@ -234,6 +267,7 @@ def mutations(gold: str) -> list[str]:
 
 
 @needs_data
+@pytest.mark.slow
 @pytest.mark.parametrize("name,file,n", [("math500", "math500.jsonl", 500), ("gsm8k", "gsm8k_test.jsonl", 1319)])
 def test_golds_pass_and_mutations_do_not(name: str, file: str, n: int, tmp_path: Path) -> None:
     (tmp_path / f"{name}.jsonl").symlink_to(DATA / file)

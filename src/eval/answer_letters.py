@@ -38,11 +38,12 @@ LINKS = (
 )  # fmt: skip
 # A letter must not be the start of a word of its own script; after it a word of another script may follow directly.
 WORD_SIGNS = "A-Za-z\u00c0-\u024f\u0300-\u036f\u1e00-\u1eff0-9'\u2019\u0621-\u064a\u0985-\u09cd\u0904-\u094d"
-DECORATION = r"[\s*_(\[{（「『【\"'`$:：=ঃ]*(?:\\(?:text|mathrm|mathbf|textbf|boldsymbol)\s*{\s*\(?)?"
-CLOSING = r"[\s*_.,)\]}）」』】\"'`$。।!！\\]*"
+# Repetitions are bounded everywhere: a model may print a line of 30,000 stars.
+DECORATION = r"[\s*_(\[{（「『【\"'`$:：=ঃ]{0,30}(?:\\(?:text|mathrm|mathbf|textbf|boldsymbol)\s*{\s*\(?)?"
+CLOSING = r"[\s*_.,)\]}）」』】\"'`$。।!！\\]{0,30}"
 # "A good one" and "I think" are words, not options
 ARTICLE = r"(?!(?<=[AI]) (?!because|since|as |due |for |based |given |from |by )[a-z])"
-HEDGE = r"(?!\s*\)?\s*(?:or|and|oder|ou|o|/|&)\s*\(?\s*{one}\b)"
+HEDGE = r"(?!\s{0,9}\)?\s{0,9}(?:or|and|oder|ou|o|/|&)\s{0,9}\(?\s{0,9}{one}\b)"
 
 
 def latin(letter: str) -> str:
@@ -60,8 +61,9 @@ def _patterns(letters: str) -> tuple[list[re.Pattern], list[re.Pattern]]:
     end = f"(?![{WORD_SIGNS}])"
     hedge = HEDGE.replace("{one}", upper)
     words, links = "|".join(map(re.escape, WORDS)), "|".join(map(re.escape, sorted(LINKS, key=len, reverse=True)))
-    link = rf"(?i:[\s*_:：=ঃ,\-–]*(?:{links})(?=[\s*_:：=ঃ(\[{{「『\"'`$\\]|{upper}))*"
-    line = rf"(?im)^[\s*_#>$\-]*(?:\\text\s*{{)?(?:the |die |la |le |il |final |correct )*(?:{words}){link}\s*[*_]*\s*[:：ঃ]"
+    link = rf"(?i:[\s*_:：=ঃ,\-–]{{0,20}}(?:{links})(?=[\s*_:：=ঃ(\[{{「『\"'`$\\]|{upper})){{0,6}}"
+    line = r"(?im)^[ \t*_#>$\-]{0,20}(?:\\text\s?{)?(?:the |die |la |le |il |final |correct ){0,4}"
+    line += rf"(?:{words}){link}[\s*_]{{0,9}}[:：ঃ]"
     formatted = [
         rf"\\boxed\s*{{{DECORATION}({both}){end}{hedge}",
         rf"{line}{DECORATION}({both}){end}{hedge}{CLOSING}$",
@@ -69,8 +71,9 @@ def _patterns(letters: str) -> tuple[list[re.Pattern], list[re.Pattern]]:
     loose = [
         rf"(?i:{words}){link}{DECORATION}({upper}){end}{hedge}{ARTICLE}",
         rf"(?i:\b(?:option|choice|choose|pick|select|selecting|go with)){DECORATION}({upper}){end}{hedge}"
-        r"(?=[\s*_)\]}\"'`$]*(?i:\.?\Z|is (?:the )?(?:correct|right|best|answer|true)|as (?:the|my) answer))",
-        rf"(?<![{WORD_SIGNS}])({upper}){end}[\s*_)\]}}\"'`$]*(?i:is (?:the )?(?:correct|right|best) (?:answer|option|choice))",
+        r"(?=[\s*_)\]}\"'`$]{0,20}(?i:\.?\Z|is (?:the )?(?:correct|right|best|answer|true)|as (?:the|my) answer))",
+        rf"(?<![{WORD_SIGNS}])({upper}){end}[\s*_)\]}}\"'`$]{{0,20}}"
+        r"(?i:is (?:the )?(?:correct|right|best) (?:answer|option|choice))",
     ]
     return [re.compile(text) for text in formatted], [re.compile(text) for text in loose]
 
@@ -83,7 +86,7 @@ def _bare(letters: str) -> tuple[re.Pattern, re.Pattern]:
     one = f"[{letters}{wide}{other}]"
     return (
         re.compile(rf"\A{DECORATION}([{letters.lower()}]|{one}){CLOSING}\Z"),
-        re.compile(rf"(?m)^[\s*_(\[{{\"'`$]*({one})(?![{WORD_SIGNS}])[.):*\]]"),
+        re.compile(rf"(?m)^[ \t*_(\[{{\"'`$]{{0,20}}({one})(?![{WORD_SIGNS}])[.):*\]]"),
     )
 
 

@@ -344,8 +344,8 @@ class Hle(HubBenchmark):
     def extract(self, item: Item, answer: str) -> str | None:
         if item.meta["letters"]:
             return extract_letter(answer, item.meta["letters"])
-        stated = re.findall(r"(?mi)^[\s*_#]*(?:exact |final )?answer[\s*_]*:[\s*_]*(\S.*?)[\s*_]*$", answer)
-        return stated[-1].strip() if stated else extract_math(answer)
+        stated = re.findall(r"(?mi)^[ \t*_#]{0,20}(?:exact |final )?answer[\s*_]{0,9}:[\s*_]{0,9}(\S.*)$", answer)
+        return stated[-1].strip(" *_") if stated else extract_math(answer)
 
     def grade(self, item: Item, extracted: str | None) -> bool:
         return self.grade_all([item], [extracted])[0]

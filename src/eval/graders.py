@@ -30,18 +30,17 @@ def split_thinking(text: str) -> tuple[str, str | None]:
 
 
 def extract_boxed(answer: str) -> str | None:
-    """The content of the last complete \\boxed{...}, braces balanced, or None."""
-    start = len(answer)
-    while (start := answer.rfind("\\boxed", 0, start)) >= 0:
-        opening = re.match(r"\\boxed\s*{", answer[start:])
-        if not opening:
-            continue
-        depth = 1
-        for place in range(start + opening.end(), len(answer)):
-            depth += {"{": 1, "}": -1}.get(answer[place], 0)
-            if not depth:
-                return answer[start + opening.end() : place].strip()
-    return None
+    """The content of the last complete \\boxed{...}, braces balanced, or None. One pass, whatever the text."""
+    opened: list[tuple[bool, int]] = []  # (whether a box opens here, where its content starts)
+    found: tuple[int, str] | None = None
+    for brace in re.finditer(r"\\boxed\s{0,9}{|[{}]", answer):
+        if brace[0] != "}":
+            opened.append((len(brace[0]) > 1, brace.end()))
+        elif opened:
+            box, start = opened.pop()
+            if box and (found is None or start > found[0]):
+                found = start, answer[start : brace.start()].strip()
+    return found[1] if found else None
 
 
 def parse_integer(text: str) -> int | None:
@@ -61,10 +60,10 @@ def extract_math(answer: str) -> str | None:
     """A mathematical answer: the last box, else GSM8K's "#### x", else the rest of the last line "answer is x"."""
     if boxed := extract_boxed(answer):
         return boxed
-    marked = re.findall(r"(?m)^\s*####\s*(\S.*)$", answer)
-    stated = re.findall(r"(?i)\banswer(?:\s*[*_]*\s*(?:is|=|:)\s*[*_]*:?)+\s*([^\n]+?)[\s*_]*(?:\.\s|\.?\s*$|\n)", answer)
-    found = marked or stated
-    return found[-1].strip(" *").rstrip(".") or None if found else None
+    marked = re.findall(r"(?m)^[ \t]{0,20}####[ \t]{0,20}(\S.*)$", answer)
+    stated = re.findall(r"(?i)\banswer(?:[\s*_]{0,9}(?:is|=|:)){1,3}[ \t*_]{0,9}\n?[ \t]{0,20}([^\n]+)", answer)
+    found = marked or [re.split(r"\.\s", text)[0] for text in stated]
+    return found[-1].strip(" *_").rstrip(".").strip() or None if found else None
 
 
 def fenced_blocks(answer: str) -> list[str]:
@@ -80,7 +79,7 @@ def fenced_blocks(answer: str) -> list[str]:
 
 def defines(code: str, entry_point: str) -> re.Match | None:
     name = re.escape(entry_point)
-    return re.search(rf"(?m)^\s*(?:async\s+)?(?:def|class)\s+{name}\b|^{name}\s*=", code)
+    return re.search(rf"(?m)^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+{name}\b|^{name}[ \t]*=", code)
 
 
 def extract_code(answer: str, entry_point: str) -> str | None:

@@ -14,8 +14,8 @@ MAX_LENGTH = 2000  # characters; no answer of the benchmarks has more than 200
 OPENING, CLOSING = "([{", ")]}"
 SCALES = {"hundred", "thousand", "million", "billion", "trillion", "dozen"}  # not units: 3 million is not 3
 UNITS = (
-    r"(?:square|sq|cubic|cu)?\s*(?:mm|cm|dm|km|m|in|inch|inches|ft|foot|feet|yd|yards?|miles?|mph|kg|g|mg|lbs?|pounds?|"
-    r"ml|l|s|sec|seconds?|min|minutes?|h|hrs?|hours?|days?|weeks?|months?|years?|units?|degrees?|deg|radians?|rad|"
+    r"(?:square|sq|cubic|cu)?\s*(?:mm|cm|dm|km|inch|inches|ft|foot|feet|yd|yards?|miles?|mph|kg|mg|lbs?|pounds?|"
+    r"ml|sec|seconds?|min|minutes?|hrs?|hours?|days?|weeks?|months?|years?|units?|degrees?|deg|radians?|rad|"
     r"cents?|dollars?|meters?|metres?|centimeters?|kilometers?|percent)"
 )
 _REWRITES = tuple(
@@ -41,7 +41,7 @@ _REWRITES = tuple(
 )
 _NUMBER = re.compile(r"([+-]?)\s*(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?")
 _FRACTION = re.compile(r"([+-]?)\s*(?:(\d+)\s*)?\\frac{\s*([+-]?\d+)\s*}{\s*([+-]?\d+)\s*}")
-_RATIO = re.compile(r"([+-]?\d+)\s*/\s*([+-]?\d+)")
+_RATIO = re.compile(r"([+-]?)(?:(\d+)\s+)?([+-]?\d+)\s*/\s*([+-]?\d+)")
 _BASED = re.compile(r"([0-9A-Fa-f]+)_{?(?:\\text{)?(\d+)}*")
 _ASSIGNED = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]+)(?:_{?\w+}?)?\s*(?:\(\s*[a-z]\s*\))?\s*(?:=|\\in(?![a-z]))\s*(?=\S)")
 
@@ -54,7 +54,8 @@ def clean(text: str) -> str:
             text = text[len(opening) : len(text) - len(closing)].strip()
     for pattern, to in _REWRITES:
         text = pattern.sub(to, text)
-    return text.strip().rstrip(".").rstrip("\\").strip()
+    text = text.strip().rstrip(".").rstrip("\\").strip()
+    return text.replace(" ", "") if re.fullmatch(r"[+-]?\d{1,3}(?: \d{3})+(?:\.\d+)?", text) else text
 
 
 def split_top(text: str, mark: str = ",") -> list[str]:
@@ -84,11 +85,15 @@ def wrapped(text: str) -> tuple[str, str] | None:
     return None
 
 
+def squeezed(text: str) -> str:
+    """Without spaces, except that digits on both sides of one do not become one number: 2 1/2 is not 21/2."""
+    return re.sub(r"\s+", "", re.sub(r"(?<=\d)\s+(?=\d)", "_", text))
+
+
 def plain_text(text: str) -> str:
     r"""The words of a text answer: without \text{}, spaces, and brackets around a single letter."""
     text = re.sub(r"\\text\s*{([^{}]*)}", r"\1", text)
-    text = re.sub(r"\s+", "", text)
-    return re.sub(r"\A\((\w)\)\Z", r"\1", text)
+    return re.sub(r"\A\((\w)\)\Z", r"\1", squeezed(text))
 
 
 def exact_number(text: str) -> Fraction | None:
@@ -99,13 +104,11 @@ def exact_number(text: str) -> Fraction | None:
     if (found := _NUMBER.fullmatch(text)) and re.search(r"\d", text):
         sign, whole, decimals = found[1], found[2].replace(",", ""), (found[3] or ".")[1:]
         return Fraction(int((whole or "0") + decimals) * (-1 if sign == "-" else 1), 10 ** len(decimals))
-    if found := _FRACTION.fullmatch(text):
+    if found := _FRACTION.fullmatch(text) or _RATIO.fullmatch(text):
         sign, whole, top, bottom = found.groups()
         if not int(bottom):
             return None
         return (Fraction(int(whole or 0)) + Fraction(int(top), int(bottom))) * (-1 if sign == "-" else 1)
-    if (found := _RATIO.fullmatch(text)) and int(found[2]):
-        return Fraction(int(found[1]), int(found[2]))
     return None
 
 
@@ -160,7 +163,7 @@ def equal(gold: str, answer: str) -> bool:
         answer = _ASSIGNED.sub("", answer, count=1) if _ASSIGNED.match(answer) else answer
     elif "=" not in answer and "\\in " not in answer and _ASSIGNED.match(gold):
         gold = _ASSIGNED.sub("", gold, count=1)
-    if re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer):
+    if squeezed(gold) == squeezed(answer):
         return True
     for union in ("\\cup", "\u222a"):
         gold, answer = gold.replace(union, "\u222a"), answer.replace(union, "\u222a")
@@ -201,7 +204,7 @@ def _equal_single(gold: str, answer: str) -> bool:
     words, other_words = plain_text(gold), plain_text(answer)
     if words == other_words:
         return True
-    if re.fullmatch(r"[A-Za-z]{2,}\d*|[A-Za-z][A-Za-z\s,.'-]+\d*", words) and (words.isalpha() or "\\text" in gold):
+    if (words.isalpha() and len(words) > 2) or ("\\text" in gold and re.fullmatch(r"[A-Za-z][A-Za-z,.'-]+\d*", words)):
         return words.casefold() == other_words.casefold()
     gold, answer = without_units(gold), without_units(answer)
     number, other = exact_number(gold), exact_number(answer)
@@ -216,11 +219,15 @@ def _equal_single(gold: str, answer: str) -> bool:
 
 def same_expression(gold: str, answer: str) -> bool:
     """Whether math-verify shows two single LaTeX expressions to be equal. May take long: see math_judge."""
+    from latex2sympy2_extended import NormalizationConfig
     from math_verify import parse, verify
     from math_verify.parser import LatexExtractionConfig
 
+    # its own removal of units would make 6m equal to 6
+    reading = LatexExtractionConfig(normalization_config=NormalizationConfig(units=False, nits=True, malformed_operators=True))
+
     gold, answer = (text.replace("\u27e8", "\\{").replace("\u27e9", "\\}") for text in (gold, answer))
-    options = {"extraction_config": [LatexExtractionConfig()], "fallback_mode": "no_fallback", "parsing_timeout": None}
+    options = {"extraction_config": [reading], "fallback_mode": "no_fallback", "parsing_timeout": None}
     parsed, other = parse(f"${gold}$", **options), parse(f"${answer}$", **options)
     return bool(parsed and other) and verify(parsed, other, strict=True, timeout_seconds=None)
 
