@@ -107,6 +107,8 @@ STANDARD = {  # standard value types that tests compare with: how to write one a
     "datetime.datetime": lambda value: value.isoformat(),
 }
 
+TYPES = {kind.__name__: kind for kind in (int, float, bool, complex, str, bytes, list, tuple, dict, set, frozenset)}
+
 
 def pack(value: Any, other: Callable[[Any], list]) -> Any:
     """``value`` as JSON: scalars as they are, the rest as [tag, ...]. Subclasses lose their overridden methods;
@@ -127,6 +129,8 @@ def pack(value: Any, other: Callable[[Any], list]) -> Any:
         return ["d", *([pack(key, other), pack(item, other)] for key, item in value.items())]
     if type(value) is range:
         return ["range", value.start, value.stop, value.step]
+    if type(value) is type and TYPES.get(value.__name__) is value:
+        return ["ty", value.__name__]
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     if name == "collections.deque":
         return ["dq", *(pack(item, other) for item in value)]
@@ -147,6 +151,8 @@ def unpack(item: Any, other: Callable[[list], Any]) -> Any:
         return int(rest[0], 16) if tag == "i" else {"c": complex, "range": range}[tag](*rest)
     if tag in ("b", "ba"):
         return {"b": bytes, "ba": bytearray}[tag].fromhex(rest[0])
+    if tag == "ty":
+        return TYPES[rest[0]]
     if tag == "dq":
         return __import__("collections").deque(unpack(part, other) for part in rest)
     if tag == "x" and rest[0] in STANDARD:
