@@ -139,8 +139,8 @@ class LiveCodeBench(CodeBenchmark):
         if item.meta["function"]:
             name = "Solution" if "class Solution" in item.meta["row"]["starter_code"] else item.meta["function"]
             return extract_code(answer, name)
-        blocks = fenced_blocks(answer)
-        return blocks[-1] if blocks else None
+        blocks, unclosed = fenced_blocks(answer)
+        return unclosed or (blocks[-1] if blocks else None)
 
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
         """Tests are decoded one problem at a time: together they may be gigabytes."""

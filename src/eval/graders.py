@@ -66,15 +66,15 @@ def extract_math(answer: str) -> str | None:
     return found[-1].strip(" *_").rstrip(".").strip() or None if found else None
 
 
-def fenced_blocks(answer: str) -> list[str]:
-    """The contents of the code fences. One that is never closed runs to the end; an indented fence is moved left."""
+def fenced_blocks(answer: str) -> tuple[list[str], str | None]:
+    """(contents of the closed code fences, what follows a last fence that is never closed). An indented fence's content is
+    moved left."""
     blocks, end = [], 0
     for found in _FENCE.finditer(answer):
         blocks.append(textwrap.dedent(found[3]) if found[0][0] in " \t" else found[3])
         end = found.end()
-    if last := re.search(r"(?m)^[ \t]*(?:`{3,}|~{3,})[ \t]*[\w+-]*[^\n`]*\n", answer[end:]):
-        blocks.append(answer[end + last.end() :])
-    return blocks
+    last = re.search(r"(?m)^[ \t]*(?:`{3,}|~{3,})[ \t]*[\w+-]*[^\n`]*\n", answer[end:])
+    return blocks, answer[end + last.end() :] if last else None
 
 
 def defines(code: str, entry_point: str) -> re.Match | None:
@@ -83,9 +83,9 @@ def defines(code: str, entry_point: str) -> re.Match | None:
 
 
 def extract_code(answer: str, entry_point: str) -> str | None:
-    """The last fenced block that defines ``entry_point``, else the last fenced block, else a bare definition of it."""
-    blocks = fenced_blocks(answer)
-    for body in reversed(blocks):
+    """The last fenced block (closed or not) that defines ``entry_point``, else the last closed one, else a bare definition."""
+    blocks, unclosed = fenced_blocks(answer)
+    for body in [unclosed or "", *reversed(blocks)]:
         if defines(body, entry_point):
             return body
     if blocks:
