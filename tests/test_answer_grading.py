@@ -267,7 +267,6 @@ def mutations(gold: str) -> list[str]:
 
 
 @needs_data
-@pytest.mark.slow
 @pytest.mark.parametrize("name,file,n", [("math500", "math500.jsonl", 500), ("gsm8k", "gsm8k_test.jsonl", 1319)])
 def test_golds_pass_and_mutations_do_not(name: str, file: str, n: int, tmp_path: Path) -> None:
     (tmp_path / f"{name}.jsonl").symlink_to(DATA / file)

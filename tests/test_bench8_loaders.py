@@ -178,7 +178,11 @@ def test_gpqa_shuffles_by_item(local: Path) -> None:
     rows = [GPQA | {"Record ID": f"rec{k}"} for k in range(400)]
     (local / "gpqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     items = get_benchmarks(["gpqa"], local)[0].load()
-    assert items == get_benchmarks(["gpqa"], local)[0].load()
+    gpqa = get_benchmarks(["gpqa"], local)[0]
+    assert items == gpqa.load()
+    for answer in "ABCD":  # each gold letter passes, every other letter fails
+        extracted = [gpqa.extract(item, f"Some thoughts on A.\n\nAnswer: {answer}") for item in items]
+        assert gpqa.grade_all(items, extracted) == [item.gold == answer for item in items]
     for item in items:
         assert f"{item.gold}) right\n" in item.question + "\n"
     assert all(70 < count < 130 for count in Counter(item.gold for item in items).values())
