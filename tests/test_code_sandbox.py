@@ -57,6 +57,10 @@ HONEST = {
         "class N:\n    def __init__(self, v, next): self.v, self.next = v, next\nn = N(1, N(2, None))\n"
         "assert f(n) == 3 and n.v == 0",
     ),
+    "builtin types": (
+        "def f(xs, kind): return [x for x in xs if isinstance(x, kind)]\ndef g(x): return type(x)",
+        "assert f((4, 'a', 2.5), str) == ['a'] and g(1) is int and g('') == str and g(1) != str",
+    ),
     "raises": (
         "def f(x): raise ValueError('no')",
         "try:\n    f(1)\n    assert False\nexcept ValueError as e:\n    assert 'no' in str(e)",

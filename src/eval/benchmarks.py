@@ -5,8 +5,10 @@ Not a command. `python src/eval/vllm_eval8.py --benchmarks tiny_math,tiny_know` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from console import UserError
@@ -49,12 +51,33 @@ class Benchmark:
         """Grade many answers; benchmarks that run code override this to run them side by side."""
         return [self.grade(item, answer) for item, answer in zip(items, extracted, strict=True)]
 
+    def stratum(self, item: Item) -> str | None:
+        """The group (task, language, subject) whose accuracy is reported too, or None."""
+        return None
 
-def get_benchmarks(names: Sequence[str]) -> list[Benchmark]:
-    """Instances of the named benchmarks, or one line that lists the known ones."""
+    def aggregate(self, items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Metrics beside plain accuracy, from log rows (with ``id`` and ``correct``) of these items: the accuracy of each
+        stratum, and what a benchmark's own headline is when it is not plain accuracy."""
+        of = {item.id: self.stratum(item) for item in items}
+        groups: dict[str, list[bool]] = {}
+        for row in rows:
+            if (stratum := of[row["id"]]) is not None:
+                groups.setdefault(stratum, []).append(bool(row["correct"]))
+        strata = {name: {"n": len(hits), "acc": sum(hits) / len(hits)} for name, hits in sorted(groups.items())}
+        return {"strata": strata, **self.headline({name: group["acc"] for name, group in strata.items()})} if strata else {}
+
+    def headline(self, accuracies: Mapping[str, float]) -> dict[str, float]:
+        """The official aggregate of the strata's accuracies, if it is not plain accuracy."""
+        return {}
+
+
+def get_benchmarks(names: Sequence[str], data_dir: str | Path | None = None) -> list[Benchmark]:
+    """Instances of the named benchmarks, or one line that lists the known ones. ``data_dir``: local rows, see hub_data."""
+    from bench8_loaders import TEXT_BENCHMARKS
     from tiny_tasks import TINY_TASKS
 
-    known = {task.name: task for task in TINY_TASKS}
+    known: dict[str, Any] = {task.name: task for task in TINY_TASKS}
+    known |= {task.name: functools.partial(task, data_dir) for task in TEXT_BENCHMARKS}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(f"unknown benchmark {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
