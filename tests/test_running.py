@@ -1,6 +1,7 @@
 """Running an evaluation: settings that are really read, samples, regrading, damaged logs, the gate, the report."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -26,11 +27,15 @@ PLAIN = {"sampling": {}, "limit": 2, "grader": "1"}
 
 def test_the_sampling_of_a_run_is_what_the_file_says(random_tiny, tmp_path, command, monkeypatch):
     """Change the file: the run's record changes with it; an option of the command line wins over both."""
+    model = tmp_path / "short"
+    shutil.copytree(random_tiny, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 96}))  # answers of some 30 tokens
     text = (REPO / "configs/eval.env").read_text()
     assert 'SAMPLING__RAZOR_TINY="temperature=0"' in text
     (tmp_path / "own.env").write_text(text.replace('temperature=0"', 'temperature=0.7 top_p=0.9 top_k=5"', 1))
     monkeypatch.setenv("EVAL_CONFIG", str(tmp_path / "own.env"))
-    run = ["src/eval/vllm_eval8.py", "--model", random_tiny, "--benchmarks", "tiny_know", "--limit", "1", "--out", tmp_path]
+    run = ["src/eval/vllm_eval8.py", "--model", model, "--benchmarks", "tiny_know", "--limit", "1", "--out", tmp_path]
     done = command(*run, "--tag", "own", "--samples", "2", "--budget", "80k", "--top-k", "7")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "own.json").read_text())
@@ -292,8 +297,6 @@ def test_a_quantized_model_has_the_gate_of_its_original():
 
 
 def test_the_mission_table(tmp_path, command):
-    import shutil
-
     for tag in ("razor_tiny_bf16", "razor_tiny_int3_int4_clip16", "razor_tiny_int3_int4_gptq_refit"):
         for end in (".json", ".samples.jsonl"):
             (tmp_path / "eval").mkdir(exist_ok=True)
@@ -372,7 +375,6 @@ def test_the_report_of_our_own_records():
 @pytest.mark.slow
 def test_the_report_in_a_browser(hostile_results, tmp_path):
     """The page as Chromium builds it: its script runs, shows the samples, and no text has become markup."""
-    import shutil
     import subprocess
 
     from make_report import page
