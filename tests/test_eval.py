@@ -70,7 +70,7 @@ def test_kl_of_a_quantized_model(random_tiny, tmp_path, command):
     [
         (["--benchmarks", "gsm9k"], "unknown benchmark 'gsm9k'"),
         (["--model", "nowhere"], "nowhere: no such model directory"),
-        (["--backend", "vlm"], "expected auto, vllm or hf"),
+        (["--backend", "vlm"], "--backend vlm: expected auto, vllm"),
         (["--tag", "../x"], "--tag"),
         (["--limit", "0"], "--limit 0"),
     ],
