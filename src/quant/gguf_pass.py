@@ -14,6 +14,7 @@ from torch import Tensor
 from calibrated_pass import CalibratedPass
 from calibration import Calibration, LayerStream, Moments
 from console import UserError
+from ggml_round import ldlq
 from ggml_types import TYPES, decode_rows, encode
 from gguf_layout import Piece, into_parameter, ordered_hessian, read_parameter, to_gguf
 
@@ -28,8 +29,6 @@ def is_quantized(kind: str) -> bool:
 def encoded(value: Tensor, kind: str, method: str, hessian: Tensor) -> Tensor:
     """Bytes of ``value`` [E, O, I] with second moments ``hessian`` [E, I, I] of its inputs."""
     if method == "ldlq" and is_quantized(kind):
-        from ggml_round import ldlq
-
         return ldlq(value, kind, hessian)
     return encode(value, kind, hessian.diagonal(dim1=1, dim2=2)[:, None])
 
