@@ -17,7 +17,7 @@ from typing import Any
 
 from console import UserError
 
-MARKER = re.compile(r"<image[ _](\d+)>")
+MARKER = re.compile(r"<image[ _]?(\d+)>")
 
 
 @dataclass(frozen=True)
@@ -89,23 +89,25 @@ def image_part(picture: Picture) -> dict[str, Any]:
 
 
 def interleave(text: str, pictures: Mapping[int, Picture]) -> list[dict[str, Any]]:
-    """Content parts in the order of the text: each `<image k>` becomes picture k at that place, at each of its
-    mentions; a marker without a picture is an error, and so is a picture that no marker names."""
-    parts, end, used = [], 0, set()
-    for match in MARKER.finditer(text):
-        number = int(match[1])
-        if number not in pictures:
-            raise UserError(f"{match[0]}: the item has no image {number}")
+    """Content parts in the order of the text: each `<image k>` becomes picture k at that place, at each of its mentions.
+
+    Pictures that no marker names stand before the text, in their order. A marker without a picture stays as text: see
+    :func:`unmatched`.
+    """
+    named = [match for match in MARKER.finditer(text) if int(match[1]) in pictures]
+    used = {int(match[1]) for match in named}
+    parts, end = [image_part(pictures[number]) for number in sorted(pictures) if number not in used], 0
+    for match in named:
         if text[end : match.start()]:
             parts.append(text_part(text[end : match.start()]))
-        parts.append(image_part(pictures[number]))
-        used.add(number)
+        parts.append(image_part(pictures[int(match[1])]))
         end = match.end()
-    if text[end:]:
-        parts.append(text_part(text[end:]))
-    if missing := sorted(pictures.keys() - used):
-        raise UserError(f"image {missing[0]} has no <image {missing[0]}> in the prompt {text[:60]!r}")
-    return parts
+    return [*parts, text_part(text[end:])] if text[end:] else parts
+
+
+def unmatched(text: str, pictures: Mapping[int, Picture]) -> bool:
+    """Whether the text has a marker without a picture, or lacks one for a picture: a fault of the data worth counting."""
+    return {int(number) for number in MARKER.findall(text)} != pictures.keys()
 
 
 class Prompt(str):

@@ -56,7 +56,7 @@ def ink(rng: random.Random, name: str | None = None) -> tuple[int, ...]:
 class TinyVision(TinyTask):
     """Shared part: draw scenes of a split, one item for each key, the picture before the question."""
 
-    max_tokens = 64  # the reference solutions have about 25
+    max_tokens = 40  # the reference solutions have about 25
     revision = VISION_REVISION
 
     def scene(self, rng: random.Random) -> Scene:
