@@ -66,9 +66,9 @@ def test_rows_of_the_published_columns_become_prompts(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "MM-1-a.jpeg").write_bytes(picture("red").data)
     base = {"id": "v_1", "answer": "B", "image_1": column("red"), "image_2": None}
-    options = "['<image 2>', 'two']"
+    options, choice = "['<image 2>', 'two']", {"question_type": "multiple-choice"}
     write_rows(tmp_path / "mmmu.jsonl", [
-        base | {"question": "<image 1> What?", "options": options, "image_2": column("blue"), "question_type": "multiple-choice"},
+        base | {"question": "<image 1> What?", "options": options, "image_2": column("blue")} | choice,
         base | {"question": "How much in <image 1>?", "options": "[]", "answer": "['8.0', 'eight']", "question_type": "open"},
     ])  # fmt: skip
     write_rows(tmp_path / "mmmu_pro_standard.jsonl", [base | {"question": "So <image 1>?", "options": "['x', 'y', 'z']"}])

@@ -4,6 +4,7 @@ import dataclasses
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
@@ -13,7 +14,7 @@ from pictures import load_processor
 from tiny_data import completion_text
 from tiny_tasks import split_of
 from tiny_vision_tasks import TINY_VISION_TASKS
-from tiny_vl_model import build_vl_tokenizer, patches_of, save_processor, vl_forward
+from tiny_vl_model import build_vl_tokenizer, patches_of, save_processor, vision_forward, vision_tables, vl_forward
 from tiny_vl_train import VlBatches, VlRun, VlTrainConfig, cpu_layer, encode_scenes, export, train, vl_prompt, vl_texts
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/make_tiny_vl.env"
@@ -21,7 +22,9 @@ CPU = torch.device("cpu")
 
 
 def small_config(**changes):
-    return dataclasses.replace(load_config(VlTrainConfig, CONFIG), **({"rows": 6, "layers": 2, "max_seconds": 0} | changes))
+    return dataclasses.replace(
+        load_config(VlTrainConfig, CONFIG), **({"rows": 6, "layers": 2, "vision_layers": 1, "max_seconds": 0} | changes)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def test_training_forward_equals_transformers_through_the_processor(saved, token
     rng = random.Random(0)
     scenes = [task().scene_of(rng, "test") for task in TINY_VISION_TASKS]
     ids, _, pixels = encode_scenes(tokenizer, scenes, 64, 0.0)
-    patches = torch.from_numpy(patches_of(pixels.numpy()))
+    patches = patches_of(pixels)
     for scene, row, own in zip(scenes, ids, patches, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": scene.question}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -100,9 +103,18 @@ def test_pictures_show_what_the_gold_says():
 
 
 def patches_pixels(image):
-    import numpy as np
-
     return np.array(image, dtype="int16")
+
+
+def test_what_a_gpu_compiles_is_one_graph(saved, tokenizer):
+    """The tower without a break, and to the same values: a graph break would cost the training run its minutes."""
+    visual = saved[0].model.model.visual
+    patches = torch.rand(2, 64, 384, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    tables = vision_tables(visual, 64, CPU)
+    compiled = torch.compile(vision_forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(visual, patches, tables, torch.float32), vision_forward(visual, patches, tables, torch.float32)
+    )
 
 
 def test_training_resumes_to_the_same_weights_and_the_loss_falls(tokenizer, tmp_path):
@@ -121,7 +133,7 @@ def test_training_resumes_to_the_same_weights_and_the_loss_falls(tokenizer, tmp_
     from tiny_train import token_loss
 
     ids, weights, pixels = VlBatches(tokenizer, config)[0]
-    patches, losses = torch.from_numpy(patches_of(pixels.numpy())), []
+    patches, losses = patches_of(pixels), []
     for _ in range(15):
         hidden, _, _ = vl_forward(whole.model, ids[:, :-1], patches, torch.float32, cpu_layer)
         loss = token_loss(whole.model, hidden, ids[:, 1:], weights[:, 1:])

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -63,13 +62,13 @@ def build_vl_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     size = VL_VOCAB - len(specials) - 2
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    )
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=IM_END, pad_token=END_OF_TEXT, model_max_length=2048)
     fast.add_special_tokens({"additional_special_tokens": list(specials)})
     fast.add_tokens([THINK, END_THINK])
@@ -155,28 +154,37 @@ def save_processor(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
         (out / name).write_text(text, encoding="utf-8")
 
 
-def patches_of(pixels: np.ndarray) -> np.ndarray:
+def patches_of(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pictures [B, S, S, 3] -> float32 [B, (S/8)^2, 3*2*8*8], as the image processor lays them out: the four
     patches of a token stand together, values in -1..1, the still picture twice along time."""
     batch, size = pixels.shape[:2]
     side = size // (PATCH * MERGE)
-    values = pixels.astype(np.float32) / 127.5 - 1
-    blocks = values.reshape(batch, side, MERGE, PATCH, side, MERGE, PATCH, 3).transpose(0, 1, 4, 2, 5, 7, 3, 6)
-    twice = np.repeat(blocks[:, :, :, :, :, :, None], FRAMES, axis=6)  # [B, gh, gw, mh, mw, C, T, ph, pw]
+    values = pixels.float() / 127.5 - 1
+    blocks = values.view(batch, side, MERGE, PATCH, side, MERGE, PATCH, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
+    twice = blocks[:, :, :, :, :, :, None].expand(*blocks.shape[:6], FRAMES, PATCH, PATCH)  # [B, gh, gw, mh, mw, C, T, p, p]
     return twice.reshape(batch, side * side * MERGE * MERGE, -1)
 
 
-def vision_forward(visual: torch.nn.Module, patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Patches [B, N, C*T*p*p] of square pictures of one size -> picture tokens [B, N/4, H]."""
-    batch, count, _ = patches.shape
+def vision_tables(visual: torch.nn.Module, count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """What the place of ``count`` patches of a square picture decides: rows of the position table and their shares
+    [N, corners], cosines and sines [N, D/heads]."""
     side = math.isqrt(count)
-    grid = torch.tensor([[1, side, side]], device=patches.device)
+    grid = torch.tensor([[1, side, side]], device=device)
     where, share = get_vision_interpolation_indices_and_weights(
         grid, num_grid_per_side=visual.num_grid_per_side, mode=visual.interpolation_mode,
         align_corners=visual.interpolation_align_corners, spatial_merge_size=MERGE, kwargs={},
     )  # fmt: skip
+    cos, sin = visual.rotary_pos_emb(share, get_vision_position_ids(grid, MERGE, kwargs={}))
+    return where, share, cos, sin
+
+
+def vision_forward(
+    visual: torch.nn.Module, patches: torch.Tensor, tables: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Patches [B, N, C*T*p*p] of square pictures of one size -> picture tokens [B, N/4, H]."""
+    batch, count, _ = patches.shape
+    where, share, cos, sin = tables
     places = (visual.pos_embed(where) * share[:, :, None]).sum(1)
-    cos, sin = visual.rotary_pos_emb(patches, get_vision_position_ids(grid, MERGE, kwargs={}))
     embed = visual.patch_embed.proj
     x = F.linear(patches.to(dtype), embed.weight.flatten(1).to(dtype), embed.bias.to(dtype)) + places.to(dtype)
     for block in visual.blocks:
@@ -239,7 +247,8 @@ def vl_forward(
     seen = ids == model.config.image_token_id
     if not bool((seen == seen[0]).all()):
         raise ValueError("the pictures of a training batch must stand at one place")
-    tokens = vision_fn(model.model.visual, patches, dtype)
+    tables = vision_tables(model.model.visual, patches.shape[1], patches.device)
+    tokens = vision_fn(model.model.visual, patches, tables, dtype)
     side = math.isqrt(tokens.shape[1])
     grid = torch.tensor([[1, side * MERGE, side * MERGE]], device=ids.device)
     positions, _ = model.model.get_rope_index(ids[:1], seen[:1].int(), image_grid_thw=grid)

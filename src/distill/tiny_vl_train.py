@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import random
 import time
 from dataclasses import dataclass
@@ -32,9 +31,20 @@ from tiny_model import decoder_layer
 from tiny_train import Run, log, make_optimizer, token_loss
 from tiny_vision_tasks import TINY_VISION_TASKS, VISION_REVISION, Scene, TinyVision
 from tiny_vl_model import (
-    IMAGE, MERGE, PATCH, VISION_END, VISION_START, build_vl_model, build_vl_tokenizer, patches_of, save_processor,
-    sparse_mixture, vision_forward, vl_config, vl_forward,
-)  # fmt: skip
+    IMAGE,
+    MERGE,
+    PATCH,
+    VISION_END,
+    VISION_START,
+    build_vl_model,
+    build_vl_tokenizer,
+    patches_of,
+    save_processor,
+    sparse_mixture,
+    vision_forward,
+    vl_config,
+    vl_forward,
+)
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,7 @@ def train(run: VlRun, tokenizer: PreTrainedTokenizerFast, workers: int, save_eve
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         ids, weights = ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
-        patches = torch.from_numpy(patches_of(pixels.numpy())).to(device, non_blocking=True)
+        patches = patches_of(pixels.to(device, non_blocking=True))
         hidden, balance, load = vl_forward(run.model, ids[:, :-1], patches, dtype, layer_fn, vision_fn)
         loss = loss_fn(run.model, hidden, ids[:, 1:], weights[:, 1:])
         (loss + config.balance * balance).backward()
@@ -191,7 +201,7 @@ def exact_match(run: VlRun, tokenizer: PreTrainedTokenizerFast, items: int) -> d
         scenes = [task.scene_of(rng, "test") for _ in range(items)]
         for start in range(0, items, 50):
             ids, weights, pixels = encode_scenes(tokenizer, scenes[start : start + 50], run.config.length + 1, 0.0)
-            patches = torch.from_numpy(patches_of(pixels.numpy())).to(run.device)
+            patches = patches_of(pixels.to(run.device))
             hidden, _, _ = vl_forward(run.model, ids[:, :-1].to(run.device), patches, dtype, layer_fn)
             guess = F.linear(hidden, run.model.lm_head.weight.to(dtype)).argmax(-1).cpu()
             right += ((guess == ids[:, 1:]) | (weights[:, 1:] == 0)).all(1).sum().item()
@@ -211,7 +221,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="directory of the training state")
     parser.add_argument("--result", type=Path, required=True, help="JSON of the training record")
-    parser.add_argument("--workers", type=int, default=8, help="processes that draw batches; 0: this one")
+    parser.add_argument("--workers", type=int, default=12, help="processes that draw batches; 0: this one")
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--probe-items", type=int, default=200, help="held-out items of each task at the end")
     for name in ("steps", "rows", "max-seconds"):

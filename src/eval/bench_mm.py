@@ -90,15 +90,16 @@ class MmBenchmark(Benchmark):
 
     def local_rows(self, path: Path) -> Iterator[Mapping[str, Any]]:
         self.revision = "local file"
-        try:
-            with path.open(encoding="utf-8") as stream:
-                for number, line in enumerate(stream, 1):
-                    if line.strip():
-                        yield json.loads(line)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; --data-dir needs {path.name} with the columns of {self.dataset}") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error})") from None
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; --data-dir needs {path.name} with the columns of {self.dataset}")
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    row = json.loads(line) if line.strip() else None
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number}: not JSON ({error})") from None
+                if row is not None:
+                    yield row
 
     def item(self, row: Mapping[str, Any], where: str) -> Item:
         """An item whose meta holds ``parts`` (the content of the user turn) and ``unmatched``."""
@@ -118,7 +119,9 @@ def current_commit(dataset: str) -> str:
     try:
         return str(HfApi().dataset_info(dataset).sha)
     except OSError as error:
-        raise UserError(f"{dataset}: the hub does not answer ({type(error).__name__}); use --data-dir with local rows") from None
+        raise UserError(
+            f"{dataset}: the hub does not answer ({type(error).__name__}); use --data-dir with local rows"
+        ) from None
 
 
 def hub_rows(dataset: str, config: str | None, split: str, revision: str) -> Iterable[Mapping[str, Any]]:
