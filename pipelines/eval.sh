@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Accuracy of a model:  bash pipelines/eval.sh --model DIR --tag TAG [--benchmarks a,b] [--budget 32k|64k] [...]
-# Two evaluated models in pairs:  bash pipelines/eval.sh --compare BASE OTHER
-# All options: bash pipelines/eval.sh --help. Paths are relative to the directory that you call it from.
+# Accuracy of a model:  bash pipelines/eval.sh --model DIR --tag TAG [--benchmarks a,b] [--budget 32k|64k|80k] [--samples N] [...]
+# Two evaluated models in pairs:  bash pipelines/eval.sh --compare BASE OTHER [--teacher TAG]
+# Stored samples graded again, without a model:  bash pipelines/eval.sh --regrade TAG...
+# Does the harness reproduce what the vendors published?  bash pipelines/eval.sh --gate [TAG...] [--strict]
+# All options: bash pipelines/eval.sh --help. Paths are relative to the directory that you call it from. docs/EVAL_PROTOCOL.md
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
-if [ "${1:-}" = --compare ]; then
-    exec python "$MOE_LOWBIT_ROOT/src/eval/compare_tags.py" --results "$MOE_LOWBIT_ROOT/results" "${@:2}"
-fi
-exec python "$MOE_LOWBIT_ROOT/src/eval/vllm_eval8.py" --out "$MOE_LOWBIT_ROOT/results/eval" "$@"
+results=$MOE_LOWBIT_ROOT/results
+case ${1:-} in
+--compare) exec python "$MOE_LOWBIT_ROOT/src/eval/compare_tags.py" --results "$results" "${@:2}" ;;
+--regrade) exec python "$MOE_LOWBIT_ROOT/src/eval/regrade.py" --results "$results" "${@:2}" ;;
+--gate) exec python "$MOE_LOWBIT_ROOT/src/eval/gate.py" --results "$results" "${@:2}" ;;
+esac
+exec python "$MOE_LOWBIT_ROOT/src/eval/vllm_eval8.py" --out "$results/eval" "$@"

@@ -96,7 +96,7 @@ def test_a_sample_log_resumes_and_drops_a_torn_line(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])  # killed while writing
     log = SampleLog(path, settings)
-    assert list(log.done) == [("b", "1")]
+    assert list(log.done) == [("b", "1", 0)]
     log.append([{"benchmark": "b", "id": "2", "x": 2}])
     assert path.read_bytes() == whole and read_samples(path)[0] == settings
     with pytest.raises(UserError, match="other settings \\(seed\\)"):

@@ -5,7 +5,9 @@ Not a command. A backend yields (index, Completion) as sequences finish, so that
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +16,14 @@ from typing import Any, Protocol
 
 import torch
 
-from console import UserError
+from console import UserError, read_json
+
+ENGINE_ENVIRONMENT = {  # vLLM: no plugin that happens to be installed, no report home, no look-up of what is on disk
+    "VLLM_PLUGINS": "",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB, read by the CPU engine only
+}
 
 
 @dataclass(frozen=True)
@@ -33,12 +42,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Completion:
-    """``finish_reason``: stop (end of turn) or length (ran out of tokens). ``tokens``: generated, end token included."""
+    """``finish_reason``: stop (end of turn) or length (ran out of tokens). ``tokens``: generated, end token included.
+    ``prompt_ids_sha256``: :func:`ids_sha256` of the prompt as the engine got it, equal on every backend."""
 
     text: str
     tokens: int
     prompt_tokens: int
     finish_reason: str
+    prompt_ids_sha256: str | None = None
 
 
 class Backend(Protocol):
@@ -54,6 +65,34 @@ class Backend(Protocol):
 def seed_of(prompt: str, seed: int) -> int:
     """The seed of one prompt: the same wherever it stands in a run, so that a resumed run draws the same tokens."""
     return zlib.crc32(f"{seed}:{prompt}".encode())
+
+
+def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of rendered prompts. Nothing is put before them: a template writes its own beginning-of-text token."""
+    return tokenizer(list(prompts), add_special_tokens=False)["input_ids"] if prompts else []
+
+
+def ids_sha256(ids: Sequence[int]) -> str:
+    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
+
+
+def end_token_ids(model: str | Path, tokenizer: Any) -> list[int]:
+    """Tokens that end a turn: the tokenizer's, and those of generation_config.json (Gemma's end of turn stands only there)."""
+    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    path = Path(model) / "generation_config.json"
+    more = read_json(path).get("eos_token_id") if path.is_file() else None
+    found += more if isinstance(more, list) else [] if more is None else [more]
+    if not found:
+        raise UserError(f"{model}: neither the tokenizer nor generation_config.json names an end-of-turn token")
+    return sorted(set(found))
+
+
+def completion_of(tokenizer: Any, new: Sequence[int], prompt: Sequence[int], ends: Sequence[int]) -> Completion:
+    """What a backend returns for the ids that it generated after ``prompt``, cut at the first end token."""
+    length = next((place for place, token in enumerate(new) if token in ends), len(new))
+    finished = length < len(new)
+    text = tokenizer.decode(list(new[:length]), skip_special_tokens=False)
+    return Completion(text, length + finished, len(prompt), "stop" if finished else "length", ids_sha256(prompt))
 
 
 def load_tokenizer(model: str | Path) -> Any:
@@ -89,6 +128,7 @@ class HfBackend:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.ends = end_token_ids(model, self.tokenizer)
         self.model = load_model(model)
         self.model.config.output_router_logits = False  # its loss fails with a KV cache
         self.batch = batch
@@ -98,7 +138,7 @@ class HfBackend:
         return render_chat(self.tokenizer, messages)
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
-        ids = self.tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+        ids = prompt_ids(self.tokenizer, prompts)
         order = sorted(range(len(ids)), key=lambda index: (len(ids[index]), index))
         for start in range(0, len(order), self.batch):
             part = order[start : start + self.batch]
@@ -116,17 +156,11 @@ class HfBackend:
         if sampling.temperature > 0:
             torch.manual_seed(seed)
             draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-        end = self.tokenizer.eos_token_id
         out = self.model.generate(
-            **padded, max_new_tokens=room, eos_token_id=end, pad_token_id=self.tokenizer.pad_token_id, **draw
+            **padded, max_new_tokens=room, eos_token_id=self.ends, pad_token_id=self.tokenizer.pad_token_id, **draw
         )
-        return [self._completion(row[width:].tolist(), len(prompt), end) for row, prompt in zip(out, ids, strict=True)]
-
-    def _completion(self, new: list[int], prompt_tokens: int, end: int) -> Completion:
-        finished = end in new
-        length = new.index(end) if finished else len(new)
-        text = self.tokenizer.decode(new[:length], skip_special_tokens=False)
-        return Completion(text, length + finished, prompt_tokens, "stop" if finished else "length")
+        rows = zip(out.tolist(), ids, strict=True)
+        return [completion_of(self.tokenizer, row[width:], prompt, self.ends) for row, prompt in rows]
 
 
 class VllmBackend:
@@ -134,36 +168,54 @@ class VllmBackend:
 
     name = "vllm"
 
-    def __init__(self, model: str | Path, max_model_len: int, max_num_seqs: int = 32, gpu_memory: float = 0.88) -> None:
+    def __init__(
+        self, model: str | Path, max_model_len: int, max_num_seqs: int = 32, gpu_memory: float = 0.88, tensor_parallel: int = 1
+    ) -> None:
+        for key, value in ENGINE_ENVIRONMENT.items():
+            os.environ.setdefault(key, value)  # before the import, which reads them
         from vllm import LLM
 
         self.tokenizer = load_tokenizer(model)
-        eager = "gemma" in str(getattr(self.tokenizer, "name_or_path", model)).lower()
+        self.ends = end_token_ids(model, self.tokenizer)
+        config = read_json(Path(model) / "config.json")
+        text = config.get("text_config", config)
+        self.context = min(max_model_len, int(text.get("max_position_embeddings", max_model_len)))
+        eager = str(text.get("model_type")).startswith("gemma") or not torch.cuda.is_available()  # a CPU only loses time
+        multimodal = {"limit_mm_per_prompt": {"image": 0, "video": 0}} if "vision_config" in config else {}
         self.engine = LLM(
-            model=str(model), max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-            gpu_memory_utilization=gpu_memory, enforce_eager=eager, limit_mm_per_prompt={"image": 0, "video": 0},
-        )  # fmt: skip
+            model=str(model), max_model_len=self.context, max_num_seqs=max_num_seqs, gpu_memory_utilization=gpu_memory,
+            tensor_parallel_size=tensor_parallel, enforce_eager=eager,
+            generation_config="vllm", trust_remote_code=False, **multimodal,
+        ).llm_engine  # fmt: skip
 
     def render(self, messages: list[dict[str, str]]) -> str:
         return render_chat(self.tokenizer, messages)
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        """All prompts are queued at once and each is yielded when it is finished, while the others run on."""
+        ids = prompt_ids(self.tokenizer, prompts)
+        for index, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True)):
+            params = self._params(len(tokens), sampling, seed_of(prompt, sampling.seed))
+            self.engine.add_request(str(index), {"prompt_token_ids": tokens}, params)
+        while self.engine.has_unfinished_requests():
+            for request in self.engine.step():
+                if request.finished:
+                    index = int(request.request_id)
+                    if list(request.prompt_token_ids) != ids[index]:
+                        raise RuntimeError(f"vLLM changed the ids of prompt {index}")
+                    new = list(request.outputs[0].token_ids)
+                    yield index, completion_of(self.tokenizer, new, ids[index], self.ends)
+
+    def _params(self, prompt_tokens: int, sampling: Sampling, seed: int) -> Any:
         from vllm import SamplingParams
 
-        for start in range(0, len(prompts), 256):  # so that finished samples reach the log while the rest runs
-            part = list(prompts[start : start + 256])
-            params = [
-                SamplingParams(
-                    temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,
-                    seed=seed_of(prompt, sampling.seed), max_tokens=sampling.max_tokens, skip_special_tokens=False,
-                )
-                for prompt in part
-            ]  # fmt: skip
-            for offset, request in enumerate(self.engine.generate(part, params)):
-                best = request.outputs[0]
-                text = best.text.removesuffix(self.tokenizer.eos_token or "")
-                reason = "length" if best.finish_reason == "length" else "stop"
-                yield start + offset, Completion(text, len(best.token_ids), len(request.prompt_token_ids), reason)
+        room = min(sampling.max_tokens, self.context - prompt_tokens)
+        if room < 1:
+            raise UserError(f"a prompt has {prompt_tokens} tokens; the engine's context is {self.context}")
+        return SamplingParams(
+            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1, seed=seed,
+            max_tokens=room, stop_token_ids=self.ends, detokenize=False,
+        )  # fmt: skip
 
 
 def choose_backend(name: str) -> str:

@@ -168,45 +168,93 @@ def write_result(
     return record
 
 
+Key = tuple[str, str, int]  # benchmark, item, number of the sample
+
+
+def sample_key(row: Mapping[str, Any]) -> Key:
+    """What a log row answers; logs from before --samples have one sample an item."""
+    return row["benchmark"], row["id"], row.get("sample", 0)
+
+
 class SampleLog:
     """Append-only JSON lines of finished samples; the first line holds the settings that make samples comparable.
 
-    Opening a log of the same settings resumes it (a torn last line of a killed run is dropped); other settings are a
-    :class:`UserError`, so samples of two different runs never mix. ``done``: {(benchmark, id): row}.
+    Opening a log of the same settings resumes it; a last line that a killed run left torn is dropped, which is said. Other
+    settings and a damaged line before the last are a :class:`UserError`, so samples of two different runs never mix and
+    none is lost unseen. ``done``: {(benchmark, id, sample): row}.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
-        self.done: dict[tuple[str, str], dict[str, Any]] = {}
+        self.done: dict[Key, dict[str, Any]] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self._resume(dict(settings))
+            self._resume(json.loads(json.dumps(settings)))
         else:
             write_json_line(self.path, {"settings": dict(settings)}, "w")
 
     def _resume(self, settings: dict[str, Any]) -> None:
-        whole, kept = self.path.read_bytes(), 0
-        for number, line in enumerate(whole.splitlines(keepends=True)):
-            if not line.endswith(b"\n"):
-                break
-            row = json.loads(line)
-            if number == 0 and row != {"settings": json.loads(json.dumps(settings))}:
-                changed = sorted(k for k in settings.keys() | row["settings"] if settings.get(k) != row["settings"].get(k))
-                raise UserError(
-                    f"{self.path}: holds samples of other settings ({', '.join(changed)}); give another --tag or remove it"
-                )
-            if number:
-                self.done[row["benchmark"], row["id"]] = row
-            kept += len(line)
-        if kept < len(whole):
+        rows, kept = read_log(self.path)
+        if kept < self.path.stat().st_size:
+            print(f"{self.path}: the last line was cut short; it is dropped and made again", file=sys.stderr, flush=True)
             os.truncate(self.path, kept)
-        if not kept:
+        if not rows:
             write_json_line(self.path, {"settings": settings}, "w")
+            return
+        held = rows[0]["settings"]
+        if changed := sorted(key for key in settings.keys() | held.keys() if settings.get(key) != held.get(key)):
+            raise UserError(
+                f"{self.path}: holds samples of other settings ({', '.join(changed)}); give another --tag or remove it"
+            )
+        self.done = {sample_key(row): row for row in rows[1:]}
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            self.done[row["benchmark"], row["id"]] = dict(row)
+            self.done[sample_key(row)] = dict(row)
             write_json_line(self.path, row, "a")
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """(settings line and sample rows, bytes that they take) of a log whose last line may be torn."""
+    rows: list[dict[str, Any]] = []
+    kept, lines = 0, path.read_bytes().splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        wanted = ("benchmark", "id") if number else ("settings",)
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or any(key not in row for key in wanted):
+            if number == len(lines) - 1:
+                break
+            mend = "restore it from a copy, or remove the file and run again"
+            raise UserError(f"{path}: line {number + 1} is damaged; {mend}")
+        rows.append(row)
+        kept += len(line)
+    return rows, kept
+
+
+class WorkClock:
+    """Seconds of work on a run that may be killed and resumed: the sum over its parts, in a small file beside the log.
+
+    ``save`` with every flush of the log: work that a kill throws away is then not counted, work that is kept is.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        before = read_json(self.path) if self.path.exists() else {"seconds": 0.0, "started": time.time(), "parts": 0}
+        self.before, self.started, self.parts = before["seconds"], before["started"], before["parts"] + 1
+        self.begun = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.begun
+
+    def save(self) -> None:
+        write_json(self.path, {"seconds": self.seconds, "started": self.started, "parts": self.parts})
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 def write_json_line(path: Path, value: Mapping[str, Any], mode: str) -> None:
@@ -217,12 +265,12 @@ def write_json_line(path: Path, value: Mapping[str, Any], mode: str) -> None:
 def read_samples(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(settings, rows) of a finished sample log."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-    except (OSError, json.JSONDecodeError) as error:
+        rows, kept = read_log(Path(path))
+        size = Path(path).stat().st_size
+    except OSError as error:
         raise UserError(f"{path}: not a sample log ({error})") from None
-    if not rows or "settings" not in rows[0]:
-        raise UserError(f"{path}: not a sample log (its first line has no settings)")
+    if not rows or kept < size:
+        raise UserError(f"{path}: not a finished sample log (line {len(rows) + 1}); run the same evaluation again to finish it")
     return rows[0]["settings"], rows[1:]
 
 

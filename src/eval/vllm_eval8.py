@@ -1,15 +1,19 @@
 """Measure a model's accuracy on benchmarks: bash pipelines/eval.sh --model models/razor-tiny --tag razor_tiny_bf16
 
     python src/eval/vllm_eval8.py --model DIR --tag TAG [--benchmarks tiny_know,tiny_math] [--backend auto|vllm|hf]
-        [--budget 32k|64k] [--limit N] [--out results/eval] [--temperature T --top-p P --top-k K --seed S] [--force]
+        [--budget 32k|64k|80k] [--samples N] [--limit N] [--data-dir DIR] [--family NAME] [--out results/eval]
+        [--temperature T --top-p P --top-k K --seed S] [--tensor-parallel N] [--force]
 
 Samples are appended to results/eval/TAG.samples.jsonl as they finish: a killed run goes on where it stopped, to the same
-result. A truncated answer counts as wrong; acc_finished and trunc stand beside acc. Greedy unless --temperature is given.
+result. A truncated answer counts as wrong; acc_finished and trunc stand beside acc. Tokens are drawn as the vendor of the model
+recommends (configs/eval.env) unless an option says otherwise. docs/EVAL_PROTOCOL.md has the rules.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,31 +23,50 @@ from backends import Backend, Completion, HfBackend, Sampling, VllmBackend, choo
 from benchmarks import Benchmark, Item, get_benchmarks
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli
+from eval_settings import EvalSettings, check_sampling, load_settings
+from gate import eval_records, gate_axis, gate_text
 from graders import GRADER_VERSION, split_thinking
-from paired_stats import wilson
+from paired_stats import clustered_interval
 from recipe import recipe_record
-from results_store import SampleLog, data_entry, describe_model, public_path, sha256_json, sha256_text, write_result
+from results_store import (
+    SampleLog,
+    WorkClock,
+    data_entry,
+    describe_model,
+    public_path,
+    sha256_json,
+    sha256_text,
+    write_result,
+)
 
-BUDGETS = {"32k": 32_768, "64k": 65_536}
+BUDGETS = {"32k": 32_768, "64k": 65_536, "80k": 81_920}
 PROMPT_ROOM = 1024  # vLLM's context beyond the budget (64k: 66,560)
+FLUSH_ROWS, FLUSH_SECONDS = 64, 30.0  # finished samples that a kill may cost; programs are graded many at a time
+SAMPLE_STEP = 1_000_003  # seeds of the samples of an item lie this far apart
+
+
+def extract_answer(benchmark: Benchmark, item: Item, text: str, finish_reason: str) -> str | None:
+    """The answer in a completion; None when it ran out of tokens or never ended its thinking, whatever it contains."""
+    _, answer = split_thinking(text)
+    return benchmark.extract(item, answer) if finish_reason == "stop" and answer is not None else None
 
 
 def graded_rows(
-    benchmark: Benchmark, items: Sequence[Item], prompts: Sequence[str], completions: Sequence[Completion]
+    benchmark: Benchmark, items: Sequence[Item], prompts: Sequence[str], completions: Sequence[Completion], sample: int = 0
 ) -> list[dict[str, Any]]:
-    """Log rows of finished samples, graded; a sample that ran out of tokens is wrong whatever it contains."""
-    extracted = []
-    for item, completion in zip(items, completions, strict=True):
-        _, answer = split_thinking(completion.text)
-        whole = completion.finish_reason == "stop" and answer is not None
-        extracted.append(benchmark.extract(item, answer) if whole else None)
+    """Log rows of finished samples, graded."""
+    pairs = list(zip(items, completions, strict=True))
+    extracted = [extract_answer(benchmark, item, done.text, done.finish_reason) for item, done in pairs]
     verdicts = benchmark.grade_all(items, extracted)
     rows = zip(items, prompts, completions, extracted, verdicts, strict=True)
     return [
         {
             "benchmark": benchmark.name,
             "id": item.id,
+            "sample": sample,
+            "messages_sha256": sha256_json(benchmark.messages(item)),
             "prompt_sha256": sha256_text(prompt),
+            "prompt_ids_sha256": completion.prompt_ids_sha256,
             "prompt_tokens": completion.prompt_tokens,
             "tokens": completion.tokens,
             "finish_reason": completion.finish_reason,
@@ -58,62 +81,117 @@ def graded_rows(
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of one benchmark from its log rows."""
-    n, correct = len(rows), sum(row["correct"] for row in rows)
+    """Metrics of one benchmark from its log rows: the mean over items of the share of right answers, and its interval."""
+    verdicts: dict[str, list[bool]] = {}
+    for row in rows:
+        verdicts.setdefault(row["id"], []).append(row["correct"])
+    samples, correct = len(rows) // len(verdicts), sum(row["correct"] for row in rows)
     finished = [row for row in rows if row["finish_reason"] == "stop"]
-    low, high = wilson(correct, n)
+    low, high = clustered_interval([sum(own) / samples for own in verdicts.values()], samples)
     return {
-        "n": n,
+        "n": len(verdicts),
+        "samples": samples,
         "correct": correct,
-        "acc": correct / n,
+        "acc": correct / len(rows),
         "acc_low": low,
         "acc_high": high,
         "acc_finished": sum(row["correct"] for row in finished) / len(finished) if finished else 0.0,
-        "trunc": (n - len(finished)) / n,
-        "no_answer": sum(row["extracted"] is None for row in finished) / n,
-        "mean_tokens": sum(row["tokens"] for row in rows) / n,
+        "trunc": (len(rows) - len(finished)) / len(rows),
+        "no_answer": sum(row["extracted"] is None for row in finished) / len(rows),
+        "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
         "max_tokens": max(row["tokens"] for row in rows),
     }
 
 
-def run_benchmark(
-    benchmark: Benchmark, items: Sequence[Item], backend: Backend, sampling: Sampling, log: SampleLog
-) -> dict[str, Any]:
-    """Generate and grade what the log lacks, then summarize all items."""
-    prompts = [backend.render(benchmark.messages(item)) for item in items]
-    missing = [index for index, item in enumerate(items) if (benchmark.name, item.id) not in log.done]
-    limit = min(sampling.max_tokens, benchmark.max_tokens or sampling.max_tokens)
-    own = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed, limit)
-    pending: list[tuple[int, Completion]] = []
+def benchmark_metrics(benchmark: Benchmark, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What every benchmark reports, and what this one adds (strata, an official aggregate)."""
+    aggregate = getattr(benchmark, "aggregate", None)
+    return summarize(rows) | (aggregate(items, rows) if aggregate else {})
 
-    def flush() -> None:
-        chosen = [missing[index] for index, _ in pending]
-        log.append(graded_rows(benchmark, [items[i] for i in chosen], [prompts[i] for i in chosen], [c for _, c in pending]))
-        pending.clear()
 
-    with progress(len(items), benchmark.name, "sample") as bar:
-        bar.update(len(items) - len(missing))
-        # a tokenizer refuses an empty list: a resumed run may have this benchmark complete
-        for index, completion in backend.generate([prompts[i] for i in missing], own) if missing else ():
+class Runner:
+    """Generates and grades what a log lacks, and keeps the log and the clock of the work together."""
+
+    def __init__(self, backend: Backend, sampling: Sampling, samples: int, log: SampleLog, clock: WorkClock) -> None:
+        self.backend, self.sampling, self.samples, self.log, self.clock = backend, sampling, samples, log, clock
+
+    def run(self, benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
+        """Metrics of all items of one benchmark."""
+        prompts = [self.backend.render(benchmark.messages(item)) for item in items]
+        keys = [(benchmark.name, item.id, sample) for sample in range(self.samples) for item in items]
+        with progress(len(keys), benchmark.name, "sample") as bar:
+            bar.update(sum(key in self.log.done for key in keys))
+            for sample in range(self.samples):
+                self._one_sample_each(benchmark, items, prompts, sample, bar)
+        return benchmark_metrics(benchmark, items, [self.log.done[key] for key in keys])
+
+    def _one_sample_each(
+        self, benchmark: Benchmark, items: Sequence[Item], prompts: Sequence[str], sample: int, bar: Any
+    ) -> None:
+        missing = [i for i, item in enumerate(items) if (benchmark.name, item.id, sample) not in self.log.done]
+        if not missing:  # a resumed run; a tokenizer refuses an empty list
+            return
+        limit = min(self.sampling.max_tokens, benchmark.max_tokens or self.sampling.max_tokens)
+        own = dataclasses.replace(self.sampling, seed=self.sampling.seed + SAMPLE_STEP * sample, max_tokens=limit)
+        pending: list[tuple[int, Completion]] = []
+        flushed = time.monotonic()
+
+        def flush() -> None:
+            chosen = [missing[index] for index, _ in pending]
+            done = [completion for _, completion in pending]
+            own_items, own_prompts = [items[i] for i in chosen], [prompts[i] for i in chosen]
+            self.log.append(graded_rows(benchmark, own_items, own_prompts, done, sample))
+            self.clock.save()
+            pending.clear()
+
+        for index, completion in self.backend.generate([prompts[i] for i in missing], own):
             pending.append((index, completion))
             bar.update()
-            if len(pending) >= 64:
+            if len(pending) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS:
                 flush()
+                flushed = time.monotonic()
         flush()
-    return summarize([log.done[benchmark.name, item.id] for item in items])
 
 
-def make_backend(name: str, model: Path, budget: int) -> Backend:
-    return HfBackend(model) if name == "hf" else VllmBackend(model, budget + PROMPT_ROOM)
+def make_backend(name: str, model: Path, budget: int, tensor_parallel: int = 1) -> Backend:
+    if name == "hf":
+        return HfBackend(model)
+    return VllmBackend(model, budget + PROMPT_ROOM, tensor_parallel=tensor_parallel)
 
 
-def table(metrics: dict[str, dict[str, Any]]) -> str:
-    lines = [f"{'benchmark':<14}{'n':>6}{'acc':>8}  {'95 % interval':<16}{'finished':>9}{'trunc':>8}{'tokens':>8}"]
+def load_benchmarks(names: Sequence[str], data_dir: Path | None) -> list[Benchmark]:
+    """The named benchmarks; with ``data_dir`` they read its files of the published columns instead of the hub's."""
+    if data_dir is None:
+        return get_benchmarks(names)
+    if not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir}: no such directory")
+    if "data_dir" not in inspect.signature(get_benchmarks).parameters:
+        raise UserError("--data-dir: the benchmarks of this version read no files")
+    return get_benchmarks(names, data_dir=data_dir)
+
+
+def choose_sampling(args: argparse.Namespace, settings: EvalSettings, family: str | None, config: dict) -> tuple[Sampling, str]:
+    """(sampling, where each of its parts comes from): the vendor's, then what the command line says."""
+    vendor, source = settings.sampling_for(family, config)
+    given = {key: getattr(args, key) for key in ("temperature", "top_p", "top_k") if getattr(args, key) is not None}
+    if given:
+        source = f"command line ({', '.join(given)}), else {source}"
+    sampling = Sampling(**{**vendor, **given}, seed=args.seed, max_tokens=BUDGETS[args.budget])
+    check_sampling(sampling, "sampling")
+    if args.samples > 1 and sampling.temperature == 0:
+        raise UserError(f"--samples {args.samples}: greedy decoding answers alike each time; give --temperature, or one sample")
+    return sampling, source
+
+
+def table(metrics: dict[str, dict[str, Any]], gates: dict[str, str]) -> str:
+    head = f"{'benchmark':<14}{'n':>6}{'acc':>8}  {'95 % interval':<16}{'finished':>9}{'trunc':>8}{'tokens':>8}"
+    lines = [head + ("  gate" if gates else "")]
     for name, m in metrics.items():
         interval = f"{100 * m['acc_low']:.1f} - {100 * m['acc_high']:.1f}"
+        count = f"{m['n']}x{m['samples']}" if m.get("samples", 1) > 1 else str(m["n"])
         lines.append(
-            f"{name:<14}{m['n']:>6}{100 * m['acc']:>7.1f}%  {interval:<16}{100 * m['acc_finished']:>8.1f}%"
-            f"{100 * m['trunc']:>7.1f}%{m['mean_tokens']:>8.0f}"
+            f"{name:<14}{count:>6}{100 * m['acc']:>7.1f}%  {interval:<16}{100 * m['acc_finished']:>8.1f}%"
+            f"{100 * m['trunc']:>7.1f}%{m['mean_tokens']:>8.0f}  {gates.get(name, '')}".rstrip()
         )
     return "\n".join(lines)
 
@@ -124,13 +202,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tag", required=True, help="name of the run: results/eval/TAG.json")
     parser.add_argument("--benchmarks", default="tiny_know,tiny_math,tiny_reason,tiny_code", help="comma-separated names")
     parser.add_argument("--backend", default="auto", help="auto, vllm or hf")
-    parser.add_argument("--budget", default="32k", choices=sorted(BUDGETS), help="tokens a sample may generate")
+    parser.add_argument("--budget", default="32k", choices=list(BUDGETS), help="tokens a sample may generate; 80k for contests")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each item (small sets); the interval is by item")
     parser.add_argument("--limit", type=int, help="first N items of each benchmark")
+    parser.add_argument("--data-dir", type=Path, help="read the benchmarks' rows from files here")
     parser.add_argument("--out", type=Path, default=Path("results/eval"))
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--family", help="family of configs/eval.env (default: by the model's shape); none for no family")
+    parser.add_argument("--temperature", type=float, help="instead of the vendor's; 0 is greedy")
+    parser.add_argument("--top-p", type=float, help="instead of the vendor's")
+    parser.add_argument("--top-k", type=int, help="instead of the vendor's; 0 is off")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads the model over")
     parser.add_argument("--force", action="store_true", help="run again and replace an earlier result of this tag")
     return parser.parse_args()
 
@@ -138,42 +220,61 @@ def parse_args() -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     if not args.tag or any(not (c.isalnum() or c in "._-") for c in args.tag) or args.tag.startswith("."):
         raise UserError(f"--tag {args.tag!r}: use letters, digits, '.', '_' and '-'")
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit {args.limit}: must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
-        raise UserError("sampling: temperature >= 0, 0 < top-p <= 1, top-k >= 0")
+    for name in ("limit", "samples", "tensor_parallel"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     result = args.out / f"{args.tag}.json"
     if result.exists() and not args.force:
         raise UserError(f"{result}: exists; give another --tag, or --force to run again and replace it")
 
 
+def evaluate(benchmarks: Sequence[Benchmark], limit: int | None, runner: Runner) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(metrics, data entries) of all benchmarks."""
+    metrics, data = {}, []
+    for benchmark in benchmarks:
+        items = benchmark.load(limit)
+        metrics[benchmark.name] = runner.run(benchmark, items)
+        data.append(data_entry(benchmark.name, benchmark.revision, [[i.id, i.question, i.gold] for i in items]))
+    return metrics, data
+
+
+def start_log(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[SampleLog, WorkClock]:
+    """The sample log and the clock of this tag; --force begins both anew."""
+    log_path, clock_path = args.out / f"{args.tag}.samples.jsonl", args.out / f".{args.tag}.clock"
+    if args.force:
+        for path in (log_path, clock_path, args.out / f"{args.tag}.json"):
+            path.unlink(missing_ok=True)
+    elif not log_path.exists():
+        clock_path.unlink(missing_ok=True)
+    return SampleLog(log_path, settings), WorkClock(clock_path)
+
+
 def main() -> None:
     args = parse_args()
     check_args(args)
-    benchmarks = get_benchmarks(args.benchmarks.split(","))
+    rules = load_settings()
+    benchmarks = load_benchmarks(args.benchmarks.split(","), args.data_dir)
     name = choose_backend(args.backend)
-    model = describe_model(args.model)
-    result, log_path = args.out / f"{args.tag}.json", args.out / f"{args.tag}.samples.jsonl"
-    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed, BUDGETS[args.budget])
-    weights = Checkpoint(args.model).sha256()
+    model, checkpoint = describe_model(args.model), Checkpoint(args.model)
+    family = rules.check_family(args.family) if args.family else rules.family_of(checkpoint.config)
+    sampling, source = choose_sampling(args, rules, family, checkpoint.config)
+    print(f"{model['path']}: family {family or 'unknown'}, {name}; {sampling} ({source})", flush=True)
+    weights = checkpoint.sha256()
     settings = {"model": public_path(str(args.model.resolve())), "weights_sha256": weights, "backend": name}
-    settings |= {"sampling": sampling.to_json(), "limit": args.limit, "grader": GRADER_VERSION}
-    if args.force:
-        log_path.unlink(missing_ok=True)
-        result.unlink(missing_ok=True)
-    log = SampleLog(log_path, settings)
-    started, metrics, data = time.time(), {}, []
-    backend = make_backend(name, args.model, sampling.max_tokens)
-    for benchmark in benchmarks:
-        items = benchmark.load(args.limit)
-        metrics[benchmark.name] = run_benchmark(benchmark, items, backend, sampling, log)
-        data.append(data_entry(benchmark.name, benchmark.revision, [[i.id, i.question, i.gold] for i in items]))
-    write_result(
-        result, kind="eval", tag=args.tag, started=started, model=model | {"weights_sha256": weights},
-        recipe=recipe_record(args.model), data=data, sampling=sampling.to_json() | {"budget": args.budget, "backend": name},
-        metrics=metrics, extra={"samples": log_path.name, "settings_sha256": sha256_json(settings)},
+    settings |= {"sampling": sampling.to_json(), "limit": args.limit, "samples": args.samples, "grader": GRADER_VERSION}
+    log, clock = start_log(args, settings)
+    backend = make_backend(name, args.model, sampling.max_tokens, args.tensor_parallel)
+    metrics, data = evaluate(benchmarks, args.limit, Runner(backend, sampling, args.samples, log, clock))
+    record = write_result(
+        args.out / f"{args.tag}.json", kind="eval", tag=args.tag, started=clock.started, seconds=clock.seconds,
+        model=model | {"weights_sha256": weights, "family": family}, recipe=recipe_record(args.model), data=data,
+        sampling=sampling.to_json() | {"budget": args.budget, "backend": name, "source": source}, metrics=metrics,
+        extra={"samples": log.path.name, "settings_sha256": sha256_json(settings), "parts": clock.parts},
     )  # fmt: skip
-    print(table(metrics), flush=True)
+    clock.remove()
+    others = eval_records(args.out)
+    print(table(metrics, {axis: gate_text(gate_axis(record, axis, rules, others)) for axis in metrics}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Grade stored samples again, with no model: bash pipelines/eval.sh --regrade TAG [TAG ...] [--data-dir DIR] [--tokenizer DIR]
+
+For a grader that was mended. Reads results/eval/TAG.json and TAG.samples.jsonl, extracts and grades every answer anew, and
+rewrites both; what the generation was (model, machine, sampling, seconds, its command) stays, and "regraded" says by what and
+from which version. A sample whose prompt is not the benchmark's of today is an error: its answer is to another question.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from backends import load_tokenizer, render_chat
+from benchmarks import Benchmark, Item
+from console import UserError, atomic_path, run_cli
+from graders import GRADER_VERSION
+from results_store import (
+    REPO,
+    code_state,
+    data_entry,
+    public_command,
+    read_result,
+    read_samples,
+    sample_key,
+    sha256_json,
+    sha256_text,
+    write_result,
+)
+from vllm_eval8 import benchmark_metrics, extract_answer, load_benchmarks, table
+
+GENERATION = ("command", "started", "seconds", "hardware", "packages", "peak_rss_mib", "peak_vram_mib", "code")
+REST = ("samples", "settings_sha256", "parts")
+
+
+def check_prompt(benchmark: Benchmark, item: Item, row: dict[str, Any], render: Callable[[list], str], where: str) -> None:
+    """Raise unless the sample answers today's prompt. Logs from before messages_sha256 need the model's chat template."""
+    messages = benchmark.messages(item)
+    if "messages_sha256" in row:
+        same = row["messages_sha256"] == sha256_json(messages)
+    else:
+        same = row["prompt_sha256"] == sha256_text(render(messages))
+    if not same:
+        raise UserError(f"{where}: {item.id} of {benchmark.name} was asked another prompt; evaluate the model again")
+
+
+def regraded_rows(
+    benchmark: Benchmark, items: Sequence[Item], rows: Sequence[dict[str, Any]], render: Callable[[list], str], where: str
+) -> list[dict[str, Any]]:
+    """The rows with answer, gold and verdict of today's grader."""
+    known = {item.id: item for item in items}
+    if lost := next((row["id"] for row in rows if row["id"] not in known), None):
+        raise UserError(f"{where}: {benchmark.name} has no item {lost} today; evaluate the model again")
+    own = [known[row["id"]] for row in rows]
+    for item, row in zip(own, rows, strict=True):
+        check_prompt(benchmark, item, row, render, where)
+    pairs = list(zip(own, rows, strict=True))
+    extracted = [extract_answer(benchmark, item, row["text"], row["finish_reason"]) for item, row in pairs]
+    verdicts = benchmark.grade_all(own, extracted)
+    return [
+        {**row, "extracted": answer, "gold": item.gold, "correct": bool(verdict), "grader": GRADER_VERSION}
+        for (item, row), answer, verdict in zip(pairs, extracted, verdicts, strict=True)
+    ]
+
+
+def lazy_render(model: str, given: Path | None) -> Callable[[list], str]:
+    """Renders chat turns with the template of the evaluated model, loaded only when an old log asks for it."""
+    found: list[Any] = []
+
+    def render(messages: list) -> str:
+        if not found:
+            path = given or REPO / model
+            if not path.is_dir():
+                raise UserError(f"{model} is not here, whose chat template this log's prompts need; give --tokenizer DIR")
+            found.append(load_tokenizer(path))
+        return render_chat(found[0], messages)
+
+    return render
+
+
+def write_log(path: Path, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        for line in ({"settings": settings}, *rows):
+            stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def regrade(directory: Path, tag: str, data_dir: Path | None, tokenizer: Path | None) -> tuple[dict[str, Any], int]:
+    """(the new record, number of verdicts that changed) of one evaluation; both files are rewritten."""
+    started, result = time.time(), directory / f"{tag}.json"
+    old = read_result(result, "eval")
+    log = directory / old["samples"]
+    settings, rows = read_samples(log)
+    render = lazy_render(settings["model"], tokenizer)
+    metrics, data, new = {}, [], {}
+    for benchmark in load_benchmarks(list(old["metrics"]), data_dir):
+        items = benchmark.load(settings["limit"])
+        own = regraded_rows(benchmark, items, [r for r in rows if r["benchmark"] == benchmark.name], render, str(log))
+        if len(own) != len(items) * settings.get("samples", 1):
+            raise UserError(f"{log}: {len(own)} samples of {len(items)} items of {benchmark.name}; run the evaluation again")
+        metrics[benchmark.name] = benchmark_metrics(benchmark, items, own)
+        data.append(data_entry(benchmark.name, benchmark.revision, [[i.id, i.question, i.gold] for i in items]))
+        new |= {sample_key(row): row for row in own}
+    changed = sum(row["correct"] != new.get(sample_key(row), row)["correct"] for row in rows)
+    settings = settings | {"grader": GRADER_VERSION}
+    write_log(log, settings, [new.get(sample_key(row), row) for row in rows])
+    note = {"from": rows[0]["grader"], "to": GRADER_VERSION, "changed": changed, "seconds": round(time.time() - started, 2)}
+    record = write_result(
+        result, kind="eval", tag=tag, started=started, model=old["model"], recipe=old["recipe"], data=data,
+        sampling=old["sampling"], metrics=metrics,
+        extra={key: old[key] for key in (*GENERATION, *REST) if key in old}
+        | {"settings_sha256": sha256_json(settings), "regraded": note | {"command": public_command(), "code": code_state()}},
+    )  # fmt: skip
+    return record, changed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("tags", nargs="+", help="evaluations of results/eval")
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--data-dir", type=Path, help="the files that the evaluation read")
+    parser.add_argument("--tokenizer", type=Path, help="directory with the model's tokenizer, for logs of older versions")
+    args = parser.parse_args()
+    for tag in args.tags:
+        record, changed = regrade(args.results / "eval", tag, args.data_dir, args.tokenizer)
+        print(f"{tag}: grader {GRADER_VERSION}, {changed} verdicts changed\n{table(record['metrics'], {})}", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

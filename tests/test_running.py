@@ -1,0 +1,352 @@
+"""Running an evaluation: settings that are really read, samples, regrading, damaged logs, the gate, the report."""
+
+import json
+import time
+
+import pytest
+from conftest import REPO
+
+import vllm_eval8
+from backends import Completion, Sampling
+from benchmarks import Benchmark, Item
+from compare_tags import compare
+from console import UserError
+from eval_settings import GateRules, load_settings
+from gate import eval_records, gate_axis, gate_lines, gate_status
+from graders import split_thinking
+from paired_stats import clustered_interval, clustered_mcnemar, discordance, mcnemar, wilson
+from regrade import regrade
+from results_store import SampleLog, WorkClock, read_samples, write_result
+
+PLAIN = {"sampling": {}, "limit": 2, "grader": "1"}
+
+
+# --- settings -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_sampling_of_a_run_is_what_the_file_says(random_tiny, tmp_path, command, monkeypatch):
+    """Change the file: the run's record changes with it; an option of the command line wins over both."""
+    text = (REPO / "configs/eval.env").read_text()
+    assert 'SAMPLING__RAZOR_TINY="temperature=0"' in text
+    (tmp_path / "own.env").write_text(text.replace('temperature=0"', 'temperature=0.7 top_p=0.9 top_k=5"', 1))
+    monkeypatch.setenv("EVAL_CONFIG", str(tmp_path / "own.env"))
+    run = ["src/eval/vllm_eval8.py", "--model", random_tiny, "--benchmarks", "tiny_know", "--limit", "2", "--out", tmp_path]
+    done = command(*run, "--tag", "own", "--samples", "2", "--budget", "80k", "--top-k", "7")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "own.json").read_text())
+    drawn, metrics = record["sampling"], record["metrics"]["tiny_know"]
+    assert (drawn["temperature"], drawn["top_p"], drawn["top_k"], drawn["max_tokens"]) == (0.7, 0.9, 7, 81_920)
+    assert drawn["source"] == "command line (top_k), else own.env: SAMPLING__RAZOR_TINY"
+    assert record["model"]["family"] == "RAZOR_TINY" and metrics["n"] == 2 and metrics["samples"] == 2
+    rows = read_samples(tmp_path / "own.samples.jsonl")[1]
+    assert len({(row["id"], row["sample"]) for row in rows}) == 4
+    by_item = [{row["text"] for row in rows if row["id"] == key} for key in {row["id"] for row in rows}]
+    assert all(len(texts) == 2 for texts in by_item)  # the samples of an item are drawn apart
+
+
+def test_vendor_sampling_and_families_by_shape():
+    settings = load_settings()
+    text = {"model_type": "qwen3_5_moe_text", "hidden_size": 3072, "num_hidden_layers": 48, "num_experts": 256}
+    config = {"model_type": "qwen3_5_moe", "text_config": text}
+    family = settings.family_of(config)
+    assert family == "QWEN3_5_122B_A10B"
+    assert settings.sampling_for(family, config)[0] == {"temperature": 1.0, "top_p": 0.95, "top_k": 20}
+    assert settings.family_of({**text, "num_experts": 128}) is None
+    drawn, source = settings.sampling_for(None, {"model_type": "mixtral"})
+    assert drawn == {} and source.startswith("greedy")
+    assert all(0 < value <= 100 for own in settings.targets.values() for value in own.values())
+
+
+@pytest.mark.parametrize(
+    "line,message",
+    [
+        ('SAMPLING__X="temprature=1"', "unknown temprature"),
+        ('SAMPLING__X="top_p=2"', "0 < top_p"),
+        ("TARGET__NOBODY__GPQA=80", "no FAMILY__NOBODY"),
+        ("GATE_POINT=2", "GATE_POINT: expected"),
+    ],
+)
+def test_a_slip_in_the_settings_is_one_clear_error(tmp_path, line, message):
+    (tmp_path / "x.env").write_text(line + "\n")
+    with pytest.raises(UserError, match=message):
+        load_settings(tmp_path / "x.env")
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------------
+
+
+def test_clustered_statistics_are_the_plain_ones_for_one_sample():
+    a, b = [1, 1, 1, 1, 1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1, 1, 0, 1, 0]
+    assert clustered_mcnemar(a, b) == pytest.approx(mcnemar(list(map(bool, a)), list(map(bool, b))))
+    assert clustered_interval(a, 1) == wilson(7, 10)
+    assert discordance(a, b) == 0.5 and discordance(a, a) == 0.3
+    # by hand: differences 2, 2, -1; of the 8 sign patterns the sums 5, 3 and -3, -5 are at least 3 from zero
+    assert clustered_mcnemar([0, 0, 1], [2, 2, 0]) == pytest.approx(4 / 8)
+
+
+def test_copies_of_an_answer_do_not_narrow_the_interval():
+    """Eight equal answers to each of 30 items say no more than one; eight independent ones say nearly eight times as much."""
+    import numpy as np
+
+    shares = [1.0] * 20 + [0.0] * 10
+    copied, one = clustered_interval(shares, 8), wilson(20, 30)
+    assert copied == pytest.approx(one, abs=0.01)
+    rng = np.random.default_rng(0)
+    free = clustered_interval(list(rng.binomial(8, 0.67, 30) / 8), 8)
+    assert free[1] - free[0] < 0.5 * (one[1] - one[0])
+    covered = 0
+    for _ in range(400):  # items of different difficulty: the interval of the mean covers it as often as it says
+        chance = rng.beta(2, 1, 60)
+        low, high = clustered_interval(list(rng.binomial(4, chance) / 4), 4)
+        covered += low <= 2 / 3 <= high
+    assert covered / 400 > 0.92
+
+
+def test_no_verdict_from_few_items():
+    made = compare([1, 1, 0, 1], [1, 0, 0, 1])
+    assert made["verdict"] == "no difference shown" and made["minimum_detectable"] > 0.5
+    assert compare([1] * 50, [1] * 50)["minimum_detectable"] > 0.05  # nothing differed, which is not infinite precision
+    assert compare([4, 4, 3, 4] * 10, [1, 2, 0, 1] * 10, 4)["verdict"] == "loss"
+
+
+# --- the log and its clock ----------------------------------------------------------------------------------------------
+
+
+def sample(number, **more):
+    return {"benchmark": "b", "id": str(number), "text": "a\u2028b", "correct": True, **more}
+
+
+def test_damage_in_a_log(tmp_path, capsys):
+    path = tmp_path / "a.samples.jsonl"
+    SampleLog(path, PLAIN).append([sample(1), sample(2), sample(2, sample=1)])
+    whole = path.read_bytes()
+    for torn in (whole[:-9], whole[:-1], whole[:-60] + b"\0" * 60 + b"\n"):
+        path.write_bytes(torn)
+        with pytest.raises(UserError, match=r"line 4.*finish it"):
+            read_samples(path)
+        assert sorted(SampleLog(path, PLAIN).done) == [("b", "1", 0), ("b", "2", 0)]
+        assert "last line was cut short" in capsys.readouterr().err
+    path.write_bytes(whole.replace(b'"id": "1"', b'"id" "1"'))
+    for act in (lambda: SampleLog(path, PLAIN), lambda: read_samples(path)):
+        with pytest.raises(UserError, match="line 2 is damaged"):
+            act()
+
+
+def test_seconds_are_the_sum_over_the_parts_of_a_run(tmp_path):
+    clock = WorkClock(tmp_path / ".a.clock")
+    time.sleep(0.05)
+    clock.save()
+    saved, started = clock.seconds, clock.started
+    resumed = WorkClock(tmp_path / ".a.clock")
+    time.sleep(0.05)
+    assert resumed.seconds >= 0.1 and resumed.seconds < saved + 1 and resumed.started == started and resumed.parts == 2
+    resumed.remove()
+    assert WorkClock(tmp_path / ".a.clock").seconds < 0.05
+
+
+# --- regrading ----------------------------------------------------------------------------------------------------------
+
+
+class Echo(Benchmark):
+    name, revision, gold, asks = "echo", "1", ("4", "6"), "twice {}?"
+
+    def load(self, n=None):
+        return [Item(f"echo-{i}", self.asks.format(i + 2), gold) for i, gold in enumerate(self.gold)][:n]
+
+    def extract(self, item, answer):
+        return answer.split()[-1] if answer else None
+
+    def aggregate(self, items, rows):
+        return {"first": [row["correct"] for row in rows if row["id"] == items[0].id]}
+
+
+class Mended(Echo):
+    def extract(self, item, answer):
+        return answer.split()[-1].rstrip(".")
+
+
+def evaluated(directory, monkeypatch, benchmark=Echo):
+    """An evaluation as the runner makes it, with answers that the grader of Echo gets wrong."""
+    monkeypatch.setattr(vllm_eval8, "get_benchmarks", lambda names: [benchmark()])
+
+    class Backend:
+        def render(self, messages):
+            return "<user>" + messages[0]["content"]
+
+        def generate(self, prompts, sampling):
+            for index, _ in enumerate(prompts):
+                yield index, Completion(f"hm</think>It is {2 * (index + 2)}.", 5, 3, "stop", "ids")
+
+    settings = {**PLAIN, "model": "gone", "samples": 1}
+    log = SampleLog(directory / "eval/t.samples.jsonl", settings)
+    runner = vllm_eval8.Runner(Backend(), Sampling(), 1, log, WorkClock(directory / "eval/.t.clock"))
+    metrics, data = vllm_eval8.evaluate([benchmark()], 2, runner)
+    model = {"path": "gone", "config_sha256": "0", "family": None}
+    extra = {"samples": "t.samples.jsonl", "parts": 3}
+    write_result(directory / "eval/t.json", kind="eval", tag="t", started=1e9, seconds=77.0, model=model, data=data,
+                 sampling={"temperature": 0.0}, metrics=metrics, extra=extra)  # fmt: skip
+    return metrics
+
+
+def test_regrading_needs_no_model_and_keeps_the_generation(tmp_path, monkeypatch):
+    assert evaluated(tmp_path, monkeypatch)["echo"]["correct"] == 0
+    before = json.loads((tmp_path / "eval/t.json").read_text())
+    monkeypatch.setattr(vllm_eval8, "get_benchmarks", lambda names: [Mended()])
+    monkeypatch.setattr("regrade.GRADER_VERSION", "2")
+    record, changed = regrade(tmp_path / "eval", "t", None, None)
+    assert changed == 2 and record["metrics"]["echo"]["acc"] == 1.0
+    assert before["metrics"]["echo"]["first"] == [False] and record["metrics"]["echo"]["first"] == [True]
+    assert record == json.loads((tmp_path / "eval/t.json").read_text())
+    kept = ("command", "started", "seconds", "hardware", "packages", "model", "sampling", "parts", "code")
+    assert {key: record[key] for key in kept} == {key: before[key] for key in kept} and record["seconds"] == 77.0
+    assert record["regraded"]["from"] == "1" and record["regraded"]["to"] == "2" and record["regraded"]["changed"] == 2
+    settings, rows = read_samples(tmp_path / "eval/t.samples.jsonl")
+    assert settings["grader"] == "2" and [row["extracted"] for row in rows] == ["4", "6"]
+    assert split_thinking(rows[0]["text"])[1] == "It is 4."  # the generation itself is as it was
+
+
+def test_regrading_refuses_another_prompt(tmp_path, monkeypatch):
+    evaluated(tmp_path, monkeypatch)
+    before = (tmp_path / "eval/t.samples.jsonl").read_bytes(), (tmp_path / "eval/t.json").read_bytes()
+    monkeypatch.setattr(Echo, "asks", "two times {}?")
+    with pytest.raises(UserError, match="echo-0 of echo was asked another prompt"):
+        regrade(tmp_path / "eval", "t", None, None)
+    assert before == ((tmp_path / "eval/t.samples.jsonl").read_bytes(), (tmp_path / "eval/t.json").read_bytes())
+
+
+# --- the gate -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "correct,n,status,why",
+    [
+        (866, 1000, "gated", "-0.1 from 86.7"),
+        (840, 1000, "not gated", "more than 2 away"),
+        (170, 198, "gated", "-0.8 from 86.7"),
+        (13, 15, "not gated", "wider than 20"),  # 86.7 % of 15 items by luck proves nothing
+        (10220, 12032, "not gated", "excludes it by more than 1"),  # 84.9 % of so many is shown to be more than a point off
+        (10370, 12032, "gated", "-0.5"),
+    ],
+)
+def test_gate_needs_nearness_and_a_fitting_interval(correct, n, status, why):
+    low, high = wilson(correct, n)
+    got, reason = gate_status({"acc": correct / n, "acc_low": low, "acc_high": high}, 86.7, GateRules())
+    assert got == status and why in reason
+
+
+def test_a_quantized_model_has_the_gate_of_its_original():
+    settings, found = load_settings(), eval_records(REPO / "results/eval")
+    lines, failed = gate_lines(found, settings, ["razor_tiny_bf16", "razor_tiny_int2_int4_absmax"])
+    assert len(lines) == 9 and failed == 0 and all(" gated (" in line for line in lines[1:])
+    lossy = next(r for r in found if r["tag"] == "razor_tiny_int2_int4_absmax")
+    assert gate_axis(lossy, "tiny_math", settings, found).reference == "razor_tiny_bf16"
+    assert (
+        gate_axis(lossy, "tiny_math", settings, [lossy | {"model": lossy["model"] | {"family": "RAZOR_TINY"}}]).status
+        == "not gated"
+    )
+    assert gate_axis(lossy, "gsm8k", settings, found).status == "no target"
+    gguf = {"path": "x.gguf", "format": "gguf", "family": "RAZOR_TINY"}
+    assert gate_axis(lossy | {"recipe": None, "model": gguf}, "tiny_math", settings, found).reference == "razor_tiny_bf16"
+    other = lossy | {"sampling": lossy["sampling"] | {"temperature": 1.0}}
+    assert gate_axis(other, "tiny_math", settings, found).status == "not gated"
+
+
+def test_the_mission_table(tmp_path, command):
+    import shutil
+
+    for tag in ("razor_tiny_bf16", "razor_tiny_int3_int4_clip16", "razor_tiny_int3_int4_gptq_refit"):
+        for end in (".json", ".samples.jsonl"):
+            (tmp_path / "eval").mkdir(exist_ok=True)
+            shutil.copy(REPO / f"results/eval/{tag}{end}", tmp_path / "eval")
+    done = command("src/eval/compare_tags.py", "razor_tiny_int3_int4_clip16", "razor_tiny_int3_int4_gptq_refit", "--teacher",
+                   "razor_tiny_bf16", "--results", tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert "100.0" in rows["tiny_know"] and "razor_tiny_int3_int4_clip16 better" in rows["tiny_know"]
+    assert "-3.6 [-4.9, -2.4]" in rows["tiny_know"] and rows["tiny_know"].endswith("gated")
+    assert "no difference shown (n 1000, minimum detectable 0.8)" in rows["tiny_reason"]
+    name = "razor_tiny_bf16__razor_tiny_int3_int4_clip16__razor_tiny_int3_int4_gptq_refit"
+    axis = json.loads((tmp_path / f"compare/{name}.json").read_text())["metrics"]["tiny_know"]
+    assert axis["acc_teacher"] == 1.0 and axis["base_to_teacher"]["lost"] == 4 and axis["other_to_teacher"]["verdict"] == "loss"
+
+
+# --- the report ---------------------------------------------------------------------------------------------------------
+
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&{{data}}"
+
+
+@pytest.fixture
+def hostile_results(tmp_path):
+    """Records whose every free text tries to become markup."""
+    row = {"benchmark": "tiny_math", "id": "m-1", "finish_reason": "stop", "tokens": 3, "extracted": HOSTILE, "gold": HOSTILE}
+    rows = [row | {"text": HOSTILE, "correct": False}, row | {"id": "m-2", "text": "fine", "correct": True}]
+    SampleLog(tmp_path / "eval/t.samples.jsonl", PLAIN).append(rows)
+    axis = {"n": 2, "acc": 0.5, "acc_low": 0.1, "acc_high": 0.9, "trunc": 0.0}
+    model = {"path": HOSTILE, "config_sha256": "0", "bytes": 10**6, "family": None}
+    write_result(tmp_path / "eval/t.json", kind="eval", tag=HOSTILE, started=1e9, seconds=1.0, model=model,
+                 sampling={"temperature": 0.0}, metrics={"tiny_math": axis}, extra={"samples": "t.samples.jsonl"})  # fmt: skip
+    return tmp_path
+
+
+def elements(text):
+    """(tag, attributes) of every element of a page."""
+    from html.parser import HTMLParser
+
+    found = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            found.append((tag, dict(attributes)))
+
+    Parser().feed(text)
+    return found
+
+
+def assert_nothing_became_markup(text):
+    found = elements(text)
+    assert [tag for tag, _ in found].count("script") == 2 and not [tag for tag, _ in found if tag == "img"]
+    assert not any(name.startswith("on") for _, attributes in found for name in attributes)
+
+
+def test_the_report_escapes_what_models_wrote(hostile_results):
+    from make_report import page
+
+    text = page(hostile_results, load_settings())
+    assert_nothing_became_markup(text)
+    shown = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert [entry["text"] for entry in shown] == [HOSTILE, "fine"] and shown[0]["question"] is None
+
+
+def test_the_report_of_our_own_records():
+    from make_report import SAMPLE_BYTES, page
+
+    text = page(REPO / "results", load_settings())
+    assert len(text.encode()) < SAMPLE_BYTES + 1_000_000 < 3_000_001
+    assert text.count("<svg") == 2 and "razor_tiny_int3_int4_clip16" in text and "98.0 % <" in text
+    assert "http://" not in text and "https://" not in text.split("<script")[0]  # nothing is fetched
+    shown = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert {entry["benchmark"] for entry in shown} == {"tiny_know", "tiny_math", "tiny_reason", "tiny_code"}
+    assert all(entry["question"] for entry in shown) and any(not entry["correct"] for entry in shown)
+
+
+@pytest.mark.slow
+def test_the_report_in_a_browser(hostile_results, tmp_path):
+    """The page as Chromium builds it: its script runs, shows the samples, and no text has become markup."""
+    import shutil
+    import subprocess
+
+    from make_report import page
+
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+    for name, directory in (("hostile", hostile_results), ("ours", REPO / "results")):
+        path = tmp_path / f"{name}.html"
+        path.write_text(page(directory, load_settings()))
+        run = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+        done = subprocess.run([*run, path.as_uri()], capture_output=True, text=True, timeout=200)
+        built = done.stdout
+        assert done.returncode == 0 and "<title>moe-lowbit: results</title>" in built, done.stderr[-2000:]
+        count = {"hostile": "1 to 2 of 2", "ours": "1 to 10 of "}[name]
+        assert count in built and built.count('<article class="sample') == (2 if name == "hostile" else 10)
+        assert_nothing_became_markup(built)
