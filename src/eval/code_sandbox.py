@@ -92,15 +92,22 @@ def _parse(received: bytes, token: str, seconds: float) -> Verdict:
 
 
 def run_python(
-    program: str, tests: str | Sequence[str], timeout_s: float = 10.0, memory_mib: int = 512, entry_point: str = ""
+    program: str,
+    tests: str | Sequence[str],
+    timeout_s: float = 10.0,
+    memory_mib: int = 512,
+    entry_point: str = "",
+    test_timeout_s: float | None = None,
 ) -> Verdict:
     """Run ``program``, then the ``tests`` (assert statements), in a jailed child. ``entry_point`` names the function
-    asked for, if it shadows a builtin. Limits: ``timeout_s`` of wall clock, ``memory_mib`` of address space."""
+    asked for, if it shadows a builtin. Limits: ``timeout_s`` of wall clock for all, ``test_timeout_s`` for the program's
+    start and for each test, ``memory_mib`` of address space."""
     if sys.platform != "linux":
         raise UserError("the code sandbox needs Linux; grade this benchmark there")
     token, started = secrets.token_hex(16), time.monotonic()
     limits = {
         "seconds": timeout_s,
+        "test_seconds": test_timeout_s,
         "cpu_seconds": int(timeout_s) + 2,
         "memory_mib": memory_mib,
         "unconfined": bool(os.environ.get(UNCONFINED)),
@@ -128,11 +135,17 @@ def run_python(
     return _parse(received, token, time.monotonic() - started)
 
 
-def run_many(jobs: Sequence[Job], workers: int = 2, timeout_s: float = 10.0, memory_mib: int = 512) -> list[Verdict]:
+def run_many(
+    jobs: Sequence[Job],
+    workers: int = 2,
+    timeout_s: float = 10.0,
+    memory_mib: int = 512,
+    test_timeout_s: float | None = None,
+) -> list[Verdict]:
     """Verdicts of (program, tests) or (program, tests, entry point), in order, ``workers`` at a time."""
 
     def one(job: Job) -> Verdict:
-        return run_python(job[0], job[1], timeout_s, memory_mib, *job[2:])
+        return run_python(job[0], job[1], timeout_s, memory_mib, *job[2:], test_timeout_s=test_timeout_s)
 
     with progress(len(jobs), "sandbox", "program") as bar, ThreadPoolExecutor(workers) as pool:
         verdicts = []

@@ -1,14 +1,21 @@
 """Find the final answer in a model's text and compare it with the gold answer. Pure functions of strings.
 
-Not a command. `extract_letter("The answer is D.", "ABCD") == "D"`. GRADER_VERSION is recorded with every verdict, so a
-change here is visible in the logs and old samples can be graded again without a GPU.
+Not a command. `extract_letter("The answer is D.", "ABCD") == "D"` (answer_letters); mathematical answers are compared in
+math_answers, programs are run by code_sandbox. GRADER_VERSION is recorded with every verdict, so a change in any of them is
+visible in the logs and old samples can be graded again without a GPU.
 """
 
 from __future__ import annotations
 
 import re
+import textwrap
 
-GRADER_VERSION = "1"
+from answer_letters import extract_letter
+
+__all__ = ["GRADER_VERSION", "THINK_END", "extract_boxed", "extract_code", "extract_letter", "extract_math"]
+__all__ += ["grade_integer", "parse_integer", "program_of", "split_thinking"]
+
+GRADER_VERSION = "2"
 THINK_END = "</think>"
 
 _NUMBER = re.compile(r"[+-]?\d+(?:,\d{3})*(?:\.0*)?")
@@ -20,27 +27,6 @@ def split_thinking(text: str) -> tuple[str, str | None]:
     a truncated answer is no answer."""
     thinking, end, answer = text.rpartition(THINK_END)
     return (thinking, answer.strip()) if end else (text, None)
-
-
-def extract_letter(answer: str, letters: str) -> str | None:
-    """The option letter that an answer states, or None. ``letters``: the options that exist, such as "ABCD".
-
-    In order: the last \\boxed{X}; the last "answer is X" or "Answer: X"; a text that is nothing but a letter; the last
-    letter that stands alone at the start of a line. A letter must stand alone: "The correct answer is D." is not "A".
-    """
-    one = f"[{letters}]"
-    wrapped = rf"[\s*_(\[{{\"'`$]*(?:\\(?:text|mathrm|mathbf)\s*{{)?({one})(?![A-Za-z0-9'])"
-    patterns = (
-        rf"\\boxed\s*{{{wrapped}",
-        rf"(?i:answer|option|choice)\s*(?i:is|would be|:|=)?\s*:?{wrapped}",
-        rf"\A{wrapped}[\s*_.)\]}}\"'`$]*\Z",
-        rf"(?m)^{wrapped}[.):*\]]",
-    )
-    for pattern in patterns:
-        found = re.findall(pattern, answer)
-        if found:
-            return found[-1]
-    return None
 
 
 def extract_boxed(answer: str) -> str | None:
@@ -71,14 +57,48 @@ def grade_integer(extracted: str | None, gold: int) -> bool:
     return extracted is not None and parse_integer(extracted) == gold
 
 
+def extract_math(answer: str) -> str | None:
+    """A mathematical answer: the last box, else GSM8K's "#### x", else the rest of the last line "answer is x"."""
+    if boxed := extract_boxed(answer):
+        return boxed
+    marked = re.findall(r"(?m)^\s*####\s*(\S.*)$", answer)
+    stated = re.findall(r"(?i)\banswer(?:\s*[*_]*\s*(?:is|=|:)\s*[*_]*:?)+\s*([^\n]+?)[\s*_]*(?:\.\s|\.?\s*$|\n)", answer)
+    found = marked or stated
+    return found[-1].strip(" *") or None if found else None
+
+
+def fenced_blocks(answer: str) -> list[str]:
+    """The contents of the code fences. One that is never closed runs to the end; an indented fence is moved left."""
+    blocks, end = [], 0
+    for found in _FENCE.finditer(answer):
+        blocks.append(textwrap.dedent(found[3]) if found[0][0] in " \t" else found[3])
+        end = found.end()
+    if last := re.search(r"(?m)^[ \t]*(?:`{3,}|~{3,})[ \t]*[\w+-]*[^\n`]*\n", answer[end:]):
+        blocks.append(answer[end + last.end() :])
+    return blocks
+
+
+def defines(code: str, entry_point: str) -> re.Match | None:
+    name = re.escape(entry_point)
+    return re.search(rf"(?m)^\s*(?:async\s+)?(?:def|class)\s+{name}\b|^{name}\s*=", code)
+
+
 def extract_code(answer: str, entry_point: str) -> str | None:
     """The last fenced block that defines ``entry_point``, else the last fenced block, else a bare definition of it."""
-    blocks = [body for _, _, body in _FENCE.findall(answer)]
-    defining = rf"(?m)^\s*(?:async\s+)?(?:def|class)\s+{re.escape(entry_point)}\b|^{re.escape(entry_point)}\s*="
+    blocks = fenced_blocks(answer)
     for body in reversed(blocks):
-        if re.search(defining, body):
+        if defines(body, entry_point):
             return body
     if blocks:
         return blocks[-1]
-    bare = re.search(defining, answer)
+    bare = defines(answer, entry_point)
     return answer[bare.start() :] if bare else None
+
+
+def program_of(prompt: str, code: str, entry_point: str) -> str:
+    """A whole program from a prompt that opens a function and the code that a model wrote: the prompt's imports and
+    helpers stay in front of a full definition; a bare body is put below the prompt's own signature."""
+    opened = [found.start() for found in re.finditer(rf"(?m)^(?:async\s+)?def\s+{re.escape(entry_point)}\b", prompt)]
+    if defines(code, entry_point):
+        return prompt[: opened[-1]] + "\n" + code if opened else code
+    return prompt + textwrap.indent(textwrap.dedent(code), "    ")

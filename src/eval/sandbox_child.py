@@ -408,7 +408,13 @@ def serve_program(reader: int, writer: int, limits: dict, referee: int) -> None:
 # ---- the referee ----
 
 
-def run_tests(peer: Peer, job: dict) -> None:
+def set_alarm(limits: dict, started: float) -> None:
+    """The next step's time: that of one test, if there is one, and never more than what is left for all."""
+    left = max(started + limits["seconds"] - time.monotonic(), 0.001)
+    signal.setitimer(signal.ITIMER_REAL, min(limits["test_seconds"] or left, left))
+
+
+def run_tests(peer: Peer, job: dict, limits: dict) -> None:
     """Run the program, then the tests; anything but a return is not a pass.
 
     The program never supplies a builtin or a standard module to the tests, or ``def set(x): return 1`` would pass
@@ -416,6 +422,8 @@ def run_tests(peer: Peer, job: dict) -> None:
     """
     import ast  # here, so that the program's process starts while this loads
 
+    started = time.monotonic()
+    set_alarm(limits, started)
     peer.ask("run", job["program"])
     trees = [ast.parse(test) for test in job["tests"]]
     nodes = [node for tree in trees for node in ast.walk(tree)]
@@ -425,14 +433,15 @@ def run_tests(peer: Peer, job: dict) -> None:
     space = peer.ask("lookup", sorted({node.id for node in nodes if isinstance(node, ast.Name)} - ours))
     space |= {name: __import__(name) for name in modules & ours} | {"__name__": TESTS_MODULE}
     for number, tree in enumerate(trees):
+        set_alarm(limits, started)
         exec(compile(tree, f"test {number}", "exec", dont_inherit=True), space)
     peer.ask("lookup", [])  # still alive: a test that swallows every error has not hidden its end
 
 
-def judge(peer: Peer, job: dict, program: int) -> tuple[str, str]:
+def judge(peer: Peer, job: dict, limits: dict, program: int) -> tuple[str, str]:
     """(reason, detail) of one run."""
     try:
-        run_tests(peer, job)
+        run_tests(peer, job, limits)
         return "passed", ""
     except AssertionError as error:
         return "failed", f"{place_in_tests(error, job['tests'])} {short_text(error)}".strip()
@@ -502,10 +511,9 @@ def main() -> None:
     report = {"token": job["token"], "jail": peer.listen()["value"]}
     if report["jail"] and not limits["unconfined"]:
         finish(verdict, program, report | {"reason": "error", "detail": "not run"})
-    late = report | {"reason": "timeout", "detail": f"{limits['seconds']:g} s"}
+    late = report | {"reason": "timeout", "detail": f"{limits['test_seconds'] or limits['seconds']:g} s"}
     signal.signal(signal.SIGALRM, lambda *_: finish(verdict, program, late))
-    signal.setitimer(signal.ITIMER_REAL, limits["seconds"])
-    reason, detail = judge(peer, job, program)
+    reason, detail = judge(peer, job, limits, program)
     signal.setitimer(signal.ITIMER_REAL, 0)
     finish(verdict, program, report | {"reason": reason, "detail": detail})
 

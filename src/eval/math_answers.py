@@ -1,0 +1,232 @@
+r"""Whether a mathematical answer equals the gold one: `grade_math(r"\dfrac12", "0.5")` is True. Pure functions of strings.
+
+Not a command; math_judge runs it in a process of its own, since a hostile expression may take for ever. What the answer
+is (a number, a tuple, an interval, a set, a list, a text) is decided here and compared part by part; math-verify (sympy)
+only says whether two single expressions are equal. So (1,2) is not (2,1), [0,1) is not (0,1], but 1,2 is 2,1.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+MAX_LENGTH = 2000  # characters; no answer of the benchmarks has more than 200
+OPENING, CLOSING = "([{", ")]}"
+SCALES = {"hundred", "thousand", "million", "billion", "trillion", "dozen"}  # not units: 3 million is not 3
+UNITS = (
+    r"(?:square|sq|cubic|cu)?\s*(?:mm|cm|dm|km|m|in|inch|inches|ft|foot|feet|yd|yards?|miles?|mph|kg|g|mg|lbs?|pounds?|"
+    r"ml|l|s|sec|seconds?|min|minutes?|h|hrs?|hours?|days?|weeks?|months?|years?|units?|degrees?|deg|radians?|rad|"
+    r"cents?|dollars?|meters?|metres?|centimeters?|kilometers?|percent)"
+)
+_REWRITES = tuple(
+    (re.compile(pattern), to)
+    for pattern, to in (
+        (r"\\(?:left|right|[bB]ig+[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
+        (r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:mbox|hbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|operatorname)\s*{", r"\\text{"),
+        (r"\\(?:lbrace|\{)", "\u27e8"),  # one sign each for set braces, so that LaTeX groups stay distinct
+        (r"\\(?:rbrace|\})", "\u27e9"),
+        (r"\\[!,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
+        (r"\s*\^\s*{?\s*\\circ\s*}?|\\degree(?![A-Za-z])|°", ""),
+        (r"\\?[%$]", ""),
+        (r"\{,\}", ","),
+        (r"[\u2212\u2013]", "-"),
+        (r"\\(?:leq|leqslant)(?![A-Za-z])", r"\\le"),
+        (r"\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge"),
+        (r"\\frac\s*(\d)\s*(\d)(?!\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\d)\s*{", r"\\frac{\1}{"),
+        (r"(\\frac{[^{}]*})\s*(\d)", r"\1{\2}"),
+        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
+    )
+)
+_NUMBER = re.compile(r"([+-]?)\s*(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?")
+_FRACTION = re.compile(r"([+-]?)\s*(?:(\d+)\s*)?\\frac{\s*([+-]?\d+)\s*}{\s*([+-]?\d+)\s*}")
+_RATIO = re.compile(r"([+-]?\d+)\s*/\s*([+-]?\d+)")
+_BASED = re.compile(r"([0-9A-Fa-f]+)_{?(?:\\text{)?(\d+)}*")
+_ASSIGNED = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]+)(?:_{?\w+}?)?\s*(?:\(\s*[a-z]\s*\))?\s*(?:=|\\in(?![a-z]))\s*(?=\S)")
+
+
+def clean(text: str) -> str:
+    """The same answer with one spelling for each sign, without layout, degrees, per cent and currency signs."""
+    text = text.strip()
+    for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}")):
+        if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
+            text = text[len(opening) : len(text) - len(closing)].strip()
+    for pattern, to in _REWRITES:
+        text = pattern.sub(to, text)
+    return text.strip().rstrip(".").rstrip("\\").strip()
+
+
+def split_top(text: str, mark: str = ",") -> list[str]:
+    """``text`` cut at the marks that stand outside all brackets. Half-open intervals count as brackets too."""
+    parts, depth, start, place = [], 0, 0, 0
+    while place < len(text):
+        sign = text[place]
+        depth += (sign in OPENING or sign == "\u27e8") - (sign in CLOSING or sign == "\u27e9")
+        if depth == 0 and text.startswith(mark, place):
+            parts.append(text[start:place])
+            place += len(mark)
+            start = place
+        else:
+            place += 1
+    return [part.strip() for part in [*parts, text[start:]]]
+
+
+def wrapped(text: str) -> tuple[str, str] | None:
+    """(the two outer brackets, what is between) when one pair encloses the whole text."""
+    if len(text) < 2 or text[0] not in "([\u27e8" or text[-1] not in ")]\u27e9":
+        return None
+    depth = 0
+    for place, sign in enumerate(text):
+        depth += (sign in OPENING or sign == "\u27e8") - (sign in CLOSING or sign == "\u27e9")
+        if depth == 0:
+            return (text[0] + text[-1], text[1:-1].strip()) if place == len(text) - 1 else None
+    return None
+
+
+def plain_text(text: str) -> str:
+    r"""The words of a text answer: without \text{}, spaces, and brackets around a single letter."""
+    text = re.sub(r"\\text\s*{([^{}]*)}", r"\1", text)
+    text = re.sub(r"\s+", "", text)
+    return re.sub(r"\A\((\w)\)\Z", r"\1", text)
+
+
+def exact_number(text: str) -> Fraction | None:
+    """The rational number that the whole text is, or None: integers, decimals, a/b, \\frac, mixed numbers."""
+    text = text.strip()
+    if text.startswith("{") and text.endswith("}"):
+        text = text[1:-1].strip()
+    if (found := _NUMBER.fullmatch(text)) and re.search(r"\d", text):
+        sign, whole, decimals = found[1], found[2].replace(",", ""), (found[3] or ".")[1:]
+        return Fraction(int((whole or "0") + decimals) * (-1 if sign == "-" else 1), 10 ** len(decimals))
+    if found := _FRACTION.fullmatch(text):
+        sign, whole, top, bottom = found.groups()
+        if not int(bottom):
+            return None
+        return (Fraction(int(whole or 0)) + Fraction(int(top), int(bottom))) * (-1 if sign == "-" else 1)
+    if (found := _RATIO.fullmatch(text)) and int(found[2]):
+        return Fraction(int(found[1]), int(found[2]))
+    return None
+
+
+def without_units(text: str) -> str:
+    r"""The quantity alone: a trailing \text{...}, a known unit, or words after a plain number. Words with digits and
+    words that multiply ("3 million") stay."""
+    bare = re.sub(r"(?<=[^\s=({\[,+*/^-])\s*\\text\s*{([^{}]*)}(?:\s*\^\s*{?\d}?)?\s*\Z", _unless_scale, text)
+    if exact_number(bare) is None:
+        bare = re.sub(rf"(?<=[\d}})])\s*{UNITS}(?:\s*\^\s*{{?\d}}?|/\w+)?\s*\Z", "", bare, flags=re.I)
+    if found := re.fullmatch(r"([+-]?[\d.,/]*\d)\s+([A-Za-z][A-Za-z\s.'-]+)", bare):
+        words = found[2].lower().split()
+        if not SCALES & set(words) and not {"or", "and", "to"} & set(words):
+            bare = found[1]
+    return bare.strip()
+
+
+def _unless_scale(found: re.Match) -> str:
+    return found[0] if SCALES & set(found[1].lower().split()) else ""
+
+
+def alternatives(text: str) -> list[str]:
+    """The members of an answer that lists several: 1, 2 · 1 and 2 · 1 or 2 · 1 \\pm 2."""
+    text = re.sub(r"\\text\s*{\s*,?\s*(?:and|or)\s*}|(?<=[\s\d}])(?:and|or)(?=\s)", ",", text)
+    parts = [part for part in split_top(text) if part] or [text]
+    if len(parts) > 1 and re.fullmatch(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
+        return [text]  # one number with its thousands marked
+    spread = []
+    for part in parts:
+        signs = ("+", "-") if "\\pm" in part else ("",)
+        spread += [re.sub(r"\A\s*\+", "", part.replace("\\pm", sign)) for sign in signs]
+    return spread
+
+
+def same_members(gold: list[str], answer: list[str]) -> bool:
+    """Equal as multisets."""
+    if len(gold) != len(answer):
+        return False
+    left = list(answer)
+    for member in gold:
+        match = next((place for place, other in enumerate(left) if equal(member, other)), None)
+        if match is None:
+            return False
+        left.pop(match)
+    return True
+
+
+def equal(gold: str, answer: str) -> bool:
+    """Two cleaned answers, by their structure."""
+    if not gold or not answer:
+        return False
+    if "=" not in gold and "\\in " not in gold:
+        answer = _ASSIGNED.sub("", answer, count=1) if _ASSIGNED.match(answer) else answer
+    elif "=" not in answer and "\\in " not in answer and _ASSIGNED.match(gold):
+        gold = _ASSIGNED.sub("", gold, count=1)
+    if re.sub(r"\s", "", gold) == re.sub(r"\s", "", answer):
+        return True
+    for union in ("\\cup", "\u222a"):
+        gold, answer = gold.replace(union, "\u222a"), answer.replace(union, "\u222a")
+    if len(parts := split_top(gold, "\u222a")) > 1:
+        return same_members(parts, split_top(answer, "\u222a"))
+    members, others = _members(gold), _members(answer)
+    if members is None and others is None:
+        return _equal_single(_unwrap(gold), _unwrap(answer))
+    if members is None or others is None:
+        return False
+    ordered, kind, inner = members
+    ordered_too, other_kind, other_inner = others
+    if ordered or ordered_too:
+        same = kind == other_kind and len(inner) == len(other_inner)
+        return same and all(equal(one, other) for one, other in zip(inner, other_inner, strict=True))
+    return same_members(inner, other_inner)
+
+
+def _members(text: str) -> tuple[bool, str, list[str]] | None:
+    """(ordered, brackets, members) of a tuple, interval, set or bare list; None for a single expression."""
+    if inside := wrapped(text):
+        brackets, inner = inside
+        parts = split_top(inner)
+        if brackets == "\u27e8\u27e9":
+            return False, "", alternatives(inner)
+        return (True, brackets, parts) if len(parts) > 1 else None
+    several = alternatives(text)
+    return (False, "", several) if len(several) > 1 else None
+
+
+def _unwrap(text: str) -> str:
+    while (inside := wrapped(text)) and inside[0] == "()":
+        text = inside[1]
+    return text
+
+
+def _equal_single(gold: str, answer: str) -> bool:
+    words, other_words = plain_text(gold), plain_text(answer)
+    if words == other_words:
+        return True
+    if re.fullmatch(r"[A-Za-z]{2,}\d*|[A-Za-z][A-Za-z\s,.'-]+\d*", words) and (words.isalpha() or "\\text" in gold):
+        return words.casefold() == other_words.casefold()
+    gold, answer = without_units(gold), without_units(answer)
+    number, other = exact_number(gold), exact_number(answer)
+    if number is not None and other is not None:
+        return number == other
+    based, other_based = _BASED.fullmatch(gold.replace(" ", "")), _BASED.fullmatch(answer.replace(" ", ""))
+    if based:  # the question names the base, so an answer may leave it out
+        digits = other_based.groups() if other_based else (answer.replace(" ", ""), based[2])
+        return based.groups() == digits
+    return same_expression(gold, answer)
+
+
+def same_expression(gold: str, answer: str) -> bool:
+    """Whether math-verify shows two single LaTeX expressions to be equal. May take long: see math_judge."""
+    from math_verify import parse, verify
+    from math_verify.parser import LatexExtractionConfig
+
+    gold, answer = (text.replace("\u27e8", "\\{").replace("\u27e9", "\\}") for text in (gold, answer))
+    options = {"extraction_config": [LatexExtractionConfig()], "fallback_mode": "no_fallback", "parsing_timeout": None}
+    parsed, other = parse(f"${gold}$", **options), parse(f"${answer}$", **options)
+    return bool(parsed and other) and verify(parsed, other, strict=True, timeout_seconds=None)
+
+
+def grade_math(answer: str | None, gold: str) -> bool:
+    """Whether an extracted answer equals the gold answer."""
+    if answer is None or not answer.strip() or len(answer) > MAX_LENGTH:
+        return False
+    return equal(clean(gold), clean(answer))
