@@ -11,7 +11,6 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,16 @@ from console import UserError
 MARKER = re.compile(r"<image[ _]?(\d+)>")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """An image as the bytes of its file: small in memory, decoded when it is used, never scaled here."""
+class Picture(str):
+    """An image as the bytes of its file: small in memory, decoded when it is used, never scaled here. As a string it is the
+    digest that identifies it in logs."""
 
     data: bytes
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
+    def __new__(cls, data: bytes) -> Picture:
+        picture = super().__new__(cls, f"sha256:{hashlib.sha256(data).hexdigest()}")
+        picture.data = data
+        return picture
 
     def open(self) -> Any:
         """The PIL image in RGB; what is transparent is white, as on a page."""
@@ -118,7 +118,7 @@ class Prompt(str):
     pictures: tuple[Picture, ...]
 
     def __new__(cls, text: str, pictures: Sequence[Picture]) -> Prompt:
-        whole = super().__new__(cls, "\n".join([text, *(picture.sha256 for picture in pictures)]))
+        whole = super().__new__(cls, "\n".join([text, *pictures]))
         whole.text, whole.pictures = text, tuple(pictures)
         return whole
 
