@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from console import UserError
 from env_config import load_config
 from pictures import load_processor
 from tiny_data import completion_text
@@ -127,6 +128,9 @@ def test_training_resumes_to_the_same_weights_and_the_loss_falls(tokenizer, tmp_
     train(VlRun(config, tokenizer, tmp_path / "b", CPU), tokenizer, 0, 2, stop=2)
     resumed = VlRun(config, tokenizer, tmp_path / "b", CPU)
     assert resumed.step == 2
+    with pytest.raises(UserError, match="made with other settings"):
+        VlRun(dataclasses.replace(config, seed=2), tokenizer, tmp_path / "b", CPU)
+    assert VlRun(dataclasses.replace(config, steps=30), tokenizer, tmp_path / "b", CPU).step == 2  # extended
     train(resumed, tokenizer, 0, 2, stop=4)
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name

@@ -137,6 +137,16 @@ class VlRun(Run):
         if self.path.exists():
             self.restore()
 
+    def restore(self) -> None:
+        """As tiny_train.Run, but STEPS and MAX_SECONDS may be larger than they were: that extends a finished run."""
+        state = torch.load(self.path, map_location=self.device, weights_only=True)
+        free = {"steps": self.config.steps, "max_seconds": self.config.max_seconds}
+        if state["config"] | free != dataclasses.asdict(self.config):
+            raise UserError(f"{self.path}: made with other settings; remove it or give another --work")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+
     @property
     def finished(self) -> bool:
         return self.config.progress(self.step, self.seconds) >= 1
