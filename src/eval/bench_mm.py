@@ -113,14 +113,14 @@ class MmBenchmark(Benchmark):
 
 
 def current_commit(dataset: str) -> str:
-    """The commit that the hub has now, which the record then names."""
-    from huggingface_hub import HfApi
+    """The commit that the hub has now (or the cache, without a network), which the record then names."""
+    from huggingface_hub import hf_hub_download
 
     try:
-        return str(HfApi().dataset_info(dataset).sha)
+        return Path(hf_hub_download(dataset, "README.md", repo_type="dataset")).parent.name  # .../snapshots/COMMIT/README.md
     except OSError as error:
         raise UserError(
-            f"{dataset}: the hub does not answer ({type(error).__name__}); use --data-dir with local rows"
+            f"{dataset}: no answer from the hub ({type(error).__name__}); use --data-dir with local rows"
         ) from None
 
 
