@@ -119,9 +119,7 @@ def current_commit(dataset: str) -> str:
     try:
         return Path(hf_hub_download(dataset, "README.md", repo_type="dataset")).parent.name  # .../snapshots/COMMIT/README.md
     except OSError as error:
-        raise UserError(
-            f"{dataset}: no answer from the hub ({type(error).__name__}); use --data-dir with local rows"
-        ) from None
+        raise UserError(f"{dataset}: no answer from the hub ({type(error).__name__}); use --data-dir with local rows") from None
 
 
 def hub_rows(dataset: str, config: str | None, split: str, revision: str) -> Iterable[Mapping[str, Any]]:
