@@ -46,11 +46,12 @@ class _OnGrid(torch.autograd.Function):
         grad_a, grad_b, grad_growth = (None if value is None else torch.empty_like(value) for value in (a, b, growth))
         for part in parts_of(grid.shape, gradient.device):
             own = gradient[part].float()
+            grown = None if growth is None else growth[part]
             if growth is not None:
                 moved = None if a is None else torch.bmm(b[part], a[part])
                 grad_growth[part] = grid.growth_gradient(part, moved, own)
             if a is not None:
-                own = (grid.grouped(own) * grid.step(part)).view(own.shape)
+                own = (grid.grouped(own) * grid.step(part, grown)).view(own.shape)
                 grad_a[part] = torch.bmm(b[part].transpose(1, 2), own)
                 grad_b[part] = torch.bmm(own, a[part].transpose(1, 2))
         return None, grad_a, grad_b, grad_growth, None
@@ -111,7 +112,7 @@ def digest(weights: Tensor) -> str:
 def is_experts(module: nn.Module) -> bool:
     """Whether a module has the fused experts that an adapter knows; a block of experts of another kind is refused by name."""
     fused = {name for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
-    if not fused:
+    if not fused or isinstance(module, nn.Conv1d):
         return False
     gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
     biased = any("bias" in name for name, _ in module.named_parameters(recurse=False))

@@ -123,9 +123,9 @@ class IntGrid(nn.Module):
             position += moved
         return torch.minimum(position.round_(), qmax).maximum(-qmax)
 
-    def step(self, part: slice) -> Tensor:
+    def step(self, part: slice, growth: Tensor | None) -> Tensor:
         """The size of a step, float32 [e, O, I/G, 1]."""
-        return self.scale[part].float()[..., None]
+        return self._scales(part, growth)[..., None]
 
     def grouped(self, value: Tensor) -> Tensor:
         """[e, O, I] -> [e, O, I/G, G]."""
@@ -134,7 +134,7 @@ class IntGrid(nn.Module):
     def values(self, part: slice, moved: Tensor | None, growth: Tensor | None) -> Tensor:
         """Weights [e, O, I] as stored; ``growth`` [e, O, I/G]: relative change of the scales, rounded with them."""
         codes = self.codes(part, moved)
-        return (self.grouped(codes) * self._scales(part, growth)[..., None]).view(codes.shape).to(self.stored)
+        return (self.grouped(codes) * self.step(part, growth)).view(codes.shape).to(self.stored)
 
     def _scales(self, part: slice, growth: Tensor | None) -> Tensor:
         scale = self.scale[part].float()
@@ -185,7 +185,7 @@ class GgmlGrid(nn.Module):
     def grouped(self, value: Tensor) -> Tensor:
         return value.view(*value.shape[:-1], -1, self.group)
 
-    def step(self, part: slice) -> Tensor:
+    def step(self, part: slice, growth: Tensor | None = None) -> Tensor:
         return self.grouped(self.latent[part].float()).square().mean(-1, keepdim=True).sqrt()
 
     def values(self, part: slice, moved: Tensor | None, growth: Tensor | None) -> Tensor:
