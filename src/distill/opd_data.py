@@ -95,7 +95,7 @@ class ScoredRollouts:
             with safe_open(path, "pt") as tensors:
                 starts, prompts = tensors.get_tensor("starts").tolist(), tensors.get_tensor("prompts").tolist()
             position = 0
-            for start, end, prompt in zip(starts, starts[1:], prompts, strict=True):
+            for start, end, prompt in zip(starts[:-1], starts[1:], prompts, strict=True):
                 self.places.append((path, start, position, prompt))
                 self.lengths.append(end - start)
                 position += end - start - prompt

@@ -1,0 +1,168 @@
+"""The phases of recovery end to end on an untrained model: kills, two processes, what does not belong together."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO
+from safetensors.torch import load_file, save_file
+
+from opd_data import ScoredRollouts, file_sha256, read_rollouts
+from quant_save import quantize_checkpoint
+from recipe import Recipe, read_recipe
+
+GENERATE = ["--tasks", "tiny_know,tiny_math", "--limit", 4, "--max-tokens", 12, "--backend", "hf", "--temperature", 1.0]
+TRAIN = ["--steps", 5, "--rows", 4, "--micro-rows", 2, "--rank", 4, "--lr", 0.1, "--save-every", 1, "--warmup", 0]
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def cached(random_tiny, tmp_path_factory):
+    """A 2-bit student with its rollouts and scores."""
+    path = tmp_path_factory.mktemp("opd")
+    quantize_checkpoint(random_tiny, path / "q", Recipe(2, 4, 128, 1))
+    for script, arguments in (
+        ("opd_gen", ["--model", path / "q", "--out", path / "rollouts", *GENERATE]),
+        ("opd_score", ["--teacher", random_tiny, "--rollouts", path / "rollouts", "--out", path / "scores", "--k", 20]),
+    ):
+        done = run(script, *arguments)
+        assert done.returncode == 0, done.stderr
+    return path
+
+
+def run(script, *arguments, start=()):
+    command = [sys.executable, *start, REPO / f"src/distill/{script}.py", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=ONE_THREAD)
+
+
+def training(cached, teacher, out, *more):
+    paths = ["--student", cached / "q", "--teacher", teacher, "--rollouts", cached / "rollouts", "--scores", cached / "scores"]
+    return [*paths, "--out", out, *TRAIN, *more]
+
+
+def digests(directory):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.iterdir()) if p.name != "phase.json"}
+
+
+def test_rollouts_and_scores(cached, random_tiny, tmp_path):
+    rows, manifest = read_rollouts(cached / "rollouts")
+    scores = ScoredRollouts(cached / "scores")
+    assert len(rows) == len(scores) == 8 and manifest["all"]["samples"] == 8
+    assert all("-train-" in row["id"] for row in rows)
+    example = scores[3]
+    assert len(example.teacher.ids) == len(example.ids) - example.prompt == scores.answers[3]
+    assert torch.allclose(example.teacher.events().exp().sum(-1), torch.ones(scores.answers[3]), atol=1e-5)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(random_tiny, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=example.ids[None], use_cache=False).logits[0, example.prompt - 1 : -1]
+    torch.testing.assert_close(example.teacher.logp, logits.log_softmax(-1).gather(-1, example.teacher.ids), rtol=0, atol=1e-4)
+    # a run killed between two samples makes the same ones again
+    shutil.copytree(cached / "rollouts", tmp_path / "cut")
+    lines = (cached / "rollouts/samples.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut/samples.jsonl").write_text("".join(lines[:3]) + lines[3][:20])
+    (tmp_path / "cut/rollouts.jsonl").unlink()
+    done = run("opd_gen", "--model", cached / "q", "--out", tmp_path / "cut", *GENERATE)
+    assert done.returncode == 0, done.stderr
+    assert file_sha256(tmp_path / "cut/rollouts.jsonl") == manifest["sha256"]
+    assert sorted((tmp_path / "cut/samples.jsonl").read_text().splitlines(keepends=True)) == sorted(lines)
+
+
+def test_killed_training_ends_with_the_same_bytes_and_merges(cached, random_tiny, tmp_path):
+    done = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, REPO / "src/distill/opd_train_fsdp.py", *training(cached, random_tiny, tmp_path / "cut")]
+    process = subprocess.Popen(list(map(str, command)), env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "cut/state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "cut/adapter.json").exists()
+    done = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "cut"))
+    assert done.returncode == 0 and "from step 0" not in done.stdout, done.stderr
+    assert digests(tmp_path / "whole")["adapter.safetensors"] == digests(tmp_path / "cut")["adapter.safetensors"]
+    assert digests(tmp_path / "whole")["adapter.json"] == digests(tmp_path / "cut")["adapter.json"]
+    facts = json.loads((tmp_path / "whole/phase.json").read_text())
+    assert facts["peak_rss_mib"] > 0 and facts["tokens"] > 0 and facts["steps"] == 5
+    curve = json.loads((tmp_path / "whole/adapter.json").read_text())["curve"]
+    assert all(norm > 0 for _, _, norm in curve)
+    models = ["--student", cached / "q", "--teacher", random_tiny]
+    done = run("merge_adapter", *models, "--adapter", tmp_path / "cut", "--out", tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert read_recipe(tmp_path / "r") == read_recipe(cached / "q")
+    recovery = json.loads((tmp_path / "r/recipe.json").read_text())["recovery"]
+    assert recovery["changed_weights"] > 0 and recovery["adapter_sha256"] == file_sha256(tmp_path / "cut/adapter.safetensors")
+    # an adapter of another rank, and of another model
+    described = json.loads((tmp_path / "cut/adapter.json").read_text())
+    described["adapter"]["rank"] = 8
+    (tmp_path / "cut/adapter.json").write_text(json.dumps(described))
+    done = run("merge_adapter", *models, "--adapter", tmp_path / "cut", "--out", tmp_path / "r2")
+    assert done.returncode == 2 and "has rank 4, adapter.json says 8" in done.stderr and done.stderr.count("\n") == 1
+    other = ["--student", tmp_path / "r", "--teacher", random_tiny]
+    done = run("merge_adapter", *other, "--adapter", tmp_path / "whole", "--out", tmp_path / "r2")
+    assert done.returncode == 2 and "trained on another student" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "r2").exists()
+
+
+def test_two_processes_with_fsdp_equal_one(cached, random_tiny, tmp_path):
+    done = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "one"))
+    assert done.returncode == 0, done.stderr
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "two"), start=start)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads((tmp_path / name / "adapter.json").read_text())["curve"] for name in ("one", "two"))
+    assert len(one) == 5 and one[-1][0] == 5
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(one, two, strict=True):
+        assert loss == pytest.approx(other_loss, abs=1e-4) and norm == pytest.approx(other_norm, rel=1e-3, abs=1e-4)
+    a, b = (load_file(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a), max((a[n] - b[n]).abs().max() for n in a)
+
+
+def test_what_does_not_belong_together_is_one_line(cached, random_tiny, tmp_path):
+    def refused(message, cached, *more):
+        done = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "a", *more))
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stderr
+        assert "Traceback" not in done.stderr
+
+    shutil.copytree(cached, tmp_path / "c")
+    lines = (tmp_path / "c/rollouts/rollouts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "c/rollouts/rollouts.jsonl").write_text("".join(lines[1:]))
+    refused("not the rollouts that rollouts.json describes", tmp_path / "c")
+    manifest = json.loads((tmp_path / "c/rollouts/rollouts.json").read_text())
+    manifest["sha256"] = file_sha256(tmp_path / "c/rollouts/rollouts.jsonl")
+    (tmp_path / "c/rollouts/rollouts.json").write_text(json.dumps(manifest))
+    refused("scores of other rollouts", tmp_path / "c")
+    refused("is no multiple of --micro-rows", cached, "--rows", 3)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_state(cached, random_tiny, tmp_path):
+    done = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "a", "--steps", 2))
+    assert done.returncode == 0
+    good = file_sha256(tmp_path / "a/state.safetensors")
+    shutil.copytree(cached, tmp_path / "c")
+    for shard in (tmp_path / "c/scores").glob("*.safetensors"):
+        tensors = load_file(shard)
+        tensors["logp"][:, 0] = float("nan")
+        save_file(tensors, shard)
+    (tmp_path / "a/adapter.json").unlink()
+    state = load_file(tmp_path / "a/state.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "a/state.safetensors", "pt") as file:
+        facts = json.loads(file.metadata()["state"])
+    facts["settings"]["training"]["steps"] = 5
+    save_file(state, tmp_path / "a/state.safetensors", {"state": json.dumps(facts)})
+    good = file_sha256(tmp_path / "a/state.safetensors")
+    done = run("opd_train_fsdp", *training(tmp_path / "c", random_tiny, tmp_path / "a"))
+    assert done.returncode == 2 and "the loss is nan" in done.stderr and "step 2" in done.stderr, done.stderr
+    assert file_sha256(tmp_path / "a/state.safetensors") == good and not (tmp_path / "a/adapter.json").exists()
