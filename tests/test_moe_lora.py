@@ -158,9 +158,11 @@ def test_a_recomputed_layer_routes_as_its_forward_did(tmp_path):
         for layer in student.layers:
             experts = next(m for m in layer.modules() if is_adapted(m))
 
-            def disturb(module, args, calls=calls):  # a recomputation whose router is off by far more than a rounding
+            after = len(student.layers) if disturbed else 99
+
+            def disturb(module, args, calls=calls, after=after):
                 calls[0] += 1
-                return (args[0], args[1].flip(0), args[2]) if disturbed and calls[0] > len(student.layers) else None
+                return (args[0], args[1].flip(0), args[2]) if calls[0] > after else None  # far off, when recomputed
 
             experts.register_forward_pre_hook(disturb, prepend=True)
             experts.register_forward_pre_hook(lambda m, args, chosen=chosen: chosen.append(args[1].clone()))
