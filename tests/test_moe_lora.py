@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_quant_save import FAMILIES, TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -186,3 +187,44 @@ def test_digest_and_checkpoint_are_pure():
     layer = torch.nn.Linear(2, 2)
     checkpoint_layer(layer)
     assert torch.equal(layer(torch.ones(1, 2)), torch.nn.Linear.forward(layer, torch.ones(1, 2)))
+
+
+@pytest.mark.parametrize("name", ["q4_K", "q2_K", "iq4_nl", "iq3_xxs", "iq2_xs"])
+def test_a_ggml_grid_packs_what_it_computed(name):
+    from ggml_types import decode_rows, encode
+    from target_grid import GgmlGrid
+
+    torch.manual_seed(0)
+    weight = (torch.randn(2, 4, 256) * 0.05).bfloat16()
+    adapter = Adapter("x", GgmlGrid(weight, name, torch.float32), False, "lora", 4)
+    assert torch.equal(adapter.baked(), decode_rows(encode(weight.float(), name), name))  # starts as llama.cpp's file would
+    with torch.no_grad():
+        adapter.b.normal_(0, 0.5)
+    packed = adapter.packed()
+    assert torch.equal(decode_rows(packed, name), adapter.baked())  # no scale is searched again
+    out = adapter(torch.float32)
+    assert torch.equal(out.detach(), adapter.baked()) and not torch.equal(packed, encode(weight.float(), name))
+    out.square().sum().backward()
+    assert (adapter.b.grad.flatten(1).abs().amax(1) > 0).all() and adapter.a.grad.isfinite().all()
+    with pytest.raises(UserError, match="cannot be trained"):
+        Adapter("x", GgmlGrid(weight, name, torch.float32), False, "scales", 4)
+
+
+def test_a_student_on_a_ggml_grid_merges_with_its_blocks(tmp_path):
+    from ggml_types import decode_rows
+
+    teacher, quantized, model = pair(tmp_path, "qwen3_moe", Recipe(2, 4, 32, 1))
+    config = AdapterConfig(rank=4, ggml="iq4_nl")
+    student = build_student(quantized, teacher, config, ALONE, "forward_kl", 1.0, recompute=False)
+    batch = batch_of(model)
+    trainer = Trainer(student, TrainConfig(1, 3, 3, 0.3, 0, "forward_kl", 1.0, 0, 99, False), ALONE, tmp_path / "a", {})
+    student(batch).backward()
+    trainer.optimizer.step()
+    (tmp_path / "a").mkdir()
+    write_adapter(trainer, config, {role: model_identity(p) for role, p in (("student", quantized), ("teacher", teacher))}, {})
+    merge(quantized, teacher, tmp_path / "a", tmp_path / "r", False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "r", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=batch.ids).logits, student.logits(batch.ids), rtol=0, atol=1e-5)
+    for name, blocks in load_file(tmp_path / "r/ggml.safetensors").items():
+        assert torch.equal(decode_rows(blocks, "iq4_nl").bfloat16().float(), merged.get_parameter(name)), name

@@ -35,7 +35,7 @@ class _OnGrid(torch.autograd.Function):
         ctx.grid = grid
         ctx.save_for_backward(a, b, growth)
         out = torch.empty(grid.shape, dtype=dtype, device=grid.scale.device)
-        for part in parts_of(grid.shape, out.device):
+        for part in parts_of(grid):
             moved = None if a is None else torch.bmm(b[part], a[part])
             out[part] = grid.values(part, moved, None if growth is None else growth[part]).to(dtype)
         return out
@@ -44,7 +44,7 @@ class _OnGrid(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor):
         grid, (a, b, growth) = ctx.grid, ctx.saved_tensors
         grad_a, grad_b, grad_growth = (None if value is None else torch.empty_like(value) for value in (a, b, growth))
-        for part in parts_of(grid.shape, gradient.device):
+        for part in parts_of(grid):
             own = gradient[part].float()
             grown = None if growth is None else growth[part]
             if growth is not None:
@@ -96,11 +96,7 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def packed(self) -> Tensor:
         """The final blocks of a ggml grid, uint8 [E, O, row bytes]."""
-        parts = [
-            self.grid.packed(part, torch.bmm(self.b[part], self.a[part]))
-            for part in parts_of(self.grid.shape, self.grid.scale.device)
-        ]
-        return torch.cat(parts)
+        return torch.cat([self.grid.packed(part, torch.bmm(self.b[part], self.a[part])) for part in parts_of(self.grid)])
 
 
 def digest(weights: Tensor) -> str:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from console import UserError
 from moe_quant import inverse_scale
 
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 27}  # weights worked on at once (whole matrices, at least one)
 NEIGHBOURS = (0, 1, -1, 2, -2)  # of a quotient in bfloat16: the stored maximum is rounded, so the scale may lie beside it
 
 
@@ -103,6 +102,7 @@ class IntGrid(nn.Module):
     """Symmetric integers of E matrices; ``bits`` may differ between them."""
 
     scales = True  # whether the scales can be trained
+    chunk = {"cpu": 1 << 18, "cuda": 1 << 27}  # weights worked on at once (whole matrices, at least one)
 
     def __init__(self, cells: Sequence[IntCells], group: int, stored: torch.dtype) -> None:
         super().__init__()
@@ -155,22 +155,22 @@ class GgmlGrid(nn.Module):
     moves nothing; a step is the root mean square of a group."""
 
     scales = False
+    chunk = {"cpu": 1 << 16, "cuda": 1 << 24}  # the search of a lattice takes many times the memory of its weights
 
     def __init__(self, weight: Tensor, name: str, stored: torch.dtype) -> None:
-        from ggml_types import codec, row_bytes
+        from ggml_types import codec, fit_blocks, row_bytes
 
         super().__init__()
         row_bytes(name, weight.shape[-1])  # its error where the row does not fit
         self.name, self.stored, self.codec, self.shape = name, stored, codec(name), tuple(weight.shape)
         self.group = self.codec.type.group
         self.latent = frozen(weight.bfloat16())
-        fitted = [self._fit(matrix.float()) for matrix in self.latent]
+        fitted = []
+        for matrix in self.latent:
+            blocks = matrix.float().reshape(-1, self.codec.type.block)
+            fitted.append(fit_blocks(self.codec, blocks, torch.ones_like(blocks)))
         self.scale, self.offset = (frozen(torch.stack([fit[field] for fit in fitted])) for field in (0, 1))
         self.raw = nn.ParameterList(frozen(torch.stack(parts)) for parts in zip(*[fit[2] for fit in fitted], strict=True))
-
-    def _fit(self, matrix: Tensor) -> tuple:
-        blocks = matrix.reshape(-1, self.codec.type.block)
-        return self.codec.fit(blocks, torch.ones_like(blocks))
 
     def _blocks(self, part: slice, moved: Tensor | None) -> tuple[Tensor, tuple]:
         from ggml_types import Scales
@@ -204,8 +204,9 @@ class GgmlGrid(nn.Module):
         return {"grid": "ggml", "type": self.name}
 
 
-def parts_of(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
-    """Runs of whole matrices of [E, O, I] that are worked on together."""
-    count = max(1, CHUNK[device.type] // max(1, shape[1] * shape[2]))
-    for start in range(0, shape[0], count):
-        yield slice(start, min(start + count, shape[0]))
+def parts_of(grid: IntGrid | GgmlGrid) -> Iterator[slice]:
+    """Runs of whole matrices of a grid that are worked on together."""
+    experts, outputs, inputs = grid.shape
+    count = max(1, grid.chunk[grid.scale.device.type] // max(1, outputs * inputs))
+    for start in range(0, experts, count):
+        yield slice(start, min(start + count, experts))
