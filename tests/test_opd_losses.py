@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPO
 
 from opd_losses import TopK, forward_kl, gathered, position_losses, reverse_kl, top_k_of
 
@@ -64,3 +65,17 @@ def test_the_streamed_top_k_is_that_of_all_logits(chunk):
         torch.testing.assert_close(found.logp, expected.logp, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.tail, expected.tail, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.events().exp().sum(-1), torch.ones(6))
+
+
+def test_the_budget_counts_what_is_trained():
+    from opd_budget import QWEN_122B, Plan, budget, shape_of
+
+    shape = shape_of(REPO / "models/razor-tiny")
+    assert (shape.routed, shape.parameters) == (8 * 8 * 3 * 256 * 256, 15_940_528)
+    made = sum(16 * (o + i) * 8 * 8 for o, i in ((512, 256), (256, 256)))  # A and B of both parameters of 64 experts
+    assert shape.adapter_parameters(16) == made
+    plan = Plan(4, 8, 16, 1, 8192, 200, 2000, 64, 4e14, 2.98e12, 3e11, 2000.0)
+    found = budget(QWEN_122B, plan)
+    assert QWEN_122B.routed == 115_964_116_992
+    assert found["gpu_gb"]["total"] == pytest.approx(sum(v for k, v in found["gpu_gb"].items() if k != "total"), abs=0.01)
+    assert found["disk_gb"]["scores"] == pytest.approx(2000 * 8192 * (64 * 8 + 8) / 1e9, abs=0.01)
