@@ -16,6 +16,8 @@ from conftest import REPO
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import merge_adapter
+import opd_score
 from console import UserError
 from opd_data import ScoredRollouts, file_sha256, read_rollouts
 from quant_save import quantize_checkpoint
@@ -136,6 +138,56 @@ def test_killed_training_ends_with_the_same_bytes_and_merges(cached, whole, rand
     code, error = run("merge_adapter", *other, "--adapter", whole, "--out", tmp_path / "r2")
     assert code == 2 and "trained on another student" in error and "\n" not in error
     assert not (tmp_path / "r2").exists()
+
+
+def test_scores_and_merge_go_on_after_a_crash(cached, whole, random_tiny, tmp_path, monkeypatch):
+    def dies(*_):
+        raise OSError("stands for a kill")
+
+    score = [
+        "opd_score",
+        "--teacher",
+        random_tiny,
+        "--rollouts",
+        cached / "rollouts",
+        "--k",
+        20,
+        "--shard-rollouts",
+        3,
+        "--out",
+    ]
+    assert run(*score, tmp_path / "s1") == (0, "")
+    with monkeypatch.context() as patch:
+        original, calls = opd_score.write_shard, []
+
+        def once(*arguments):
+            calls.append(1)
+            return original(*arguments) if len(calls) == 1 else dies()
+
+        patch.setattr(opd_score, "write_shard", once)
+        with pytest.raises(OSError, match="stands for a kill"):
+            run(*score, tmp_path / "s2")
+    assert run(*score, tmp_path / "s2") == (0, "")
+    assert digests(tmp_path / "s1") == digests(tmp_path / "s2") and len(digests(tmp_path / "s1")) == 4
+    bake = [
+        "merge_adapter",
+        "--student",
+        cached / "q",
+        "--teacher",
+        random_tiny,
+        "--adapter",
+        whole,
+        "--shard-gib",
+        0.001,
+        "--out",
+    ]
+    assert run(*bake, tmp_path / "r1") == (0, "")
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_adapter, "recovery_record", dies)
+        with pytest.raises(OSError, match="stands for a kill"):
+            run(*bake, tmp_path / "r2")
+    assert not (tmp_path / "r2").exists() and run(*bake, tmp_path / "r2") == (0, "")
+    assert digests(tmp_path / "r1") == digests(tmp_path / "r2")
 
 
 def test_two_processes_with_fsdp_equal_one(cached, whole, random_tiny, tmp_path):

@@ -114,6 +114,7 @@ class Bake:
 
 def merge(student: Path, teacher: Path, directory: Path, out: Path, force: bool, shard_bytes: int = 4 << 30) -> dict[str, Any]:
     """Write the recovered checkpoint; returns what recipe.json says of it. A killed run resumes to the same bytes."""
+    started = time.monotonic()
     checkpoint, described = Checkpoint(student), read_adapter(directory)
     refuse_family(str(checkpoint.config.get("model_type")))
     out = out.resolve()
@@ -135,6 +136,8 @@ def merge(student: Path, teacher: Path, directory: Path, out: Path, force: bool,
         if bake.packed:
             with atomic_path(partial / GGML_FILE) as temporary:
                 save_file(bake.packed, temporary)
+        share = round(bake.changed / max(1, bake.total), 6)
+        write_phase(partial, "merge", time.monotonic() - started, 0, changed_share=share)
     return recovery
 
 
@@ -178,10 +181,8 @@ def main() -> None:
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file (default 4)")
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
     args = parser.parse_args()
-    started = time.monotonic()
     recovery = merge(args.student, args.teacher, args.adapter, args.out, args.force, int(args.shard_gib * 2**30))
     share = recovery["changed_weights"] / recovery["adapted_weights"]
-    write_phase(args.out, "merge", time.monotonic() - started, 0, changed_share=round(share, 6))
     print(f"{recovery['changed_weights']:,} of {recovery['adapted_weights']:,} adapted weights changed "
           f"({100 * share:.2f} %); wrote {args.out}", flush=True)  # fmt: skip
 

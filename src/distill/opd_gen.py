@@ -183,8 +183,8 @@ def make_rollouts(args: argparse.Namespace) -> dict[str, Any]:
     choice = {"finished_only": args.finished_only, "correct_only": args.correct_only}
     manifest = {"format": 1, "settings": settings, "choice": choice, "all": counts(rows), "kept": counts(chosen)}
     manifest |= {"settings_sha256": sha256_json(settings), "sha256": file_sha256(args.out / ROLLOUTS)}
-    write_json(args.out / MANIFEST, manifest)
     write_phase(args.out, "opd_gen", time.monotonic() - started, tokens)
+    write_json(args.out / MANIFEST, manifest)  # last: its presence says that the phase is complete
     return manifest
 
 

@@ -202,6 +202,8 @@ def write_adapter(trainer: Trainer, config: AdapterConfig, identities: dict[str,
     described = {"format": FORMAT, **identities, "adapter": dataclasses.asdict(config), "data": data}
     described |= {"training": trainer.config.settings(), "device": trainer.world.device.type, "curve": trainer.curve}
     described["parameters"] = {name: grids[name] | {"sha256": digests[name]} for name in grids}
+    facts = {"steps": trainer.step, "processes": trainer.world.size, "loss": trainer.curve[-1][1]}
+    write_phase(trainer.out, "opd_train", trainer.seconds, trainer.tokens, **facts)
     write_json(trainer.out / ADAPTER_JSON, described)
 
 
@@ -264,9 +266,6 @@ def main() -> None:
               f"from step {trainer.step} of {config.steps}", flush=True)  # fmt: skip
     trainer.run(scores)
     write_adapter(trainer, adapter, identities, data)
-    if world.first:
-        facts = {"steps": trainer.step, "processes": world.size, "loss": trainer.curve[-1][1]}
-        write_phase(args.out, "opd_train", trainer.seconds, trainer.tokens, **facts)
     end_world(world)
 
 
