@@ -245,7 +245,7 @@ def summary(metrics: dict[str, Any]) -> str:
         )
     before, after = metrics["kl_before"], metrics["kl_after"]
     lines.append(
-        f"KL to the teacher {before['mean']:.5f} -> {after['mean']:.5f} nats ({100 * metrics['kl_removed']:.1f} % less), "
+        f"KL to the teacher {before['mean']:.5f} -> {after['mean']:.5f} nats ({-100 * metrics['kl_removed']:+.1f} %), "
         f"top-1 {100 * before['top1']:.2f} -> {100 * after['top1']:.2f} %"
     )
     return "\n".join(lines)
