@@ -1,5 +1,7 @@
 """The losses on tiny tensors: equal to KL over the whole vocabulary for K = V, a lower bound below, gradients checked."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,3 +81,17 @@ def test_the_budget_counts_what_is_trained():
     assert QWEN_122B.routed == 115_964_116_992
     assert found["gpu_gb"]["total"] == pytest.approx(sum(v for k, v in found["gpu_gb"].items() if k != "total"), abs=0.01)
     assert found["disk_gb"]["scores"] == pytest.approx(2000 * 8192 * (64 * 8 + 8) / 1e9, abs=0.01)
+
+
+def test_a_work_directory_remembers_its_settings(tmp_path):
+    from console import UserError
+    from distill_run import DistillConfig, Run
+    from env_config import load_config
+
+    for name in ("opd_tiny", "opd_r1"):
+        config = load_config(DistillConfig, REPO / f"configs/{name}.env", {"WORK": str(tmp_path / name)})
+        assert config.rows % (config.micro_rows * config.processes) == 0
+        for _ in range(2):
+            Run(config, tmp_path / "r.json").claim()
+        with pytest.raises(UserError, match="made with other RANK, STEPS; give another WORK"):
+            Run(dataclasses.replace(config, steps=1, rank=3), tmp_path / "r.json").claim()

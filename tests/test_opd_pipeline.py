@@ -108,6 +108,7 @@ def whole(cached, random_tiny, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_killed_training_ends_with_the_same_bytes_and_merges(cached, whole, random_tiny, tmp_path, capsys):
     process = started(REPO / "src/distill/opd_train_fsdp.py", *training(cached, random_tiny, tmp_path / "cut"))
     while not (tmp_path / "cut/state.safetensors").exists() and process.poll() is None:
@@ -190,6 +191,7 @@ def test_scores_and_merge_go_on_after_a_crash(cached, whole, random_tiny, tmp_pa
     assert digests(tmp_path / "r1") == digests(tmp_path / "r2")
 
 
+@pytest.mark.slow
 def test_two_processes_with_fsdp_equal_one(cached, whole, random_tiny, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = started(*torchrun, REPO / "src/distill/opd_train_fsdp.py", *training(cached, random_tiny, tmp_path / "two"))
