@@ -1,0 +1,239 @@
+"""Per-expert low-rank adapters on fused experts (and on plain linears) whose forward goes through the real target grid.
+
+Not a command; opd_train_fsdp trains them and merge_adapter bakes them. Duck typing: a module with 3-D parameters gate_up_proj
+[E, 2I, H] and down_proj [E, H, I] is a block of experts, whatever family it comes from. The weight that it computes with is
+
+    grid(latent + B @ A)      A [E, r, inputs], B [E, outputs, r], in steps of the grid (target_grid.py)
+
+with the gradient of the identity in place of that of the rounding. Mode "scales" leaves the codes and trains the relative
+growth of every group's scale, rounded to bfloat16; mode "both" does both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from console import UserError
+from target_grid import GgmlGrid, IntGrid, parts_of
+
+MODES = ("lora", "scales", "both")
+
+
+class _OnGrid(torch.autograd.Function):
+    """(a, b, growth) -> weights on the grid, matrix by matrix; straight-through where codes are rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, grid: IntGrid | GgmlGrid, a: Tensor | None, b: Tensor | None, growth: Tensor | None, dtype: Any):
+        ctx.grid = grid
+        ctx.save_for_backward(a, b, growth)
+        out = torch.empty(grid.shape, dtype=dtype, device=grid.scale.device)
+        for part in parts_of(grid):
+            moved = None if a is None else torch.bmm(b[part], a[part])
+            out[part] = grid.values(part, moved, None if growth is None else growth[part]).to(dtype)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):
+        grid, (a, b, growth) = ctx.grid, ctx.saved_tensors
+        grad_a, grad_b, grad_growth = (None if value is None else torch.empty_like(value) for value in (a, b, growth))
+        for part in parts_of(grid):
+            own = gradient[part].float()
+            grown = None if growth is None else growth[part]
+            if growth is not None:
+                moved = None if a is None else torch.bmm(b[part], a[part])
+                grad_growth[part] = grid.growth_gradient(part, moved, own)
+            if a is not None:
+                own = (grid.grouped(own) * grid.step(part, grown)).view(own.shape)
+                grad_a[part] = torch.bmm(b[part].transpose(1, 2), own)
+                grad_b[part] = torch.bmm(own, a[part].transpose(1, 2))
+        return None, grad_a, grad_b, grad_growth, None
+
+
+class Adapter(nn.Module):
+    """What stands in for one parameter [E, O, I] (or [O, I], kept as E = 1): a frozen grid and what is trained on it.
+
+    A starts as noise that depends on ``seed`` and ``name`` alone, B and the growth at zero: the first forward is the student's.
+    """
+
+    def __init__(self, name: str, grid: IntGrid | GgmlGrid, flat: bool, mode: str, rank: int, seed: int = 0) -> None:
+        super().__init__()
+        if mode not in MODES:
+            raise UserError(f"mode {mode!r} is unknown; known: {', '.join(MODES)}")
+        if mode != "lora" and not grid.scales:
+            raise UserError(f"{name}: the scales of a ggml type cannot be trained; use mode lora")
+        if mode != "scales" and rank < 1:
+            raise UserError(f"rank {rank} must be at least 1")
+        self.name, self.grid, self.flat, self.mode, self.rank = name, grid, flat, mode, rank
+        experts, outputs, inputs = grid.shape
+        device = grid.scale.device
+        self.a = self.b = self.growth = None
+        if mode != "scales":
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+            noise = torch.randn(experts, rank, inputs, generator=generator) / rank**0.5
+            self.a = nn.Parameter(noise.to(device))
+            self.b = nn.Parameter(torch.zeros(experts, outputs, rank, device=device))
+        if mode != "lora":
+            self.growth = nn.Parameter(torch.zeros(grid.scale.shape, device=device))
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """The weights [E, O, I] (or [O, I]) on the grid, in ``dtype``."""
+        weights = _OnGrid.apply(self.grid, self.a, self.b, self.growth, dtype)
+        return weights[0] if self.flat else weights
+
+    @torch.no_grad()
+    def baked(self) -> Tensor:
+        """The final weights in the dtype of the checkpoint: bit for bit those of :meth:`forward` on this device."""
+        return self(self.grid.stored)
+
+    @torch.no_grad()
+    def packed(self) -> Tensor:
+        """The final blocks of a ggml grid, uint8 [E, O, row bytes]."""
+        return torch.cat([self.grid.packed(part, torch.bmm(self.b[part], self.a[part])) for part in parts_of(self.grid)])
+
+
+def digest(weights: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor."""
+    data = weights.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(memoryview(data.numpy())).hexdigest()
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module has the fused experts that an adapter knows; a block of experts of another kind is refused by name."""
+    fused = {name for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    if not fused or isinstance(module, nn.Conv1d):
+        return False
+    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    biased = any("bias" in name for name, _ in module.named_parameters(recurse=False))
+    if gate_up is None or down is None or biased or gate_up.ndim != 3 or down.ndim != 3:
+        raise UserError(f"{type(module).__name__}: experts with {', '.join(sorted(fused))} are not supported by moe_lora")
+    experts, twice, hidden = gate_up.shape
+    if tuple(down.shape) != (experts, hidden, twice // 2):
+        raise UserError(f"{type(module).__name__}: {list(gate_up.shape)} and {list(down.shape)} are not [E, 2I, H], [E, H, I]")
+    return True
+
+
+def refuse_family(model_type: str) -> None:
+    """Raise :class:`UserError` for families whose expert arithmetic an adapter would get wrong."""
+    if model_type.startswith("gpt_oss"):
+        raise UserError(
+            "model_type gpt_oss is not supported: its experts are transposed, have biases and a clamped activation, and are "
+            "stored in MXFP4; use qwen3_5_moe, qwen3_next, qwen3_moe, mixtral, olmoe or deepseek_v3"
+        )
+
+
+def adaptable(layer: nn.Module, linears: bool) -> Iterator[tuple[nn.Module, str, str]]:
+    """(module, attribute, parameter's name in the layer) of everything in a decoder layer that can have an adapter."""
+    for name, module in layer.named_modules():
+        if is_experts(module):
+            for attribute in ("gate_up_proj", "down_proj"):
+                yield module, attribute, f"{name}.{attribute}"
+        elif linears and isinstance(module, nn.Linear):
+            yield module, "weight", f"{name}.weight"
+
+
+def attach(owner: nn.Module, attribute: str, adapter: Adapter) -> None:
+    """Let ``owner`` compute with the adapter's weights in place of its parameter ``attribute``.
+
+    The weights are made when the owner is called and dropped when it returns, so that one layer's are alive at a time; a
+    checkpointed layer makes them again in its backward.
+    """
+    dtype = getattr(owner, attribute).dtype
+    del owner._parameters[attribute]
+    owner.add_module(f"{attribute}_adapter", adapter)
+
+    def make(module: nn.Module, args: Any) -> None:
+        module.__dict__[attribute] = adapter(dtype)
+
+    def drop(module: nn.Module, args: Any, out: Any) -> None:
+        module.__dict__.pop(attribute, None)
+
+    owner.register_forward_pre_hook(make)
+    owner.register_forward_hook(drop, always_call=True)
+
+
+def adapters_of(module: nn.Module) -> dict[str, Adapter]:
+    """Every adapter in a module, by the name of the parameter that it stands in for."""
+    return {found.name: found for found in module.modules() if isinstance(found, Adapter)}
+
+
+# ---------------------------------------------------------------- gradient checkpointing with dynamic routing
+
+_tape: list[Any] | None = None  # where the experts of the layer at work note their routing, or read it from
+_replaying = False
+
+
+@contextlib.contextmanager
+def _use_tape(tape: list[Any], replay: bool) -> Iterator[None]:
+    global _tape, _replaying
+    before = _tape, _replaying
+    _tape, _replaying = (list(tape) if replay else tape), replay
+    try:
+        yield
+    finally:
+        _tape, _replaying = before
+
+
+def _route(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Hook of the experts: in the forward note which experts each token goes to, in the recomputation send it there again."""
+    if _tape is None:
+        return None
+    hidden, chosen, *rest = args
+    if _replaying:
+        return (hidden, _tape.pop(0), *rest)
+    _tape.append(chosen.detach())
+    return None
+
+
+def checkpoint_layer(layer: nn.Module) -> None:
+    """Recompute a decoder layer in its backward, with the routing of its forward.
+
+    A recomputation that differs by one rounding may send a token to another expert; its tensors would then not fit. The
+    experts noted in the forward are used again (position p keeps the p-th routing weight).
+    """
+    forward = layer.forward
+
+    def contexts() -> tuple[Any, Any]:
+        tape: list[Any] = []
+        return _use_tape(tape, False), _use_tape(tape, True)
+
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    layer.forward = checkpointed
+    for module in layer.modules():
+        if any(isinstance(child, Adapter) and not child.flat for child in module.children()):
+            module.register_forward_pre_hook(_route)
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters as PARAMETER.a, PARAMETER.b and PARAMETER.growth, in the order of the model."""
+    found = {}
+    for name, adapter in adapters_of(module).items():
+        for leaf in ("a", "b", "growth"):
+            if getattr(adapter, leaf) is not None:
+                found[f"{name}.{leaf}"] = getattr(adapter, leaf)
+    return found
+
+
+Maker = Callable[[str], Adapter | None]
+
+
+def adapt_layer(layer: nn.Module, prefix: str, linears: bool, make: Maker) -> list[str]:
+    """Attach what ``make`` gives for the name of each adaptable parameter (None leaves it); the names that got one."""
+    names = []
+    for owner, attribute, local in list(adaptable(layer, linears)):
+        adapter = make(prefix + local)
+        if adapter is not None:
+            attach(owner, attribute, adapter)
+            names.append(adapter.name)
+    return names

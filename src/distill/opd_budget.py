@@ -1,0 +1,159 @@
+"""What recovery needs on a machine, by arithmetic from the model's shape: memory of a GPU, hours, disk.
+
+    python src/distill/opd_budget.py [--model DIR] [--gpus 4 --rank 8 --rows 16 --micro-rows 1 --tokens 8192 --steps 200 ...]
+
+Without --model: the shape of Qwen3.5-122B-A10B. Memory is counted term by term as opd_train_fsdp allocates it. Hours rest on
+the rates named in the output (`assumed`), which are arguments; nothing here was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoint import Checkpoint
+from console import UserError, run_cli
+from opd_student import HEAD_CHUNK
+from target_grid import IntGrid
+
+GROUP = 128
+FLOAT_COPIES = 4  # float32 tensors of a chunk that the grid holds at once: position, codes, product, gradient
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A mixture of experts. ``parameters`` and ``active``: all, and those that one token meets."""
+
+    layers: int
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    parameters: float
+    active: float
+
+    @property
+    def routed(self) -> int:
+        """Parameters in routed experts."""
+        return self.layers * self.experts * 3 * self.inner * self.hidden
+
+    def adapter_parameters(self, rank: int) -> int:
+        """A and B of gate_up_proj [2I, H] and down_proj [H, I] of every expert."""
+        return self.layers * self.experts * rank * ((2 * self.inner + self.hidden) + (self.hidden + self.inner))
+
+
+QWEN_122B = Shape(48, 256, 8, 3072, 1024, 248320, 122e9, 10e9)
+
+
+def shape_of(model: Path) -> Shape:
+    """The shape of a checkpoint whose layers all have experts."""
+    checkpoint = Checkpoint(model)
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    total = sum(info.numel for info in checkpoint.tensors.values())
+    keys = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size", "vocab_size")
+    shape = Shape(*(config[key] for key in keys), total, total)
+    return dataclasses.replace(shape, active=total - shape.routed * (1 - shape.top_k / shape.experts))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, and the rates that hours are computed with."""
+
+    gpus: int
+    rank: int
+    rows: int
+    micro_rows: int
+    tokens: int  # of a rollout, prompt included
+    steps: int
+    rollouts: int
+    k: int
+    flops: float  # of a GPU in BF16 matrix products, as achieved
+    bandwidth: float  # bytes a second of a GPU's memory, as achieved
+    link: float  # bytes a second that a GPU receives from the others
+    generated: float  # tokens a second of the student's rollouts on all GPUs
+
+
+def memory(shape: Shape, plan: Plan) -> dict[str, float]:
+    """Bytes of one GPU in training, term by term."""
+    layer = shape.routed / shape.layers
+    adapters = shape.adapter_parameters(plan.rank)
+    tokens = plan.micro_rows * plan.tokens
+    frozen = shape.routed * (1 + 2 / GROUP) + 2 * (shape.parameters - shape.routed)
+    gathered = layer * (1 + 2 / GROUP) + 2 * 4 * adapters / shape.layers  # latents, scales, adapters and their gradients
+    routed_activations = shape.top_k * (2 * shape.hidden + 3 * shape.inner)
+    return {
+        "frozen weights, sharded (int8 latents, bfloat16 scales, the rest in bfloat16)": frozen / plan.gpus,
+        "adapters with gradient and Adam's moments, sharded (16 bytes each)": 16 * adapters / plan.gpus,
+        "two layers gathered (the next one is prefetched)": 2 * gathered,
+        "one layer's experts on the grid and their gradient, bfloat16": 2 * 2 * layer,
+        "float32 chunks of the grid": FLOAT_COPIES * 4 * IntGrid.chunk["cuda"],
+        "root: embedding and head gathered": 2 * 2 * shape.vocabulary * shape.hidden,
+        "layer inputs kept for recomputation": 2 * shape.layers * tokens * shape.hidden,
+        "activations of the layer at work": 2 * tokens * (routed_activations + 20 * shape.hidden),
+        f"logits of {HEAD_CHUNK} positions, three float32 copies": 3 * 4 * HEAD_CHUNK * shape.vocabulary,
+    }
+
+
+def hours(shape: Shape, plan: Plan) -> dict[str, float]:
+    """Hours of each phase under the assumed rates."""
+    micro_steps = plan.rows // (plan.micro_rows * plan.gpus)
+    products = 8 * shape.active * plan.rows * plan.tokens / plan.gpus / plan.flops  # forward, again, and twice backward
+    # each GPU puts all experts on the grid, forward, again and backward: some 40 bytes of traffic a weight each time
+    grid = micro_steps * 3 * 40 * shape.routed / plan.bandwidth
+    gather = micro_steps * 2 * shape.routed * (1 + 2 / GROUP) / plan.link
+    total = plan.rollouts * plan.tokens
+    return {
+        "A rollouts": total / plan.generated / 3600,
+        # layers lie on the GPUs one after the other, so that one works at a time; a sequence at a time keeps it at half speed
+        "B scores": 2 * shape.active * total / (0.5 * plan.flops) / 3600,
+        "C training": plan.steps * (products + grid + gather) / 3600,
+        "C of which matrix products": plan.steps * products / 3600,
+        "C of which the grid": plan.steps * grid / 3600,
+        "C of which gathering": plan.steps * gather / 3600,
+    }
+
+
+def disk(shape: Shape, plan: Plan) -> dict[str, float]:
+    """Bytes on disk."""
+    return {
+        "scores": plan.rollouts * plan.tokens * (8 * plan.k + 8),
+        "adapter": 4 * shape.adapter_parameters(plan.rank),
+        "training state": 12 * shape.adapter_parameters(plan.rank),
+        "recovered checkpoint, dequantized": 2 * shape.parameters,
+    }
+
+
+def budget(shape: Shape, plan: Plan) -> dict[str, Any]:
+    """Everything, in GB and hours."""
+    parts = {name: round(size / 1e9, 3) for name, size in memory(shape, plan).items()}
+    return {
+        "shape": dataclasses.asdict(shape) | {"routed": shape.routed},
+        "assumed": dataclasses.asdict(plan),
+        "adapter_parameters": shape.adapter_parameters(plan.rank),
+        "gpu_gb": parts | {"total": round(sum(parts.values()), 3)},
+        "hours": {name: round(value, 3) for name, value in hours(shape, plan).items()},
+        "disk_gb": {name: round(size / 1e9, 3) for name, size in disk(shape, plan).items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, help="checkpoint whose shape is taken")
+    defaults = Plan(4, 8, 16, 1, 8192, 200, 2000, 64, 4e14, 2.98e12, 3e11, 2000.0)
+    for field in dataclasses.fields(Plan):
+        value = getattr(defaults, field.name)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(value), default=value)
+    args = vars(parser.parse_args())
+    model = args.pop("model")
+    if min(args.values()) <= 0 or args["rows"] % (args["micro_rows"] * args["gpus"]):
+        raise UserError("every number must be above 0, and --rows a multiple of --micro-rows x --gpus")
+    print(json.dumps(budget(shape_of(model) if model else QWEN_122B, Plan(**args)), indent=2), flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

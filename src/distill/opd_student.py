@@ -1,0 +1,215 @@
+"""The student in training: a quantized checkpoint with adapters on its grid, built layer by layer so that it is never whole.
+
+Not a command. Each decoder layer is filled from the student's checkpoint, its targets are turned into grid cells (with the
+teacher's weights as the direction inside each cell), and the layer is sharded before the next one is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from calibration import LayerStream, Place, place_of
+from checkpoint import Checkpoint, TensorInfo
+from console import UserError, progress
+from fsdp_setup import World, shard
+from model_layout import Role, role_of
+from moe_lora import MODES, Adapter, adapt_layer, checkpoint_layer, refuse_family
+from opd_data import Batch
+from opd_losses import LOSSES, TopK, position_losses
+from recipe import read_recipe
+from target_grid import GgmlGrid, IntGrid, int_cells
+
+HEAD_CHUNK = 2048  # positions whose logits exist at once
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """What is trained. ``ggml``: a block type of llama.cpp as the experts' grid instead of the student's integers.
+    ``base``: 'teacher' keeps the direction to the unquantized weight inside each cell, 'codes' starts from its middle."""
+
+    rank: int
+    mode: str = "lora"
+    linears: bool = False
+    base: str = "teacher"
+    ggml: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UserError(f"mode {self.mode!r} is unknown; known: {', '.join(MODES)}")
+        if self.base not in ("teacher", "codes"):
+            raise UserError(f"base {self.base!r}: expected teacher or codes")
+        if self.mode != "scales" and self.rank < 1:
+            raise UserError(f"rank {self.rank} must be at least 1")
+
+
+class ParameterReader:
+    """Whole parameters of transformers' module tree from a checkpoint, in the dtype of the disk."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.sources: dict[str, list[tuple[str, Place, TensorInfo]]] = {}
+        for name, info in checkpoint.tensors.items():
+            place = place_of(name)
+            self.sources.setdefault(place.parameter, []).append((name, place, info))
+
+    def read(self, parameter: str) -> Tensor:
+        """The parameter, its experts fused where the checkpoint stores them one by one."""
+        sources = self.sources.get(parameter)
+        if not sources:
+            raise UserError(f"{self.checkpoint.path}: has no tensor for {parameter}")
+        name, place, info = sources[0]
+        if place.expert is None:
+            return self.checkpoint.read(name)
+        experts = 1 + max(place.expert for _, place, _ in sources)
+        rows = info.shape[0] * (1 if place.part == "down" else 2)
+        fused = torch.empty(experts, rows, info.shape[1], dtype=info.dtype)
+        if len(sources) != experts * (rows // info.shape[0]):
+            raise UserError(f"{self.checkpoint.path}: {parameter} has {len(sources)} tensors for {experts} experts")
+        for name, place, _ in sources:
+            place.view(fused).copy_(self.checkpoint.read(name))
+        return fused
+
+
+class GridMaker:
+    """The adapter of a parameter, or None where the recipe leaves it unquantized."""
+
+    def __init__(self, student: Path, teacher: Path, config: AdapterConfig, device: torch.device) -> None:
+        self.student, self.teacher = ParameterReader(Checkpoint(student)), ParameterReader(Checkpoint(teacher))
+        self.config, self.device, self.recipe = config, device, read_recipe(student)
+        self.model_type = self.student.checkpoint.config["model_type"]
+        self.by_expert = dict(self.recipe.experts)
+
+    def bits(self, parameter: str, role: Role) -> tuple[int, ...]:
+        """The grids that a matrix of the parameter may lie on, the coarsest first; none where it is not quantized."""
+        if parameter.rpartition(".")[0] in self.by_expert:
+            return tuple(sorted(set(self.by_expert[parameter.rpartition(".")[0]])))
+        bits = self.recipe.bits_of(parameter, role)
+        return () if bits is None else tuple(sorted({math.floor(bits), math.ceil(bits)}))
+
+    def make(self, parameter: str) -> Adapter | None:
+        role = role_of(parameter, self._shape(parameter), self.model_type)
+        bits = self.bits(parameter, role)
+        if role in (Role.MTP, Role.EMBEDDING, Role.LM_HEAD) or not bits:
+            return None
+        teacher = self.teacher.read(parameter)
+        stored = teacher.dtype
+        if self.config.ggml and role is Role.ROUTED_EXPERT:
+            grid: IntGrid | GgmlGrid = GgmlGrid(teacher.to(self.device), self.config.ggml, stored)
+            flat = teacher.ndim == 2
+        else:
+            student = self.student.read(parameter)
+            flat = student.ndim == 2
+            grid = self._int_grid(parameter, student, teacher, bits)
+        return Adapter(parameter, grid, flat, self.config.mode, self.config.rank, self.config.seed)
+
+    def _shape(self, parameter: str) -> tuple[int, ...]:
+        place, info = self.student.sources[parameter][0][1:] if parameter in self.student.sources else (None, None)
+        if place is None:
+            raise UserError(f"{self.student.checkpoint.path}: has no tensor for {parameter}")
+        return info.shape if place.expert is None else (1, *info.shape)
+
+    def _int_grid(self, parameter: str, student: Tensor, teacher: Tensor, bits: tuple[int, ...]) -> IntGrid:
+        if student.shape != teacher.shape:
+            raise UserError(f"{parameter}: {list(student.shape)} in the student, {list(teacher.shape)} in the teacher")
+        pairs = zip(student.view(-1, *student.shape[-2:]), teacher.view(-1, *teacher.shape[-2:]), strict=True)
+        directed = self.config.base == "teacher"
+        try:
+            cells = [
+                int_cells(own.to(self.device), other.to(self.device) if directed else None, bits, self.recipe.group)
+                for own, other in pairs
+            ]
+        except UserError as error:
+            raise UserError(f"{self.student.checkpoint.path}: {parameter}: {error}") from None
+        return IntGrid(cells, self.recipe.group, student.dtype)
+
+
+class Student(nn.Module):
+    """Decoder, head and loss in one module, so that FSDP's root covers all of it; ``forward`` sums a batch's losses."""
+
+    def __init__(self, model: nn.Module, loss: str, temperature: float) -> None:
+        super().__init__()
+        if loss not in LOSSES:
+            raise UserError(f"loss {loss!r} is unknown; known: {', '.join(LOSSES)}")
+        self.model, self.loss, self.temperature = model, loss, temperature
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.model.layers
+
+    def forward(self, batch: Batch) -> Tensor:
+        hidden = self.model.model(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)[0]
+        kept = hidden[batch.predicts]
+        total = kept.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(kept), HEAD_CHUNK):
+            part = slice(start, start + HEAD_CHUNK)
+            teacher = TopK(*(field[part] for field in batch.teacher))
+            # recomputed in the backward: the logits of the whole vocabulary are the largest tensors of a step
+            total = total + checkpoint(self._chunk, kept[part], batch.targets[part], teacher, use_reentrant=False)
+        return total
+
+    def _chunk(self, hidden: Tensor, targets: Tensor, teacher: TopK) -> Tensor:
+        logits = self.model.lm_head(hidden)
+        return position_losses(logits, targets, teacher, self.loss, self.temperature).sum()
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [B, T, V] of token ids, for tests and checks."""
+        return self.model.lm_head(self.model.model(input_ids=ids, use_cache=False)[0])
+
+
+def build_student(
+    student: Path, teacher: Path, config: AdapterConfig, world: World, loss: str, temperature: float, recompute: bool
+) -> Student:
+    """The student on this process's device, sharded where there are several; every parameter but the adapters' is frozen."""
+    checkpoint_ = Checkpoint(student)
+    refuse_family(str(checkpoint_.config.get("model_type")))
+    check_pair(checkpoint_, Checkpoint(teacher))
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    stream = LayerStream(checkpoint_, world.device, dtype)
+    maker = GridMaker(student, teacher, config, world.device)
+    names: list[str] = []
+    with progress(len(stream.layers), "load", "layer") as bar:
+        for index, layer in enumerate(stream.layers):
+            stream.fill(layer, f"model.layers.{index}.")
+            names += adapt_layer(layer, f"model.layers.{index}.", config.linears, maker.make)
+            if recompute:
+                checkpoint_layer(layer)
+            shard(layer, world)
+            bar.update()
+    if not names:
+        raise UserError(f"{student}: has no quantized experts to adapt; its recipe leaves them as they are")
+    fill_rest(stream)
+    whole = Student(stream.model, loss, temperature)
+    shard(whole, world)
+    return whole
+
+
+def fill_rest(stream: LayerStream) -> None:
+    """The embedding, the final norm and the head, which may be the embedding."""
+    stream.fill(stream.decoder.embed_tokens, "model.embed_tokens.")
+    stream.fill(stream.decoder.norm, "model.norm.")
+    if "lm_head.weight" in stream.by_parameter:
+        stream.fill(stream.model.lm_head, "lm_head.")
+    else:
+        stream.model.lm_head.weight = stream.decoder.embed_tokens.weight
+
+
+def check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Raise :class:`UserError` unless the student is a quantized copy of the teacher: the same tensors and shapes."""
+    mine, others = ({name: info.shape for name, info in c.tensors.items()} for c in (student, teacher))
+    if mine != others:
+        name = min(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name))
+        raise UserError(f"{student.path} is no quantized copy of {teacher.path}: they differ in {name}")
+
+
+def adapter_record(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    """The grid of every adapted parameter, for the adapter's JSON."""
+    return {name: adapter.grid.describe() for name, adapter in adapters.items()}

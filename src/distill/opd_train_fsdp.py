@@ -1,0 +1,273 @@
+"""Phase C: train the adapters so that the student predicts like the teacher on the rollouts.
+
+    python src/distill/opd_train_fsdp.py --student work/student --teacher models/razor-tiny --rollouts work/rollouts \
+        --scores work/scores --out work/adapter --steps 100 [--rank 16 --mode lora --loss reverse_kl --lr 0.01]
+    torchrun --nproc_per_node 4 src/distill/opd_train_fsdp.py ...          (FSDP2; the same result within rounding)
+
+Every step takes --rows rollouts; a process works on --micro-rows of them at once. The state is saved to OUT/state.safetensors
+every --save-every steps; the same command goes on from there, on a CPU to the same bytes. A loss that is not finite stops the
+run with the last good state kept. Ends with OUT/adapter.safetensors and adapter.json, which merge_adapter bakes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from backends import load_tokenizer
+from console import UserError, atomic_path, progress, run_cli, write_json
+from fsdp_setup import World, end_world, full, gathered_layer, put, release_layer, start_world, summed
+from moe_lora import Adapter, adapters_of, digest, trainable
+from opd_data import (
+    FORMAT,
+    ScoredRollouts,
+    check_belongs,
+    collate,
+    model_identity,
+    read_rollouts,
+    row_order,
+    same_model,
+    tokenizer_sha256,
+    write_phase,
+)
+from opd_losses import LOSSES
+from opd_student import AdapterConfig, Student, adapter_record, build_student
+
+ADAPTER, ADAPTER_JSON, STATE = "adapter.safetensors", "adapter.json", "state.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the adapter beside the data and :class:`AdapterConfig`."""
+
+    steps: int
+    rows: int
+    micro_rows: int
+    lr: float
+    warmup: int
+    loss: str
+    clip: float
+    seed: int
+    save_every: int
+    recompute: bool
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.rows, self.micro_rows, self.save_every) < 1 or self.warmup < 0:
+            raise UserError("--steps, --rows, --micro-rows and --save-every must be at least 1")
+        if not self.lr > 0 or not self.clip > 0:
+            raise UserError("--lr and --clip must be above 0")
+        if self.loss not in LOSSES:
+            raise UserError(f"--loss {self.loss}: expected {', '.join(LOSSES)}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate: linear warm-up, then a cosine down to a tenth."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        part = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.55 + 0.45 * math.cos(math.pi * part))
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a state to be resumed; how often it is saved need not."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("save_every", "recompute")}
+
+
+class Trainer:
+    """Student, optimizer, step and loss curve; saved to and restored from one file, atomically."""
+
+    def __init__(self, student: Student, config: TrainConfig, world: World, out: Path, settings: dict[str, Any]) -> None:
+        self.student, self.config, self.world, self.out, self.settings = student, config, world, out, settings
+        self.parameters: dict[str, nn.Parameter] = trainable(student)
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        self.step, self.seconds, self.tokens, self.saved = 0, 0.0, 0, 0
+        self.curve: list[list[float]] = []  # step, loss, norm of the gradient
+        if (out / STATE).exists():
+            self.restore()
+
+    def micro_batches(self, rows: Sequence[int], scores: ScoredRollouts) -> Iterator[list[int]]:
+        """This process's share of a step's rollouts, longest first, ``micro_rows`` at a time; equally many on each process."""
+        ordered = sorted(rows, key=lambda row: (-scores.lengths[row], row))
+        size = self.config.micro_rows
+        pieces = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        yield from pieces[self.world.rank :: self.world.size]
+
+    def train_step(self, rows: Sequence[int], scores: ScoredRollouts) -> None:
+        """One update; raises on a loss or gradient that is not finite, before anything is changed."""
+        answers = sum(scores.answers[row] for row in rows)
+        total = torch.zeros((), device=self.world.device)
+        for piece in self.micro_batches(rows, scores):
+            batch = collate([scores[row] for row in piece]).to(self.world.device)
+            loss = self.student(batch) / answers
+            (loss * self.world.size).backward()  # FSDP averages over the processes
+            total += loss.detach()
+        loss = summed(total, self.world).item()
+        norm = full(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            kept = f"the last good state is {self.out / STATE}, step {self.saved}" if self.saved else "no state was saved yet"
+            raise UserError(f"step {self.step + 1}: the loss is {loss}, its gradient {norm}; {kept}; lower --lr")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.tokens += sum(scores.lengths[row] for row in rows)
+        self.curve.append([self.step, round(loss, 6), round(norm, 6)])
+
+    def save(self) -> None:
+        """The trained tensors and both of Adam's moments, whole, in one file that the first process writes."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            values = {"value": parameter.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            tensors |= {f"{kind}:{name}": full(value).cpu().contiguous() for kind, value in values.items()}
+        if self.world.first:
+            facts = {"settings": self.settings, "step": self.step, "seconds": self.seconds, "tokens": self.tokens}
+            with atomic_path(self.out / STATE) as temporary:
+                save_file(tensors, temporary, {"state": json.dumps(facts | {"curve": self.curve})})
+        self.saved = self.step
+
+    def restore(self) -> None:
+        path = self.out / STATE
+        with safe_open(path, "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("state", "null"))
+            if not facts or facts["settings"] != json.loads(json.dumps(self.settings)):
+                changed = sorted(k for k in self.settings if not facts or facts["settings"].get(k) != self.settings[k])
+                raise UserError(f"{path}: made with other settings ({', '.join(changed)}); remove it or give another --out")
+            for name, parameter in self.parameters.items():
+                put(parameter, file.get_tensor(f"value:{name}"))
+                state = {"step": torch.tensor(float(facts["step"]))}
+                for kind in ("exp_avg", "exp_avg_sq"):
+                    state[kind] = torch.zeros_like(parameter)
+                    put(state[kind], file.get_tensor(f"{kind}:{name}"))
+                self.optimizer.state[parameter] = state
+        self.step = self.saved = facts["step"]
+        self.seconds, self.tokens, self.curve = facts["seconds"], facts["tokens"], facts["curve"]
+
+    def run(self, scores: ScoredRollouts, stop: int | None = None) -> None:
+        """The remaining steps (up to ``stop``), with one line a step on the first process."""
+        config = self.config
+        last = config.steps if stop is None else min(stop, config.steps)
+        plan = list(row_order(len(scores), config.rows, config.steps, config.seed))
+        before, began = self.seconds, time.monotonic()
+        bar = progress(config.steps, "train", "step") if self.world.first else None
+        if bar is not None:
+            bar.update(self.step)
+        while self.step < last:
+            started, tokens = time.monotonic(), self.tokens
+            self.train_step(plan[self.step], scores)
+            self.seconds = before + time.monotonic() - began
+            if self.world.first:
+                rate = (self.tokens - tokens) / (time.monotonic() - started)
+                _, loss, norm = self.curve[-1]
+                print(f"step {self.step}/{config.steps} loss {loss:.5f} grad {norm:.4f} {rate:.0f} tokens/s", flush=True)
+                bar.update()
+            if self.step % config.save_every == 0 or self.step == last:
+                self.save()
+        if bar is not None:
+            bar.close()
+
+
+def baked_digests(student: Student, first: bool) -> dict[str, str]:
+    """SHA-256 of every adapted parameter as merge_adapter must write it, layer by layer."""
+    found = {}
+    for layer in student.layers:
+        gathered_layer(layer)
+        for name, adapter in adapters_of(layer).items():
+            if first:
+                found[name] = digest(adapter.baked())
+        release_layer(layer)
+    return found
+
+
+def write_adapter(trainer: Trainer, config: AdapterConfig, identities: dict[str, Any], data: dict[str, Any]) -> None:
+    """adapter.safetensors (A, B, growth of every parameter) and, at last, adapter.json, which says what it belongs to."""
+    tensors = {name: full(parameter.detach()).cpu().contiguous() for name, parameter in trainer.parameters.items()}
+    digests = baked_digests(trainer.student, trainer.world.first)
+    if not trainer.world.first:
+        return
+    with atomic_path(trainer.out / ADAPTER) as temporary:
+        save_file(tensors, temporary)
+    adapters: dict[str, Adapter] = adapters_of(trainer.student)
+    grids = adapter_record(adapters)
+    described = {"format": FORMAT, **identities, "adapter": dataclasses.asdict(config), "data": data}
+    described |= {"training": trainer.config.settings(), "device": trainer.world.device.type, "curve": trainer.curve}
+    described["parameters"] = {name: grids[name] | {"sha256": digests[name]} for name in grids}
+    facts = {"steps": trainer.step, "processes": trainer.world.size, "loss": trainer.curve[-1][1]}
+    write_phase(trainer.out, "opd_train", trainer.seconds, trainer.tokens, **facts)
+    write_json(trainer.out / ADAPTER_JSON, described)
+
+
+def load_data(args: argparse.Namespace, teacher: dict[str, str]) -> tuple[ScoredRollouts, dict[str, Any]]:
+    """The scores, checked against rollouts, tokenizer and teacher; and what the adapter's JSON says of them."""
+    _, manifest = read_rollouts(args.rollouts)
+    scores, tokenizer = ScoredRollouts(args.scores), load_tokenizer(args.student)
+    check_belongs(scores, manifest, tokenizer)
+    if not same_model(scores.index["teacher"], teacher):
+        raise UserError(f"{args.scores}: scored by another teacher ({scores.index['teacher']['name']}) than {args.teacher}")
+    size = len(scores)
+    if size < args.rows:
+        raise UserError(f"--rows {args.rows}: there are only {size} rollouts in {args.scores}")
+    keys = ("rollouts_sha256", "k", "temperature")
+    return scores, {key: scores.index[key] for key in keys} | {"tokenizer_sha256": tokenizer_sha256(tokenizer)}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    for name in ("student", "teacher", "rollouts", "scores", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--mode", default="lora", help="lora, scales or both")
+    parser.add_argument("--linears", action="store_true", help="adapters on the other quantized linears too")
+    parser.add_argument("--base", default="teacher", help="teacher or codes: where latent weights lie inside their cells")
+    parser.add_argument("--ggml", default="", help="block type of llama.cpp for the experts, instead of the student's grid")
+    parser.add_argument("--loss", default="reverse_kl", help=", ".join(LOSSES))
+    parser.add_argument("--lr", type=float, default=0.01, help="in steps of the grid")
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--rows", type=int, default=16, help="rollouts of a step, over all processes")
+    parser.add_argument("--micro-rows", type=int, default=8, help="rollouts at once on a process")
+    parser.add_argument("--save-every", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-recompute", action="store_true", help="keep activations: faster, more memory")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    config = TrainConfig(
+        args.steps, args.rows, args.micro_rows, args.lr, args.warmup, args.loss, args.clip, args.seed, args.save_every,
+        not args.no_recompute,
+    )  # fmt: skip
+    adapter = AdapterConfig(args.rank, args.mode, args.linears, args.base, args.ggml, args.seed)
+    world = start_world()
+    if config.rows % (config.micro_rows * world.size):
+        raise UserError(f"--rows {config.rows} is no multiple of --micro-rows {config.micro_rows} x {world.size} processes")
+    identities = {"student": model_identity(args.student), "teacher": model_identity(args.teacher)}
+    scores, data = load_data(args, identities["teacher"])
+    args.out.mkdir(parents=True, exist_ok=True)
+    temperature = scores.index["temperature"]
+    student = build_student(args.student, args.teacher, adapter, world, config.loss, temperature, config.recompute)
+    settings = {**identities, "adapter": dataclasses.asdict(adapter), "training": config.settings(), "data": data}
+    trainer = Trainer(student, config, world, args.out, settings)
+    if world.first:
+        count = sum(parameter.numel() for parameter in trainer.parameters.values())  # of the whole, where sharded
+        print(f"{len(adapters_of(student))} adapters, {count:,} trained parameters on {world.size} x {world.device.type}; "
+              f"from step {trainer.step} of {config.steps}", flush=True)  # fmt: skip
+    trainer.run(scores)
+    write_adapter(trainer, adapter, identities, data)
+    end_world(world)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,212 @@
+"""The grid that a recovered weight must lie on, held so that training starts exactly at the student and ends on the grid.
+
+Not a command. Letters: E matrices (experts; 1 for a plain linear), O outputs, I inputs, G group size.
+
+    IntGrid    symmetric integers with a bfloat16 scale per group (moe_quant): value = code * scale
+    GgmlGrid   a block type of llama.cpp (ggml_types): value = what the packed block decodes to
+
+A weight is stored in steps of its grid: an adapter moves it by so many steps, which makes one learning rate fit all layers. For
+IntGrid the latent weight is an int8 in 1/R of a step, R = 2**(8 - bits): its nearest code is the student's, its fraction points
+to where the unquantized weight lay. Values are rounded to the dtype of the checkpoint, as they will be stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from console import UserError
+from moe_quant import inverse_scale
+
+NEIGHBOURS = (0, 1, -1, 2, -2)  # of a quotient in bfloat16: the stored maximum is rounded, so the scale may lie beside it
+
+
+def frozen(value: Tensor) -> nn.Parameter:
+    """A parameter without gradient: FSDP shards parameters, not buffers."""
+    return nn.Parameter(value.contiguous(), requires_grad=False)
+
+
+def bfloat16_neighbour(value: Tensor, steps: int) -> Tensor:
+    """The positive bfloat16 ``steps`` away from each bfloat16 in float32 ``value``, as float32."""
+    return (value.bfloat16().view(torch.int16) + steps).clamp_min(0).view(torch.bfloat16).float()
+
+
+def recover_scales(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(scale float32 [N], whether it was found [N]) of groups ``values`` [N, G] in their stored dtype.
+
+    The scale is the bfloat16 s with values == dtype(code * s) for whole codes up to qmax; a group of zeros has scale 0. The
+    largest value is taken to be the largest code first, so a group that fits several scales gets the smallest.
+    """
+    qmax = 2 ** (bits - 1) - 1
+    largest = values.float().abs().amax(1)
+    scale, found = torch.zeros_like(largest), largest == 0
+    for code in range(qmax, 0, -1):
+        for steps in NEIGHBOURS:
+            rest = (~found).nonzero()[:, 0]
+            if not len(rest):
+                return scale, found
+            guess = bfloat16_neighbour(largest[rest] / code, steps)
+            own = values[rest]
+            codes = (own.float() * inverse_scale(guess)[:, None]).round().clamp_(-qmax, qmax)
+            fits = ((codes * guess[:, None]).to(own.dtype) == own).all(1)
+            scale[rest[fits]] = guess[fits]
+            found[rest[fits]] = True
+    return scale, found
+
+
+def resolution(bits: int) -> int:
+    """Latent positions in one step of a grid, so that the largest code and almost half a step more fit an int8."""
+    return 2 ** (8 - bits)
+
+
+class IntCells(NamedTuple):
+    """A matrix on an integer grid: latent int8 [O, I] in 1/resolution(bits) of a step, scale bfloat16 [O, I/G]."""
+
+    latent: Tensor
+    scale: Tensor
+    bits: int
+
+
+def int_cells(student: Tensor, teacher: Tensor | None, bits: Sequence[int], group: int) -> IntCells:
+    """The cells of a dequantized matrix ``student`` [O, I], on the first of the grids ``bits`` that it lies on exactly.
+
+    ``teacher`` [O, I]: the unquantized matrix; the latent weight is as close to it as the cell of the code allows.
+    """
+    if student.shape[-1] % group:
+        raise UserError(f"group {group} does not divide the last axis of shape {list(student.shape)}")
+    groups = student.reshape(-1, group)
+    for own in bits:
+        scale, found = recover_scales(groups, own)
+        if bool(found.all()):
+            break
+    else:
+        raise UserError(
+            f"not on a symmetric grid of {' or '.join(map(str, bits))} bits in groups of {group}; "
+            "the student must come from quant_save with one of absmax, clip, wclip, gptq, gptq_refit"
+        )
+    qmax, fine = 2 ** (own - 1) - 1, resolution(own)
+    inverse = inverse_scale(scale)[:, None]
+    codes = (groups.float() * inverse).round().clamp_(-qmax, qmax)
+    latent = codes * fine
+    if teacher is not None:
+        rest = max(fine // 2 - 1, 0)
+        offset = (teacher.reshape(-1, group).float() * inverse - codes).mul_(fine).round_()
+        latent += offset.clamp_(-rest, rest) * (scale > 0)[:, None]
+    return IntCells(latent.to(torch.int8).view(student.shape), scale.bfloat16().view(student.shape[0], -1), own)
+
+
+class IntGrid(nn.Module):
+    """Symmetric integers of E matrices; ``bits`` may differ between them."""
+
+    scales = True  # whether the scales can be trained
+    chunk = {"cpu": 1 << 18, "cuda": 1 << 27}  # weights worked on at once (whole matrices, at least one)
+
+    def __init__(self, cells: Sequence[IntCells], group: int, stored: torch.dtype) -> None:
+        super().__init__()
+        self.latent = frozen(torch.stack([cell.latent for cell in cells]))
+        self.scale = frozen(torch.stack([cell.scale for cell in cells]))
+        self.bits, self.group, self.stored = tuple(cell.bits for cell in cells), group, stored
+        self.shape = tuple(self.latent.shape)
+
+    def _per_matrix(self, part: slice, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers[part], dtype=torch.float32, device=self.scale.device)[:, None, None]
+
+    def codes(self, part: slice, moved: Tensor | None) -> Tensor:
+        """Whole codes, float32 [e, O, I], of the matrices ``part`` moved by so many steps."""
+        fine = self._per_matrix(part, [resolution(bits) for bits in self.bits])
+        qmax = self._per_matrix(part, [2 ** (bits - 1) - 1 for bits in self.bits])
+        position = self.latent[part].float() / fine
+        if moved is not None:
+            position += moved
+        return torch.minimum(position.round_(), qmax).maximum(-qmax)
+
+    def step(self, part: slice, growth: Tensor | None) -> Tensor:
+        """The size of a step, float32 [e, O, I/G, 1]."""
+        return self._scales(part, growth)[..., None]
+
+    def grouped(self, value: Tensor) -> Tensor:
+        """[e, O, I] -> [e, O, I/G, G]."""
+        return value.view(*value.shape[:-1], -1, self.group)
+
+    def values(self, part: slice, moved: Tensor | None, growth: Tensor | None) -> Tensor:
+        """Weights [e, O, I] as stored; ``growth`` [e, O, I/G]: relative change of the scales, rounded with them."""
+        codes = self.codes(part, moved)
+        return (self.grouped(codes) * self.step(part, growth)).view(codes.shape).to(self.stored)
+
+    def _scales(self, part: slice, growth: Tensor | None) -> Tensor:
+        scale = self.scale[part].float()
+        return scale if growth is None else (scale * (1 + growth)).clamp_min(0).bfloat16().float()
+
+    def growth_gradient(self, part: slice, moved: Tensor | None, gradient: Tensor) -> Tensor:
+        """Gradient [e, O, I/G] of the growth from that of the weights [e, O, I]."""
+        return (self.grouped(gradient) * self.grouped(self.codes(part, moved))).sum(-1) * self.scale[part].float()
+
+    def describe(self) -> dict[str, object]:
+        """What decides the grid beside the checkpoints, for the adapter's JSON."""
+        same = len(set(self.bits)) == 1
+        return {"grid": "int", "bits": self.bits[0] if same else list(self.bits), "group": self.group}
+
+
+class GgmlGrid(nn.Module):
+    """A block type of llama.cpp. Scales are fitted once to ``weight`` [E, O, I] and kept, so that packing the trained codes
+    moves nothing; a step is the root mean square of a group."""
+
+    scales = False
+    chunk = {"cpu": 1 << 16, "cuda": 1 << 24}  # the search of a lattice takes many times the memory of its weights
+
+    def __init__(self, weight: Tensor, name: str, stored: torch.dtype) -> None:
+        from ggml_types import codec, fit_blocks, row_bytes
+
+        super().__init__()
+        row_bytes(name, weight.shape[-1])  # its error where the row does not fit
+        self.name, self.stored, self.codec, self.shape = name, stored, codec(name), tuple(weight.shape)
+        self.group = self.codec.type.group
+        self.latent = frozen(weight.bfloat16())
+        fitted = []
+        for matrix in self.latent:
+            blocks = matrix.float().reshape(-1, self.codec.type.block)
+            fitted.append(fit_blocks(self.codec, blocks, torch.ones_like(blocks)))
+        self.scale, self.offset = (frozen(torch.stack([fit[field] for fit in fitted])) for field in (0, 1))
+        self.raw = nn.ParameterList(frozen(torch.stack(parts)) for parts in zip(*[fit[2] for fit in fitted], strict=True))
+
+    def _blocks(self, part: slice, moved: Tensor | None) -> tuple[Tensor, tuple]:
+        from ggml_types import Scales
+
+        weight = self.latent[part].float()
+        if moved is not None:
+            weight = weight + (self.grouped(moved) * self.step(part)).view(weight.shape)
+        raw = tuple(field[part].flatten(0, 1) for field in self.raw)
+        scales = Scales(self.scale[part].flatten(0, 1), self.offset[part].flatten(0, 1), raw)
+        return weight.reshape(-1, self.codec.type.block), scales
+
+    def grouped(self, value: Tensor) -> Tensor:
+        return value.view(*value.shape[:-1], -1, self.group)
+
+    def step(self, part: slice, growth: Tensor | None = None) -> Tensor:
+        return self.grouped(self.latent[part].float()).square().mean(-1, keepdim=True).sqrt()
+
+    def values(self, part: slice, moved: Tensor | None, growth: Tensor | None) -> Tensor:
+        blocks, scales = self._blocks(part, moved)
+        _, values = self.codec.block_codes(blocks, scales, torch.ones_like(blocks))
+        return values.view(-1, *self.shape[1:]).to(self.stored)
+
+    def packed(self, part: slice, moved: Tensor | None) -> Tensor:
+        """The bytes of the same codes as a GGUF stores them, uint8 [e, O, row bytes]."""
+        blocks, scales = self._blocks(part, moved)
+        codes, _ = self.codec.block_codes(blocks, scales, torch.ones_like(blocks))
+        width = self.shape[2] // self.codec.type.block * self.codec.type.bytes
+        return self.codec.pack(scales, codes).reshape(-1, self.shape[1], width)
+
+    def describe(self) -> dict[str, object]:
+        return {"grid": "ggml", "type": self.name}
+
+
+def parts_of(grid: IntGrid | GgmlGrid) -> Iterator[slice]:
+    """Runs of whole matrices of a grid that are worked on together."""
+    experts, outputs, inputs = grid.shape
+    count = max(1, grid.chunk[grid.scale.device.type] // max(1, outputs * inputs))
+    for start in range(0, experts, count):
+        yield slice(start, min(start + count, experts))
