@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import gguf_alloc
-from calibration import Calibration, calibration_ids
+from calibration import Calibration
+from calibration_text import calibration_ids
 from checkpoint import Checkpoint
 from console import UserError
 from ggml_types import decode_rows, encode

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
 import shlex
 import time
 from collections.abc import Sequence
@@ -185,13 +184,9 @@ def described(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict
 
 def load_benchmarks(names: Sequence[str], data_dir: Path | None) -> list[Benchmark]:
     """The named benchmarks; with ``data_dir`` they read its files of the published columns instead of the hub's."""
-    if data_dir is None:
-        return get_benchmarks(names)
-    if not data_dir.is_dir():
+    if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir}: no such directory")
-    if "data_dir" not in inspect.signature(get_benchmarks).parameters:
-        raise UserError("--data-dir: the benchmarks of this version read no files")
-    return get_benchmarks(names, data_dir=data_dir)
+    return get_benchmarks(names, data_dir)
 
 
 def choose_sampling(args: argparse.Namespace, settings: EvalSettings, family: str | None, config: dict) -> tuple[Sampling, str]:
@@ -246,7 +241,7 @@ def check_args(args: argparse.Namespace) -> None:
     if not args.tag or any(not (c.isalnum() or c in "._-") for c in args.tag) or args.tag.startswith("."):
         raise UserError(f"--tag {args.tag!r}: use letters, digits, '.', '_' and '-'")
     for name in ("limit", "samples", "tensor_parallel", "parallel"):
-        value = getattr(args, name)
+        value = getattr(args, name, None)  # mm_eval has no --parallel
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if args.backend == "openai" and not (args.base_url and args.tokenizer):
