@@ -6,8 +6,8 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
 ruff check src tests
-python src/eval/check_results.py
-python src/eval/check_results.py docs/EVAL_PROTOCOL.md
+python src/eval/check_results.py results/RESULTS.md docs/EVAL_PROTOCOL.md
+python src/eval/check_results.py --citations-only README.md docs/MOE_FINDINGS.md
 LLAMA_CPP=$(bash pipelines/llama_cpp.sh | tail -n 1)
 export LLAMA_CPP OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec python -m pytest -q -n "${TEST_WORKERS:-$(nproc)}" --dist worksteal "$@"
