@@ -10,4 +10,4 @@ python src/eval/check_results.py results/RESULTS.md docs/EVAL_PROTOCOL.md
 python src/eval/check_results.py --citations-only README.md docs/MOE_FINDINGS.md
 LLAMA_CPP=$(bash pipelines/llama_cpp.sh | tail -n 1)
 export LLAMA_CPP OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec python -m pytest -q -n "${TEST_WORKERS:-$(nproc)}" --dist worksteal "$@"
+exec python -m pytest -q -n "${TEST_WORKERS:-$(nproc)}" --dist loadfile "$@"
