@@ -62,15 +62,16 @@ def test_the_checker_is_a_gate(results, command):
 
 
 def test_two_tags_are_compared_in_pairs(results, command):
-    def evaluation(tag, right, limit=200):
-        rows = [{"benchmark": "tiny_math", "id": str(i), "prompt_sha256": str(i), "correct": i in right} for i in range(200)]
+    def evaluation(tag, right, limit=200, first=0):
+        row = {"benchmark": "tiny_math"}
+        rows = [row | {"id": str(i), "prompt_sha256": str(i), "correct": i in right} for i in range(first, limit)]
         SampleLog(results / f"eval/{tag}.samples.jsonl", {"sampling": {}, "limit": limit, "grader": "1"}).append(rows)
         write_result(results / f"eval/{tag}.json", kind="probe", tag=tag, started=0.0, metrics={})
 
     evaluation("base", range(180))
     evaluation("worse", range(150))
     evaluation("same", range(1, 181))
-    evaluation("other", range(180), limit=300)
+    evaluation("other", range(180), first=30)
     done = command("src/eval/compare_tags.py", "base", "worse", "--results", results)
     assert done.returncode == 0 and "90.0 ->  75.0" in done.stdout and "  loss" in done.stdout, done.stderr
     axis = json.loads((results / "compare/base__worse.json").read_text())["metrics"]["tiny_math"]
@@ -79,8 +80,11 @@ def test_two_tags_are_compared_in_pairs(results, command):
     assert "no difference shown (n 200, minimum detectable 2.0)" in done.stdout
     count, faults = check_text(page(results), results)
     assert not faults and "## Differences" in page(results) and count == 17
-    done = command("src/eval/compare_tags.py", "base", "other", "--results", results)
-    assert done.returncode == 2 and "differ in limit" in done.stderr
+    evaluation("fewer", range(20), limit=50)  # the first items of the same benchmark: those are compared
+    done = command("src/eval/compare_tags.py", "base", "fewer", "--results", results)
+    assert done.returncode == 0 and "100.0 ->  40.0" in done.stdout, done.stderr
+    done = command("src/eval/compare_tags.py", "fewer", "other", "--results", results)
+    assert done.returncode == 2 and "saw different prompts" in done.stderr
     done = command("src/eval/compare_tags.py", "base", "none", "--results", results)
     assert done.returncode == 2 and "no finished evaluation 'none'" in done.stderr
 

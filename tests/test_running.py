@@ -14,7 +14,7 @@ from compare_tags import compare
 from console import UserError
 from eval_settings import GateRules, load_settings
 from gate import eval_records, gate_axis, gate_lines, gate_status
-from graders import split_thinking
+from graders import GRADER_VERSION, split_thinking
 from paired_stats import clustered_interval, clustered_mcnemar, discordance, mcnemar, wilson
 from regrade import regrade
 from results_store import SampleLog, WorkClock, read_samples, write_result
@@ -212,7 +212,7 @@ class Mended(Echo):
 
 def evaluated(directory, monkeypatch, benchmark=Echo):
     """An evaluation as the runner makes it, with answers that the grader of Echo gets wrong."""
-    monkeypatch.setattr(vllm_eval8, "get_benchmarks", lambda names: [benchmark()])
+    monkeypatch.setattr(vllm_eval8, "get_benchmarks", lambda names, data_dir=None: [benchmark()])
 
     class Backend:
         def render(self, messages):
@@ -236,17 +236,17 @@ def evaluated(directory, monkeypatch, benchmark=Echo):
 def test_regrading_needs_no_model_and_keeps_the_generation(tmp_path, monkeypatch):
     assert evaluated(tmp_path, monkeypatch)["echo"]["correct"] == 0
     before = json.loads((tmp_path / "eval/t.json").read_text())
-    monkeypatch.setattr(vllm_eval8, "get_benchmarks", lambda names: [Mended()])
-    monkeypatch.setattr("regrade.GRADER_VERSION", "2")
+    monkeypatch.setattr(vllm_eval8, "get_benchmarks", lambda names, data_dir=None: [Mended()])
+    monkeypatch.setattr("regrade.GRADER_VERSION", "next")
     record, changed = regrade(tmp_path / "eval", "t", None, None)
     assert changed == 2 and record["metrics"]["echo"]["acc"] == 1.0
     assert before["metrics"]["echo"]["first"] == [False] and record["metrics"]["echo"]["first"] == [True]
     assert record == json.loads((tmp_path / "eval/t.json").read_text())
     kept = ("command", "started", "seconds", "hardware", "packages", "model", "sampling", "parts", "code")
     assert {key: record[key] for key in kept} == {key: before[key] for key in kept} and record["seconds"] == 77.0
-    assert record["regraded"]["from"] == "1" and record["regraded"]["to"] == "2" and record["regraded"]["changed"] == 2
+    assert record["regraded"]["from"] == GRADER_VERSION and record["regraded"]["to"] == "next" and record["regraded"]["changed"] == 2
     settings, rows = read_samples(tmp_path / "eval/t.samples.jsonl")
-    assert settings["grader"] == "2" and [row["extracted"] for row in rows] == ["4", "6"]
+    assert settings["grader"] == "next" and [row["extracted"] for row in rows] == ["4", "6"]
     assert split_thinking(rows[0]["text"])[1] == "It is 4."  # the generation itself is as it was
 
 

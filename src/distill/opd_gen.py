@@ -25,7 +25,7 @@ from checkpoint import Checkpoint
 from console import UserError, atomic_path, progress, read_json, run_cli, write_json
 from graders import GRADER_VERSION
 from opd_data import MANIFEST, ROLLOUTS, file_sha256, shown, write_phase
-from results_store import SampleLog, sha256_json, sha256_text
+from results_store import SampleLog, sample_key, sha256_json, sha256_text
 from vllm_eval8 import PROMPT_ROOM, graded_rows
 
 CHUNK = 64  # prompts generated together, whole or not at all: a resumed run must make the same batches
@@ -116,13 +116,13 @@ def generate(backend: Backend, prompts: Sequence[Prompt], sampling: Sampling, lo
     tokens = 0
     with progress(len(prompts), "rollouts", "sample") as bar:
         for part in chunks_of(prompts):
-            if all((prompt.source, prompt.id) in log.done for prompt in part):
+            if all((prompt.source, prompt.id, 0) in log.done for prompt in part):
                 bar.update(len(part))
                 continue
             own = dataclasses.replace(sampling, seed=sampling.seed + 7919 * part[0].turn)  # vLLM seeds prompt by prompt
             made = dict(backend.generate([prompt.text for prompt in part], own))
             rows = log_rows(part, [made[i] for i in range(len(part))])
-            log.append([row for row in rows if (row["benchmark"], row["id"]) not in log.done])
+            log.append([row for row in rows if sample_key(row) not in log.done])
             tokens += sum(row["tokens"] for row in rows)
             bar.update(len(part))
     return tokens
@@ -172,7 +172,7 @@ def make_rollouts(args: argparse.Namespace) -> dict[str, Any]:
     prompts = task_prompts(names, args.limit, backend) if names else file_prompts(args.prompts, args.limit, backend)
     prompts = repeated(prompts, args.repeats)
     tokens = generate(backend, prompts, sampling, log)
-    rows = [log.done[prompt.source, prompt.id] for prompt in prompts]
+    rows = [log.done[prompt.source, prompt.id, 0] for prompt in prompts]
     chosen = kept(rows, args.finished_only, args.correct_only)
     if not chosen:
         raise UserError(f"{args.out}: none of {len(rows)} rollouts is kept (finished {counts(rows)['finished']}); "

@@ -202,7 +202,7 @@ def write_adapter(trainer: Trainer, config: AdapterConfig, identities: dict[str,
     described = {"format": FORMAT, **identities, "adapter": dataclasses.asdict(config), "data": data}
     described |= {"training": trainer.config.settings(), "device": trainer.world.device.type, "curve": trainer.curve}
     described["parameters"] = {name: grids[name] | {"sha256": digests[name]} for name in grids}
-    facts = {"steps": trainer.step, "processes": trainer.world.size, "loss": trainer.curve[-1][1]}
+    facts = {"steps": trainer.step, "processes": trainer.world.size, "loss": trainer.curve[-1][1] if trainer.curve else None}
     write_phase(trainer.out, "opd_train", trainer.seconds, trainer.tokens, **facts)
     write_json(trainer.out / ADAPTER_JSON, described)
 

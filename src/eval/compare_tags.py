@@ -1,10 +1,10 @@
 """Compare two evaluated models item by item: bash pipelines/eval.sh --compare BASE OTHER [--teacher TAG]
 
-The tags are those of results/eval. Both must have answered the same questions with the same budget, number of samples and
-grader, and have sampled alike or each as its vendor recommends. Per benchmark: the difference in accuracy with its paired
-bootstrap interval (items are resampled), McNemar's exact p, items lost and won, and a verdict, which is given only when the
-interval excludes zero and the exact p is below 0.05. With --teacher its accuracy stands beside them, and the record says how
-far each is behind it. Writes results/compare/BASE__OTHER.json (TEACHER__BASE__OTHER.json).
+The tags are those of results/eval. Both must have answered the same questions (of two limits the smaller one's count) with
+the same budget, number of samples and grader, and have sampled alike or each as its vendor recommends. Per benchmark: the
+difference in accuracy with its paired bootstrap interval (items are resampled), McNemar's exact p, items lost and won, and a
+verdict, which is given only when the interval excludes zero and the exact p is below 0.05. With --teacher its accuracy stands
+beside them, and the record says how far each is behind it. Writes results/compare/BASE__OTHER.json (TEACHER__BASE__OTHER.json).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from paired_stats import clustered_mcnemar, discordance, minimum_detectable, pai
 from results_store import data_entry, read_result, read_samples, write_result
 
 SHOWN = 0.05  # level of the exact test
-COMPARABLE = ("limit", "grader")  # settings that must agree, besides samples and sampling
+COMPARABLE = ("grader",)  # settings that must agree, besides samples and sampling
 Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -77,10 +77,12 @@ def question(rows: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) ->
 
 
 def paired(base: Rows, other: Rows, where: str) -> tuple[list[int], list[int]]:
-    """Right answers of both models to each item, in the same order; a :class:`UserError` unless both saw the same prompts."""
-    if base.keys() != other.keys() or any(question(base[k], other[k]) != question(other[k], base[k]) for k in base):
-        raise UserError(f"{where}: the two evaluations saw different prompts; evaluate both with the same --limit")
-    return [sum(row["correct"] for row in base[k]) for k in base], [sum(row["correct"] for row in other[k]) for k in base]
+    """Right answers of both models to each item, in the same order. Of two limits the items of the smaller one; a
+    :class:`UserError` unless both saw the same prompts."""
+    both = [key for key in base if key in other]
+    if len(both) != min(len(base), len(other)) or any(question(base[k], other[k]) != question(other[k], base[k]) for k in both):
+        raise UserError(f"{where}: the two evaluations saw different prompts; evaluate both with the same data")
+    return [sum(row["correct"] for row in base[k]) for k in both], [sum(row["correct"] for row in other[k]) for k in both]
 
 
 def compare(base: Sequence[int], other: Sequence[int], samples: int = 1) -> dict[str, Any]:
