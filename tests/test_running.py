@@ -244,7 +244,8 @@ def test_regrading_needs_no_model_and_keeps_the_generation(tmp_path, monkeypatch
     assert record == json.loads((tmp_path / "eval/t.json").read_text())
     kept = ("command", "started", "seconds", "hardware", "packages", "model", "sampling", "parts", "code")
     assert {key: record[key] for key in kept} == {key: before[key] for key in kept} and record["seconds"] == 77.0
-    assert record["regraded"]["from"] == GRADER_VERSION and record["regraded"]["to"] == "next" and record["regraded"]["changed"] == 2
+    regraded = record["regraded"]
+    assert (regraded["from"], regraded["to"], regraded["changed"]) == (GRADER_VERSION, "next", 2)
     settings, rows = read_samples(tmp_path / "eval/t.samples.jsonl")
     assert settings["grader"] == "next" and [row["extracted"] for row in rows] == ["4", "6"]
     assert split_thinking(rows[0]["text"])[1] == "It is 4."  # the generation itself is as it was

@@ -18,6 +18,7 @@ float32 minimum (4 uint16), then one q a token of the vocabulary (padded to an e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -43,6 +44,7 @@ from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
 from moe_eval import summarize_kl, tiny_texts
 from results_store import data_entry, describe_model, write_result
 
+ATTEMPTS = 3
 MAGIC = b"_logits_"
 DEPTH = 16.0  # nats below the likeliest token that the format resolves
 PRINTED = {
@@ -144,9 +146,15 @@ def dump_logprobs(model: Path, text: Path, out: Path, context: int, chunks: int,
 
 
 def tool_kl(model: Path, base: Path, context: int, options: Sequence[str] = ()) -> tuple[dict[str, float], list[float]]:
-    """(llama-perplexity's statistics of ``model`` against a file of log-probabilities, its mean after each chunk)."""
+    """(llama-perplexity's statistics of ``model`` against a file of log-probabilities, its mean after each chunk). Its logger
+    is a thread that can lose the last lines when the program ends (seen once in five runs), so an incomplete output is
+    asked for again."""
     fixed = ["--model", model, "--ctx-size", context, "--kl-divergence", "--kl-divergence-base", base]
-    return parse_tool(run_tool([*fixed, *options], max(2048 // context, 1) * context))
+    command = [*fixed, *options]
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(UserError):
+            return parse_tool(run_tool(command, max(2048 // context, 1) * context))
+    return parse_tool(run_tool(command, max(2048 // context, 1) * context))
 
 
 def parse_tool(output: str) -> tuple[dict[str, float], list[float]]:
