@@ -2,15 +2,15 @@
 # Every record of GGUF files on razor-tiny, then the page:  bash pipelines/gguf_results.sh       (half an hour on two CPU cores)
 # For four types of the experts: llama-quantize, ours by nearest rounding and with error feedback, at the same types and the same
 # calibration text, judged by KL. Then a file of the same size with types by measured sensitivity, one that is evaluated in
-# llama-server, and its speed. A killed run goes on where it stopped.
+# llama-server, and its speed. A killed run goes on where it stopped. TYPES="IQ3_XXS Q3_K" takes some of the types only.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
 export MODEL=${MODEL:-models/razor-tiny}
-name=${NAME:-razor_tiny} work=$SCRATCH/gguf file=$(basename "$MODEL")
+name=${NAME:-razor_tiny} work=$SCRATCH/gguf file=$(basename "$MODEL") types=${TYPES:-IQ3_XXS IQ2_XS Q3_K Q4_K}
 
 judge() { # tag file: KL to the original
-    [ -e "results/kl/$1.json" ] || python src/eval/gguf_kl.py --model "$2" --reference "$MODEL" --tag "$1" --items 64
+    [ -e "results/kl/$1.json" ] || python src/eval/gguf_kl.py --model "$2" --reference "$MODEL" --tag "$1" --items "${KL_ITEMS:-32}"
 }
 
 pack() { # tag directory settings...: a file, recorded
@@ -20,9 +20,14 @@ pack() { # tag directory settings...: a file, recorded
     fi
 }
 
+evaluate() { # tag file: accuracy in llama-server
+    [ -e "results/eval/$1.json" ] ||
+        bash pipelines/eval.sh --model "$2" --tokenizer "$MODEL" --tag "$1" --limit "${LIMIT:-250}"
+}
+
 pack "${name}_gguf_bf16" bf16 BASE_TYPE=BF16 TENSOR_TYPES= METHOD=nearest
 judge "${name}_gguf_bf16" "$work/bf16/$file-BF16.gguf"
-for type in IQ3_XXS IQ2_XS Q3_K Q4_K; do
+for type in $types; do
     tag=${name}_gguf_${type,,}
     pack "${tag}_llama" reference BASE_TYPE=$type REFERENCE=1
     judge "${tag}_llama" "$work/reference/$file-$type.gguf"
@@ -32,25 +37,25 @@ for type in IQ3_XXS IQ2_XS Q3_K Q4_K; do
     done
 done
 
+for type in IQ3_XXS IQ2_XS; do
+    case " $types " in *" $type "*) ;; *) continue ;; esac
+    tag=${name}_gguf_${type,,}
+    evaluate "${tag}_llama" "$work/reference/$file-$type.gguf"
+    evaluate "${tag}_ldlq" "$work/$type-ldlq/$file-$type.gguf"
+done
+case " $types " in *" IQ3_XXS "*) ;; *) exit ;; esac
+
 # The published recipe's size, spent by measured sensitivity.
 recipe=$work/IQ3_XXS-ldlq/$file-IQ3_XXS.gguf
 size=$(python -c 'import sys, os; print(os.path.getsize(sys.argv[1]) / 2**30)' "$recipe")
 pack "${name}_gguf_budget" budget BASE_TYPE=IQ3_XXS METHOD=ldlq TARGET_GIB="$size"
 judge "${name}_gguf_budget" "$work/budget/$file-IQ3_XXS.gguf"
 
-# What is evaluated is what is deployed: the dequantized checkpoint against its file, and the file's accuracy in llama-server.
+# What is evaluated is what is deployed: the dequantized checkpoint against its file.
 same=${name}_gguf_iq3_xxs_ldlq_dequantized
 [ -d "$work/dequantized" ] || python src/quant/gguf_dequant.py --gguf "$recipe" --model "$MODEL" --out "$work/dequantized"
 [ -e "results/kl/$same.json" ] ||
-    python src/eval/gguf_kl.py --model "$recipe" --reference "$work/dequantized" --tag "$same" --items 64
-evaluate() { # tag file
-    [ -e "results/eval/$1.json" ] ||
-        bash pipelines/eval.sh --model "$2" --tokenizer "$MODEL" --tag "$1" --limit "${LIMIT:-1000}"
-}
-evaluate "${name}_gguf_iq3_xxs_ldlq" "$recipe"
-evaluate "${name}_gguf_iq3_xxs_llama" "$work/reference/$file-IQ3_XXS.gguf"
-evaluate "${name}_gguf_iq2_xs_ldlq" "$work/IQ2_XS-ldlq/$file-IQ2_XS.gguf"
-evaluate "${name}_gguf_iq2_xs_llama" "$work/reference/$file-IQ2_XS.gguf"
+    python src/eval/gguf_kl.py --model "$recipe" --reference "$work/dequantized" --tag "$same" --items "${KL_ITEMS:-32}"
 [ -e "results/bench/${name}_gguf_iq3_xxs.json" ] || bash pipelines/bench.sh --gguf "$recipe" \
     --result "results/bench/${name}_gguf_iq3_xxs.json" --tag "${name}_gguf_iq3_xxs"
 python src/eval/make_results.py
