@@ -1,22 +1,36 @@
 #!/usr/bin/env bash
-# Every rounding method on one model at the same grid, judged by KL:  bash pipelines/study.sh     (razor-tiny; half an hour on 2 cores)
+# Every rounding method on one model at the same grid, judged by KL:  bash pipelines/study.sh     (razor-tiny; an hour on 2 cores)
 # MODEL=DIR and NAME=prefix take another model. A killed run goes on where it stopped.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
 model=${MODEL:-models/razor-tiny} name=${NAME:-razor_tiny}
 
-judge() { # tag method expert-bits [more options of quant_save]
-    [ -e "results/kl/$1.json" ] && return
-    if [ ! -e "results/quantize/$1.json" ] || [ ! -e "$SCRATCH/$1/recipe.json" ]; then
+quantized() { # tag method expert-bits [more options of quant_save]: the checkpoint, recorded once
+    local record=()
+    [ -e "results/quantize/$1.json" ] || record=(--result "results/quantize/$1.json" --tag "$1")
+    [ -e "$SCRATCH/$1/recipe.json" ] && [ ${#record[@]} = 0 ] ||
         python src/quant/quant_save.py --model "$model" --expert-bits "$3" --linear-bits 4 --method "$2" \
-            --out "$SCRATCH/$1" --result "results/quantize/$1.json" --tag "$1" --force "${@:4}"
-    fi
+            --out "$SCRATCH/$1" "${record[@]}" --force "${@:4}"
+}
+
+judge() { # the same arguments: KL
+    [ -e "results/kl/$1.json" ] && return
+    quantized "$@"
     python src/eval/moe_eval.py --model "$SCRATCH/$1" --reference "$model" --tag "$1"
+}
+
+axes() { # the same arguments: accuracy, compared in pairs with the original
+    if [ ! -e "results/eval/$1.json" ]; then
+        quantized "$@"
+        python src/eval/vllm_eval8.py --model "$SCRATCH/$1" --tag "$1" --limit "${LIMIT:-250}"
+    fi
+    [ -e "results/compare/${name}_bf16__$1.json" ] || python src/eval/compare_tags.py "${name}_bf16" "$1"
 }
 
 for method in rtn_asym hqq wclip awq gptq gptq_refit; do
     judge "${name}_int3_int4_$method" "$method" 3
+    axes "${name}_int3_int4_$method" "$method" 3
 done
 for bits in 2 2.5 4; do
     judge "${name}_int${bits}_int4_gptq_refit" gptq_refit "$bits"
