@@ -5,14 +5,14 @@
 Data-free grids on BF16 blocks [8, 2048, 3072] of experts (smaller on a CPU), in parameters a second, beside the rate of a
 copy, which is the limit of anything that reads and writes BF16. On a GPU the fused kernel is compared bit by bit with the
 plain search. Then one MoE layer of calibrated rounding: --layer 122b is that of Qwen3.5-122B-A10B (256 experts), on synthetic
-weights and correlated activations.
+weights and correlated activations; and the same layer encoded into --ggml block types, nearest and with error feedback.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from torch import Tensor
 
 from calibration import Moments
 from console import progress, run_cli
+from ggml_types import decode_rows
+from gguf_pass import encoded
+from gguf_recipe import type_named
 from moe_quant import dequantize, fake_quant, quantize_group
 from results_store import add_record_arguments, check_record_arguments, write_result
 from rounding import Grid, output_error, round_weight
@@ -29,6 +32,7 @@ LAYERS = {  # experts, [O, I] of the two matrices, tokens an expert sees
     "122b": (256, ((2048, 3072), (3072, 1024)), 4096),
 }
 METHODS = ("wclip", "gptq", "gptq_refit")
+GGML_METHODS = ("nearest", "ldlq")
 
 
 def synchronize(device: torch.device) -> None:
@@ -104,6 +108,33 @@ def layer(name: str, device: torch.device) -> dict[str, Any]:
     return found
 
 
+def ggml_layer(name: str, types: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """Seconds and rates of the same layer in ggml block types, and its output error relative to the int3 clip search."""
+    experts, shapes, tokens = LAYERS[name]
+    count = sum(experts * outputs * inputs for outputs, inputs in shapes)
+    found = {kind: {m: {"seconds": 0.0, "error_ratio": []} for m in GGML_METHODS} for kind in types}
+    with progress(len(shapes) * len(types) * len(GGML_METHODS), "ggml", "matrix") as bar:
+        for outputs, inputs in shapes:
+            weight = (torch.randn(experts, outputs, inputs, device=device) * 0.02).bfloat16()
+            statistics = moments_of(experts, inputs, tokens, device).statistics(inputs)
+            clip = error_of(weight, fake_quant(weight, 3, 128, 16), statistics.hessian)
+            for kind in types:
+                for method in GGML_METHODS:
+                    encoded(weight[:1, :64].float(), kind, method, statistics.hessian[:1])  # tables are made once
+                    synchronize(device)
+                    started = time.perf_counter()
+                    data = encoded(weight.float(), kind, method, statistics.hessian)
+                    synchronize(device)
+                    entry = found[kind][method]
+                    entry["seconds"] += time.perf_counter() - started
+                    entry["error_ratio"].append(error_of(weight, decode_rows(data, kind), statistics.hessian) / clip)
+                    bar.update()
+    for made in found.values():
+        for entry in made.values():
+            entry["mega_parameters_per_s"] = count / 1e6 / entry["seconds"]
+    return found
+
+
 def error_of(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
     """Summed output error, a few experts at a time."""
     total = 0.0
@@ -124,20 +155,28 @@ def table(found: dict[str, Any]) -> str:
     for method in METHODS:
         ratios = ", ".join(f"{ratio:.3f}" for ratio in work[method]["error_ratio"])
         lines.append(f"  {method:<14}{work[method]['seconds']:>9.2f} s   output error / clip-16: {ratios}")
+    for kind, made in found["ggml"].items():
+        for method, entry in made.items():
+            ratios = ", ".join(f"{ratio:.3f}" for ratio in entry["error_ratio"])
+            rate = f"{entry['mega_parameters_per_s']:>8.1f} M/s"
+            lines.append(f"  {kind + ' ' + method:<18}{entry['seconds']:>9.2f} s{rate}   output error / clip-16: {ratios}")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--layer", choices=sorted(LAYERS), help="default: 122b on a GPU, small on a CPU")
+    parser.add_argument("--ggml", default="iq3_xxs,iq2_xs,q4_K", help="block types to encode the layer into; empty: none")
     add_record_arguments(parser)
     args = parser.parse_args()
     check_record_arguments(args)
+    types = [type_named(kind, "--ggml") for kind in args.ggml.split(",") if kind]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     started = time.time()
     chosen = args.layer or ("122b" if device.type == "cuda" else "small")
     found = {"grids": grids(device), "layer": {"name": chosen} | layer(chosen, device)}
+    found["ggml"] = ggml_layer(chosen, types, device)
     if args.result:
         write_result(args.result, kind="bench", tag=args.tag, started=started, metrics=found)
     print(table(found), flush=True)
