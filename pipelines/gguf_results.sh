@@ -10,7 +10,7 @@ export MODEL=${MODEL:-models/razor-tiny}
 name=${NAME:-razor_tiny} work=$SCRATCH/gguf file=$(basename "$MODEL") types=${TYPES:-IQ3_XXS IQ2_XS Q3_K Q4_K}
 
 judge() { # tag file: KL to the original
-    [ -e "results/kl/$1.json" ] || python src/eval/gguf_kl.py --model "$2" --reference "$MODEL" --tag "$1" --items "${KL_ITEMS:-32}"
+    [ -e "results/kl/$1.json" ] || python src/eval/gguf_kl.py --model "$2" --reference "$MODEL" --tag "$1" --items "${KL_ITEMS:-128}"
 }
 
 pack() { # tag directory settings...: a file, recorded
@@ -55,7 +55,7 @@ judge "${name}_gguf_budget" "$work/budget/$file-IQ3_XXS.gguf"
 same=${name}_gguf_iq3_xxs_ldlq_dequantized
 [ -d "$work/dequantized" ] || python src/quant/gguf_dequant.py --gguf "$recipe" --model "$MODEL" --out "$work/dequantized"
 [ -e "results/kl/$same.json" ] ||
-    python src/eval/gguf_kl.py --model "$recipe" --reference "$work/dequantized" --tag "$same" --items "${KL_ITEMS:-32}"
+    python src/eval/gguf_kl.py --model "$recipe" --reference "$work/dequantized" --tag "$same" --items "${KL_ITEMS:-128}"
 [ -e "results/bench/${name}_gguf_iq3_xxs.json" ] || bash pipelines/bench.sh --gguf "$recipe" \
     --result "results/bench/${name}_gguf_iq3_xxs.json" --tag "${name}_gguf_iq3_xxs"
 python src/eval/make_results.py
