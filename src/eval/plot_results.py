@@ -1,8 +1,8 @@
 """Draw the README's picture and the training curve from the records: python src/eval/plot_results.py
 
-docs/razor_tiny_bits.png: accuracy (Wilson intervals) and KL to BF16 against the bits of the whole model, one point a record in
-results/eval, results/kl and results/quantize. docs/razor_tiny_methods.png: KL against packed bytes for every quantized model
-that has both records. docs/razor_tiny_training.png: loss by training tokens. A picture without records is not drawn.
+docs/razor_tiny_bits.png: accuracy (Wilson intervals) and KL to BF16 against the bits of the whole model, for the checkpoints
+that were evaluated on the most items. docs/razor_tiny_methods.png: KL against packed bytes for every quantized model that
+has both records. docs/razor_tiny_training.png: loss by training tokens. A picture without records is not drawn.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ BF16_BITS = 16.0
 
 
 def points(results: Path) -> list[dict[str, Any]]:
-    """One entry a model that has an accuracy record: tag, bits of the whole model, accuracies, KL (None for BF16)."""
+    """One entry a checkpoint that was evaluated on as many items as any: tag, bits of the whole model, accuracies, KL (None
+    for BF16). GGUF files have tables of their own; those of fewer items would crowd the picture."""
     bits = {r["tag"]: r["metrics"]["overall_bits"] for _, r in records(results, "quantize")}
     kl = {r["tag"]: r["metrics"].get("kl", {}).get("mean") for _, r in records(results, "kl")}
+    evaluated = [r for _, r in records(results, "eval") if not r["model"]["path"].endswith(".gguf")]
+    most = max((m["n"] for r in evaluated for m in r["metrics"].values()), default=0)
     found = [
         {"tag": r["tag"], "bits": bits.get(r["tag"], BF16_BITS), "axes": r["metrics"], "kl": kl.get(r["tag"])}
-        for _, r in records(results, "eval")
+        for r in evaluated
+        if any(m["n"] == most for m in r["metrics"].values())
     ]
     return sorted(found, key=lambda point: point["bits"])
 
