@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shlex
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError, read_json, run_cli, run_script, write_json
-from env_config import load_config
+from env_config import from_environment, load_config
 from opd_data import MANIFEST, PHASE, shown
 from opd_train_fsdp import ADAPTER_JSON
 from recipe import RECIPE_FILE, recipe_record
@@ -227,8 +226,7 @@ def step(script: str, *arguments: object, processes: int = 1) -> None:
 
 def overrides(smoke: bool, config: DistillConfig | None = None) -> dict[str, str]:
     """The config's keys that the environment sets; for --smoke also the small sizes, in a WORK of its own."""
-    keys = [field.name.upper() for field in dataclasses.fields(DistillConfig)]
-    found = {key: os.environ[key] for key in keys if key in os.environ}
+    found = from_environment(DistillConfig)
     if smoke and config is not None:
         rows = str(2 * config.processes)
         found |= SMOKE | {"ROWS": rows, "WORK": config.work.rstrip("/") + "-smoke"}

@@ -26,6 +26,8 @@ from refine import refine_norms
 from rounding import Grid, Statistics, output_error, round_weight
 from staging import RUN
 
+LM_HEAD = "lm_head.weight"
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -124,18 +126,23 @@ class CalibratedPass:
                 values[source] = part.to("cpu", info.dtype).reshape(info.shape).clone()
         return values
 
-    @torch.no_grad()
-    def head(self) -> dict[str, Tensor]:
-        """Round lm_head (where it is a tensor of its own and has a grid) on the normed output of the last layer."""
-        stream, name = self.stream, "lm_head.weight"
-        if name not in self.targets:
-            return {}
-        norm = stream.decoder.norm
+    def _head_moments(self) -> Moments:
+        """Second moments of what lm_head sees: the normed output of the last layer."""
+        stream, norm = self.stream, self.stream.decoder.norm
         stream.fill(norm, "model.norm.")
         moments = Moments(1, stream.decoder.config.hidden_size, stream.device)
         for hidden in self.hidden:
             moments.add(0, norm(hidden.to(stream.device)).flatten(0, 1))
         stream.empty(norm)
+        return moments
+
+    @torch.no_grad()
+    def head(self) -> dict[str, Tensor]:
+        """Round lm_head (where it is a tensor of its own and has a grid) on the normed output of the last layer."""
+        stream, name = self.stream, LM_HEAD
+        if name not in self.targets:
+            return {}
+        moments = self._head_moments()
         source = stream.by_parameter[name][0]
         weight = stream.checkpoint.read(source)
         try:

@@ -6,6 +6,7 @@ Not a command. `load_config(Recipe, "configs/smoke_tiny.env")` fills the field `
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,12 @@ def build_config(cls: type[T], pairs: Mapping[str, str], where: str) -> T:
         raise UserError(f"{where}: {', '.join(missing)} not set")
     values = {fields[key].name: convert(value, kinds[fields[key].name], f"{where}: {key}") for key, value in pairs.items()}
     return cls(**values)
+
+
+def from_environment(cls: type) -> dict[str, str]:
+    """The upper-case keys of the dataclass ``cls`` that the environment sets."""
+    keys = [field.name.upper() for field in dataclasses.fields(cls)]
+    return {key: os.environ[key] for key in keys if key in os.environ}
 
 
 def load_config(cls: type[T], path: str | Path, overrides: Mapping[str, str] | None = None) -> T:

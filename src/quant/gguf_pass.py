@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from calibrated_pass import CalibratedPass
+from calibrated_pass import LM_HEAD, CalibratedPass
 from calibration import Calibration, LayerStream, Moments
 from console import UserError
 from ggml_round import ldlq
@@ -19,7 +19,6 @@ from ggml_types import TYPES, decode_rows, encode
 from gguf_layout import Piece, into_parameter, ordered_hessian, read_parameter, to_gguf
 
 METHODS = ("ldlq", "nearest")
-LM_HEAD = "lm_head.weight"
 
 
 def is_quantized(kind: str) -> bool:
@@ -95,12 +94,7 @@ class GgufPass(CalibratedPass):
         """Encode lm_head, where it is quantized, on the normed output of the last layer."""
         if LM_HEAD not in self.targets:
             return {}
-        stream, norm = self.stream, self.stream.decoder.norm
-        stream.fill(norm, "model.norm.")
-        moments = Moments(1, stream.decoder.config.hidden_size, stream.device)
-        for hidden in self.hidden:
-            moments.add(0, norm(hidden.to(stream.device)).flatten(0, 1))
-        stream.empty(norm)
+        stream, moments = self.stream, self._head_moments()
         (piece,) = self.targets[LM_HEAD]
         self._encode(LM_HEAD, read_parameter(stream.checkpoint, piece).to(stream.device, torch.float32), moments)
         return self.taken()

@@ -8,14 +8,13 @@ Each step is the command that a user would type; the full command line is printe
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from console import UserError, run_cli
-from env_config import load_config
-from quantize_run import flag, step
+from env_config import from_environment, load_config
+from quantize_run import calibration_flags, flag, step
 
 
 @dataclass(frozen=True)
@@ -36,34 +35,12 @@ class PackConfig:
     reference: bool
 
 
-def overrides() -> dict[str, str]:
-    """The config's keys that the environment sets."""
-    keys = [field.name.upper() for field in dataclasses.fields(PackConfig)]
-    return {key: os.environ[key] for key in keys if key in os.environ}
-
-
-def common_flags(config: PackConfig) -> list[object]:
-    text = ["--calib", config.calib] if config.calib else []
-    return ["--model", config.model, *text, "--calib-sequences", config.calib_sequences, "--calib-length", config.calib_length]
-
-
 def allocated(config: PackConfig) -> str:
     """The file of types for the budget, made beside the output; one that is there is for another run and is refused."""
     types = f"{config.out.rstrip('/')}.types.txt"
     protected = ["--tensor-types", config.protected] if config.protected else []
-    text = ["--calib", config.calib] if config.calib else []
-    flags = [
-        "--model",
-        config.model,
-        *text,
-        "--calib-length",
-        config.calib_length,
-        *protected,
-        "--target-gib",
-        config.target_gib,
-        "--out",
-        types,
-    ]
+    flags = ["--model", config.model, *calibration_flags(config.calib, config.calib_length), *protected]
+    flags += ["--target-gib", config.target_gib, "--out", types]
     step("src/quant/gguf_alloc.py", *flags, *(["--force"] if flag("FORCE") else []))
     return types
 
@@ -71,7 +48,7 @@ def allocated(config: PackConfig) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", type=Path, required=True)
-    config = load_config(PackConfig, parser.parse_args().config, overrides())
+    config = load_config(PackConfig, parser.parse_args().config, from_environment(PackConfig))
     if config.target_gib < 0:
         raise UserError(f"TARGET_GIB={config.target_gib}: must be above 0 (or 0 for the types of the recipe)")
     if config.reference and config.dequant_out:
@@ -80,7 +57,8 @@ def main() -> None:
     record: list[object] = []
     if tag := os.environ.get("TAG"):
         record = ["--tag", tag, "--result", f"results/pack/{tag}.json"]
-    flags = [*common_flags(config), "--out", config.out, "--base-type", config.base_type]
+    calibration = calibration_flags(config.calib, config.calib_length, config.calib_sequences)
+    flags = ["--model", config.model, *calibration, "--out", config.out, "--base-type", config.base_type]
     flags += ["--tensor-types", types] if types else []
     flags += [*record, *(["--force"] if flag("FORCE") else [])]
     if config.reference:

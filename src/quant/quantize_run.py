@@ -8,14 +8,13 @@ Each step is the command that a user would type; the full command line is printe
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from console import UserError, run_cli, run_script
-from env_config import load_config
+from env_config import from_environment, load_config
 
 
 @dataclass(frozen=True)
@@ -43,35 +42,32 @@ def flag(name: str) -> bool:
     return value == "1"
 
 
-def overrides() -> dict[str, str]:
-    """The config's keys that the environment sets."""
-    keys = [field.name.upper() for field in dataclasses.fields(QuantizeConfig)]
-    return {key: os.environ[key] for key in keys if key in os.environ}
-
-
 def step(script: str, *arguments: object) -> None:
     """Run one of the project's commands, printed first."""
     print("+ " + shlex.join(["python", script, *map(str, arguments)]), flush=True)
     run_script(script, *arguments)
 
 
-def calibration_flags(config: QuantizeConfig) -> list[object]:
-    text = ["--calib", config.calib] if config.calib else []
-    return [*text, "--calib-sequences", config.calib_sequences, "--calib-length", config.calib_length]
+def calibration_flags(calib: str, length: int, sequences: int | None = None) -> list[object]:
+    """The flags of calibration_text; an empty ``calib`` and no ``sequences`` leave a command's own defaults."""
+    text = ["--calib", calib] if calib else []
+    count = [] if sequences is None else ["--calib-sequences", sequences]
+    return [*text, *count, "--calib-length", length]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--config", type=Path, required=True)
-    config = load_config(QuantizeConfig, parser.parse_args().config, overrides())
+    config = load_config(QuantizeConfig, parser.parse_args().config, from_environment(QuantizeConfig))
+    calibration = calibration_flags(config.calib, config.calib_length, config.calib_sequences)
     if flag("PROBE"):
-        step("src/quant/moe_probe.py", "--model", config.model, *calibration_flags(config))
+        step("src/quant/moe_probe.py", "--model", config.model, *calibration)
     bits = ["--expert-bits", f"{config.expert_bits:g}", "--linear-bits", config.linear_bits]
     grid = ["--group", config.group, "--clip-steps", config.clip_steps, "--method", config.method]
     record = []
     if tag := os.environ.get("TAG"):
         record = ["--tag", tag, "--result", f"results/quantize/{tag}.json"]
-    more = [*calibration_flags(config), "--shard-gib", config.shard_gib, *record, *(["--force"] if flag("FORCE") else [])]
+    more = [*calibration, "--shard-gib", config.shard_gib, *record, *(["--force"] if flag("FORCE") else [])]
     step("src/quant/quant_save.py", "--model", config.model, "--out", config.out, *bits, *grid, *more)
 
 
