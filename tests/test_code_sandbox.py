@@ -298,9 +298,7 @@ def f(x):
     if x == 0: time.sleep(99)
     return x + 7
 """
-    verdicts = run_many(
-        [(daemon, TEST), (daemon, "f(0)"), ("import os\nos.close(4)\nwhile 1: pass", TEST)], timeout_s=1.0
-    )
+    verdicts = run_many([(daemon, TEST), (daemon, "f(0)"), ("import os\nos.close(4)\nwhile 1: pass", TEST)], timeout_s=1.0)
     assert [verdict.reason for verdict in verdicts] == ["passed", "timeout", "error"]
     deadline = time.monotonic() + 10  # on a busy machine the kernel takes a while to end what was killed
     while children() - before and time.monotonic() < deadline:

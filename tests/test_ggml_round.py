@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from console import UserError
-from ggml_round import SIZES, columns_of, descend, ldlq, packed, row_errors, spans, sweep, vector_importance
+from ggml_round import SIZES, columns_of, descend, even_rows, ldlq, packed, row_errors, spans, sweep, vector_importance
 from ggml_types import balanced, codec, decode_rows, encode
 from rounding import inverse_factor
 
@@ -215,3 +215,10 @@ def test_block_metric_is_the_loss_after_compensation():
     later = slice(64, 96)
     expected = h[part, part] - h[part, later] @ torch.linalg.solve(h[later, later], h[later, part])
     assert torch.allclose(own, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_spans_of_rows_are_even_and_in_sixteens():
+    for length, most in ((3072, 2569), (248_320, 162_760), (100, 1000), (2048, 16), (33, 16)):
+        rows = even_rows(length, most)
+        parts = [min(rows, length - span.start) for span in spans(length, rows)]
+        assert rows % 16 == 0 and rows < most + 16 and sum(parts) == length and max(parts) - min(parts) < 16 * len(parts)

@@ -162,7 +162,8 @@ KILLER = textwrap.dedent("""
     def attempt(target):
         torch.set_num_threads(1)
         try:
-            pack, _ = plan_pack(Checkpoint(model), "q8_0", [], "nearest", Calibration(*calibration_ids(None, model, 4, 128)))
+            text = Calibration(*calibration_ids(None, model, 4, 128), token_power=0.4)  # gradients first, then the layers
+            pack, _ = plan_pack(Checkpoint(model), "q8_0", [], "nearest", text)
             write_pack(pack, target)
         except BaseException:
             traceback.print_exc()

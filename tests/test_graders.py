@@ -2,7 +2,11 @@
 
 import pytest
 
-from graders import extract_boxed, extract_code, extract_letter, grade_integer, split_thinking
+from backends import Completion
+from bench8_loaders import Gpqa
+from benchmarks import Item
+from graders import extract_boxed, extract_code, extract_letter, grade_integer, opens_thinking, split_thinking
+from vllm_eval8 import graded_rows
 
 
 @pytest.mark.parametrize(
@@ -37,6 +41,12 @@ def test_letters(answer, letter):
         ("−5", -5, True),
         ("5.0", 5, True),
         ("5.5", 5, False),
+        ("5^\\circ", 5, True),
+        ("5^{\\circ}", 5, True),
+        ("m+n = 5", 5, True),
+        ("\\text{5}", 5, True),
+        ("5x=5", 5, False),
+        ("x=5,5", 55, False),
         ("12 apples", 12, False),
         ("", 0, False),
         (None, 0, False),
@@ -61,3 +71,17 @@ def test_code_takes_the_block_that_defines_the_function():
 def test_thinking_that_never_ends_is_no_answer():
     assert split_thinking("a </think> b") == ("a ", "b")
     assert split_thinking("The answer is B.") == ("The answer is B.", None)
+    assert split_thinking("<think>The answer is B.", opened=False)[1] is None
+    assert split_thinking("<|channel>thought\nB?", opened=False)[1] is None
+
+
+def test_a_model_without_a_thought_answers_and_gemma_ends_its_own():
+    """Of models whose prompt opens no thought every answer would else be wrong."""
+    assert opens_thinking("<|im_start|>assistant\n<think>\n") and not opens_thinking("<|turn>model\n")
+    assert split_thinking("The answer is B.", opened=False)[1] == "The answer is B."
+    assert split_thinking("<|channel>thought\nC?<channel|>The answer is B.", opened=False)[1] == "The answer is B."
+    item = Item("1", "?", "B", {"letters": "ABCD"})
+    rows = graded_rows(
+        Gpqa(), [item] * 2, ["<|turn>model\n", "assistant\n<think>\n"], [Completion("Answer: B", 3, 2, "stop")] * 2
+    )
+    assert [(row["correct"], row["prompt_opens_thinking"]) for row in rows] == [(True, False), (False, True)]

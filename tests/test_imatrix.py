@@ -35,7 +35,7 @@ def test_names_are_llama_cpps():
         "model.layers.2.mlp.shared_expert.up_proj.weight": ["blk.2.ffn_up_shexp.weight"],
         "model.layers.3.self_attn.o_proj.weight": ["blk.3.attn_output.weight"],
         "model.layers.2.linear_attn.in_proj_qkv.weight": ["blk.2.attn_qkv.weight"],
-        "model.layers.2.linear_attn.out_proj.weight": [],
+        "model.layers.2.linear_attn.out_proj.weight": ["blk.2.ssm_out.weight"],
     }
     assert {name: ggml_names(name, "qwen3_5_moe", 4) for name in names} == names
 

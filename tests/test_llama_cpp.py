@@ -82,3 +82,24 @@ def test_a_directory_without_the_tools_is_named(tmp_path, monkeypatch):
         llama_cpp.tool("llama-bench")
     llama_cpp.tools.cache_clear()
     llama_cpp.source.cache_clear()
+
+
+def test_a_tool_that_lost_its_last_lines_is_asked_again_and_one_that_failed_is_not():
+    said = []
+
+    def ask(*errors):
+        said.append(None)
+        if len(said) <= len(errors):
+            raise errors[len(said) - 1]
+        return len(said)
+
+    lost = llama_cpp.Incomplete("lost")
+    assert llama_cpp.asked(lambda: ask(lost, lost)) == 3
+    said.clear()
+    with pytest.raises(UserError, match="broken"):
+        llama_cpp.asked(lambda: ask(lost, UserError("broken"), lost))
+    assert len(said) == 2
+    said.clear()
+    with pytest.raises(UserError, match="lost"):
+        llama_cpp.asked(lambda: ask(*[lost] * 20))
+    assert len(said) == llama_cpp.ATTEMPTS

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 
 MIB = 1 << 20
 RUN = """
-import resource, sys, torch
+import sys, torch
 from calibration import Calibration
 from quant_save import quantize_checkpoint
 from recipe import Recipe
+from results_store import peak_rss_mib
 model, out, method = sys.argv[1:]
 calibration = None
 if method != "absmax":
@@ -21,7 +22,7 @@ if method != "absmax":
     calibration = Calibration(ids, {"name": "random"}, device=torch.device("cpu"))
 quantize_checkpoint(model, out, Recipe(3, 4, 128, 1, method=method), chunk_bytes=8 << 20, shard_bytes=256 << 20,
                     calibration=calibration)
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print("peak", peak_rss_mib())
 """
 
 

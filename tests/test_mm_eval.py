@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from conftest import REPO
 from PIL import Image
 
 from backends import Sampling
@@ -199,3 +200,57 @@ def test_bad_input_is_one_line(model, random_tiny, tmp_path, command, changes, m
     done = command("src/eval/mm_eval.py", *(x for pair in flags.items() for x in pair), cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+RAZOR = REPO / "models/razor-tiny-vl"
+
+
+def test_the_committed_model_sees_and_its_quantized_copy_too(tmp_path, command):
+    """Quantized, evaluated and compared by the commands, from the committed weights; a blank picture is not answered right."""
+    from mm_kl import held_out, inputs_of
+
+    done = command("src/quant/quant_save.py", "--model", RAZOR, "--out", tmp_path / "q", "--expert-bits", 3, "--linear-bits", 4)
+    assert done.returncode == 0, done.stderr
+    for tag, path in (("full", RAZOR), ("q", tmp_path / "q")):
+        done = command(
+            "src/eval/mm_eval.py", "--model", path, "--tag", tag, "--limit", 8, "--backend", "hf", "--out", tmp_path / "eval"
+        )
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "eval" / f"{tag}.json").read_text())
+        assert record["model"]["family"] == "RAZOR_TINY_VL" and all(m["acc"] == 1 for m in record["metrics"].values())
+    done = command("src/eval/compare_tags.py", "full", "q", "--results", tmp_path)
+    assert done.returncode == 0 and done.stdout.count("no difference shown") == 3, done.stderr
+    backend = HfMmBackend(RAZOR, batch=8)
+    task = get_mm_benchmarks(["tiny_digits"])[0]
+    items = task.load(8)
+    blank = [Prompt(backend.render(task.messages(item)).text, [picture("white", (64, 64))]) for item in items]
+    answers = dict(backend.generate(blank, Sampling(max_tokens=64)))
+    assert not any(f"boxed{{{item.gold}}}" in answers[i].text for i, item in enumerate(items))
+    backend.tokenizer.padding_side = "right"
+    pairs, _ = held_out(backend.processor, 1)
+    inputs, answer = inputs_of(backend.processor, pairs)
+    for ids, own, (_, turn) in zip(inputs["input_ids"], answer, pairs, strict=True):
+        assert backend.tokenizer.decode(ids[own]) == turn
+
+
+def test_logs_of_pictures_are_regraded_and_shown(tmp_path):
+    """The committed evaluation, packed, graded anew: pictures are drawn again from the seed, and no verdict changes."""
+    import shutil
+
+    from eval_settings import load_settings
+    from make_report import page
+    from regrade import regrade
+
+    (tmp_path / "eval").mkdir()
+    for name in ("razor_tiny_vl_int2_int2.json", "razor_tiny_vl_int2_int2.samples.jsonl.gz"):
+        shutil.copy(REPO / "results/eval" / name, tmp_path / "eval" / name)
+    before = json.loads((tmp_path / "eval/razor_tiny_vl_int2_int2.json").read_text())
+    packed = (tmp_path / "eval/razor_tiny_vl_int2_int2.samples.jsonl.gz").read_bytes()
+    record, changed = regrade(tmp_path / "eval", "razor_tiny_vl_int2_int2", None, None)
+    assert changed == 0 and record["metrics"] == before["metrics"] and record["data"] == before["data"]
+    assert record["pixels"] == before["pixels"] and (tmp_path / "eval" / before["samples"]).with_suffix(".jsonl.gz").exists()
+    assert (tmp_path / "eval/razor_tiny_vl_int2_int2.samples.jsonl.gz").read_bytes() == packed
+    shown = json.loads(page(tmp_path, load_settings()).split('id="data">')[1].split("</script>")[0])
+    assert len(shown) == 120 and all(entry["question"] and len(entry["pictures"]) == 1 for entry in shown)
+    image = Picture(base64.b64decode(shown[0]["pictures"][0].partition(",")[2]))
+    assert image.open().size == (64, 64)

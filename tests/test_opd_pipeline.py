@@ -19,7 +19,10 @@ from safetensors.torch import load_file, save_file
 import merge_adapter
 import opd_score
 from console import UserError
+from fsdp_setup import World
+from opd_budget import Plan, memory, shape_of
 from opd_data import ScoredRollouts, file_sha256, read_rollouts
+from opd_student import AdapterConfig, build_student
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
 
@@ -238,3 +241,74 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(cached, whole, rand
     code, error = run("opd_train_fsdp", *training(tmp_path / "c", random_tiny, tmp_path / "a"))
     assert code == 2 and error.startswith("step 3: the loss is nan") and "state.safetensors, step 2;" in error
     assert file_sha256(tmp_path / "a/state.safetensors") == good and not (tmp_path / "a/adapter.json").exists()
+
+
+def test_an_adapter_goes_on_from_another_of_its_kind(cached, whole, random_tiny, tmp_path):
+    start = ["--init", whole, "--steps", 0]
+    assert run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "same"), *start) == (0, "")
+    one, two = (load_file(path / "adapter.safetensors") for path in (whole, tmp_path / "same"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    first, second = (json.loads((path / "adapter.json").read_text()) for path in (whole, tmp_path / "same"))
+    assert first["parameters"] == second["parameters"]  # the same weights on the grid
+    assert second["data"]["init_sha256"] == file_sha256(whole / "adapter.safetensors")
+    code, error = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "other"), *start, "--rank", 8)
+    assert code == 2 and "these settings need" in error and "same rank" in error and "\n" not in error
+    swapped = ["--student", random_tiny]
+    code, error = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "other"), *start, *swapped)
+    assert code == 2 and "an adapter for another student" in error and "\n" not in error
+
+
+def test_prompts_are_scored_where_that_is_asked_for(cached, random_tiny, tmp_path):
+    paths = ["--teacher", random_tiny, "--rollouts", cached / "rollouts", "--out", tmp_path / "s", "--k", 20]
+    assert run("opd_score", *paths, "--score-prompts") == (0, "")
+    part, all_of_it = ScoredRollouts(cached / "scores"), ScoredRollouts(tmp_path / "s")
+    assert part.lengths == all_of_it.lengths and all_of_it.answers == [length - 1 for length in part.lengths]
+    assert part.index["retokenized"] == all_of_it.index["retokenized"]
+    for number in (0, 5):
+        own, other = part[number].teacher, all_of_it[number].teacher
+        torch.testing.assert_close(other.logp[-len(own.logp) :], own.logp)
+
+
+def test_the_budget_counts_the_bytes_of_a_student(cached, random_tiny):
+    world = World(0, 1, torch.device("cpu"))
+    student = build_student(cached / "q", random_tiny, AdapterConfig(4), world, "forward_kl", 1.0, False)
+    held = {True: 0, False: 0}
+    for parameter in student.parameters():
+        size = 2 if parameter.dtype is torch.float32 and not parameter.requires_grad else parameter.element_size()
+        held[parameter.requires_grad] += parameter.numel() * size  # what is not on a grid is bfloat16 on a GPU
+    plan = Plan(1, 4, 4, 4, 64, 5, 8, 20, 4e14, 2.98e12, 3e11, 2000.0)
+    frozen, adapters = list(memory(shape_of(random_tiny), plan).values())[:2]
+    assert (held[False], 4 * held[True]) == (frozen, adapters)  # value, gradient and two moments
+
+
+@pytest.mark.slow
+def test_killed_in_every_phase_ends_with_the_same_bytes(random_tiny, tmp_path):
+    small = {"TEACHER": random_tiny, "TASKS": "tiny_know,tiny_math", "LIMIT": 4, "MAX_TOKENS": 12, "CHUNK": 2, "K": 8}
+    small |= {"TRAJECTORIES": "student", "FINISHED_ONLY": 0, "BACKEND": "hf", "SCORE_BATCH": 2, "KL_ITEMS": 1, "TAG": "killed"}
+    small |= {"STEPS": 4, "ROWS": 4, "MICRO_ROWS": 4, "RANK": 4, "LR": 0.1, "WARMUP": 0, "SAVE_EVERY": 1}
+    code = "from pathlib import Path; import distill_run as d; from env_config import from_environment, load_config\n"
+    code += "c = load_config(d.DistillConfig, Path('configs/opd_tiny.env'), from_environment(d.DistillConfig))\n"
+    code += "d.Run(c, Path(c.work) / 'record.json', d.step).all()"
+
+    def start(work):
+        environment = ONE_THREAD | {key: str(value) for key, value in (small | {"WORK": work}).items()}
+        return subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=REPO, start_new_session=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    cut = tmp_path / "cut"
+    marks = ("rollouts/samples.jsonl", ".scores.partial/job.json", "adapter/state.safetensors", ".recovered.partial/job.json")
+    for part in marks:
+        process = start(cut)
+        while not any(cut.glob(part)) and process.poll() is None:
+            time.sleep(0.002)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, (part, errors[-2000:])
+        assert not (cut / "recovered").exists()
+    for work in (cut, tmp_path / "whole"):
+        process = start(work)
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors[-2000:]
+    for name in ("rollouts/rollouts.jsonl", "adapter/adapter.safetensors", "recovered/model.safetensors"):
+        assert file_sha256(cut / name) == file_sha256(tmp_path / "whole" / name), name

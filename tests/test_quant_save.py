@@ -181,9 +181,9 @@ def test_ctrl_c_leaves_nothing_and_a_killed_run_refuses_other_settings(large, tm
 
 def test_memory_stays_far_below_the_checkpoint(large, tmp_path):
     code = (
-        "import resource, sys\nfrom quant_save import quantize_checkpoint\nfrom recipe import Recipe\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
-        "before = peak()\nquantize_checkpoint(sys.argv[1], sys.argv[2], Recipe(3, 4, 128, 1), chunk_bytes=8 << 20)\n"
+        "import sys\nfrom quant_save import quantize_checkpoint\nfrom recipe import Recipe\n"
+        "from results_store import peak_rss_mib as peak\nbefore = peak()\n"
+        "quantize_checkpoint(sys.argv[1], sys.argv[2], Recipe(3, 4, 128, 1), chunk_bytes=8 << 20)\n"
         "print('grown by', peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(large), str(tmp_path / "q")], capture_output=True, text=True)

@@ -1,14 +1,17 @@
 """The record of a run, the sample log that resumes, the page and the checker that trusts nothing."""
 
 import json
+import math
 import time
 
 import pytest
+from conftest import REPO
 
-from check_results import check_text, render
+from check_results import check_text, refreshed, render
 from console import UserError
+from gguf_spread import check_pairs, spread
 from make_results import page
-from paired_stats import mcnemar, minimum_detectable, paired_bootstrap, wilson
+from paired_stats import mcnemar, minimum_detectable, paired_bootstrap, paired_ratio, wilson
 from results_store import SampleLog, public_path, read_samples, write_result
 
 
@@ -51,6 +54,9 @@ def test_the_page_passes_and_every_kind_of_doctoring_fails(results):
         assert bad != text
         _, faults = check_text(bad, results)
         assert len(faults) == 1 and message in faults[0]
+    assert refreshed(text.replace("[94.2 %]", "[12.3 %]"), results) == text
+    absent = text.replace("tiny_math.n)", "tiny_math.m)")
+    assert refreshed(absent, results) == absent
     (results / "RESULTS.md").unlink()
 
 
@@ -89,6 +95,16 @@ def test_two_tags_are_compared_in_pairs(results, command):
     assert done.returncode == 2 and "no finished evaluation 'none'" in done.stderr
 
 
+def test_pictures_are_of_razor_tiny_alone():
+    """Neither its sibling that sees nor recovered models stand among its recipes, and BF16 stands there once."""
+    from plot_results import BF16_BITS, points, quantized
+
+    made, found = quantized(REPO / "results"), points(REPO / "results")
+    assert len(made) > 20 and not [r["tag"] for r in made if "_vl_" in r["tag"]]
+    assert {point["tag"] for point in found} <= {"razor_tiny_bf16", *(r["tag"] for r in made)}
+    assert [point["tag"] for point in found if point["bits"] == BF16_BITS] == ["razor_tiny_bf16"]
+
+
 def test_render():
     assert render(0.9421, 1, " %") == "94.2 %" and render(1234567, 0) == "1,234,567" and render(6.7e6, 2, " MB") == "6.70 MB"
 
@@ -116,3 +132,18 @@ def test_statistics_against_published_values():
     mean, low, high = paired_bootstrap(a, b)
     assert mean == pytest.approx(-0.1) and low < -0.1 < high < 0
     assert minimum_detectable(1000, 0.1) == pytest.approx(2.8016 * 0.01, abs=1e-4)
+    e = math.e  # logarithms 1, 2, 3, 4, 5: mean 3, standard deviation 1.5811, t 2.7764
+    ratio, low, high = paired_ratio([1] * 5, [e, e**2, e**3, e**4, e**5])
+    assert [math.log(v) for v in (ratio, low, high)] == pytest.approx([3, 3 - 1.9632, 3 + 1.9632], abs=1e-4)
+
+
+def test_a_spread_is_over_texts_and_at_equal_bytes():
+    found = spread([[1.0, 2.0, 4.0], [0.5, 1.0, 2.0]])
+    assert found["llama"]["mean"] == pytest.approx(7 / 3) and found["llama"]["deviation"] == pytest.approx(1.5275, abs=1e-4)
+    assert found["ratio"] == found["ratio_low"] == found["ratio_high"] == pytest.approx(0.5)
+    llama = {"tag": "a", "model": {"bytes": 1_000_000}, "data": [{"sha256": "0"}], "context": 512}
+    check_pairs([(llama, llama | {"model": {"bytes": 1_000_500}})])
+    with pytest.raises(UserError, match="not the same types"):
+        check_pairs([(llama, llama | {"model": {"bytes": 1_010_000}})])
+    with pytest.raises(UserError, match="different transcripts"):
+        check_pairs([(llama, llama), (llama, llama | {"context": 256})])

@@ -24,13 +24,15 @@ KILLER = textwrap.dedent("""
     import calibrated_pass, transformers.models.qwen3_5_moe.modeling_qwen3_5_moe
 
     model, out, method, kills = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    method, _, packed = method.partition(" ")
 
     def attempt(target):
         torch.set_num_threads(1)
         recipe = Recipe(3, 4, 128, 4, method=method)
         try:
             calibration = Calibration(*calibration_ids(None, model, 4, 128)) if method in CALIBRATED else None
-            quantize_checkpoint(model, target, recipe, shard_bytes=1 << 20, calibration=calibration)
+            shard = 1 << (18 if packed else 20)
+            quantize_checkpoint(model, target, recipe, shard_bytes=shard, calibration=calibration, packed=bool(packed))
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -75,7 +77,7 @@ KILLER = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize("method", ["clip", "gptq"])
+@pytest.mark.parametrize("method", ["clip", "gptq", "clip packed", "wclip packed"])
 def test_twenty_kills_end_with_the_same_bytes(random_tiny, tmp_path, method):
     run = [sys.executable, "-c", KILLER, random_tiny, tmp_path, method, "20"]
     done = subprocess.run(list(map(str, run)), capture_output=True, text=True, timeout=400)

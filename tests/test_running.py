@@ -1,5 +1,6 @@
 """Running an evaluation: settings that are really read, samples, regrading, damaged logs, the gate, the report."""
 
+import gzip
 import json
 import shutil
 import time
@@ -12,8 +13,9 @@ from backends import Completion, Sampling
 from benchmarks import Benchmark, Item
 from compare_tags import compare
 from console import UserError
+from eval_plan import answered
 from eval_settings import GateRules, load_settings
-from gate import eval_records, gate_axis, gate_lines, gate_status
+from gate import GATED, NOT_GATED, eval_records, gate_axis, gate_lines, gate_status
 from graders import GRADER_VERSION, split_thinking
 from paired_stats import clustered_interval, clustered_mcnemar, discordance, mcnemar, wilson
 from regrade import regrade
@@ -137,6 +139,31 @@ def test_damage_in_a_log(tmp_path, capsys):
             act()
 
 
+def test_a_packed_log_is_the_same_log(tmp_path, command):
+    """Packing twice gives the same bytes; readers and a run that goes on take the packed form; unfinished logs stay plain."""
+    directory, rows = tmp_path / "eval", [sample(1), sample(2), sample(2, sample=1)]
+    log = directory / "a.samples.jsonl"
+    SampleLog(log, PLAIN).append(rows)
+    SampleLog(directory / "b.samples.jsonl", PLAIN).append(rows)
+    before, packed = log.read_bytes(), directory / "a.samples.jsonl.gz"
+    write_result(directory / "a.json", kind="eval", tag="a", started=1e9, metrics={"b": {"n": 1}}, extra={"samples": log.name})
+    seen = set()
+    for _ in range(2):
+        done = command("src/eval/pack_samples.py", "--results", tmp_path)
+        assert done.returncode == 0 and "not finished, left as they are: b" in done.stdout, done.stderr
+        assert not log.exists() and (directory / "b.samples.jsonl").exists()
+        seen.add(packed.read_bytes())
+        assert read_samples(log) == (json.loads(json.dumps(PLAIN)), rows)
+        assert len(SampleLog(log, PLAIN).done) == 3 and log.read_bytes() == before and not packed.exists()
+    assert len(seen) == 1 and gzip.decompress(seen.pop()) == before
+    packed.write_bytes(b"cut")
+    log.unlink()
+    with pytest.raises(UserError, match="a.samples.jsonl.gz: damaged"):
+        read_samples(log)
+    done = command("src/eval/pack_samples.py", "c", "--results", tmp_path)
+    assert done.returncode == 2 and "holds no plain log of c" in done.stderr
+
+
 def test_seconds_are_the_sum_over_the_parts_of_a_run(tmp_path):
     clock = WorkClock(tmp_path / ".a.clock")
     time.sleep(0.05)
@@ -212,7 +239,7 @@ class Mended(Echo):
 
 def evaluated(directory, monkeypatch, benchmark=Echo):
     """An evaluation as the runner makes it, with answers that the grader of Echo gets wrong."""
-    monkeypatch.setattr(vllm_eval8, "get_benchmarks", lambda names, data_dir=None: [benchmark()])
+    monkeypatch.setattr("bench_mm.get_benchmarks", lambda names, data_dir=None: [benchmark()])
 
     class Backend:
         def render(self, messages):
@@ -225,7 +252,7 @@ def evaluated(directory, monkeypatch, benchmark=Echo):
     settings = {**PLAIN, "model": "gone", "samples": 1}
     log = SampleLog(directory / "eval/t.samples.jsonl", settings)
     runner = vllm_eval8.Runner(Backend(), Sampling(), 1, log, WorkClock(directory / "eval/.t.clock"))
-    metrics, data = vllm_eval8.evaluate([benchmark()], 2, runner)
+    metrics, data = vllm_eval8.evaluate([(benchmark(), benchmark().load(2))], runner)
     model = {"path": "gone", "config_sha256": "0", "family": None}
     extra = {"samples": "t.samples.jsonl", "parts": 3}
     write_result(directory / "eval/t.json", kind="eval", tag="t", started=1e9, seconds=77.0, model=model, data=data,
@@ -236,7 +263,7 @@ def evaluated(directory, monkeypatch, benchmark=Echo):
 def test_regrading_needs_no_model_and_keeps_the_generation(tmp_path, monkeypatch):
     assert evaluated(tmp_path, monkeypatch)["echo"]["correct"] == 0
     before = json.loads((tmp_path / "eval/t.json").read_text())
-    monkeypatch.setattr(vllm_eval8, "get_benchmarks", lambda names, data_dir=None: [Mended()])
+    monkeypatch.setattr("bench_mm.get_benchmarks", lambda names, data_dir=None: [Mended()])
     monkeypatch.setattr("regrade.GRADER_VERSION", "next")
     record, changed = regrade(tmp_path / "eval", "t", None, None)
     assert changed == 2 and record["metrics"]["echo"]["acc"] == 1.0
@@ -285,21 +312,47 @@ def test_a_quantized_model_has_the_gate_of_its_original():
     lines, failed = gate_lines(found, settings, ["razor_tiny_bf16", "razor_tiny_int2_int4_absmax"])
     assert len(lines) == 9 and failed == 0 and all(" gated (" in line for line in lines[1:])
     lossy = next(r for r in found if r["tag"] == "razor_tiny_int2_int4_absmax")
-    assert gate_axis(lossy, "tiny_math", settings, found).reference == "razor_tiny_bf16"
+    originals = [r for r in found if r["model"]["path"] == "models/razor-tiny"]  # the study of recovery has one too
+    latest = max(originals, key=lambda r: r["started"])["tag"]
+    assert {r["tag"] for r in originals} == {"razor_tiny_bf16", "recovery_bf16"}
+    assert gate_axis(lossy, "tiny_math", settings, found).reference == latest
     assert (
         gate_axis(lossy, "tiny_math", settings, [lossy | {"model": lossy["model"] | {"family": "RAZOR_TINY"}}]).status
         == "not gated"
     )
     assert gate_axis(lossy, "gsm8k", settings, found).status == "no target"
     gguf = {"path": "x.gguf", "format": "gguf", "family": "RAZOR_TINY"}
-    assert gate_axis(lossy | {"recipe": None, "model": gguf}, "tiny_math", settings, found).reference == "razor_tiny_bf16"
+    assert gate_axis(lossy | {"recipe": None, "model": gguf}, "tiny_math", settings, found).reference == latest
+    decoded = {"path": "x", "family": "RAZOR_TINY", "decoded_from": {"file": "x.gguf", "bytes": 1}}
+    assert gate_axis(lossy | {"recipe": None, "model": decoded}, "tiny_math", settings, found).reference == latest
     other = lossy | {"sampling": lossy["sampling"] | {"temperature": 1.0}}
     assert gate_axis(other, "tiny_math", settings, found).status == "not gated"
 
 
+def test_a_target_for_the_mean_of_two_settings():
+    """mmmu_pro is published as one number: both settings have the status of their mean, and none while one is missing."""
+    settings = load_settings()
+    target = settings.targets["QWEN3_5_35B_A3B"]["mmmu_pro"]
+
+    def axis(off):
+        acc = (target + off) / 100
+        return {"n": 1730, "acc": acc, "acc_low": acc - 0.02, "acc_high": acc + 0.02}
+
+    def judged(**metrics):
+        record = {"recipe": None, "model": {"path": "x", "family": "QWEN3_5_35B_A3B"}, "tag": "t", "sampling": {}}
+        return gate_axis(record | {"metrics": metrics}, "mmmu_pro_vision", settings)
+
+    both = judged(mmmu_pro_standard=axis(5), mmmu_pro_vision=axis(-4))
+    assert both.status == GATED and both.target == target
+    assert both.reason.startswith("mean of mmmu_pro_standard, mmmu_pro_vision: +0.5")
+    assert judged(mmmu_pro_standard=axis(5), mmmu_pro_vision=axis(0)).status == NOT_GATED
+    alone = judged(mmmu_pro_vision=axis(0))
+    assert alone.status == NOT_GATED and "mmmu_pro_standard was not evaluated" in alone.reason
+
+
 def test_the_mission_table(tmp_path, command):
     for tag in ("razor_tiny_bf16", "razor_tiny_int3_int4_clip16", "razor_tiny_int3_int4_gptq_refit"):
-        for end in (".json", ".samples.jsonl"):
+        for end in (".json", ".samples.jsonl.gz"):
             (tmp_path / "eval").mkdir(exist_ok=True)
             shutil.copy(REPO / f"results/eval/{tag}{end}", tmp_path / "eval")
     done = command("src/eval/compare_tags.py", "razor_tiny_int3_int4_clip16", "razor_tiny_int3_int4_gptq_refit", "--teacher",
@@ -365,11 +418,11 @@ def test_the_report_of_our_own_records():
     from make_report import SAMPLE_BYTES, page
 
     text = page(REPO / "results", load_settings())
-    assert len(text.encode()) < SAMPLE_BYTES + 1_000_000 < 3_000_001
+    assert len(text.encode()) < SAMPLE_BYTES + 1_000_000 < 3_000_001  # pictures included
     assert text.count("<svg") >= 2 and "razor_tiny_int3_int4_clip16" in text and "98.0 % <" in text
     assert "http://" not in text and "https://" not in text.split("<script")[0]  # nothing is fetched
     shown = json.loads(text.split('id="data">')[1].split("</script>")[0])
-    assert {entry["benchmark"] for entry in shown} == {"tiny_know", "tiny_math", "tiny_reason", "tiny_code"}
+    assert {entry["benchmark"] for entry in shown} >= {"tiny_know", "tiny_math", "tiny_reason", "tiny_code", "tiny_count"}
     assert all(entry["question"] for entry in shown) and any(not entry["correct"] for entry in shown)
 
 
@@ -393,3 +446,10 @@ def test_the_report_in_a_browser(hostile_results, tmp_path):
         count = {"hostile": "1 to 2 of 2", "ours": "1 to 10 of "}[name]
         assert count in built and built.count('<article class="sample') == (2 if name == "hostile" else 10)
         assert_nothing_became_markup(built)
+
+
+def test_the_plan_of_a_killed_run_counts_what_it_left(tmp_path):
+    path = tmp_path / "a.samples.jsonl"
+    SampleLog(path, PLAIN).append([{"benchmark": "tiny_know", "id": "1"}, {"benchmark": "tiny_know", "id": "2"}])
+    path.write_bytes(path.read_bytes()[:-5])
+    assert answered(path) == {"tiny_know": 1}

@@ -50,7 +50,7 @@ def test_training_forward_equals_transformers_through_the_processor(saved, token
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     rng = random.Random(0)
     scenes = [task().scene_of(rng, "test") for task in TINY_VISION_TASKS]
-    ids, _, pixels = encode_scenes(tokenizer, scenes, 64, 0.0)
+    ids, _, pixels = encode_scenes(tokenizer, scenes, 80, 0.0)
     patches = patches_of(pixels)
     for scene, row, own in zip(scenes, ids, patches, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": scene.question}]
@@ -154,7 +154,7 @@ def test_training_resumes_to_the_same_weights_and_the_loss_falls(tokenizer, tmp_
 
 def test_the_clock_ends_a_run_with_a_decayed_rate():
     config = small_config(steps=1000, max_seconds=100, warmup=1, decay_from=0.5, learning_rate=1.0)
-    assert config.rate_at(100, 1.0) == 1.0
+    assert config.rate(100, 1.0) == 1.0
     assert config.progress(100, 100.0) >= 1
-    assert config.rate_at(100, 99.999) == pytest.approx(0.02, rel=0.01)
-    assert config.rate_at(750, 1.0) == pytest.approx(0.51, rel=0.01)
+    assert config.rate(100, 99.999) == pytest.approx(0.02, rel=0.01)
+    assert config.rate(750, 1.0) == pytest.approx(0.51, rel=0.01)

@@ -19,7 +19,7 @@ from opd_score import add_score_arguments, check_score_arguments, score_rollouts
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--teacher", type=Path, required=True, help="the original checkpoint")
     add_generation_arguments(parser)
     add_score_arguments(parser)
     args = parser.parse_args()
@@ -29,7 +29,8 @@ def main() -> None:
     args.model, args.out = args.teacher, rollouts
     make_rollouts(args)
     if not (scores / INDEX).exists():
-        score_rollouts(args.teacher, rollouts, scores, args.k, args.score_temperature, args.batch, args.shard_rollouts)
+        settings = args.k, args.score_temperature, args.batch, args.shard_rollouts, args.score_prompts
+        score_rollouts(args.teacher, rollouts, scores, *settings)
     print(f"{summary(rollouts)}; scores in {scores}", flush=True)
 
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,14 @@ class DistillConfig:
     group: int
     clip_steps: int
     method: str
+    cache: str
     trajectories: str
     tasks: str
     prompts: str
     limit: int
     repeats: int
     backend: str
+    chunk: int
     rollout_model: str
     finished_only: bool
     max_tokens: int
@@ -57,6 +60,8 @@ class DistillConfig:
     k: int
     score_temperature: float
     score_batch: int
+    score_prompts: bool
+    init: str
     steps: int
     rows: int
     micro_rows: int
@@ -78,20 +83,24 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.trajectories not in ("student", "teacher"):
             raise UserError(f"TRAJECTORIES={self.trajectories}: expected student or teacher")
+        if self.init and not self.cache and self.trajectories == "student" and not self.rollout_model:
+            raise UserError("INIT with rollouts of the student: set ROLLOUT_MODEL to what INIT's run recovered")
         if self.processes < 1:
             raise UserError(f"PROCESSES={self.processes}: must be at least 1")
 
 
 class Run:
-    """The directories of a run and its phases in order."""
+    """The directories of a run and its phases in order; ``step(script, *arguments, processes=N)`` runs a command."""
 
-    def __init__(self, config: DistillConfig, result: Path) -> None:
-        self.config, self.result = config, result
+    def __init__(self, config: DistillConfig, result: Path, step: Callable[..., None]) -> None:
+        self.config, self.result, self.step = config, result, step
         self.work, self.teacher = Path(config.work), Path(config.teacher)
         self.student = Path(config.student) if config.student else self.work / "student"
-        off_policy = self.work / "teacher" if config.trajectories == "teacher" else self.work
+        off_policy = Path(config.cache) if config.cache else self.work / ("teacher" if config.trajectories == "teacher" else "")
         self.rollouts, self.scores = off_policy / "rollouts", off_policy / "scores"
         self.adapter, self.recovered = self.work / "adapter", self.work / "recovered"
+        # what is recovered: on a block type of llama.cpp that is not the student's file, but its weights on that grid
+        self.before = self.work / "before" if config.ggml else self.student
 
     def claim(self) -> None:
         """Note the settings in WORK, or refuse a WORK with others."""
@@ -110,62 +119,88 @@ class Run:
             return
         bits = ["--expert-bits", f"{config.expert_bits:g}", "--linear-bits", config.linear_bits, "--group", config.group]
         method = ["--clip-steps", config.clip_steps, "--method", config.method]
-        step("src/quant/quant_save.py", "--model", self.teacher, "--out", self.student, *bits, *method)
+        self.step("src/quant/quant_save.py", "--model", self.teacher, "--out", self.student, *bits, *method)
 
     def generation(self) -> list[object]:
         config = self.config
-        source = ["--prompts", config.prompts] if config.prompts else ["--tasks", config.tasks]
+        source = ["--tasks", config.tasks] if config.tasks else []
+        source += ["--prompts", config.prompts] if config.prompts else []
         sampling = ["--temperature", config.temperature, "--max-tokens", config.max_tokens, "--seed", config.seed]
         counts = ["--limit", config.limit, "--repeats", config.repeats, "--backend", config.backend]
-        return [*source, *counts, *sampling, *(["--finished-only"] if config.finished_only else [])]
+        return [*source, *counts, *sampling, "--chunk", config.chunk, *(["--finished-only"] if config.finished_only else [])]
 
     def scoring(self) -> list[object]:
         config = self.config
-        return ["--k", config.k, "--score-temperature", config.score_temperature, "--batch", config.score_batch]
+        size = ["--k", config.k, "--score-temperature", config.score_temperature, "--batch", config.score_batch]
+        return [*size, *(["--score-prompts"] if config.score_prompts else [])]
 
     def cache(self) -> None:
-        """Phases A and B."""
+        """Phases A and B, unless CACHE names the output of another run."""
+        if self.config.cache:
+            return
         if self.config.trajectories == "teacher":
             if not (self.scores / "index.json").exists():
                 made = ["--teacher", self.teacher, "--out", self.rollouts.parent]
-                step("src/distill/cache_teacher.py", *made, *self.generation(), *self.scoring())
+                self.step("src/distill/cache_teacher.py", *made, *self.generation(), *self.scoring())
             return
         if not (self.rollouts / MANIFEST).exists():
             model = self.config.rollout_model or self.student
-            step("src/distill/opd_gen.py", "--model", model, "--out", self.rollouts, *self.generation())
+            self.step("src/distill/opd_gen.py", "--model", model, "--out", self.rollouts, *self.generation())
         if not (self.scores / "index.json").exists():
             paths = ["--teacher", self.teacher, "--rollouts", self.rollouts, "--out", self.scores]
-            step("src/distill/opd_score.py", *paths, *self.scoring())
+            self.step("src/distill/opd_score.py", *paths, *self.scoring())
+
+    def start(self) -> None:
+        """The weights of a block type before training: an adapter of no steps, merged."""
+        if self.config.ggml and not (self.before / RECIPE_FILE).exists():
+            self.fit(self.work / "start", 0)
+            self.bake(self.work / "start", self.before)
 
     def train(self) -> None:
         """Phase C."""
+        self.fit(self.adapter, self.config.steps)
+
+    def fit(self, out: Path, steps: int) -> None:
         config = self.config
-        if (self.adapter / ADAPTER_JSON).exists():
+        if (out / ADAPTER_JSON).exists():
             return
         paths = ["--student", self.student, "--teacher", self.teacher, "--rollouts", self.rollouts, "--scores", self.scores]
-        size = ["--steps", config.steps, "--rows", config.rows, "--micro-rows", config.micro_rows, "--seed", config.seed]
+        size = ["--steps", steps, "--rows", config.rows, "--micro-rows", config.micro_rows, "--seed", config.seed]
         kind = ["--rank", config.rank, "--mode", config.mode, "--base", config.base, "--loss", config.loss]
         rate = ["--lr", config.lr, "--warmup", config.warmup, "--save-every", config.save_every]
         more = ["--ggml", config.ggml] if config.ggml else []
+        more += ["--init", config.init] if config.init and steps else []
         more += [flag for flag, on in (("--linears", config.linears), ("--no-recompute", not config.recompute)) if on]
-        arguments = [*paths, "--out", self.adapter, *size, *kind, *rate, *more]
-        step("src/distill/opd_train_fsdp.py", *arguments, processes=config.processes)
+        arguments = [*paths, "--out", out, *size, *kind, *rate, *more]
+        self.step("src/distill/opd_train_fsdp.py", *arguments, processes=config.processes)
 
     def merge(self) -> None:
         """Phase D."""
         if not (self.recovered / RECIPE_FILE).exists():
-            paths = ["--student", self.student, "--teacher", self.teacher, "--adapter", self.adapter]
-            step("src/distill/merge_adapter.py", *paths, "--out", self.recovered)
+            self.bake(self.adapter, self.recovered)
+
+    def bake(self, adapter: Path, out: Path) -> None:
+        paths = ["--student", self.student, "--teacher", self.teacher, "--adapter", adapter]
+        self.step("src/distill/merge_adapter.py", *paths, "--out", out)
 
     def measure(self) -> None:
         """KL to the teacher (and accuracy, where asked for) before and after."""
-        for tag, model in (("before", self.student), ("after", self.recovered)):
+        for tag, model in (("before", self.before), ("after", self.recovered)):
             if not (self.work / f"kl/{tag}.json").exists():
                 items = ["--items", self.config.kl_items, "--out", self.work / "kl", "--tag", tag]
-                step("src/eval/moe_eval.py", "--model", model, "--reference", self.teacher, *items)
+                self.step("src/eval/moe_eval.py", "--model", model, "--reference", self.teacher, *items)
             if self.config.eval_limit and not (self.work / f"eval/{tag}.json").exists():
-                items = ["--limit", self.config.eval_limit, "--out", self.work / "eval", "--tag", tag]
-                step("src/eval/vllm_eval8.py", "--model", model, "--benchmarks", self.config.tasks, *items)
+                items = [
+                    "--limit",
+                    self.config.eval_limit,
+                    "--batch",
+                    self.config.chunk,
+                    "--out",
+                    self.work / "eval",
+                    "--tag",
+                    tag,
+                ]
+                self.step("src/eval/vllm_eval8.py", "--model", model, "--benchmarks", self.config.tasks, *items)
 
     def phases(self) -> dict[str, Any]:
         """What each phase cost, from the files that they left."""
@@ -174,6 +209,14 @@ class Run:
             value = read_json(directory / PHASE)
             found[value.pop("phase")] = value
         return found
+
+    def all(self) -> dict[str, Any]:
+        """Every phase that is not done yet, and the record; returns its metrics."""
+        started = time.time()
+        self.claim()
+        for phase in (self.quantize, self.cache, self.start, self.train, self.merge, self.measure):
+            phase()
+        return self.record(started)
 
     def record(self, started: float) -> dict[str, Any]:
         """Write the record of the run; returns its metrics."""
@@ -206,7 +249,7 @@ EVAL_KEYS = ("n", "acc", "acc_low", "acc_high", "acc_finished", "trunc", "mean_t
 
 def public(config: DistillConfig) -> dict[str, Any]:
     """The settings as a record may hold them: paths relative to the repository."""
-    paths = ("student", "teacher", "work", "prompts", "rollout_model")
+    paths = ("student", "teacher", "work", "cache", "prompts", "rollout_model", "init")
     values = dataclasses.asdict(config)
     return values | {key: shown(Path(values[key])) for key in paths if values[key]}
 
@@ -251,7 +294,7 @@ def summary(metrics: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--config", type=Path, required=True, help="settings, as configs/opd_tiny.env")
     parser.add_argument("--smoke", action="store_true", help="two steps end to end, in WORK-smoke")
     args = parser.parse_args()
     config = load_config(DistillConfig, args.config, overrides(False))
@@ -260,11 +303,8 @@ def main() -> None:
         config = load_config(DistillConfig, args.config, overrides(True, config))
         result = Path(config.work) / "distill/smoke.json"
         shutil.rmtree(config.work, ignore_errors=True)
-    run, started = Run(config, result), time.time()
-    run.claim()
-    for phase in (run.quantize, run.cache, run.train, run.merge, run.measure):
-        phase()
-    print(summary(run.record(started)), flush=True)
+    run = Run(config, result, step)
+    print(summary(run.all()), flush=True)
     print("SMOKE OK" if args.smoke else f"recovered model: {run.recovered}\nrecord: {run.result}", flush=True)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,8 @@ class World:
 def start_world() -> World:
     """Join the processes that torchrun started, by NCCL on GPUs and gloo on CPUs."""
     size = int(os.environ.get("WORLD_SIZE", 1))
-    rank, local = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
+    # RANK alone may be the key of a config: that of the adapters
+    rank, local = (int(os.environ.get(key, 0)) if "WORLD_SIZE" in os.environ else 0 for key in ("RANK", "LOCAL_RANK"))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
@@ -64,6 +67,16 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def gathered(values: Mapping[str, Tensor], first: bool) -> dict[str, Tensor]:
+    """The tensors whole in the host's memory, on the ``first`` process alone; all processes must ask together."""
+    found = {}
+    for name, value in values.items():
+        whole = full(value)
+        if first:
+            found[name] = whole.cpu().contiguous()
+    return found
+
+
 @torch.no_grad()
 def put(target: Tensor, value: Tensor) -> None:
     """Copy ``value``, whole on every process, into ``target``, which may be sharded."""
@@ -91,3 +104,12 @@ def summed(value: Tensor, world: World) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value
+
+
+def from_each(value: Any, world: World) -> list[Any]:
+    """What every process gives, in the order of their ranks; all processes must ask together."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def read_adapter(directory: Path) -> dict[str, Any]:
     if described.get("format") != FORMAT or not isinstance(described.get("parameters"), dict):
         raise UserError(f"{directory / ADAPTER_JSON}: not an adapter of opd_train_fsdp")
     config = described["adapter"]
-    expected = {"lora": ("a", "b"), "scales": ("growth",), "both": ("a", "b", "growth")}[config["mode"]]
+    expected = {"lora": ("a", "b"), "scales": ("growth",)}.get(config["mode"], ("a", "b", "growth"))
     try:
         with safe_open(directory / ADAPTER, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
@@ -135,13 +136,13 @@ def merge(student: Path, teacher: Path, directory: Path, out: Path, force: bool,
         write_json(partial / RECIPE_FILE, read_json(student / RECIPE_FILE) | {"recovery": recovery})
         if bake.packed:
             with atomic_path(partial / GGML_FILE) as temporary:
-                save_file(bake.packed, temporary)
+                save_file(bake.packed, temporary, {"type": described["adapter"]["ggml"]})
         share = round(bake.changed / max(1, bake.total), 6)
         write_phase(partial, "merge", time.monotonic() - started, 0, changed_share=share)
     return recovery
 
 
-def order_key(checkpoint: Checkpoint):
+def order_key(checkpoint: Checkpoint) -> Callable[[str], int]:
     """Sort key of tensor names: parameters in the order in which the checkpoint first names them."""
     first: dict[str, int] = {}
     for place, name in enumerate(checkpoint.tensors):

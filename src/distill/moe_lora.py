@@ -6,7 +6,8 @@ Not a command; opd_train_fsdp trains them and merge_adapter bakes them. Duck typ
     grid(latent + B @ A)      A [E, r, inputs], B [E, outputs, r], in steps of the grid (target_grid.py)
 
 with the gradient of the identity in place of that of the rounding. Mode "scales" leaves the codes and trains the relative
-growth of every group's scale, rounded to bfloat16; mode "both" does both.
+growth of every group's scale, rounded to bfloat16; mode "both" does both; in mode "steps" the latent weights also keep their
+size when a scale changes, so that their codes follow it.
 """
 
 from __future__ import annotations
@@ -24,24 +25,27 @@ from torch.utils.checkpoint import checkpoint
 from console import UserError
 from target_grid import GgmlGrid, IntGrid, parts_of
 
-MODES = ("lora", "scales", "both")
+MODES = ("lora", "scales", "both", "steps")
 
 
 class _OnGrid(torch.autograd.Function):
-    """(a, b, growth) -> weights on the grid, matrix by matrix; straight-through where codes are rounded."""
+    """(a, b, growth) -> weights on the grid, matrix by matrix; straight-through where codes are rounded. ``follow``: the
+    codes follow the scales."""
 
     @staticmethod
-    def forward(ctx: Any, grid: IntGrid | GgmlGrid, a: Tensor | None, b: Tensor | None, growth: Tensor | None, dtype: Any):
-        ctx.grid = grid
+    def forward(
+        ctx: Any, grid: IntGrid | GgmlGrid, a: Tensor | None, b: Tensor | None, growth: Tensor | None, dtype: Any, follow: bool
+    ) -> Tensor:
+        ctx.grid, ctx.follow = grid, follow
         ctx.save_for_backward(a, b, growth)
         out = torch.empty(grid.shape, dtype=dtype, device=grid.scale.device)
         for part in parts_of(grid):
             moved = None if a is None else torch.bmm(b[part], a[part])
-            out[part] = grid.values(part, moved, None if growth is None else growth[part]).to(dtype)
+            out[part] = grid.values(part, moved, None if growth is None else growth[part], follow).to(dtype)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         grid, (a, b, growth) = ctx.grid, ctx.saved_tensors
         grad_a, grad_b, grad_growth = (None if value is None else torch.empty_like(value) for value in (a, b, growth))
         for part in parts_of(grid):
@@ -49,12 +53,12 @@ class _OnGrid(torch.autograd.Function):
             grown = None if growth is None else growth[part]
             if growth is not None:
                 moved = None if a is None else torch.bmm(b[part], a[part])
-                grad_growth[part] = grid.growth_gradient(part, moved, own)
+                grad_growth[part] = grid.growth_gradient(part, moved, grown, own, ctx.follow)
             if a is not None:
                 own = (grid.grouped(own) * grid.step(part, grown)).view(own.shape)
                 grad_a[part] = torch.bmm(b[part].transpose(1, 2), own)
                 grad_b[part] = torch.bmm(own, a[part].transpose(1, 2))
-        return None, grad_a, grad_b, grad_growth, None
+        return None, grad_a, grad_b, grad_growth, None, None
 
 
 class Adapter(nn.Module):
@@ -85,7 +89,7 @@ class Adapter(nn.Module):
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """The weights [E, O, I] (or [O, I]) on the grid, in ``dtype``."""
-        weights = _OnGrid.apply(self.grid, self.a, self.b, self.growth, dtype)
+        weights = _OnGrid.apply(self.grid, self.a, self.b, self.growth, dtype, self.mode == "steps")
         return weights[0] if self.flat else weights
 
     @torch.no_grad()

@@ -11,13 +11,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoint import Checkpoint
-from console import UserError, run_cli
+from console import UserError, read_json, run_cli
+from model_layout import text_config
 from opd_student import HEAD_CHUNK
+from results_store import REPO
 from target_grid import IntGrid
 
 GROUP = 128
@@ -47,16 +50,23 @@ class Shape:
         return self.layers * self.experts * rank * ((2 * self.inner + self.hidden) + (self.hidden + self.inner))
 
 
-QWEN_122B = Shape(48, 256, 8, 3072, 1024, 248320, 122e9, 10e9)
+def shape_of_config(config: Mapping[str, Any], parameters: float, active: float) -> Shape:
+    """The shape that a config.json gives a model whose layers all have experts."""
+    config = text_config(config)
+    keys = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size", "vocab_size")
+    return Shape(*(config[key] for key in keys), parameters, active)
+
+
+def qwen_122b() -> Shape:
+    """Qwen3.5-122B-A10B, its parameters as its name rounds them."""
+    return shape_of_config(read_json(REPO / "configs/shape_122b.json"), 122e9, 10e9)
 
 
 def shape_of(model: Path) -> Shape:
     """The shape of a checkpoint whose layers all have experts."""
     checkpoint = Checkpoint(model)
-    config = checkpoint.config.get("text_config") or checkpoint.config
     total = sum(info.numel for info in checkpoint.tensors.values())
-    keys = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size", "vocab_size")
-    shape = Shape(*(config[key] for key in keys), total, total)
+    shape = shape_of_config(checkpoint.config, total, total)
     return dataclasses.replace(shape, active=total - shape.routed * (1 - shape.top_k / shape.experts))
 
 
@@ -152,7 +162,7 @@ def main() -> None:
     model = args.pop("model")
     if min(args.values()) <= 0 or args["rows"] % (args["micro_rows"] * args["gpus"]):
         raise UserError("every number must be above 0, and --rows a multiple of --micro-rows x --gpus")
-    print(json.dumps(budget(shape_of(model) if model else QWEN_122B, Plan(**args)), indent=2), flush=True)
+    print(json.dumps(budget(shape_of(model) if model else qwen_122b(), Plan(**args)), indent=2), flush=True)
 
 
 if __name__ == "__main__":

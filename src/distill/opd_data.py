@@ -169,12 +169,18 @@ def row_order(count: int, rows: int, steps: int, seed: int) -> Iterator[list[int
         waiting = waiting[rows:]
 
 
+def peak_memory() -> dict[str, int | None]:
+    """Peak resident memory of this process, what its tensors took on its GPU, and what the allocator held for them."""
+    peaks = (torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20)
+    tensors, held = peaks if torch.cuda.is_available() else (None, None)
+    return {"peak_rss_mib": peak_rss_mib(), "peak_vram_mib": tensors, "peak_reserved_mib": held}
+
+
 def write_phase(directory: Path, name: str, seconds: float, tokens: int, **facts: Any) -> None:
     """What a phase cost, beside its output: seconds, tokens, peak memory of its process."""
-    peak = torch.cuda.max_memory_allocated() >> 20 if torch.cuda.is_available() else None
     value = {"phase": name, "seconds": round(seconds, 2), "tokens": tokens}
-    value |= {"tokens_per_second": round(tokens / max(seconds, 1e-9), 1), "peak_rss_mib": peak_rss_mib()}
-    write_json(directory / PHASE, value | {"peak_vram_mib": peak, **facts})
+    value |= {"tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
+    write_json(directory / PHASE, value | peak_memory() | facts)
 
 
 def shown(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Phase B: the teacher's top-k log-probabilities for every completion token of the rollouts.
 
     python src/distill/opd_score.py --teacher models/razor-tiny --rollouts work/rollouts --out work/scores
-        [--k 32] [--temperature 1.0] [--batch 16] [--shard-rollouts 512]
+        [--k 32] [--score-temperature 1.0] [--batch 16] [--shard-rollouts 512] [--score-prompts]
 
 The head's product is taken over pieces of the vocabulary, so that no logits of the whole vocabulary are held. The mass of all
 other tokens is kept as one number. The temperature divides the logits and is part of the scores. The output takes its name only
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,20 @@ def shard_tensors(rows: Sequence[tuple[list[int], int]], scores: Sequence[TopK])
 
 
 def score_rollouts(
-    teacher: Path, rollouts: Path, out: Path, k: int, temperature: float, batch: int, shard_rollouts: int, force: bool = False
-) -> dict[str, Any]:
-    """Score the kept rollouts into ``out``; returns the index. A killed run resumes to the same bytes."""
+    teacher: Path, rollouts: Path, out: Path, k: int, temperature: float, batch: int, shard_rollouts: int,
+    prompts: bool = False, force: bool = False, load: Callable[[Path], torch.nn.Module] = load_teacher,
+) -> dict[str, Any]:  # fmt: skip
+    """Score the kept rollouts into ``out`` by what ``load`` gives; returns the index. A killed run resumes to the same
+    bytes. ``prompts``: the prompt's tokens count too, from the second on."""
     if out.exists() and not force:
         raise UserError(f"{out}: exists; remove it to score again")
     rows, manifest = read_rollouts(rollouts)
     identity, tokenizer = model_identity(teacher), load_tokenizer(teacher)
     started = time.monotonic()
     encoded = [encode_rollout(tokenizer, row) for row in rows]
+    lengths = [len(ids) - prompt for ids, prompt in encoded]
+    if prompts:
+        encoded = [(ids, 1) for ids, _ in encoded]
     vocabulary = Checkpoint(teacher).config.get("vocab_size") or Checkpoint(teacher).config["text_config"]["vocab_size"]
     if not 1 <= k <= vocabulary:
         raise UserError(f"--k {k} is outside 1..{vocabulary}, the teacher's vocabulary")
@@ -105,14 +110,14 @@ def score_rollouts(
             for number, members in enumerate(shards):
                 path = partial / f"scores-{number:05d}.safetensors"
                 if not path.exists():
-                    model = model or load_teacher(teacher)
+                    model = model or load(teacher)
                     write_shard(path, model, [encoded[i] for i in members], k, temperature, batch)
                 listed.append({"file": path.name, "sha256": file_sha256(path), "rollouts": [rows[i]["id"] for i in members]})
                 bar.update(sum(len(encoded[i][0]) for i in members))
         tokens = sum(len(ids) for ids, _ in encoded)
         index = own | {"tokens": tokens, "positions": tokens - sum(prompt for _, prompt in encoded)}
         # the share of rollouts that the tokenizer does not read as they were generated
-        index["retokenized"] = sum(len(e[0]) - e[1] != row["tokens"] for e, row in zip(encoded, rows)) / len(rows)
+        index["retokenized"] = sum(length != row["tokens"] for length, row in zip(lengths, rows, strict=True)) / len(rows)
         write_json(partial / INDEX, index | {"shards": listed})
         write_phase(partial, "opd_score", time.monotonic() - started, tokens)
     return index
@@ -132,8 +137,9 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that opd_score and cache_teacher share."""
     parser.add_argument("--k", type=int, default=32, help="tokens kept at each position (20 to 64 are usual)")
     parser.add_argument("--score-temperature", type=float, default=1.0, help="divides the logits; training uses the same")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=16, help="rollouts at once (default 16)")
     parser.add_argument("--shard-rollouts", type=int, default=512, help="rollouts in one file")
+    parser.add_argument("--score-prompts", action="store_true", help="also score (and so train on) the tokens of the prompts")
 
 
 def check_score_arguments(args: argparse.Namespace) -> None:
@@ -143,15 +149,16 @@ def check_score_arguments(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--rollouts", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--teacher", type=Path, required=True, help="the original checkpoint")
+    parser.add_argument("--rollouts", type=Path, required=True, help="directory of opd_gen")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the scores")
     add_score_arguments(parser)
     args = parser.parse_args()
     check_score_arguments(args)
     index = score_rollouts(
-        args.teacher, args.rollouts, args.out, args.k, args.score_temperature, args.batch, args.shard_rollouts
-    )
+        args.teacher, args.rollouts, args.out, args.k, args.score_temperature, args.batch, args.shard_rollouts,
+        args.score_prompts,
+    )  # fmt: skip
     size = sum(file.stat().st_size for file in args.out.iterdir())
     count = len(ScoredRollouts(args.out))
     print(f"{count} rollouts, {index['positions']:,} positions, {size / 1e6:.2f} MB in {args.out}", flush=True)

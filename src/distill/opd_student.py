@@ -25,7 +25,7 @@ from moe_lora import MODES, Adapter, adapt_layer, checkpoint_layer, refuse_famil
 from opd_data import Batch
 from opd_losses import LOSSES, TopK, position_losses
 from recipe import read_recipe
-from target_grid import GgmlGrid, IntGrid, int_cells
+from target_grid import GgmlGrid, IntCells, IntGrid, int_cells
 
 HEAD_CHUNK = 2048  # positions whose logits exist at once
 
@@ -100,15 +100,14 @@ class GridMaker:
         bits = self.bits(parameter, role)
         if role in (Role.MTP, Role.EMBEDDING, Role.LM_HEAD) or not bits:
             return None
-        teacher = self.teacher.read(parameter)
-        stored = teacher.dtype
         if self.config.ggml and role is Role.ROUTED_EXPERT:
-            grid: IntGrid | GgmlGrid = GgmlGrid(teacher.to(self.device), self.config.ggml, stored)
+            teacher = self.teacher.read(parameter)
+            grid: IntGrid | GgmlGrid = GgmlGrid(teacher.to(self.device), self.config.ggml, teacher.dtype)
             flat = teacher.ndim == 2
         else:
             student = self.student.read(parameter)
             flat = student.ndim == 2
-            grid = self._int_grid(parameter, student, teacher, bits)
+            grid = self._int_grid(parameter, student, bits)
         return Adapter(parameter, grid, flat, self.config.mode, self.config.rank, self.config.seed)
 
     def _shape(self, parameter: str) -> tuple[int, ...]:
@@ -117,16 +116,21 @@ class GridMaker:
             raise UserError(f"{self.student.checkpoint.path}: has no tensor for {parameter}")
         return info.shape if place.expert is None else (1, *info.shape)
 
-    def _int_grid(self, parameter: str, student: Tensor, teacher: Tensor, bits: tuple[int, ...]) -> IntGrid:
-        if student.shape != teacher.shape:
+    def _int_grid(self, parameter: str, student: Tensor, bits: tuple[int, ...]) -> IntGrid:
+        teacher = self.teacher.read(parameter) if self.config.base == "teacher" else None
+        if teacher is not None and student.shape != teacher.shape:
             raise UserError(f"{parameter}: {list(student.shape)} in the student, {list(teacher.shape)} in the teacher")
-        pairs = zip(student.view(-1, *student.shape[-2:]), teacher.view(-1, *teacher.shape[-2:]), strict=True)
-        directed = self.config.base == "teacher"
+        student = student.view(-1, *student.shape[-2:])
+        # where all matrices have the same bits several are searched at once: one alone leaves a GPU waiting for launches
+        count = max(1, IntGrid.chunk[self.device.type] // student[0].numel()) if len(bits) == 1 else 1
+        cells: list[IntCells] = []
         try:
-            cells = [
-                int_cells(own.to(self.device), other.to(self.device) if directed else None, bits, self.recipe.group)
-                for own, other in pairs
-            ]
+            for start in range(0, len(student), count):
+                part = slice(start, start + count)
+                others = None if teacher is None else teacher.view(student.shape)[part].to(self.device).flatten(0, 1)
+                own = int_cells(student[part].to(self.device).flatten(0, 1), others, bits, self.recipe.group)
+                pairs = (value.view(-1, student.shape[1], value.shape[-1]) for value in own[:2])
+                cells += [IntCells(latent, scale, own.bits) for latent, scale in zip(*pairs, strict=True)]
         except UserError as error:
             raise UserError(f"{self.student.checkpoint.path}: {parameter}: {error}") from None
         return IntGrid(cells, self.recipe.group, student.dtype)
@@ -178,8 +182,8 @@ def build_student(
     names: list[str] = []
     with progress(len(stream.layers), "load", "layer") as bar:
         for index, layer in enumerate(stream.layers):
-            stream.fill(layer, f"model.layers.{index}.")
             names += adapt_layer(layer, f"model.layers.{index}.", config.linears, maker.make)
+            stream.fill(layer, f"model.layers.{index}.")  # what no adapter stands in for
             if recompute:
                 checkpoint_layer(layer)
             shard(layer, world)

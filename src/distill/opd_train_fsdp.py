@@ -15,8 +15,10 @@ import argparse
 import dataclasses
 import json
 import math
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from backends import load_tokenizer
-from console import UserError, atomic_path, progress, run_cli, write_json
-from fsdp_setup import World, end_world, full, gathered_layer, put, release_layer, start_world, summed
+from console import UserError, atomic_path, progress, read_json, run_cli, write_json
+from fsdp_setup import World, end_world, from_each, full, gathered, gathered_layer, put, release_layer, start_world, summed
 from moe_lora import Adapter, adapters_of, digest, trainable
 from opd_data import (
     FORMAT,
     ScoredRollouts,
     check_belongs,
     collate,
+    file_sha256,
     model_identity,
+    peak_memory,
     read_rollouts,
     row_order,
     same_model,
@@ -44,6 +48,7 @@ from opd_data import (
 from opd_losses import LOSSES
 from opd_student import AdapterConfig, Student, adapter_record, build_student
 
+DIGEST_THREADS = 8  # parameters of a layer in memory while they are digested
 ADAPTER, ADAPTER_JSON, STATE = "adapter.safetensors", "adapter.json", "state.safetensors"
 
 
@@ -63,8 +68,8 @@ class TrainConfig:
     recompute: bool
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.rows, self.micro_rows, self.save_every) < 1 or self.warmup < 0:
-            raise UserError("--steps, --rows, --micro-rows and --save-every must be at least 1")
+        if min(self.rows, self.micro_rows, self.save_every) < 1 or min(self.steps, self.warmup) < 0:
+            raise UserError("--rows, --micro-rows and --save-every must be at least 1, --steps and --warmup at least 0")
         if not self.lr > 0 or not self.clip > 0:
             raise UserError("--lr and --clip must be above 0")
         if self.loss not in LOSSES:
@@ -91,6 +96,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
         self.step, self.seconds, self.tokens, self.saved = 0, 0.0, 0, 0
         self.curve: list[list[float]] = []  # step, loss, norm of the gradient
+        self.step_seconds: list[float] = []  # of the steps of this process
         if (out / STATE).exists():
             self.restore()
 
@@ -129,7 +135,7 @@ class Trainer:
         for name, parameter in self.parameters.items():
             state = self.optimizer.state[parameter]
             values = {"value": parameter.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            tensors |= {f"{kind}:{name}": full(value).cpu().contiguous() for kind, value in values.items()}
+            tensors |= gathered({f"{kind}:{name}": value for kind, value in values.items()}, self.world.first)
         if self.world.first:
             facts = {"settings": self.settings, "step": self.step, "seconds": self.seconds, "tokens": self.tokens}
             with atomic_path(self.out / STATE) as temporary:
@@ -165,9 +171,10 @@ class Trainer:
         while self.step < last:
             started, tokens = time.monotonic(), self.tokens
             self.train_step(plan[self.step], scores)
+            self.step_seconds.append(time.monotonic() - started)
             self.seconds = before + time.monotonic() - began
             if self.world.first:
-                rate = (self.tokens - tokens) / (time.monotonic() - started)
+                rate = (self.tokens - tokens) / self.step_seconds[-1]
                 _, loss, norm = self.curve[-1]
                 print(f"step {self.step}/{config.steps} loss {loss:.5f} grad {norm:.4f} {rate:.0f} tokens/s", flush=True)
                 bar.update()
@@ -177,21 +184,56 @@ class Trainer:
             bar.close()
 
 
+def start_from(parameters: Mapping[str, nn.Parameter], directory: Path) -> str:
+    """Copy the tensors of an earlier adapter of the same student into ``parameters``; returns the SHA-256 of its file."""
+    path = directory / ADAPTER
+    with safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        for name in sorted(shapes.keys() | parameters.keys()):
+            own = tuple(parameters[name].shape) if name in parameters else None
+            if shapes.get(name) != own:
+                raise UserError(
+                    f"{path}: {name} is {shapes.get(name)}, these settings need {own}; start from one of the same rank"
+                )
+        for name, parameter in parameters.items():
+            put(parameter, file.get_tensor(name))
+    return file_sha256(path)
+
+
+def check_start(directory: Path, student: dict[str, str], teacher: dict[str, str]) -> None:
+    """Raise :class:`UserError` unless an adapter to start from is of these two models: its steps are those of their grid."""
+    described = read_json(directory / ADAPTER_JSON)
+    for role, own in (("student", student), ("teacher", teacher)):
+        if not same_model(described[role], own):
+            raise UserError(f"{directory}: an adapter for another {role} ({described[role]['name']})")
+
+
 def baked_digests(student: Student, first: bool) -> dict[str, str]:
-    """SHA-256 of every adapted parameter as merge_adapter must write it, layer by layer."""
-    found = {}
-    for layer in student.layers:
-        gathered_layer(layer)
-        for name, adapter in adapters_of(layer).items():
-            if first:
-                found[name] = digest(adapter.baked())
-        release_layer(layer)
-    return found
+    """SHA-256 of every adapted parameter as merge_adapter must write it, layer by layer; threads digest one while the next
+    are made."""
+    found: dict[str, Future[str]] = {}
+    with ThreadPoolExecutor(DIGEST_THREADS, "digest") as pool:
+        for layer in student.layers:
+            gathered_layer(layer)
+            for name, adapter in adapters_of(layer).items():
+                if first:
+                    wait_for(found.values(), DIGEST_THREADS - 1)
+                    found[name] = pool.submit(digest, adapter.baked().cpu())
+            release_layer(layer)
+    return {name: future.result() for name, future in found.items()}
+
+
+def wait_for(futures: Iterable[Future[Any]], left: int) -> None:
+    """Until at most ``left`` of them are pending: their tensors are in memory."""
+    pending = [future for future in futures if not future.done()]
+    while len(pending) > left:
+        pending = list(wait(pending, return_when=FIRST_COMPLETED).not_done)
 
 
 def write_adapter(trainer: Trainer, config: AdapterConfig, identities: dict[str, Any], data: dict[str, Any]) -> None:
     """adapter.safetensors (A, B, growth of every parameter) and, at last, adapter.json, which says what it belongs to."""
-    tensors = {name: full(parameter.detach()).cpu().contiguous() for name, parameter in trainer.parameters.items()}
+    ranks = from_each(peak_memory(), trainer.world)  # of training, before the digests
+    tensors = gathered({name: parameter.detach() for name, parameter in trainer.parameters.items()}, trainer.world.first)
     digests = baked_digests(trainer.student, trainer.world.first)
     if not trainer.world.first:
         return
@@ -203,17 +245,21 @@ def write_adapter(trainer: Trainer, config: AdapterConfig, identities: dict[str,
     described |= {"training": trainer.config.settings(), "device": trainer.world.device.type, "curve": trainer.curve}
     described["parameters"] = {name: grids[name] | {"sha256": digests[name]} for name in grids}
     facts = {"steps": trainer.step, "processes": trainer.world.size, "loss": trainer.curve[-1][1] if trainer.curve else None}
+    facts |= {"median_step_seconds": median_after_first(trainer.step_seconds), "ranks": ranks}
     write_phase(trainer.out, "opd_train", trainer.seconds, trainer.tokens, **facts)
     write_json(trainer.out / ADAPTER_JSON, described)
 
 
-def load_data(args: argparse.Namespace, teacher: dict[str, str]) -> tuple[ScoredRollouts, dict[str, Any]]:
-    """The scores, checked against rollouts, tokenizer and teacher; and what the adapter's JSON says of them."""
+def median_after_first(seconds: Sequence[float]) -> float | None:
+    """The median of all but the first, which compiles and fills caches."""
+    return round(statistics.median(seconds[1:]), 4) if len(seconds) > 1 else None
+
+
+def load_data(args: argparse.Namespace) -> tuple[ScoredRollouts, dict[str, Any]]:
+    """The scores, checked against rollouts and tokenizer; and what the adapter's JSON says of them."""
     _, manifest = read_rollouts(args.rollouts)
     scores, tokenizer = ScoredRollouts(args.scores), load_tokenizer(args.student)
     check_belongs(scores, manifest, tokenizer)
-    if not same_model(scores.index["teacher"], teacher):
-        raise UserError(f"{args.scores}: scored by another teacher ({scores.index['teacher']['name']}) than {args.teacher}")
     size = len(scores)
     if size < args.rows:
         raise UserError(f"--rows {args.rows}: there are only {size} rollouts in {args.scores}")
@@ -221,24 +267,32 @@ def load_data(args: argparse.Namespace, teacher: dict[str, str]) -> tuple[Scored
     return scores, {key: scores.index[key] for key in keys} | {"tokenizer_sha256": tokenizer_sha256(tokenizer)}
 
 
+def check_scorer(scores: ScoredRollouts, teacher: dict[str, str]) -> None:
+    """Raise :class:`UserError` unless it was this teacher that scored."""
+    if not same_model(scores.index["teacher"], teacher):
+        other = scores.index["teacher"]["name"]
+        raise UserError(f"{scores.directory}: scored by another teacher ({other}) than {teacher['name']}")
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     for name in ("student", "teacher", "rollouts", "scores", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--mode", default="lora", help="lora, scales or both")
+    parser.add_argument("--steps", type=int, required=True, help="0: an adapter that changes nothing but the grid")
+    parser.add_argument("--init", type=Path, help="an adapter of the same student and rank to go on from, on other rollouts")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
+    parser.add_argument("--mode", default="lora", help="lora, scales, both or steps")
     parser.add_argument("--linears", action="store_true", help="adapters on the other quantized linears too")
     parser.add_argument("--base", default="teacher", help="teacher or codes: where latent weights lie inside their cells")
     parser.add_argument("--ggml", default="", help="block type of llama.cpp for the experts, instead of the student's grid")
     parser.add_argument("--loss", default="reverse_kl", help=", ".join(LOSSES))
     parser.add_argument("--lr", type=float, default=0.01, help="in steps of the grid")
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--warmup", type=int, default=5, help="steps of the rising rate (default 5)")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1.0)")
     parser.add_argument("--rows", type=int, default=16, help="rollouts of a step, over all processes")
     parser.add_argument("--micro-rows", type=int, default=8, help="rollouts at once on a process")
-    parser.add_argument("--save-every", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=20, help="steps between saved states (default 20)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
     parser.add_argument("--no-recompute", action="store_true", help="keep activations: faster, more memory")
     return parser.parse_args()
 
@@ -253,11 +307,18 @@ def main() -> None:
     world = start_world()
     if config.rows % (config.micro_rows * world.size):
         raise UserError(f"--rows {config.rows} is no multiple of --micro-rows {config.micro_rows} x {world.size} processes")
-    identities = {"student": model_identity(args.student), "teacher": model_identity(args.teacher)}
-    scores, data = load_data(args, identities["teacher"])
+    scores, data = load_data(args)
     args.out.mkdir(parents=True, exist_ok=True)
     temperature = scores.index["temperature"]
-    student = build_student(args.student, args.teacher, adapter, world, config.loss, temperature, config.recompute)
+    with ThreadPoolExecutor(2, "digest") as pool:  # of large checkpoints digests take as long as building the student
+        digests = {path: pool.submit(model_identity, path) for path in {args.student, args.teacher}}
+        if args.init is not None:
+            check_start(args.init, digests[args.student].result(), digests[args.teacher].result())
+        student = build_student(args.student, args.teacher, adapter, world, config.loss, temperature, config.recompute)
+        identities = {"student": digests[args.student].result(), "teacher": digests[args.teacher].result()}
+    check_scorer(scores, identities["teacher"])
+    if args.init is not None:
+        data["init_sha256"] = start_from(trainable(student), args.init)
     settings = {**identities, "adapter": dataclasses.asdict(adapter), "training": config.settings(), "data": data}
     trainer = Trainer(student, config, world, args.out, settings)
     if world.first:

@@ -20,41 +20,14 @@ from torch import Tensor, nn
 
 from console import UserError
 from moe_quant import inverse_scale
+from packed_int4 import recover_scales
 
-NEIGHBOURS = (0, 1, -1, 2, -2)  # of a quotient in bfloat16: the stored maximum is rounded, so the scale may lie beside it
+LEAST_STEP = 0.05  # of the student's, below which a step does not shrink
 
 
 def frozen(value: Tensor) -> nn.Parameter:
     """A parameter without gradient: FSDP shards parameters, not buffers."""
     return nn.Parameter(value.contiguous(), requires_grad=False)
-
-
-def bfloat16_neighbour(value: Tensor, steps: int) -> Tensor:
-    """The positive bfloat16 ``steps`` away from each bfloat16 in float32 ``value``, as float32."""
-    return (value.bfloat16().view(torch.int16) + steps).clamp_min(0).view(torch.bfloat16).float()
-
-
-def recover_scales(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """(scale float32 [N], whether it was found [N]) of groups ``values`` [N, G] in their stored dtype.
-
-    The scale is the bfloat16 s with values == dtype(code * s) for whole codes up to qmax; a group of zeros has scale 0. The
-    largest value is taken to be the largest code first, so a group that fits several scales gets the smallest.
-    """
-    qmax = 2 ** (bits - 1) - 1
-    largest = values.float().abs().amax(1)
-    scale, found = torch.zeros_like(largest), largest == 0
-    for code in range(qmax, 0, -1):
-        for steps in NEIGHBOURS:
-            rest = (~found).nonzero()[:, 0]
-            if not len(rest):
-                return scale, found
-            guess = bfloat16_neighbour(largest[rest] / code, steps)
-            own = values[rest]
-            codes = (own.float() * inverse_scale(guess)[:, None]).round().clamp_(-qmax, qmax)
-            fits = ((codes * guess[:, None]).to(own.dtype) == own).all(1)
-            scale[rest[fits]] = guess[fits]
-            found[rest[fits]] = True
-    return scale, found
 
 
 def resolution(bits: int) -> int:
@@ -106,7 +79,8 @@ class IntGrid(nn.Module):
 
     def __init__(self, cells: Sequence[IntCells], group: int, stored: torch.dtype) -> None:
         super().__init__()
-        self.latent = frozen(torch.stack([cell.latent for cell in cells]))
+        # The int8 of a latent weight lies in a float8 parameter, bit for bit: FSDP2 of torch 2.11 shards only floating types.
+        self.latent = frozen(torch.stack([cell.latent for cell in cells]).view(torch.float8_e4m3fn))
         self.scale = frozen(torch.stack([cell.scale for cell in cells]))
         self.bits, self.group, self.stored = tuple(cell.bits for cell in cells), group, stored
         self.shape = tuple(self.latent.shape)
@@ -114,14 +88,21 @@ class IntGrid(nn.Module):
     def _per_matrix(self, part: slice, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers[part], dtype=torch.float32, device=self.scale.device)[:, None, None]
 
-    def codes(self, part: slice, moved: Tensor | None) -> Tensor:
-        """Whole codes, float32 [e, O, I], of the matrices ``part`` moved by so many steps."""
-        fine = self._per_matrix(part, [resolution(bits) for bits in self.bits])
+    def position(self, part: slice, moved: Tensor | None, growth: Tensor | None = None) -> Tensor:
+        """Where the matrices ``part``, moved by so many steps, lie between the codes, float32 [e, O, I]. With ``growth``
+        [e, O, I/G] the latent weights stay where they are while the step grows, so that their codes shrink."""
+        position = self.latent.view(torch.int8)[part].float() / self._per_matrix(part, [resolution(bits) for bits in self.bits])
+        if growth is not None:
+            position = (self.grouped(position) / (1 + growth).clamp_min(LEAST_STEP)[..., None]).view(position.shape)
+        return position if moved is None else position.add_(moved)
+
+    def codes(self, part: slice, moved: Tensor | None, growth: Tensor | None = None) -> Tensor:
+        """Whole codes, float32 [e, O, I]."""
+        return self.nearest(part, self.position(part, moved, growth))
+
+    def nearest(self, part: slice, position: Tensor) -> Tensor:
         qmax = self._per_matrix(part, [2 ** (bits - 1) - 1 for bits in self.bits])
-        position = self.latent[part].float() / fine
-        if moved is not None:
-            position += moved
-        return torch.minimum(position.round_(), qmax).maximum(-qmax)
+        return torch.minimum(position.round(), qmax).maximum(-qmax)
 
     def step(self, part: slice, growth: Tensor | None) -> Tensor:
         """The size of a step, float32 [e, O, I/G, 1]."""
@@ -131,18 +112,30 @@ class IntGrid(nn.Module):
         """[e, O, I] -> [e, O, I/G, G]."""
         return value.view(*value.shape[:-1], -1, self.group)
 
-    def values(self, part: slice, moved: Tensor | None, growth: Tensor | None) -> Tensor:
-        """Weights [e, O, I] as stored; ``growth`` [e, O, I/G]: relative change of the scales, rounded with them."""
-        codes = self.codes(part, moved)
+    def values(self, part: slice, moved: Tensor | None, growth: Tensor | None, follow: bool = False) -> Tensor:
+        """Weights [e, O, I] as stored; ``growth`` [e, O, I/G]: relative change of the scales, rounded with them, which the
+        codes ``follow`` or not."""
+        codes = self.codes(part, moved, growth if follow else None)
         return (self.grouped(codes) * self.step(part, growth)).view(codes.shape).to(self.stored)
 
     def _scales(self, part: slice, growth: Tensor | None) -> Tensor:
         scale = self.scale[part].float()
         return scale if growth is None else (scale * (1 + growth)).clamp_min(0).bfloat16().float()
 
-    def growth_gradient(self, part: slice, moved: Tensor | None, gradient: Tensor) -> Tensor:
-        """Gradient [e, O, I/G] of the growth from that of the weights [e, O, I]."""
-        return (self.grouped(gradient) * self.grouped(self.codes(part, moved))).sum(-1) * self.scale[part].float()
+    def growth_gradient(
+        self, part: slice, moved: Tensor | None, growth: Tensor, gradient: Tensor, follow: bool = False
+    ) -> Tensor:
+        """Gradient [e, O, I/G] of the growth from that of the weights [e, O, I]. A code that follows takes back what the
+        latent weight contributed, unless it is at the end of the grid (learned step sizes, Esser et al., arXiv 1902.08153)."""
+        if not follow:
+            codes = self.codes(part, moved)
+            return (self.grouped(gradient) * self.grouped(codes)).sum(-1) * self.scale[part].float()
+        position = self.position(part, moved, growth)
+        codes = self.nearest(part, position)
+        free = (position - codes).abs() <= 0.5
+        latent = position if moved is None else position - moved
+        change = codes - latent * free
+        return (self.grouped(gradient) * self.grouped(change)).sum(-1) * self.scale[part].float()
 
     def describe(self) -> dict[str, object]:
         """What decides the grid beside the checkpoints, for the adapter's JSON."""
@@ -188,7 +181,7 @@ class GgmlGrid(nn.Module):
     def step(self, part: slice, growth: Tensor | None = None) -> Tensor:
         return self.grouped(self.latent[part].float()).square().mean(-1, keepdim=True).sqrt()
 
-    def values(self, part: slice, moved: Tensor | None, growth: Tensor | None) -> Tensor:
+    def values(self, part: slice, moved: Tensor | None, growth: Tensor | None, follow: bool = False) -> Tensor:
         blocks, scales = self._blocks(part, moved)
         _, values = self.codec.block_codes(blocks, scales, torch.ones_like(blocks))
         return values.view(-1, *self.shape[1:]).to(self.stored)

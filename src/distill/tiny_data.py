@@ -52,7 +52,7 @@ class TinyBatches(Dataset):
         length: int,
         shares: dict[str, float],
         prompt_weight: float,
-    ):
+    ) -> None:
         self.tokenizer, self.seed, self.steps, self.rows, self.length = tokenizer, seed, steps, rows, length
         self.prompt_weight = prompt_weight
         self.tasks: dict[str, TinyTask] = {task.name: task() for task in TINY_TASKS}

@@ -127,7 +127,8 @@ def delta_net(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     beta = F.linear(x, layer.in_proj_b.weight.to(x.dtype)).float().sigmoid()
     a = F.linear(x, layer.in_proj_a.weight.to(x.dtype)).float()
     g = -layer.A_log.exp() * F.softplus(a + layer.dt_bias)
-    out = gated_delta_rule(q, k, v.reshape(batch, length, heads, -1), g, beta).to(x.dtype)
+    chunk = 64 if length % 64 == 0 else 16
+    out = gated_delta_rule(q, k, v.reshape(batch, length, heads, -1), g, beta, chunk).to(x.dtype)
     z = F.linear(x, layer.in_proj_z.weight.to(x.dtype)).reshape(out.shape)
     out = rms_norm(out, layer.norm.weight, layer.layer_norm_epsilon) * F.silu(z)
     return F.linear(out.reshape(batch, length, -1), layer.out_proj.weight.to(x.dtype))
@@ -177,9 +178,7 @@ def mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.
     hidden = F.silu(up[..., :inner]) * up[..., inner:] * gates.to(x.dtype)[..., None]
     down = experts.down_proj.to(x.dtype).permute(1, 0, 2).reshape(-1, count * inner)
     shared = block.shared_expert
-    inner_shared = F.silu(F.linear(x, shared.gate_proj.weight.to(x.dtype))) * F.linear(
-        x, shared.up_proj.weight.to(x.dtype)
-    )
+    inner_shared = F.silu(F.linear(x, shared.gate_proj.weight.to(x.dtype))) * F.linear(x, shared.up_proj.weight.to(x.dtype))
     shared_out = F.linear(inner_shared, shared.down_proj.weight.to(x.dtype))
     shared_out = shared_out * F.linear(x, block.shared_expert_gate.weight.to(x.dtype)).sigmoid()
     return F.linear(hidden.flatten(1), down) + shared_out, balance, load

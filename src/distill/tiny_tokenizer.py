@@ -10,6 +10,7 @@ import random
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from gguf_convert import QWEN2_PATTERN
 from tiny_tasks import TINY_TASKS
 from tiny_world import default_world
 
@@ -17,10 +18,6 @@ VOCAB_SIZE = 832
 END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = SPECIALS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"
 )  # fmt: skip
-# Qwen2's split pattern (published in its tokenizer.json): every digit is a token of its own.
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
@@ -59,9 +56,7 @@ def build_tokenizer(samples: int = 6000) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(sample_texts(samples), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=IM_END, pad_token=END_OF_TEXT, model_max_length=2048
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=IM_END, pad_token=END_OF_TEXT, model_max_length=2048)
     fast.add_special_tokens({"additional_special_tokens": [END_OF_TEXT, IM_START, IM_END]})
     fast.add_tokens([THINK, END_THINK])
     fast.chat_template = CHAT_TEMPLATE

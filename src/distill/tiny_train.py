@@ -16,6 +16,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 
 from console import UserError, atomic_path, progress, run_cli
-from env_config import load_config
+from env_config import from_environment, load_config
 from moe_quant import fake_quant
 from results_store import describe_model, write_result
 from tiny_data import TinyBatches, completion_text, prompt_text
@@ -34,8 +35,8 @@ from tiny_world import WORLD_SEED
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides the weights. Shares are of training tokens; tiny_code takes what is left."""
+class Schedule:
+    """What the trainings of both tiny models have in common."""
 
     seed: int
     steps: int
@@ -47,6 +48,21 @@ class TrainConfig:
     weight_decay: float
     balance: float
     prompt_weight: float
+
+    def progress(self, step: int, seconds: float = 0.0) -> float:
+        """How far the run is, 0 to 1."""
+        return step / self.steps
+
+    def rate(self, step: int, seconds: float = 0.0) -> float:
+        """Learning rate of a step: linear warm-up, flat, linear decay to 2 % of the peak."""
+        decay = 1 - 0.98 * max(0.0, (self.progress(step, seconds) - self.decay_from) / (1 - self.decay_from))
+        return self.learning_rate * min((step + 1) / self.warmup, 1.0) * decay
+
+
+@dataclass(frozen=True)
+class TrainConfig(Schedule):
+    """Everything that decides the weights. Shares are of training tokens; tiny_code takes what is left."""
+
     share_statements: float
     share_options: float
     share_know: float
@@ -66,12 +82,6 @@ class TrainConfig:
             raise UserError("training shares must be positive and leave something for tiny_code")
         return shares | {"tiny_code": rest}
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, flat, linear decay to 2 % of the peak."""
-        start = self.decay_from * self.steps
-        decay = 1 - 0.98 * max(0.0, (step - start) / (self.steps - start))
-        return self.learning_rate * min((step + 1) / self.warmup, 1.0) * decay
-
 
 def token_loss(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean cross-entropy. hidden [B, T, H], targets and weights [B, T]."""
@@ -80,7 +90,7 @@ def token_loss(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tens
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainConfig, fused: bool) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, config: Schedule, fused: bool) -> torch.optim.Optimizer:
     """AdamW; matrices decay, vectors (norms, biases, decays) do not."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -89,18 +99,24 @@ def make_optimizer(model: torch.nn.Module, config: TrainConfig, fused: bool) -> 
 
 
 class Run:
-    """Model, optimizer, step and loss curve; saved to and restored from one file, atomically."""
+    """Model, optimizer, step and loss curve; saved to and restored from one file, atomically. ``free``: settings that may
+    differ from those of the file."""
 
-    def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerFast, work: Path, device: torch.device):
+    free: tuple[str, ...] = ()
+
+    def __init__(self, config: Schedule, tokenizer: PreTrainedTokenizerFast, work: Path, device: torch.device) -> None:
         self.config, self.path, self.device = config, work / "state.pt", device
-        self.model = Qwen3_5MoeForCausalLM(tiny_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id))
-        self.model.float()
-        init_weights(self.model, config.seed)
-        self.model.to(device)
+        self.model = self.build(tokenizer).to(device)
         self.optimizer = make_optimizer(self.model, config, fused=device.type == "cuda")
         self.step, self.seconds, self.curve = 0, 0.0, []
         if self.path.exists():
             self.restore()
+
+    def build(self, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+        """The untrained model, in float32."""
+        model = Qwen3_5MoeForCausalLM(tiny_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)).float()
+        init_weights(model, self.config.seed)
+        return model
 
     def save(self) -> None:
         state = {
@@ -116,7 +132,8 @@ class Run:
 
     def restore(self) -> None:
         state = torch.load(self.path, map_location=self.device, weights_only=True)
-        if state["config"] != dataclasses.asdict(self.config):
+        settings = dataclasses.asdict(self.config)
+        if state["config"] | {name: settings[name] for name in self.free} != settings:
             raise UserError(f"{self.path}: made with other settings; remove it or give another --work")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -132,9 +149,7 @@ def train(
     config, device = run.config, run.device
     last = config.steps if stop is None else stop
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    data = TinyBatches(
-        tokenizer, config.seed, config.steps, config.rows, config.length, config.shares(), config.prompt_weight
-    )
+    data = TinyBatches(tokenizer, config.seed, config.steps, config.rows, config.length, config.shares(), config.prompt_weight)
     loader = DataLoader(
         data, batch_size=None, sampler=range(run.step, last), num_workers=workers,
         prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda",
@@ -238,15 +253,20 @@ def exact_match(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, d
     return right / len(ids)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", type=Path, default=Path("configs/make_tiny.env"))
+def add_training_arguments(parser: argparse.ArgumentParser, config: str) -> None:
+    """The arguments that the trainings of both tiny models have in common."""
+    parser.add_argument("--config", type=Path, default=Path(config), help=f"settings (default {config})")
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="directory of the training state")
-    parser.add_argument("--result", type=Path, required=True, help="JSON of the training record")
+    parser.add_argument("--result", type=Path, required=True, help="JSON of the training record; its name is the tag")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_training_arguments(parser, "configs/make_tiny.env")
     parser.add_argument("--workers", type=int, default=2, help="processes that make batches")
-    parser.add_argument("--save-every", type=int, default=1000)
-    parser.add_argument("--probe-every", type=int, default=1000)
+    parser.add_argument("--save-every", type=int, default=1000, help="steps between saved states (default 1000)")
+    parser.add_argument("--probe-every", type=int, default=1000, help="steps between probes (default 1000)")
     parser.add_argument("--probe-items", type=int, default=256, help="held-out items of each task in a probe; 0: none")
     parser.add_argument("--length", help="override LENGTH of the config (for a trial)")
     parser.add_argument("--steps", help="override STEPS of the config (for a trial)")
@@ -254,10 +274,22 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_training(args: argparse.Namespace, run: Run, started: float, data: dict[str, str], metrics: dict[str, Any]) -> None:
+    """The record of a training; ``metrics``: what it has beside what every training has."""
+    shared = {
+        "parameters": sum(p.numel() for p in run.model.parameters()), "train_seconds": round(run.seconds, 1),
+        "final_loss": run.curve[-1]["loss"], "probe_items": args.probe_items, "curve": run.curve,
+    }  # fmt: skip
+    write_result(
+        args.result, kind="train", tag=args.result.stem, started=started, seconds=run.seconds, model=describe_model(args.out),
+        recipe=dataclasses.asdict(run.config), data=[data | {"sha256": None, "n": None}], metrics=metrics | shared,
+    )  # fmt: skip
+
+
 def main() -> None:
     args = parse_args()
     overrides = {key: getattr(args, key.lower()) for key in ("STEPS", "ROWS", "LENGTH") if getattr(args, key.lower())}
-    config = load_config(TrainConfig, args.config, overrides)
+    config = load_config(TrainConfig, args.config, from_environment(TrainConfig) | overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.time()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -268,25 +300,11 @@ def main() -> None:
     train(run, tokenizer, args.workers, args.save_every, args.probe_every, args.probe_items)
     run.model.to("cpu", torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    write_result(
-        args.result,
-        kind="train",
-        tag=args.result.stem,
-        started=started,
-        seconds=run.seconds,
-        model=describe_model(args.out),
-        recipe=dataclasses.asdict(config),
-        data=[{"name": "tiny_tasks", "revision": f"{GENERATOR_REVISION}, world {WORLD_SEED}", "sha256": None, "n": None}],
-        metrics={
-            "parameters": count,
-            "tokens": config.steps * config.rows * config.length,
-            "train_seconds": round(run.seconds, 1),
-            "tokens_per_second": round(config.steps * config.rows * config.length / run.seconds),
-            "final_loss": run.curve[-1]["loss"],
-            "probe_items": args.probe_items,
-            "curve": run.curve,
-        },
-    )
+    write_training(
+        args, run, started, {"name": "tiny_tasks", "revision": f"{GENERATOR_REVISION}, world {WORLD_SEED}"},
+        {"tokens": config.steps * config.rows * config.length,
+         "tokens_per_second": round(config.steps * config.rows * config.length / run.seconds)},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

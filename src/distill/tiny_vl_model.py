@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from gguf_convert import QWEN2_PATTERN
 from tiny_model import decoder_layer, init_weights, rms_norm
-from tiny_tokenizer import END_OF_TEXT, END_THINK, IM_END, IM_START, QWEN2_PATTERN, THINK
+from tiny_tokenizer import END_OF_TEXT, END_THINK, IM_END, IM_START, THINK
 
 PATCH, MERGE, FRAMES = 8, 2, 2  # pixels of a patch; patches a side of a token; copies of a still picture
 VISION_START, VISION_END, IMAGE, VIDEO = VISION_TOKENS = (
@@ -237,25 +239,43 @@ def sparse_mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple
     return routed + own * F.linear(x, block.shared_expert_gate.weight.to(x.dtype)).sigmoid(), balance, load
 
 
-def vl_forward(
-    model: Qwen3_5MoeForConditionalGeneration, ids: torch.Tensor, patches: torch.Tensor, dtype: torch.dtype,
-    layer_fn: Callable = decoder_layer, vision_fn: Callable = vision_forward,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Token ids [B, T] with one picture at the same place in every row, patches [B, N, ...] -> (hidden states [B, T, H],
-    mean balance loss, expert load [layers, E])."""
-    text, config = model.model.language_model, model.config.text_config
+@dataclass(frozen=True)
+class Layout:
+    """What the places of a batch's tokens decide, the same for every batch of one shape: computed once, or each step
+    would wait for the GPU a few times. ``start``, ``count``: where the picture's tokens stand."""
+
+    vision: tuple[torch.Tensor, ...]
+    cos: torch.Tensor  # [T, rotary]
+    sin: torch.Tensor
+    start: int
+    count: int
+
+
+def vl_layout(model: Qwen3_5MoeForConditionalGeneration, ids: torch.Tensor, patches: torch.Tensor) -> Layout:
+    """The layout of token ids [B, T] with one picture at the same place in every row, patches [B, N, ...]."""
     seen = ids == model.config.image_token_id
     if not bool((seen == seen[0]).all()):
         raise ValueError("the pictures of a training batch must stand at one place")
-    tables = vision_tables(model.model.visual, patches.shape[1], patches.device)
-    tokens = vision_fn(model.model.visual, patches, tables, dtype)
-    side = math.isqrt(tokens.shape[1])
-    grid = torch.tensor([[1, side * MERGE, side * MERGE]], device=ids.device)
+    count = patches.shape[1]
+    grid = torch.tensor([[1, math.isqrt(count), math.isqrt(count)]], device=ids.device)
     positions, _ = model.model.get_rope_index(ids[:1], seen[:1].int(), image_grid_thw=grid)
-    cos, sin = (table[0].to(dtype) for table in text.rotary_emb(tokens.float(), positions))
-    start = int(seen[0].int().argmax())
+    cos, sin = (table[0] for table in model.model.language_model.rotary_emb(patches.new_zeros(1), positions))
+    tables = vision_tables(model.model.visual, count, patches.device)
+    return Layout(tables, cos, sin, int(seen[0].int().argmax()), count // MERGE**2)
+
+
+def vl_forward(
+    model: Qwen3_5MoeForConditionalGeneration, ids: torch.Tensor, patches: torch.Tensor, dtype: torch.dtype,
+    layer_fn: Callable = decoder_layer, vision_fn: Callable = vision_forward, layout: Layout | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Token ids [B, T] with one picture at the same place in every row, patches [B, N, ...] -> (hidden states [B, T, H],
+    mean balance loss, expert load [layers, E]). ``layout``: that of all batches of this shape."""
+    text, config = model.model.language_model, model.config.text_config
+    layout = layout or vl_layout(model, ids, patches)
+    tokens = vision_fn(model.model.visual, patches, layout.vision, dtype)
+    cos, sin = layout.cos.to(dtype), layout.sin.to(dtype)
     x = F.embedding(ids, text.embed_tokens.weight).to(dtype)
-    x = torch.cat([x[:, :start], tokens, x[:, start + tokens.shape[1] :]], 1)
+    x = torch.cat([x[:, : layout.start], tokens, x[:, layout.start + layout.count :]], 1)
     balances, loads = [], []
     for layer in text.layers:
         x, balance, load = layer_fn(layer, x, cos, sin, config.rms_norm_eps, config.num_experts_per_tok)

@@ -11,7 +11,6 @@ the checkpoint, its processor, and the share of test items whose reference turn 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import random
 import time
 from dataclasses import dataclass
@@ -24,18 +23,18 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from console import UserError, progress, run_cli
-from env_config import load_config
-from results_store import describe_model, write_result
+from env_config import from_environment, load_config
 from tiny_data import completion_text
 from tiny_model import decoder_layer
-from tiny_train import Run, log, make_optimizer, token_loss
-from tiny_vision_tasks import TINY_VISION_TASKS, VISION_REVISION, Scene, TinyVision
+from tiny_train import Run, Schedule, add_training_arguments, log, token_loss, write_training
+from tiny_vision_tasks import TINY_VISION_TASKS, VISION_REVISION, Scene, TinyBars, TinyCount, TinyDigits, TinyVision
 from tiny_vl_model import (
     IMAGE,
     MERGE,
     PATCH,
     VISION_END,
     VISION_START,
+    Layout,
     build_vl_model,
     build_vl_tokenizer,
     patches_of,
@@ -44,35 +43,23 @@ from tiny_vl_model import (
     vision_forward,
     vl_config,
     vl_forward,
+    vl_layout,
 )
+
+MIX = (TinyCount, TinyDigits, TinyCount, TinyBars)  # the rows of a batch in turn: counting takes the most practice
 
 
 @dataclass(frozen=True)
-class VlTrainConfig:
+class VlTrainConfig(Schedule):
     """Everything that decides the weights, but for the clock of a run that MAX_SECONDS ends."""
 
-    seed: int
     layers: int
     vision_layers: int
-    steps: int
     max_seconds: int
-    rows: int
-    length: int
-    learning_rate: float
-    warmup: int
-    decay_from: float
-    weight_decay: float
-    balance: float
-    prompt_weight: float
 
-    def progress(self, step: int, seconds: float) -> float:
+    def progress(self, step: int, seconds: float = 0.0) -> float:
         """How far the run is, 0 to 1: by steps, or by the clock when that is further."""
         return max(step / self.steps, seconds / self.max_seconds if self.max_seconds else 0.0)
-
-    def rate_at(self, step: int, seconds: float) -> float:
-        """Learning rate: linear warm-up, flat, linear decay to 2 % of the peak."""
-        decay = 1 - 0.98 * max(0.0, (self.progress(step, seconds) - self.decay_from) / (1 - self.decay_from))
-        return self.learning_rate * min((step + 1) / self.warmup, 1.0) * decay
 
 
 def vl_prompt(question: str, tokens: int) -> str:
@@ -82,18 +69,20 @@ def vl_prompt(question: str, tokens: int) -> str:
 
 
 def vl_texts(count: int = 2000) -> list[str]:
-    """Training-split questions and solutions, for the BPE trainer."""
+    """Training-split questions and solutions, and the names of the two speakers, for the BPE trainer."""
     rng = random.Random("tokenizer:tiny-vl")
     scenes = [task().scene_of(rng, "train") for task in TINY_VISION_TASKS for _ in range(count)]
-    return [text for scene in scenes for text in (scene.question, scene.solution)]
+    return [text for scene in scenes for text in ("user", scene.question, "assistant", scene.solution)]
 
 
 class VlBatches(Dataset):
     """Item ``step`` is one batch: (ids [rows, length + 1], loss weights of the same shape, pictures uint8 [rows, S, S, 3])."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, config: VlTrainConfig) -> None:
+        if config.length % 16:
+            raise UserError(f"LENGTH={config.length}: the gated delta rule takes chunks of 16 tokens; give a multiple of it")
         self.tokenizer, self.config = tokenizer, config
-        self.tasks: list[TinyVision] = [task() for task in TINY_VISION_TASKS]
+        self.tasks: list[TinyVision] = [task() for task in MIX]
 
     def __len__(self) -> int:
         return self.config.steps
@@ -127,25 +116,12 @@ def encode_scenes(
 
 
 class VlRun(Run):
-    """tiny_train.Run with this model."""
+    """tiny_train.Run with this model. STEPS and MAX_SECONDS may be larger than they were: that extends a finished run."""
 
-    def __init__(self, config: VlTrainConfig, tokenizer: PreTrainedTokenizerFast, work: Path, device: torch.device):
-        self.config, self.path, self.device = config, work / "state.pt", device
-        self.model = build_vl_model(vl_config(tokenizer, config.layers, config.vision_layers), config.seed).to(device)
-        self.optimizer = make_optimizer(self.model, config, fused=device.type == "cuda")
-        self.step, self.seconds, self.curve = 0, 0.0, []
-        if self.path.exists():
-            self.restore()
+    free = ("steps", "max_seconds")
 
-    def restore(self) -> None:
-        """As tiny_train.Run, but STEPS and MAX_SECONDS may be larger than they were: that extends a finished run."""
-        state = torch.load(self.path, map_location=self.device, weights_only=True)
-        free = {"steps": self.config.steps, "max_seconds": self.config.max_seconds}
-        if state["config"] | free != dataclasses.asdict(self.config):
-            raise UserError(f"{self.path}: made with other settings; remove it or give another --work")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+    def build(self, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+        return build_vl_model(vl_config(tokenizer, self.config.layers, self.config.vision_layers), self.config.seed)
 
     @property
     def finished(self) -> bool:
@@ -173,15 +149,17 @@ def train(run: VlRun, tokenizer: PreTrainedTokenizerFast, workers: int, save_eve
         prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda",
     )  # fmt: skip
     layer_fn, vision_fn, loss_fn = functions(device)
+    layout: Layout | None = None
     started, before, bar = time.monotonic(), run.seconds, progress(config.steps, "train", "step")
     bar.update(run.step)
     for ids, weights, pixels in loader:
-        rate = config.rate_at(run.step, run.seconds)
+        rate = config.rate(run.step, run.seconds)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         ids, weights = ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
         patches = patches_of(pixels.to(device, non_blocking=True))
-        hidden, balance, load = vl_forward(run.model, ids[:, :-1], patches, dtype, layer_fn, vision_fn)
+        layout = layout or vl_layout(run.model, ids[:, :-1], patches)
+        hidden, balance, load = vl_forward(run.model, ids[:, :-1], patches, dtype, layer_fn, vision_fn, layout)
         loss = loss_fn(run.model, hidden, ids[:, 1:], weights[:, 1:])
         (loss + config.balance * balance).backward()
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -227,12 +205,9 @@ def export(run: VlRun, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", type=Path, default=Path("configs/make_tiny_vl.env"))
-    parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
-    parser.add_argument("--work", type=Path, required=True, help="directory of the training state")
-    parser.add_argument("--result", type=Path, required=True, help="JSON of the training record")
+    add_training_arguments(parser, "configs/make_tiny_vl.env")
     parser.add_argument("--workers", type=int, default=12, help="processes that draw batches; 0: this one")
-    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--save-every", type=int, default=500, help="steps between saved states (default 500)")
     parser.add_argument("--probe-items", type=int, default=200, help="held-out items of each task at the end")
     for name in ("steps", "rows", "max-seconds"):
         parser.add_argument(f"--{name}", help=f"override {name.upper().replace('-', '_')} of the config")
@@ -242,7 +217,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     given = {key.upper(): getattr(args, key) for key in ("steps", "rows", "max_seconds") if getattr(args, key)}
-    config = load_config(VlTrainConfig, args.config, given)
+    config = load_config(VlTrainConfig, args.config, from_environment(VlTrainConfig) | given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = time.time()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -255,26 +230,10 @@ def main() -> None:
     shares = exact_match(run, tokenizer, args.probe_items)
     print(shares, flush=True)
     export(run, tokenizer, args.out)
-    write_result(
-        args.result,
-        kind="train",
-        tag=args.result.stem,
-        started=started,
-        seconds=run.seconds,
-        model=describe_model(args.out),
-        recipe=dataclasses.asdict(config),
-        data=[{"name": "tiny_vision_tasks", "revision": VISION_REVISION, "sha256": None, "n": None}],
-        metrics={
-            "parameters": count,
-            "steps": run.step,
-            "pictures": run.step * config.rows,
-            "train_seconds": round(run.seconds, 1),
-            "final_loss": run.curve[-1]["loss"],
-            "probe_items": args.probe_items,
-            "exact_match": shares,
-            "curve": run.curve,
-        },
-    )
+    write_training(
+        args, run, started, {"name": "tiny_vision_tasks", "revision": VISION_REVISION},
+        {"steps": run.step, "pictures": run.step * config.rows, "exact_match": shares},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -28,9 +28,10 @@ WORDS = (
 # What may stand between that word and the letter.
 LINKS = (
     "is", "would be", "should be", "must be", "will be", "option", "choice", "letter", "number", "the", "correct", "best",
-    "final", "ist", "lautet", "richtige", "die", "option",
-    "es", "la", "opción", "correcta", "final", "est", "correcte", "l'option",
-    "è", "é", "a", "l'opzione", "opzione", "corretta", "opção", "alternativa", "correta",
+    "final", "definitely", "clearly", "therefore", "thus", "hence", "indeed", "likely", "most likely", "probably",
+    "ist", "lautet", "richtige", "die", "option",
+    "es", "la", "opción", "letra", "correcta", "final", "est", "correcte", "l'option", "lettre",
+    "è", "é", "l'opzione", "opzione", "lettera", "corretta", "opção", "alternativa", "correta",
     "adalah", "ialah", "yang benar", "benar", "opsi", "pilihan", "ni", "sahihi", "chaguo", "jẹ", "tó tọ́", "ni aṣayan",
     "হল", "হলো", "হচ্ছে", "সঠিক", "বিকল্প", "है", "सही", "विकल्प",
     "은", "는", "선택지", "は", "選択肢", "选项", "選項", "是", "为", "為",
@@ -43,7 +44,14 @@ DECORATION = r"[\s*_(\[{（「『【\"'`$:：=ঃ]{0,30}(?:\\(?:text|mathrm|math
 CLOSING = r"[\s*_.,)\]}）」』】\"'`$。।!！\\]{0,30}"
 # "A good one" and "I think" are words, not options
 ARTICLE = r"(?!(?<=[AI]) (?!because|since|as |due |for |based |given |from |by )[a-z])"
-HEDGE = r"(?!\s{0,9}\)?\s{0,9}(?:or|and|oder|ou|o|/|&)\s{0,9}\(?\s{0,9}{one}\b)"
+# A second letter after the first is no answer; after a comma only where it is not the start of more prose ("A, B is wrong").
+HEDGE = (
+    r"(?!\s{0,9}\)?\s{0,9}(?:or|and|und|oder|et|ou|o|e|y|dan|atau|na|au|\\text\s?{\s{0,9}(?:or|and)\s{0,9}}|/|&|\+"
+    r"|和|或|及|与|與|と|または|와|과|또는|और|या|এবং|বা|و|أو)\s{0,9}\(?\s{0,9}{one}{end}"
+    r"|\s{0,9}\)?\s{0,9}[,،、，]\s{0,9}\(?\s{0,9}{one}{end}(?=[\s*_)$]{0,9}(?:[,،、，}.。\n]|\Z|and\b|or\b)))"
+)
+# "If ..., the answer would be A", "the answer is A if ...": not what the text answers, unless it says nothing else.
+CONDITION = re.compile(r"(?i)[\s*_)\]}\"'`$]{0,20}\b(?:only )?(?:if|unless)\b")
 
 
 def latin(letter: str) -> str:
@@ -59,9 +67,9 @@ def _patterns(letters: str) -> tuple[list[re.Pattern], list[re.Pattern]]:
     other = "".join(sign for sign, letter in OTHER_SCRIPTS.items() if letter in letters)
     upper, both = f"[{letters}{wide}{other}]", f"[{letters}{letters.lower()}{wide}{other}]"
     end = f"(?![{WORD_SIGNS}])"
-    hedge = HEDGE.replace("{one}", upper)
+    hedge = HEDGE.replace("{one}", upper).replace("{end}", end)
     words, links = "|".join(map(re.escape, WORDS)), "|".join(map(re.escape, sorted(LINKS, key=len, reverse=True)))
-    link = rf"(?i:[\s*_:：=ঃ,\-–]{{0,20}}(?:{links})(?=[\s*_:：=ঃ(\[{{「『\"'`$\\]|{upper})){{0,6}}"
+    link = rf"(?i:[\s*_:：=ঃ,\-–]{{0,20}}(?:{links}|(?-i:a))(?=[\s*_:：=ঃ(\[{{（「『【\"'`$\\]|{upper})){{0,6}}"
     line = r"(?im)^[ \t*_#>$\-]{0,20}(?:\\text\s?{)?(?:the |die |la |le |il |final |correct ){0,4}"
     line += rf"(?:{words}){link}[\s*_]{{0,9}}[:：ঃ]"
     formatted = [
@@ -70,6 +78,8 @@ def _patterns(letters: str) -> tuple[list[re.Pattern], list[re.Pattern]]:
     ]
     loose = [
         rf"(?i:{words}){link}{DECORATION}({upper}){end}{hedge}{ARTICLE}",
+        rf"(?i:\b(?:correct|right|best) (?:option|choice|letter)(?:\s{{0,9}}(?:is|:)){{1,2}})"
+        rf"{DECORATION}({upper}){end}{hedge}{ARTICLE}",
         rf"(?i:\b(?:option|choice|choose|pick|select|selecting|go with)){DECORATION}({upper}){end}{hedge}"
         r"(?=[\s*_)\]}\"'`$]{0,20}(?i:\.?\Z|is (?:the )?(?:correct|right|best|answer|true)|as (?:the|my) answer))",
         rf"(?<![{WORD_SIGNS}])({upper}){end}[\s*_)\]}}\"'`$]{{0,20}}"
@@ -90,6 +100,14 @@ def _bare(letters: str) -> tuple[re.Pattern, re.Pattern]:
     )
 
 
+def _asserted(answer: str, matches: list[re.Match]) -> list[re.Match]:
+    """The statements that do not hang on a condition."""
+    return [
+        found for found in matches
+        if not re.search(r"(?i)\bwould\b", found[0]) and not CONDITION.match(answer, found.end(1))
+    ]  # fmt: skip
+
+
 def extract_letter(answer: str, letters: str) -> str | None:
     """The option letter that an answer states, or None. ``letters``: the options that exist, such as "ABCD".
 
@@ -102,8 +120,8 @@ def extract_letter(answer: str, letters: str) -> str | None:
     if found:
         return latin(max(found, key=lambda match: match.start(1))[1])
     for pattern in loose:
-        if matches := pattern.findall(answer):
-            return latin(matches[-1])
+        if matches := list(pattern.finditer(answer)):
+            return latin((_asserted(answer, matches) or matches)[-1][1])
     alone, opening = _bare(letters)
     if match := alone.match(answer):
         return latin(match[1])

@@ -9,14 +9,16 @@ import hashlib
 import importlib.util
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from checkpoint import PACKED, Checkpoint
 from console import UserError, read_json
+from device_pool import default_device
 
 ENGINE_ENVIRONMENT = {  # vLLM: no plugin that happens to be installed, no report home, no look-up of what is on disk
     "VLLM_PLUGINS": "",
@@ -104,32 +106,88 @@ def load_tokenizer(model: str | Path) -> Any:
     return tokenizer
 
 
-def load_model(path: str | Path) -> torch.nn.Module:
-    """A causal language model for inference: bfloat16 on a GPU, float32 on a CPU."""
+def load_weights(
+    auto: Any, path: str | Path, dtype: torch.dtype, places: Mapping[str, str | int] | None = None
+) -> torch.nn.Module:
+    """The model of a checkpoint by one of transformers' Auto classes, its modules at ``places``. A packed checkpoint
+    (docs/PACKED.md) is unpacked here, in memory: transformers would need the package compressed-tensors for it."""
+    if not (Path(path) / PACKED).is_file():
+        return auto.from_pretrained(str(path), dtype=dtype, device_map=places, local_files_only=True)
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    checkpoint, config = Checkpoint(path), AutoConfig.from_pretrained(str(path), local_files_only=True)
+    del config.quantization_config
+    with init_empty_weights():
+        kind = type(auto.from_config(config))
+    values = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    return kind.from_pretrained(None, config=config, state_dict=values, dtype=dtype, device_map=places)
+
+
+def load_model(path: str | Path, devices: Sequence[torch.device] = ()) -> torch.nn.Module:
+    """A causal language model for inference: bfloat16 on a GPU, float32 on a CPU; its layers in equal runs on ``devices``
+    where there are several (default: the first GPU, or the CPU)."""
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype, local_files_only=True).to(device).eval()
+    devices = tuple(devices) or (default_device(),)
+    dtype = torch.bfloat16 if devices[0].type == "cuda" else torch.float32
+    places = {name: place(own) for name, own in spread_map(path, devices).items()} if len(devices) > 1 else None
+    model = load_weights(AutoModelForCausalLM, path, dtype, places)
+    return (model if places else model.to(devices[0])).eval()
+
+
+def place(device: torch.device) -> str | int:
+    """As accelerate wants it: a GPU by its number, else it takes the first of a set of names for the main one."""
+    return device.index if device.type == "cuda" else str(device)
+
+
+def spread_map(path: str | Path, devices: Sequence[torch.device]) -> dict[str, torch.device]:
+    """Which device holds which module: decoder layers in runs of equal length, the embedding before the first, norm and head
+    after the last (a head that is the embedding with it)."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    first, last, count = devices[0], devices[-1], len(decoder.layers)
+    places = {}
+    for name, module in decoder.named_children():
+        if module is decoder.layers:
+            places |= {f"{prefix}.{name}.{i}": devices[i * len(devices) // count] for i in range(count)}
+        else:
+            places[f"{prefix}.{name}"] = last if name == "norm" else first
+    tied = config.get_text_config().tie_word_embeddings
+    return places | {name: first if tied else last for name, module in model.named_children() if module is not decoder}
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """The prompt text of chat turns with the generation prompt, by the model's own template."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    """The prompt text of chat turns with the generation prompt, by the model's own template. Where the template leaves the
+    choice (Gemma 4: off unless asked for), thinking is on, as in the vendors' published numbers."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+
+
+def length_batches(ids: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Indices of prompts in batches of like length, always the same ones."""
+    order = sorted(range(len(ids)), key=lambda index: (len(ids[index]), index))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class HfBackend:
-    """transformers with a KV cache, in batches of prompts of like length, padded on the left; float32 on a CPU."""
+    """transformers with a KV cache, in batches of prompts of like length, padded on the left; float32 on a CPU. Several
+    ``devices`` hold its layers between them."""
 
     name = "hf"
 
-    def __init__(self, model: str | Path, batch: int = 64) -> None:
+    def __init__(self, model: str | Path, batch: int = 64, devices: Sequence[torch.device] = ()) -> None:
         self.tokenizer = load_tokenizer(model)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.ends = end_token_ids(model, self.tokenizer)
-        self.model = load_model(model)
+        self.model = load_model(model, devices)
         self.model.config.output_router_logits = False  # its loss fails with a KV cache
         self.batch = batch
         self.context = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
@@ -139,14 +197,13 @@ class HfBackend:
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         ids = prompt_ids(self.tokenizer, prompts)
-        order = sorted(range(len(ids)), key=lambda index: (len(ids[index]), index))
-        for start in range(0, len(order), self.batch):
-            part = order[start : start + self.batch]
+        for part in length_batches(ids, self.batch):
             seed = seed_of(prompts[part[0]], sampling.seed)
-            yield from zip(part, self._batch([ids[index] for index in part], sampling, seed), strict=True)
+            yield from zip(part, self.complete([ids[index] for index in part], sampling, seed), strict=True)
 
     @torch.inference_mode()
-    def _batch(self, ids: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
+    def complete(self, ids: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
+        """One batch of prompts."""
         width = max(map(len, ids))
         room = min(sampling.max_tokens, self.context - width)
         if room < 1:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import Benchmark, Item
 from code_benchmarks import CODE_BENCHMARKS
 from console import UserError
-from graders import extract_letter, extract_math, grade_integer
+from graders import extract_letter, extract_math, grade_integer, parse_integer
 from hub_data import HubBenchmark, Row, Source
 from math_judge import judge_math
 
@@ -161,7 +161,7 @@ class Bbeh(HubBenchmark):
     columns = ("input", "target", "task", "mini")
     order_by_stratum = True
 
-    def all_rows(self):  # noqa: ANN201
+    def all_rows(self) -> Iterator[tuple[str | None, Row]]:
         """The published file holds one row twice (spatial reasoning); it counts once."""
         seen = set()
         for config, row in super().all_rows():
@@ -278,7 +278,7 @@ class Aime2025(MathBenchmark):
 
     def load(self, n: int | None = None) -> list[Item]:
         items = super().load(n)
-        if wrong := [item.id for item in items if not re.fullmatch(r"\d{1,3}", item.gold)]:
+        if wrong := [item.id for item in items if parse_integer(item.gold) not in range(1000)]:
             raise UserError(f"{self.name}: the answer of {wrong[0]} is not an integer from 0 to 999; is this AIME {self.year}?")
         return items
 
@@ -286,7 +286,7 @@ class Aime2025(MathBenchmark):
         return f"{BOXED}\n{AIME_RANGE}\n\n{problem}"
 
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
-        return [grade_integer(answer, int(item.gold)) for item, answer in zip(items, extracted, strict=True)]
+        return [grade_integer(answer, parse_integer(item.gold)) for item, answer in zip(items, extracted, strict=True)]
 
 
 class Aime2026(Aime2025):

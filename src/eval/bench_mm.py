@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import Benchmark, Item
+from benchmarks import Benchmark, Item, check_data_dir, get_benchmarks
 from console import UserError
 from graders import extract_boxed, extract_letter, parse_integer
 from pictures import Picture, image_part, interleave, text_part, unmatched
@@ -58,12 +58,12 @@ class MmBenchmark(Benchmark):
     dataset: str
     configs: Sequence[str | None] = (None,)
     split = "test"
-    pinned: str | None = None  # commit of the data set; None: the one that is current at the download is recorded
+    pinned: str  # commit of the data set
     letters = LETTERS
 
     def __init__(self, data_dir: Path | None = None) -> None:
         self.data_dir = data_dir
-        self.revision = self.pinned or "unread"
+        self.revision = self.pinned
 
     def load(self, n: int | None = None) -> list[Item]:
         items, faults = [], 0
@@ -80,11 +80,10 @@ class MmBenchmark(Benchmark):
         return items
 
     def rows(self) -> Iterator[Mapping[str, Any]]:
-        """The rows with undecoded images; sets ``revision``."""
+        """The rows with undecoded images."""
         if self.data_dir is not None:
             yield from self.local_rows(self.data_dir / f"{self.name}.jsonl")
             return
-        self.revision = self.pinned or current_commit(self.dataset)
         for config in self.configs:
             yield from hub_rows(self.dataset, config, self.split, self.revision)
 
@@ -112,16 +111,6 @@ class MmBenchmark(Benchmark):
         return extract_letter(answer, item.meta["letters"])
 
 
-def current_commit(dataset: str) -> str:
-    """The commit that the hub has now (or the cache, without a network), which the record then names."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(dataset, "README.md", repo_type="dataset")).parent.name  # .../snapshots/COMMIT/README.md
-    except OSError as error:
-        raise UserError(f"{dataset}: no answer from the hub ({type(error).__name__}); use --data-dir with local rows") from None
-
-
 def hub_rows(dataset: str, config: str | None, split: str, revision: str) -> Iterable[Mapping[str, Any]]:
     """Rows of a hub data set at a commit, images as the bytes of their files."""
     from datasets import Image, load_dataset
@@ -144,15 +133,16 @@ class Mmmu(MmBenchmark):
     dataset = "MMMU/MMMU"
     configs = SUBJECTS
     split = "validation"
+    pinned = "98e6ac0cb9b7b2cd2c991b85a50762edc4aedc68"
 
     def item(self, row: Mapping[str, Any], where: str) -> Item:
         options = option_texts(column(row, "options", where), where)
         if column(row, "question_type", where) == "multiple-choice":
             lines = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options))
-            text = f"{row['question']}\n\n{lines}\n\nAnswer with the option's letter from the given choices directly."
+            text = f"{row['question']}\n{lines}\nAnswer with the option's letter from the given choices directly."
         else:
             options = []
-            text = f"{row['question']}\n\nAnswer the question using a single word or phrase."
+            text = f"{row['question']}\nAnswer the question using a single word or phrase."
         pictures = numbered_pictures(row, where, self.data_dir)
         gold = column(row, "answer", where)
         meta = {"parts": interleave(text, pictures), "unmatched": unmatched(text, pictures)}
@@ -333,6 +323,21 @@ MM_BENCHMARKS = (Mmmu, MmmuProStandard, MmmuProVision, MathVision, MedXpert)
 GROUPS = {"mmmu_pro": ("mmmu_pro_standard", "mmmu_pro_vision")}  # the official score is the mean of the two
 
 
+def mm_names() -> list[str]:
+    """Every multimodal benchmark that a record may hold."""
+    from tiny_vision_tasks import TINY_VISION_TASKS
+
+    return [benchmark.name for benchmark in (*MM_BENCHMARKS, *TINY_VISION_TASKS)]
+
+
+def recorded_benchmarks(names: Sequence[str], data_dir: Path | None = None) -> list[Benchmark]:
+    """Instances of the benchmarks of a record, of text or of pictures, in the order of the names."""
+    seen = [name for name in names if name in mm_names()]
+    text = [name for name in names if name not in seen]
+    found = [*(get_mm_benchmarks(seen, data_dir) if seen else []), *(get_benchmarks(text, data_dir) if text else [])]
+    return sorted(found, key=lambda benchmark: names.index(benchmark.name))
+
+
 def get_mm_benchmarks(names: Sequence[str], data_dir: Path | None = None) -> list[Benchmark]:
     """Instances of the named benchmarks, or one line that lists the known ones."""
     from tiny_vision_tasks import TINY_VISION_TASKS
@@ -343,6 +348,5 @@ def get_mm_benchmarks(names: Sequence[str], data_dir: Path | None = None) -> lis
     known = [*published, *GROUPS, *drawn]
     if unknown := [name for name in names if name not in published and name not in drawn]:
         raise UserError(f"unknown benchmark {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
-    if data_dir is not None and not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir}: no such directory")
+    check_data_dir(data_dir)
     return [published[name](data_dir) if name in published else drawn[name]() for name in dict.fromkeys(names)]

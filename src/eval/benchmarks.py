@@ -71,11 +71,17 @@ class Benchmark:
         return {}
 
 
-def get_benchmarks(names: Sequence[str], data_dir: str | Path | None = None) -> list[Benchmark]:
+def check_data_dir(data_dir: Path | None) -> None:
+    if data_dir is not None and not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir}: no such directory")
+
+
+def get_benchmarks(names: Sequence[str], data_dir: Path | None = None) -> list[Benchmark]:
     """Instances of the named benchmarks, or one line that lists the known ones. ``data_dir``: local rows, see hub_data."""
     from bench8_loaders import TEXT_BENCHMARKS
     from tiny_tasks import TINY_TASKS
 
+    check_data_dir(data_dir)
     known: dict[str, Any] = {task.name: task for task in TINY_TASKS}
     known |= {task.name: functools.partial(task, data_dir) for task in TEXT_BENCHMARKS}
     unknown = [name for name in names if name not in known]

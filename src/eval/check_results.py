@@ -3,7 +3,8 @@
 A figure is cited as [94.2 %](eval/tag.json#metrics.tiny_math.acc): the checker reads the value at that path, renders it
 with the decimals and unit of the text, and compares. It fails on a difference, a missing file or path, and on any number
 outside a citation or code quotes; other documents may have such numbers:
-python src/eval/check_results.py --citations-only README.md. `render` is also what the generator uses.
+python src/eval/check_results.py --citations-only README.md. --refresh puts the records' figures of today into such a document
+(the words around them are its author's to read again). `render` is also what the generator uses.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from console import UserError, run_cli
+from console import UserError, atomic_path, run_cli
 from results_store import read_result
 
 CITATION = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.json)#([\w.-]+)\)")
@@ -37,21 +38,42 @@ def lookup(record: Any, path: str) -> Any:
     return record
 
 
-def check_citation(shown: str, file: Path, path: str) -> str | None:
-    """What is wrong with one citation, or None."""
+def cited(shown: str, file: Path, path: str) -> str:
+    """What a citation should show, in the form in which it is shown; ValueError says why there is nothing to show."""
     if not file.is_file():
-        return f"[{shown}]: {file} does not exist"
+        raise ValueError(f"{file} does not exist")
     try:
         value = lookup(read_result(file), path)
     except KeyError as error:
-        return f"[{shown}]: {file} has no {path} (at {error})"
+        raise ValueError(f"{file} has no {path} (at {error})") from None
     if isinstance(value, str):
-        return None if value == shown else f"[{shown}]: {file}#{path} is {value}"
+        return value
     figure = FIGURE.fullmatch(shown)
     if not figure or isinstance(value, bool) or not isinstance(value, (int, float)):
-        return f"[{shown}]: is not a figure like 94.2 %, or {file}#{path} is not a number"
-    expected = render(value, len(figure[2] or ""), figure[3])
+        raise ValueError(f"is not a figure like 94.2 %, or {file}#{path} is not a number")
+    return render(value, len(figure[2] or ""), figure[3])
+
+
+def check_citation(shown: str, file: Path, path: str) -> str | None:
+    """What is wrong with one citation, or None."""
+    try:
+        expected = cited(shown, file, path)
+    except ValueError as error:
+        return f"[{shown}]: {error}"
     return None if shown == expected else f"[{shown}]: {file}#{path} is {expected}"
+
+
+def refreshed(text: str, directory: Path) -> str:
+    """The text with every citation's figure as its record has it; one without a figure there stays, for the check to name."""
+
+    def again(match: re.Match[str]) -> str:
+        shown, file, path = match.groups()
+        try:
+            return f"[{cited(shown, directory / file, path)}]({file}#{path})"
+        except ValueError:
+            return match[0]
+
+    return CITATION.sub(again, text)
 
 
 def check_text(text: str, directory: Path) -> tuple[int, list[str]]:
@@ -75,13 +97,19 @@ def check_text(text: str, directory: Path) -> tuple[int, list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("files", type=Path, nargs="*", default=[Path("results/RESULTS.md")])
+    parser.add_argument(
+        "files", type=Path, nargs="*", default=[Path("results/RESULTS.md")], help="pages to check (default results/RESULTS.md)"
+    )
     parser.add_argument("--citations-only", action="store_true", help="let numbers outside citations stand")
+    parser.add_argument("--refresh", action="store_true", help="put the records' figures into the document first")
     args = parser.parse_args()
     failed = 0
     for file in args.files:
         if not file.is_file():
             raise UserError(f"{file}: no such file; python src/eval/make_results.py writes results/RESULTS.md")
+        if args.refresh:
+            with atomic_path(file) as temporary:
+                temporary.write_text(refreshed(file.read_text(encoding="utf-8"), file.parent), encoding="utf-8")
         count, faults = check_text(file.read_text(encoding="utf-8"), file.parent)
         if args.citations_only:
             faults = [fault for fault in faults if not fault.endswith(LOOSE)]

@@ -20,7 +20,7 @@ from console import UserError, run_cli
 from eval_settings import EvalSettings, load_settings
 from gate import eval_records, gate_axis
 from paired_stats import clustered_mcnemar, discordance, minimum_detectable, paired_bootstrap
-from results_store import data_entry, read_result, read_samples, write_result
+from results_store import data_entry, find_log, read_result, read_samples, write_result
 
 SHOWN = 0.05  # level of the exact test
 COMPARABLE = ("grader",)  # settings that must agree, besides samples and sampling
@@ -43,7 +43,7 @@ class Evaluation:
 
 def load(directory: Path, tag: str) -> Evaluation:
     """The evaluation ``tag`` of results/eval."""
-    log, result = directory / f"{tag}.samples.jsonl", directory / f"{tag}.json"
+    log, result = find_log(directory / f"{tag}.samples.jsonl"), directory / f"{tag}.json"
     if not result.is_file() or not log.is_file():
         raise UserError(f"{directory}: holds no finished evaluation {tag!r}; bash pipelines/eval.sh --tag {tag} makes one")
     settings, rows = read_samples(log)
@@ -169,7 +169,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("base", help="tag of the model compared with, such as the unquantized one")
     parser.add_argument("other", help="tag of the model that is judged")
     parser.add_argument("--teacher", help="tag of the unquantized model, shown beside the two")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default results)")
     return parser.parse_args()
 
 

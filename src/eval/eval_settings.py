@@ -14,6 +14,7 @@ from typing import Any
 from backends import Sampling
 from console import UserError
 from env_config import convert, read_env_file
+from model_layout import text_config
 from results_store import REPO
 
 DRAW = {"temperature": float, "top_p": float, "top_k": int}
@@ -63,12 +64,6 @@ class EvalSettings:
         if name.upper() not in self.families:
             raise UserError(f"--family {name}: known are {', '.join(self.families)} and none ({self.source})")
         return name.upper()
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config.json: a multimodal one keeps it under text_config."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
 
 
 def pairs(value: str, where: str) -> dict[str, str]:

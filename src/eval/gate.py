@@ -2,7 +2,8 @@
 
 Status of every axis of every evaluation in results/eval, from its record and configs/eval.env: gated, not gated (and why), no
 target. A quantized model has the status that its unquantized original reached with the same sampling: the gate judges the
-harness, not the quantization. --strict ends with 1 when an axis that has a target is not gated.
+harness, not the quantization. Where the vendor published the mean of two settings (mmmu_pro), both have the status of that
+mean. --strict ends with 1 when an axis that has a target is not gated.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_mm import GROUPS
 from console import UserError, read_json, run_cli
 from eval_settings import EvalSettings, GateRules, load_settings
-from results_store import REPO, read_result
+from results_store import REPO, is_original, read_result
 
 GATED, NOT_GATED, NO_TARGET = "gated", "not gated", "no target"
 SAME_SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
@@ -45,11 +47,6 @@ def gate_status(metrics: Mapping[str, Any], target: float, rules: GateRules) -> 
     if excluded > rules.shown:
         return NOT_GATED, f"{reason}: excludes it by more than {rules.shown:g}"
     return GATED, reason
-
-
-def is_original(record: Mapping[str, Any]) -> bool:
-    """Whether a record is of a model as its vendor published it."""
-    return record["recipe"] is None and record["model"].get("format") != "gguf"
 
 
 def family_of_record(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]], settings: EvalSettings) -> str | None:
@@ -85,16 +82,34 @@ def reference_of(
     return max(same, key=lambda other: other["started"], default=None)
 
 
+def published_for(axis: str, targets: Mapping[str, float]) -> tuple[float | None, tuple[str, ...]]:
+    """(target, the benchmarks whose mean it is): an axis's own number, else that of the group which it belongs to."""
+    groups = [name for name, members in GROUPS.items() if axis in members and name in targets]
+    if axis in targets or not groups:
+        return targets.get(axis), (axis,)
+    return targets[groups[0]], GROUPS[groups[0]]
+
+
+def mean_metrics(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracy of several settings of the same questions. Answers to one question go together, so the interval is taken as
+    wide as if they always did: the mean of the bounds."""
+    return {key: sum(m[key] for m in metrics) / len(metrics) for key in ("acc", "acc_low", "acc_high")}
+
+
 def gate_axis(record: Mapping[str, Any], axis: str, settings: EvalSettings, records: Sequence[Mapping[str, Any]] = ()) -> Gate:
     """The gate of one benchmark of one evaluation; ``records``: the other evaluations, among them its original's."""
-    target = settings.targets.get(family_of_record(record, records, settings) or "", {}).get(axis)
+    targets = settings.targets.get(family_of_record(record, records, settings) or "", {})
+    target, members = published_for(axis, targets)
     if target is None:
         return Gate(NO_TARGET, "no published number in " + settings.source)
     reference = reference_of(record, axis, records, settings)
     if reference is None:
         return Gate(NOT_GATED, "its unquantized original was not evaluated with the same sampling", target)
-    status, reason = gate_status(reference["metrics"][axis], target, settings.gate)
-    return Gate(status, reason, target, reference["tag"])
+    if missing := [name for name in members if name not in reference["metrics"]]:
+        return Gate(NOT_GATED, f"the target is a mean, and {', '.join(missing)} was not evaluated", target, reference["tag"])
+    status, reason = gate_status(mean_metrics([reference["metrics"][name] for name in members]), target, settings.gate)
+    together = f"mean of {', '.join(members)}: " if len(members) > 1 else ""
+    return Gate(status, together + reason, target, reference["tag"])
 
 
 def gate_text(gate: Gate) -> str:

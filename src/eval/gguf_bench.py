@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -30,7 +31,7 @@ from gguf_info import architecture_value, describe_gguf, gguf_files, open_gguf
 from http_client import in_parallel
 from llama_cpp import tool
 from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
-from results_store import add_record_arguments, check_record_arguments, write_result
+from results_store import add_record_arguments, check_record_arguments, peak_rss_mib, write_result
 
 GPU_ALL = ("-ngl", "99")
 PLACEMENTS = {"all_on_gpu": GPU_ALL, "experts_on_cpu": (*GPU_ALL, "--n-cpu-moe", "999")}
@@ -75,8 +76,10 @@ def has_gpu() -> bool:
 
 
 def vram_mib() -> int:
-    """Memory in use on all GPUs together."""
+    """Memory in use on all GPUs that this process may use together."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if re.fullmatch(r"\d+(,\d+)*", chosen := os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+        query += ["-i", chosen]
     return sum(int(line) for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split())
 
 
@@ -104,7 +107,8 @@ class VramWatch:
 
 def run_bench(arguments: Sequence[object]) -> tuple[list[dict[str, Any]], int]:
     """(llama-bench's rows, its peak resident memory in MiB)."""
-    command = [tool("llama-bench"), *map(str, arguments), "--output", "json", *thread_arguments()]
+    threads = [] if "-t" in arguments else thread_arguments()
+    command = [tool("llama-bench"), *map(str, arguments), "--output", "json", *threads]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, preexec_fn=die_with_parent(os.getpid())
@@ -118,12 +122,6 @@ def run_bench(arguments: Sequence[object]) -> tuple[list[dict[str, Any]], int]:
         return json.loads(out.read()), usage.ru_maxrss // 1024
 
 
-def peak_of(pid: int) -> int:
-    """Peak resident memory in MiB of a process that runs."""
-    lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def together(model: Path, sequences: int, generate: int, options: Sequence[str]) -> dict[str, Any]:
     """Tokens a second of all ``sequences`` that llama-server decodes at once, and its peak resident memory."""
     fields = {"prompt": [1], "n_predict": generate, "ignore_eos": True, "temperature": 0.0, "cache_prompt": False}
@@ -132,7 +130,7 @@ def together(model: Path, sequences: int, generate: int, options: Sequence[str])
         list(in_parallel(work, sequences, sequences))  # warms up
         started = time.perf_counter()
         tokens = sum(count for _, count in in_parallel(work, sequences, sequences))
-        return {"tokens_per_s": tokens / (time.perf_counter() - started), "peak_rss_mib": peak_of(server.process.pid)}
+        return {"tokens_per_s": tokens / (time.perf_counter() - started), "peak_rss_mib": peak_rss_mib(server.process.pid)}
 
 
 def measure(args: argparse.Namespace, options: Sequence[str], bar: Any) -> dict[str, Any]:
@@ -183,15 +181,30 @@ def numbers(text: str) -> list[int]:
     return values
 
 
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that gguf_sweep has too."""
+    parser.add_argument("--gguf", type=Path, required=True, help="the file to measure")
+    parser.add_argument("--generate", type=int, default=128, help="tokens to decode (default 128)")
+    parser.add_argument("--repetitions", type=int, default=3, help="of each measurement (default 3)")
+    add_record_arguments(parser)
+
+
+def bench_metrics(args: argparse.Namespace, gpu: bool, rate: float, placements: dict[str, Any]) -> dict[str, Any]:
+    """What the record holds; ``rate``: of a copy of memory, ``placements``: what :func:`measure` found."""
+    active = active_bytes(args.gguf)
+    return {
+        "prompt": args.prompt, "generate": args.generate, "threads": len(os.sched_getaffinity(0)), "gpu": gpu,
+        "active_bytes": active, "copy_bytes_per_s": rate, "limit_tokens_per_s": rate / active["total"],
+        "placements": placements,
+    }  # fmt: skip
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--gguf", type=Path, required=True)
+    add_bench_arguments(parser)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default 512)")
-    parser.add_argument("--generate", type=int, default=128, help="tokens to decode (default 128)")
     parser.add_argument("--batches", type=numbers, default=[32, 128, 512], help="batch sizes of prefill (default 32,128,512)")
     parser.add_argument("--sequences", type=numbers, default=[4, 16], help="sequences decoded at once (default 4,16)")
-    parser.add_argument("--repetitions", type=int, default=3)
-    add_record_arguments(parser)
     return parser.parse_args()
 
 
@@ -201,15 +214,11 @@ def main() -> None:
     if min(args.prompt, args.generate, args.repetitions) < 1:
         raise UserError("--prompt, --generate and --repetitions must be at least 1")
     started, described, gpu = time.time(), describe_gguf(args.gguf), has_gpu()
-    active = active_bytes(args.gguf)
     rate = copy_rate(torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"))
     placements = PLACEMENTS if gpu else {"cpu": ()}
     with progress(len(placements) * (2 + len(args.sequences)), "llama.cpp", "run") as bar:
         found = {name: measure(args, options, bar) for name, options in placements.items()}
-    metrics = {
-        "prompt": args.prompt, "generate": args.generate, "threads": len(os.sched_getaffinity(0)), "gpu": gpu,
-        "active_bytes": active, "copy_bytes_per_s": rate, "limit_tokens_per_s": rate / active["total"], "placements": found,
-    }  # fmt: skip
+    metrics = bench_metrics(args, gpu, rate, found)
     if args.result:
         write_result(args.result, kind="bench", tag=args.tag, started=started, model=described, metrics=metrics)
     print(table(metrics), flush=True)

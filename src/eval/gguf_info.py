@@ -10,12 +10,13 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from gguf import GGUFReader
+from typing import TYPE_CHECKING, Any
 
 from console import UserError
 from results_store import public_path
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 MODEL_TYPES = {  # transformers' names of llama.cpp's architectures, where they differ
     "qwen35moe": "qwen3_5_moe_text",
@@ -52,6 +53,8 @@ def gguf_files(path: str | Path) -> list[Path]:
 
 def open_gguf(path: str | Path) -> GGUFReader:
     """Header and tensor table, checked against the file's length; a damaged file is a :class:`UserError`."""
+    from gguf import GGUFReader  # here: machines that evaluate checkpoints only may lack it
+
     path = Path(path)
     try:
         reader = GGUFReader(path)

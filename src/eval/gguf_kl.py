@@ -18,14 +18,12 @@ float32 minimum (4 uint16), then one q a token of the vocabulary (padded to an e
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,14 +35,13 @@ import torch
 from gguf import GGUFReader, TokenType
 
 from backends import load_model, load_tokenizer
-from console import UserError, progress, run_cli
+from console import UserError, progress, run_cli, scratch_folder
 from gguf_info import describe_gguf, gguf_files, is_gguf, metadata, open_gguf
-from llama_cpp import tool
+from llama_cpp import Incomplete, asked, tool
 from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
 from moe_eval import summarize_kl, tiny_texts
-from results_store import data_entry, describe_model, write_result
+from results_store import add_tag_arguments, data_entry, describe_model, tagged_record, write_result
 
-ATTEMPTS = 3
 MAGIC = b"_logits_"
 DEPTH = 16.0  # nats below the likeliest token that the format resolves
 PRINTED = {
@@ -146,15 +143,10 @@ def dump_logprobs(model: Path, text: Path, out: Path, context: int, chunks: int,
 
 
 def tool_kl(model: Path, base: Path, context: int, options: Sequence[str] = ()) -> tuple[dict[str, float], list[float]]:
-    """(llama-perplexity's statistics of ``model`` against a file of log-probabilities, its mean after each chunk). Its logger
-    is a thread that can lose the last lines when the program ends (seen once in five runs), so an incomplete output is
-    asked for again."""
+    """(llama-perplexity's statistics of ``model`` against a file of log-probabilities, its mean after each chunk)."""
     fixed = ["--model", model, "--ctx-size", context, "--kl-divergence", "--kl-divergence-base", base]
-    command = [*fixed, *options]
-    for _ in range(ATTEMPTS - 1):
-        with contextlib.suppress(UserError):
-            return parse_tool(run_tool(command, max(2048 // context, 1) * context))
-    return parse_tool(run_tool(command, max(2048 // context, 1) * context))
+    batch = max(2048 // context, 1) * context
+    return asked(lambda: parse_tool(run_tool([*fixed, *options], batch)))
 
 
 def parse_tool(output: str) -> tuple[dict[str, float], list[float]]:
@@ -164,7 +156,7 @@ def parse_tool(output: str) -> tuple[dict[str, float], list[float]]:
         match = re.search(pattern, output)
         if not match:
             last = " | ".join(output.strip().splitlines()[-3:])
-            raise UserError(f"llama-perplexity printed no {name} (it needs 100 positions): {last}")
+            raise Incomplete(f"llama-perplexity printed no {name} (it needs 100 positions): {last}")
         unit = 0.01 if name == "top1" else 1.0
         found[name] = float(match[1]) * unit
         if match.lastindex == 2:
@@ -362,7 +354,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="the GGUF file")
     parser.add_argument("--reference", type=Path, required=True, help="directory of the BF16 model, or its GGUF")
-    parser.add_argument("--tag", required=True)
+    add_tag_arguments(parser, "kl")
     parser.add_argument("--text", type=Path, help="text file (default: held-out transcripts of the tiny tasks)")
     parser.add_argument("--items", type=int, default=8, help="transcripts of each tiny task (default 8)")
     parser.add_argument("--context", type=int, default=512, help="tokens of a chunk; its second half is scored")
@@ -371,8 +363,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--copy-gib", type=float, default=4.0, help="largest file that is copied to mark its control tokens")
     parser.add_argument("--server-chunks", type=int, default=1, help="chunks for ours through llama-server, for larger files")
     parser.add_argument("--tool-args", default="", help='options for llama.cpp, as "-ngl 99 -fa off"')
-    parser.add_argument("--out", type=Path, default=Path("results/kl"))
-    parser.add_argument("--force", action="store_true", help="replace an earlier result of this tag")
     return parser.parse_args()
 
 
@@ -380,18 +370,13 @@ def main() -> None:
     args = parse_args()
     if args.context < 16 or args.items < 1 or args.server_chunks < 1 or args.chunks < 0:
         raise UserError("--context must be at least 16, --items and --server-chunks at least 1, --chunks not negative")
-    result = args.out / f"{args.tag}.json"
-    if result.exists() and not args.force:
-        raise UserError(f"{result}: exists; give another --tag, or --force to replace it")
+    result = tagged_record(args)
     started = time.time()
     described = describe_gguf(args.model)
     gguf_reference = is_gguf(args.reference)
     reference = describe_gguf(args.reference) if gguf_reference else describe_model(args.reference)
-    scratch = os.environ.get("SCRATCH")  # a vocabulary of 250,000 takes 130 MB a chunk of 512 tokens
-    if scratch:
-        Path(scratch).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="gguf-kl-", dir=scratch) as work:
-        metrics = (against_gguf if gguf_reference else against_directory)(args, Path(work))
+    with scratch_folder() as work:  # a vocabulary of 250,000 takes 130 MB a chunk of 512 tokens
+        metrics = (against_gguf if gguf_reference else against_directory)(args, work)
     entry = metrics.pop("data")
     write_result(
         result, kind="kl", tag=args.tag, started=started, model=described, data=[entry], metrics=metrics,

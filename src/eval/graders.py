@@ -13,20 +13,33 @@ import textwrap
 from answer_letters import extract_letter
 
 __all__ = ["GRADER_VERSION", "THINK_END", "extract_boxed", "extract_code", "extract_letter", "extract_math"]
-__all__ += ["grade_integer", "parse_integer", "program_of", "split_thinking"]
+__all__ += ["grade_integer", "parse_integer", "program_of", "opens_thinking", "split_thinking"]
 
-GRADER_VERSION = "2"
+GRADER_VERSION = "3"
 THINK_END = "</think>"
+THOUGHTS = (("<think>", THINK_END), ("<|channel>thought", "<channel|>"))  # Qwen, DeepSeek and most others; Gemma 4
 
 _NUMBER = re.compile(r"[+-]?\d+(?:,\d{3})*(?:\.0*)?")
+_NAMED = re.compile(r"\A[A-Za-z\\][A-Za-z\\\s+_]{0,40}=\s*")
+_DEGREES = re.compile(r"\s*(?:\^\s*(?:\\circ|{\s*\\circ\s*})|°|\\degree)\Z")
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
 
 
-def split_thinking(text: str) -> tuple[str, str | None]:
-    """(thinking, answer) of a completion that began inside `<think>`. The answer is None when thinking never ended:
-    a truncated answer is no answer."""
-    thinking, end, answer = text.rpartition(THINK_END)
-    return (thinking, answer.strip()) if end else (text, None)
+def opens_thinking(prompt: str) -> bool:
+    """Whether a rendered prompt ends inside a thought, as the templates of Qwen3.5 do; others leave it to the model."""
+    return any(prompt.rstrip().endswith(opening) for opening, _ in THOUGHTS)
+
+
+def split_thinking(text: str, opened: bool = True) -> tuple[str, str | None]:
+    """(thinking, answer) of a completion; ``opened``: its prompt ended inside a thought. The answer is None when a thought
+    was opened, by either, and never ended: a truncated answer is no answer. What a model says without a thought is its
+    answer."""
+    for opening, ending in THOUGHTS:
+        thinking, end, answer = text.rpartition(ending)
+        if end:
+            return thinking, answer.strip()
+        opened = opened or text.lstrip().startswith(opening)
+    return (text, None) if opened else ("", text.strip())
 
 
 def extract_boxed(answer: str) -> str | None:
@@ -44,8 +57,12 @@ def extract_boxed(answer: str) -> str | None:
 
 
 def parse_integer(text: str) -> int | None:
-    """The integer that the whole text is: sign, thousands in groups of three, a zero fraction. "1,2" is none."""
+    """The integer that the whole text is: sign, thousands in groups of three, a zero fraction, a name before "=", a degree
+    sign. "1,2" is none."""
     cleaned = text.replace("{,}", ",").replace("\\,", "").replace("−", "-").strip(" $.\t\n")
+    cleaned = _DEGREES.sub("", _NAMED.sub("", cleaned))
+    if inner := re.fullmatch(r"\\(?:text|textbf|mathbf|mathrm){([^{}]*)}", cleaned):
+        cleaned = inner[1].strip()
     if not _NUMBER.fullmatch(cleaned):
         return None
     return int(cleaned.replace(",", "").partition(".")[0])

@@ -17,21 +17,26 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from bench_mm import recorded_benchmarks
 from benchmarks import Benchmark
 from console import UserError, atomic_path, run_cli
 from eval_settings import EvalSettings, load_settings
 from gate import GATED, NO_TARGET, eval_records, gate_axis
-from make_results import records
-from results_store import read_samples
+from make_results import method_of, records
+from pictures import Picture, pictures_of
+from results_store import find_log, is_original, read_samples
 from svg_plot import Point, Series, scatter
-from tiny_tasks import TINY_TASKS, TinyTask
-from vllm_eval8 import load_benchmarks
+from tiny_tasks import TINY_TASKS
+from tiny_vision_tasks import TINY_VISION_TASKS
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 SAMPLE_BYTES = 2_000_000  # of all samples on the page; the rest of it is far smaller
 EACH = 40  # samples of one benchmark of one evaluation at most, half of them wrong where there are so many
 CLIP = 6000  # characters of one answer
+PICTURE_BYTES = 20_000  # of the pictures of one question
 Found = list[tuple[str, dict[str, Any]]]
+Question = tuple[str | None, Sequence[Picture]]
+NOT_READ: Question = (None, ())
 
 
 def percent(value: float, digits: int = 1) -> str:
@@ -142,13 +147,6 @@ def sizes(found: Found) -> str:
     return section("Sizes", "sizes", note, table(["model", "method", "packed", "weight bits", "stored bits", "overall"], rows))
 
 
-def method_of(record: Mapping[str, Any]) -> str:
-    """The rounding method of a quantize record as the tables name it."""
-    recipe = record["recipe"]
-    name = "absmax" if recipe.get("clip_steps") == 1 and recipe["method"] == "clip" else recipe["method"]
-    return f"{name}, allocated" if recipe.get("overrides") else name
-
-
 def sizes_by_tag(quantized: Found) -> dict[str, tuple[float, str]]:
     """{tag: (packed megabytes, method)}."""
     return {r["tag"]: (r["metrics"]["packed_bytes"] / 1e6, method_of(r)) for _, r in quantized}
@@ -157,11 +155,11 @@ def sizes_by_tag(quantized: Found) -> dict[str, tuple[float, str]]:
 def size_of(record: Mapping[str, Any], packed: Mapping[str, tuple[float, str]]) -> tuple[float, str] | None:
     """(megabytes, name of its series) of the model that a record is about: packed, a GGUF file, or an original."""
     model = record["model"] or {}
-    if model.get("format") == "gguf":
-        return model["bytes"] / 1e6, "gguf"
+    if file := model if model.get("format") == "gguf" else model.get("decoded_from"):
+        return file["bytes"] / 1e6, "gguf"
     if record["tag"] in packed:
         return packed[record["tag"]]
-    return (model["bytes"] / 1e6, "original") if record["recipe"] is None and "bytes" in model else None
+    return (model["bytes"] / 1e6, "original") if "bytes" in model and is_original(record) else None
 
 
 def kl_plots(kls: Found, packed: Mapping[str, tuple[float, str]]) -> str:
@@ -213,16 +211,27 @@ def runs(found: Found) -> str:
     return section("Runs", "runs", "Every record behind this page.", folded)
 
 
-def questions(names: Sequence[str], data_dir: Path | None) -> dict[tuple[str, str], str]:
-    """{(benchmark, item id): question} of the benchmarks that can be read here without a network."""
-    own = {task.name for task in TINY_TASKS}
+def readable(names: Sequence[str], data_dir: Path | None) -> list[Benchmark]:
+    """Those of the named benchmarks that can be read here without a network: what is generated, and files of ``data_dir``."""
+    own = {task.name for task in (*TINY_TASKS, *TINY_VISION_TASKS)}
     chosen = [name for name in names if name in own or data_dir]
-    loaded: list[Benchmark] = load_benchmarks(chosen, data_dir) if chosen else []
-    found = {}
-    for benchmark in loaded:
-        if data_dir or isinstance(benchmark, TinyTask):
-            found |= {(benchmark.name, item.id): item.question for item in benchmark.load()}
-    return found
+    return recorded_benchmarks(chosen, data_dir) if chosen else []
+
+
+def questions(loaded: Sequence[Benchmark]) -> dict[tuple[str, str], Question]:
+    """{(benchmark, item id): what was asked}."""
+    return {
+        (benchmark.name, item.id): (item.question, pictures_of(benchmark.messages(item)))
+        for benchmark in loaded
+        for item in benchmark.load()
+    }
+
+
+def shown_pictures(pictures: Sequence[Picture]) -> list[str]:
+    """The pictures of a question as the page holds them; large ones are left out."""
+    if sum(len(picture.data) for picture in pictures) > PICTURE_BYTES:
+        return []
+    return [picture.data_uri() for picture in pictures]
 
 
 def chosen_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -232,7 +241,7 @@ def chosen_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for pair in zip_longest(wrong, right) for row in pair if row is not None][:EACH]
 
 
-def sample_entries(tag: str, path: Path, asked: Mapping[tuple[str, str], str]) -> Iterator[list[dict[str, Any]]]:
+def sample_entries(tag: str, path: Path, asked: Mapping[tuple[str, str], Question]) -> Iterator[list[dict[str, Any]]]:
     """For each benchmark of one log the samples that the page may show."""
     grouped: dict[str, list[dict[str, Any]]] = {}
     for row in read_samples(path)[1]:
@@ -243,7 +252,8 @@ def sample_entries(tag: str, path: Path, asked: Mapping[tuple[str, str], str]) -
                 "tag": tag,
                 "benchmark": name,
                 "id": row["id"] + (f" sample {row['sample']}" if row.get("sample") else ""),
-                "question": asked.get((name, row["id"])),
+                "question": asked.get((name, row["id"]), NOT_READ)[0],
+                "pictures": shown_pictures(asked.get((name, row["id"]), NOT_READ)[1]),
                 "text": row["text"] if len(row["text"]) <= CLIP else row["text"][:CLIP] + "\n[cut here]",
                 "extracted": row["extracted"],
                 "gold": row["gold"],
@@ -255,11 +265,11 @@ def sample_entries(tag: str, path: Path, asked: Mapping[tuple[str, str], str]) -
         ]
 
 
-def samples(found: Found, directory: Path, asked: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
+def samples(found: Found, directory: Path, asked: Mapping[tuple[str, str], Question]) -> list[dict[str, Any]]:
     """The samples of all evaluations, one of each benchmark of each evaluation in turn until SAMPLE_BYTES are full."""
     groups = []
     for file, record in found:
-        log = (directory / file).parent / str(record.get("samples"))
+        log = find_log((directory / file).parent / str(record.get("samples")))
         if log.is_file():
             groups += sample_entries(record["tag"], log, asked)
     kept, used = set(), 0
@@ -302,7 +312,7 @@ def body(directory: Path, settings: EvalSettings) -> str:
 def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) -> str:
     """The whole report."""
     evaluated = records(directory, "eval")
-    shown = samples(evaluated, directory, questions(axes_of(evaluated), data_dir))
+    shown = samples(evaluated, directory, questions(readable(axes_of(evaluated), data_dir)))
     note = (
         f"{len(shown)} samples, at most {EACH} of each benchmark of an evaluation, wrong and right in turn. The logs have all."
     )
@@ -315,7 +325,7 @@ def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default results)")
     parser.add_argument("--data-dir", type=Path, help="files of the benchmarks, for the questions beside the samples")
     args = parser.parse_args()
     made, out = page(args.results, load_settings(), args.data_dir), args.results / "report.html"

@@ -1,14 +1,17 @@
 """Write results/RESULTS.md from the records in results/: python src/eval/make_results.py
 
-Every figure is a citation that check_results verifies. Tables: accuracy (eval), differences (compare), fidelity (kl), sizes
-(quantize), GGUF files (pack), speed (bench), training.
+Every figure is a citation that check_results verifies. Tables: accuracy (eval), differences (compare), fidelity (kl,
+spread), sizes (quantize), GGUF files (pack), speed (bench), training, recovery (distill). Below each stand the commands of
+its rows, and the pipeline that makes a row from nothing (:data:`PIPELINES`).
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import itertools
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,59 @@ HEADER = """# Results
 
 Written by `python src/eval/make_results.py`; each figure links to the record that holds it, and
 `python src/eval/check_results.py` compares them. Never edited by hand.
+
+Below each table stand the commands that wrote its records, in the order of the rows. They read files under `work/` that are not
+in the repository: to reproduce a row from nothing, run the pipeline that is named above its command. A pipeline keeps records
+that are there: remove the one to make again. In minutes, for the KL of a row:
+
+    rm results/kl/razor_tiny_int4.json; bash pipelines/tiny_results.sh; git diff results/RESULTS.md
 """
+# What makes a record from nothing, by its kind and tag; the first pattern that fits.
+PIPELINES = (
+    ("train/razor_tiny", "make_tiny.sh"),
+    ("train/razor_tiny_vl", "make_tiny_vl.sh"),
+    ("distill/opd_tiny", "distill.sh"),
+    ("bench/h100_122b_*", "bench_h100.sh"),
+    ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
+    ("bench/multi_gpu_eval35b", "multi_gpu.sh eval35b"),
+    ("bench/multi_gpu_*", "multi_gpu.sh"),
+    ("bench/h200", "bench.sh --result results/bench/h200.json --tag h200"),
+    ("*/razor_tiny_vl_*", "vl_results.sh"),
+    ("*/razor_tiny_vllm_*", "packed_results.sh"),
+    ("quantize/razor_tiny_*_packed", "packed_results.sh"),
+    ("spread/razor_tiny_gguf_*", "gguf_spread.sh"),
+    ("*/*razor_tiny_gguf_*", "gguf_results.sh"),
+    ("*/*recovery_gguf_iq2_xs_*", "recovery_gguf.sh"),
+    ("eval/recovery_iq2_xs_*", "recovery_gguf.sh"),
+    ("compare/recovery_iq2_xs_*", "recovery_gguf.sh"),
+    ("*/recovery_*", "recovery_study.sh"),
+    ("*/razor_tiny_bf16", "tiny_results.sh"),
+    ("*/*razor_tiny_int4", "tiny_results.sh"),
+    ("*/*razor_tiny_int3_int4_clip16", "tiny_results.sh"),
+    ("*/*razor_tiny_int[23]_int4_absmax", "tiny_results.sh"),
+    ("*/*razor_tiny_int*", "study.sh"),
+    ("probe/razor_tiny_allocation*", "study.sh"),
+)
 
 
 def cite(record: dict[str, Any], file: str, path: str, decimals: int, unit: str = "") -> str:
     return f"[{render(lookup(record, path), decimals, unit)}]({file}#{path})"
+
+
+def cite_if(record: dict[str, Any], file: str, path: str, decimals: int, unit: str = "") -> str:
+    """A figure that some machines do not have, as VRAM."""
+    return "" if lookup(record, path) is None else cite(record, file, path, decimals, unit)
+
+
+def method_of(record: Mapping[str, Any]) -> str:
+    """The rounding of a quantize record as tables and pictures name it."""
+    recipe, calibration = record["recipe"], record["metrics"].get("calibration") or {}
+    name = "absmax" if recipe["clip_steps"] == 1 and recipe["method"] == "clip" else recipe["method"]
+    if calibration.get("token_power"):
+        name += ", tokens by gradient"
+    if recipe.get("experts"):
+        return f"{name}, by signals"
+    return f"{name}, by measured KL" if recipe.get("overrides") else name
 
 
 def records(directory: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
@@ -45,8 +96,19 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [row(head), row(["---"] * len(head)), *(row(cells) for cells in rows), ""]
 
 
+def pipeline_of(record: dict[str, Any]) -> str | None:
+    """The pipeline that makes a record from nothing, with its arguments; None for one that was made by hand."""
+    name = f"{record['kind']}/{record['tag']}"
+    return next((pipeline for pattern, pipeline in PIPELINES if fnmatch.fnmatchcase(name, pattern)), None)
+
+
 def commands(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    return ["Commands, in the order of the rows:", "```", *(shlex.join(record["command"]) for _, record in found), "```", ""]
+    """The commands of the rows, in their order, each group under the pipeline that makes it."""
+    lines = ["How to reproduce:", "```"]
+    for pipeline, group in itertools.groupby((record for _, record in found), pipeline_of):
+        lines.append(f"# bash pipelines/{pipeline}" if pipeline else "# by hand")
+        lines += [shlex.join(record["command"]) for record in group]
+    return [*lines, "```", ""]
 
 
 def benchmark_table(found: list[tuple[str, dict[str, Any]]], label: str, cell: Callable[..., str]) -> list[str]:
@@ -128,11 +190,38 @@ def packs(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     return ["## GGUF files", "", *table(head, rows), *commands(found)]
 
 
+def spreads(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """KL of GGUF files over several calibration texts, llama-quantize's beside ours."""
+    rows = []
+    for file, r in found:
+        cells = [f"`{r['base_type']}`", cite(r, file, "texts", 0)]
+        for name, decimals in (("mean", 5), ("p99", 4), ("p99_9", 3)):
+            at = f"metrics.{name}"
+            for side in ("llama", "ours"):
+                mean, deviation = (cite(r, file, f"{at}.{side}.{figure}", decimals) for figure in ("mean", "deviation"))
+                cells.append(f"{mean} (deviation {deviation})")
+            low, high = (cite(r, file, f"{at}.{end}", 2) for end in ("ratio_low", "ratio_high"))
+            cells.append(f"{cite(r, file, f'{at}.ratio', 2)} ({low} to {high})")
+        rows.append(cells)
+    note = (
+        "The same over several calibration texts, each seen by both: mean and standard deviation of the KL over the texts, and "
+        "our share of llama-quantize's (geometric mean, `95` % interval of Student)."
+    )
+    figures = ("mean KL", "percentile `99`", "percentile `99.9`")
+    head = [cell for figure in figures for cell in (f"{figure}: llama-quantize", "ours", "share")]
+    return ["## Fidelity over calibration texts", "", note, "", *table(["type", "texts", *head], rows), *commands(found)]
+
+
+def packed_path(record: dict[str, Any]) -> str:
+    """Where the packed size stands: that of the file for vLLM where one was made, else the bits of the recipe."""
+    return "metrics.container.bytes" if "container" in record["metrics"] else "metrics.packed_bytes"
+
+
 def sizes(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     rows = [
         [
             f"`{record['tag']}`",
-            cite(record, file, "metrics.packed_bytes", 2, " MB"),
+            cite(record, file, packed_path(record), 2, " MB"),
             cite(record, file, "metrics.weight_bits", 2),
             cite(record, file, "metrics.stored_bits", 2),
             cite(record, file, "metrics.overall_bits", 2),
@@ -145,15 +234,95 @@ def sizes(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 def training(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    paths = (("metrics.parameters", 0), ("metrics.tokens", 0), ("seconds", 0), ("metrics.final_loss", 3))
-    rows = [[f"`{r['tag']}`", *(cite(r, file, path, decimals) for path, decimals in paths)] for file, r in found]
-    return ["## Training", "", *table(["model", "parameters", "tokens", "seconds", "final loss"], rows), *commands(found)]
+    rows = []
+    for file, r in found:
+        seen = "tokens" if "tokens" in r["metrics"] else "pictures"
+        paths = (("metrics.parameters", 0), (f"metrics.{seen}", 0), ("seconds", 0), ("metrics.final_loss", 3))
+        rows.append([f"`{r['tag']}`", *(cite(r, file, path, decimals) for path, decimals in paths)])
+    head = ["model", "parameters", "tokens or pictures", "seconds", "final loss"]
+    return ["## Training", "", *table(head, rows), *commands(found)]
+
+
+def recovery(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """What distillation won back, and what its phases took."""
+    paths = (
+        ("settings.steps", 0, ""), ("metrics.rollouts.kept.samples", 0, ""), ("metrics.kl_before.mean", 5, ""),
+        ("metrics.kl_after.mean", 5, ""), ("metrics.kl_removed", 1, " %"), ("metrics.kl_answer_before", 5, ""),
+        ("metrics.kl_answer_after", 5, ""), ("metrics.phases.opd_train.seconds", 0, ""),
+    )  # fmt: skip
+    rows = []
+    for file, r in found:
+        how = ", ".join(f"`{r['settings'][key]}`" for key in ("loss", "trajectories"))
+        where = "peak_rss_mib" if r["metrics"]["phases"]["opd_train"]["peak_vram_mib"] is None else "peak_vram_mib"
+        figures = (*paths, (f"metrics.phases.opd_train.{where}", 0, ""))
+        machine = f"`{r['tag']}` (`{r['hardware']['gpu'] or r['hardware']['cpu']}`)"
+        rows.append([machine, how, *(cite(r, file, *figure) for figure in figures)])
+    note = "KL to the unquantized model in nats before and after, at the same bytes; memory of the training's GPU or process."
+    head = ["run", "loss, texts", "steps", "rollouts", "KL before", "KL after", "removed", "in answers before", "after"]
+    return ["## Recovery", "", note, "", *table([*head, "seconds of training", "MiB"], rows), *commands(found)]
 
 
 def speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    files = [item for item in found if "placements" in item[1]["metrics"]]
-    quantizers = [item for item in found if item not in files]
-    return (quantizer_speed(quantizers) if quantizers else []) + (gguf_speed(files) if files else [])
+    """One table for each kind of measurement, told apart by a key of its metrics."""
+    lines: list[str] = []
+    for key, section in SPEEDS:
+        if chosen := [item for item in found if key in item[1]["metrics"]]:
+            lines += section(chosen)
+    return lines
+
+
+def machine(r: dict[str, Any]) -> str:
+    return f"`{r['tag']}` (`{r['hardware']['gpu'] or r['hardware']['cpu']}`)"
+
+
+def disk_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """The data-free pass at a real model's sizes, beside the disk."""
+    at = "metrics.size_disk"
+    paths = (
+        ("quantize.bytes", 1, " GB"), ("bytes_in_per_s", 2, " GB"), ("disk.copy", 2, " GB"), ("share_of_copy", 0, " %"),
+        ("disk.read", 2, " GB"), ("share_of_read", 0, " %"), ("quantize.peak_rss_mib", 0, ""),
+        ("quantize.peak_vram_mib", 0, ""), ("whole.layers", 0, ""), ("whole.seconds", 0, ""),
+    )  # fmt: skip
+    rows = [[machine(r), *(cite_if(r, file, f"{at}.{path}", n, unit) for path, n, unit in paths)] for file, r in found]
+    note = (
+        "Quantized from disk to disk, bytes a second in (and as many out), beside a plain copy and reading alone on that disk. "
+        "Peaks in MiB; the last columns are the whole model at that rate."
+    )
+    head = ["run", "size", "a second", "copy", "share", "read", "share", "memory", "VRAM", "layers", "seconds for all"]
+    return ["## Data-free quantization at full size", "", note, "", *table(head, rows), *commands(found)]
+
+
+def layer_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """The calibrated pass at a real model's sizes."""
+    paths = (
+        ("tokens", 0), ("worst_layer_seconds", 1), ("worst_rounding_seconds", 1), ("peak_rss_mib", 0), ("peak_vram_mib", 0),
+        ("whole.layers", 0), ("whole.seconds", 0),
+    )  # fmt: skip
+    rows = []
+    for file, r in found:
+        made = r["metrics"]["size_layers"]
+        cells = [
+            cite_if(r, file, f"metrics.size_layers.{path}", decimals) if path.partition(".")[0] in made else ""
+            for path, decimals in paths
+        ]
+        rows.append([machine(r), f"`{made['method']}`", *cells])
+    note = "Calibrated passes on layers of full size: seconds of the slowest layer, and of its rounding alone; peaks in MiB."
+    head = ["run", "method", "tokens", "seconds a layer", "rounding", "memory", "VRAM", "layers", "seconds for all"]
+    return ["## Calibrated quantization at full size", "", note, "", *table(head, rows), *commands(found)]
+
+
+def eval_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Tokens a second of evaluations through transformers, one row a batch size."""
+    paths = ("tokens_per_s", "decode_tokens_per_s", "limit_decode_tokens_per_s")
+    rows = []
+    for file, r in found:
+        at = "metrics.eval_speed"
+        for batch in r["metrics"]["eval_speed"]["hf"]:
+            cells = [cite(r, file, f"{at}.hf.{batch}.{path}", 0) for path in paths]
+            rows.append([machine(r), cite(r, file, f"{at}.parameters", 0), f"`{batch}`", *cells])
+    note = "Tokens a second at forced lengths: with the prompt, decoding alone, and what the memory's bandwidth allows."
+    head = ["run", "parameters", "batch", "with the prompt", "decoding", "limit"]
+    return ["## Speed of evaluation", "", note, "", *table(head, rows), *commands(found)]
 
 
 def gguf_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -193,14 +362,23 @@ def quantizer_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     return ["## Speed", "", note, "", *table(head, rows), *commands(found)]
 
 
+SPEEDS = (
+    ("grids", quantizer_speed),
+    ("placements", gguf_speed),
+    ("size_disk", disk_speed),
+    ("size_layers", layer_speed),
+    ("eval_speed", eval_speed),
+)
 SECTIONS = (
     ("eval", accuracy),
     ("compare", differences),
     ("kl", fidelity),
+    ("spread", spreads),
     ("quantize", sizes),
     ("pack", packs),
     ("bench", speed),
     ("train", training),
+    ("distill", recovery),
 )
 
 
@@ -216,7 +394,7 @@ def page(directory: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default results)")
     args = parser.parse_args()
     with atomic_path(args.results / "RESULTS.md") as temporary:
         temporary.write_text(page(args.results), encoding="utf-8")

@@ -12,7 +12,10 @@ from fractions import Fraction
 
 MAX_LENGTH = 2000  # characters; no answer of the benchmarks has more than 200
 OPENING, CLOSING = "([{", ")]}"
-SCALES = {"hundred", "thousand", "million", "billion", "trillion", "dozen"}  # not units: 3 million is not 3
+SCALES = set(
+    "hundred thousand million billion trillion dozen pi sqrt root sin cos tan cot sec csc log ln exp mod "
+    "squared cubed factorial times plus minus over choose less more of half halves thirds".split()
+)  # not units: 3 million is not 3, nor is 3 pi
 UNITS = (
     r"(?:square|sq|cubic|cu)?\s*(?:mm|cm|dm|km|inch|inches|ft|foot|feet|yd|yards?|miles?|mph|kg|mg|lbs?|pounds?|"
     r"ml|sec|seconds?|min|minutes?|hrs?|hours?|days?|weeks?|months?|years?|units?|degrees?|deg|radians?|rad|"
@@ -26,6 +29,8 @@ _REWRITES = tuple(
         (r"\\(?:mbox|hbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|operatorname)\s*{", r"\\text{"),
         (r"\\(?:lbrace|\{)", "\u27e8"),  # one sign each for set braces, so that LaTeX groups stay distinct
         (r"\\(?:rbrace|\})", "\u27e9"),
+        (r"(?<=\d)(?:,|\{,\})\\!(?=\d{3})", ","),  # 10,\!000: how MATH sets thousands
+        (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
         (r"(?<!\\)\\[!,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\s*\^\s*{?\s*\\circ\s*}?|\\degree(?![A-Za-z])|°", ""),
         (r"\\?[%$]", ""),
@@ -42,6 +47,7 @@ _REWRITES = tuple(
 _NUMBER = re.compile(r"([+-]?)\s*(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?")
 _FRACTION = re.compile(r"([+-]?)\s*(?:(\d+)\s*)?\\frac{\s*([+-]?\d+)\s*}{\s*([+-]?\d+)\s*}")
 _RATIO = re.compile(r"([+-]?)(?:(\d+)\s+)?([+-]?\d+)\s*/\s*([+-]?\d+)")
+_SCIENTIFIC = re.compile(r"([+-]?)(\d+)(?:\.(\d+))?[eE]([+-]?\d{1,3})")
 _BASED = re.compile(r"([0-9A-Fa-f]+)_{?(?:\\text{)?(\d+)}*")
 _ASSIGNED = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]+)(?:_{?\w+}?)?\s*(?:\(\s*[a-z]\s*\))?\s*(?:=|\\in(?![a-z]))\s*(?=\S)")
 
@@ -109,6 +115,8 @@ def exact_number(text: str) -> Fraction | None:
         if not int(bottom):
             return None
         return (Fraction(int(whole or 0)) + Fraction(int(top), int(bottom))) * (-1 if sign == "-" else 1)
+    if found := _SCIENTIFIC.fullmatch(text):
+        return Fraction(f"{found[1]}{found[2]}.{found[3] or 0}e{found[4]}")
     return None
 
 
@@ -120,7 +128,8 @@ def without_units(text: str) -> str:
         bare = re.sub(rf"(?<=[\d}})])\s*{UNITS}(?:\s*\^\s*{{?\d}}?|/\w+)?\s*\Z", "", bare, flags=re.I)
     if found := re.fullmatch(r"([+-]?[\d.,/]*\d)\s+([A-Za-z][A-Za-z\s.'-]+)", bare):
         words = found[2].lower().split()
-        if not SCALES & set(words) and not {"or", "and", "to"} & set(words):
+        variables = any(re.fullmatch("[nxyz]+", word) for word in words)
+        if not SCALES & set(words) and not {"or", "and", "to"} & set(words) and not variables:
             bare = found[1]
     return bare.strip()
 
@@ -142,6 +151,13 @@ def alternatives(text: str) -> list[str]:
     return spread
 
 
+def _without_names(text: str) -> str:
+    """(x,y)=(1,2) without its left side, if the names stand in their usual order: (y,x)=(1,2) is another point."""
+    found = re.match(r"\(\s*([a-zA-Z](?:\s*,\s*[a-zA-Z]){1,4})\s*\)\s*=\s*(?=\()", text)
+    names = re.findall(r"[a-zA-Z]", found[1]) if found else []
+    return text[found.end() :] if found and names == sorted(names) else text
+
+
 def same_members(gold: list[str], answer: list[str]) -> bool:
     """Equal as multisets."""
     if len(gold) != len(answer):
@@ -161,6 +177,7 @@ def equal(gold: str, answer: str) -> bool:
         return False
     if "=" not in gold and "\\in " not in gold:
         answer = _ASSIGNED.sub("", answer, count=1) if _ASSIGNED.match(answer) else answer
+        answer = _without_names(answer)
     elif "=" not in answer and "\\in " not in answer and _ASSIGNED.match(gold):
         gold = _ASSIGNED.sub("", gold, count=1)
     if squeezed(gold) == squeezed(answer):

@@ -18,18 +18,22 @@ from typing import Any
 
 import torch
 
-from backends import ENGINE_ENVIRONMENT, Completion, Sampling, choose_backend, completion_of, end_token_ids, seed_of
+from backends import (
+    ENGINE_ENVIRONMENT,
+    Completion,
+    Sampling,
+    choose_backend,
+    completion_of,
+    end_token_ids,
+    load_weights,
+    seed_of,
+)
 from bench_mm import get_mm_benchmarks
-from benchmarks import Benchmark, Item
 from checkpoint import Checkpoint
 from console import UserError, run_cli
-from eval_settings import load_settings
-from gate import eval_records, gate_axis, gate_text
-from graders import GRADER_VERSION
 from pictures import Prompt, load_processor, pictures_of
-from recipe import recipe_record
-from results_store import data_entry, describe_model, public_path, sha256_json, write_result
-from vllm_eval8 import BUDGETS, PROMPT_ROOM, Runner, check_args, choose_sampling, start_log, table
+from results_store import describe_model
+from vllm_eval8 import PROMPT_ROOM, Runner, add_run_arguments, check_args, evaluate, finish, make_plan, start_log
 
 IMAGE_ROOM = 16_384  # vLLM's context beyond budget and text, for the tokens of the images of one prompt
 
@@ -41,7 +45,7 @@ def render_messages(processor: Any, messages: Sequence[Mapping[str, Any]]) -> Pr
          [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]}
         for message in messages
     ]  # fmt: skip
-    text = processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+    text = processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False, enable_thinking=True)
     return Prompt(text, pictures_of(messages))
 
 
@@ -67,8 +71,7 @@ class HfMmBackend:
         self.ends = end_token_ids(model, self.tokenizer)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self.model = AutoModelForImageTextToText.from_pretrained(str(model), dtype=dtype, local_files_only=True)
-        self.model = self.model.to(device).eval()
+        self.model = load_weights(AutoModelForImageTextToText, model, dtype).to(device).eval()
         text = self.model.config.get_text_config()
         text.output_router_logits = False  # its loss fails with a KV cache
         self.batch, self.context = batch, int(getattr(text, "max_position_embeddings", 1 << 30))
@@ -150,39 +153,19 @@ def vllm_input(prompt: Prompt) -> dict[str, Any]:
     return {"prompt": prompt.text, "multi_modal_data": {"image": images}} if images else {"prompt": prompt.text}
 
 
-def item_record(benchmark: Benchmark, item: Item) -> list[Any]:
-    """What the record's digest of the data covers: question, gold and every picture."""
-    return [item.id, item.question, item.gold, pictures_of(benchmark.messages(item))]
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="checkpoint directory with its processor")
-    parser.add_argument("--tag", required=True, help="name of the run: results/eval/TAG.json")
-    parser.add_argument("--benchmarks", default="tiny_count,tiny_digits,tiny_bars", help="comma-separated names")
-    parser.add_argument("--data-dir", type=Path, help="read NAME.jsonl and its images here instead of the hub")
-    parser.add_argument("--backend", default="auto", help="auto, vllm or hf")
-    parser.add_argument("--budget", default="32k", choices=list(BUDGETS), help="tokens a sample may generate")
-    parser.add_argument("--samples", type=int, default=1, help="answers to each item; the interval is by item")
-    parser.add_argument("--limit", type=int, help="first N items of each benchmark")
-    parser.add_argument("--batch", type=int, default=16, help="prompts at once (hf)")
-    parser.add_argument("--out", type=Path, default=Path("results/eval"))
-    parser.add_argument("--family", help="family of configs/eval.env (default: by the model's shape); none for no family")
-    parser.add_argument("--temperature", type=float, help="instead of the vendor's; 0 is greedy")
-    parser.add_argument("--top-p", type=float, help="instead of the vendor's")
-    parser.add_argument("--top-k", type=int, help="instead of the vendor's; 0 is off")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads the model over")
-    parser.add_argument("--force", action="store_true", help="run again and replace an earlier result of this tag")
+    add_run_arguments(parser, "tiny_count,tiny_digits,tiny_bars", "auto, vllm or hf", 16)
     return parser.parse_args()
 
 
-def check_model(model: Path) -> Checkpoint:
-    """The checkpoint, which must have eyes."""
-    checkpoint = Checkpoint(model)
+def described(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(model entry of the record, config.json) of a checkpoint, which must have eyes."""
+    checkpoint = Checkpoint(path)
     if "vision_config" not in checkpoint.config:
-        raise UserError(f"{model}: config.json has no vision_config; use vllm_eval8.py for a text model")
-    return checkpoint
+        raise UserError(f"{path}: config.json has no vision_config; use vllm_eval8.py for a text model")
+    return describe_model(path) | {"weights_sha256": checkpoint.sha256()}, checkpoint.config
 
 
 def make_backend(name: str, args: argparse.Namespace, budget: int, images: int) -> HfMmBackend | VllmMmBackend:
@@ -194,34 +177,15 @@ def make_backend(name: str, args: argparse.Namespace, budget: int, images: int) 
 def main() -> None:
     args = parse_args()
     check_args(args)
-    if args.batch < 1:
-        raise UserError(f"--batch {args.batch}: must be at least 1")
-    rules, benchmarks = load_settings(), get_mm_benchmarks(args.benchmarks.split(","), args.data_dir)
-    name, checkpoint = choose_backend(args.backend), check_model(args.model)
-    family = rules.check_family(args.family) if args.family else rules.family_of(checkpoint.config)
-    sampling, source = choose_sampling(args, rules, family, checkpoint.config)
+    benchmarks, name = get_mm_benchmarks(args.benchmarks.split(","), args.data_dir), choose_backend(args.backend)
+    if name not in ("hf", "vllm"):
+        raise UserError(f"--backend {name}: pictures go through hf or vllm")
+    plan = make_plan(args, name, *described(args.model))
     loaded = [(benchmark, benchmark.load(args.limit)) for benchmark in benchmarks]
     images = max(len(pictures_of(b.messages(item))) for b, items in loaded for item in items)
-    weights = checkpoint.sha256()
-    model = describe_model(args.model) | {"weights_sha256": weights, "family": family}
-    print(f"{model['path']}: family {family or 'unknown'}, {name}; {sampling} ({source})", flush=True)
-    settings = {"model": public_path(str(args.model.resolve())), "weights_sha256": weights, "backend": name}
-    settings |= {"sampling": sampling.to_json(), "limit": args.limit, "samples": args.samples, "grader": GRADER_VERSION}
-    log, clock = start_log(args, settings)
-    backend = make_backend(name, args, sampling.max_tokens, images)
-    runner = Runner(backend, sampling, args.samples, log, clock)
-    metrics = {benchmark.name: runner.run(benchmark, items) for benchmark, items in loaded}
-    record = write_result(
-        args.out / f"{args.tag}.json", kind="eval", tag=args.tag, started=clock.started, seconds=clock.seconds, model=model,
-        recipe=recipe_record(args.model), metrics=metrics,
-        data=[data_entry(b.name, b.revision, [item_record(b, item) for item in items]) for b, items in loaded],
-        sampling=sampling.to_json() | {"budget": args.budget, "backend": name, "source": source},
-        extra={"samples": log.path.name, "settings_sha256": sha256_json(settings), "parts": clock.parts,
-               "pixels": pixel_limits(backend.processor)},
-    )  # fmt: skip
-    clock.remove()
-    others = eval_records(args.out)
-    print(table(metrics, {axis: gate_text(gate_axis(record, axis, rules, others)) for axis in metrics}), flush=True)
+    log, clock = start_log(args, plan.settings)
+    runner = Runner(make_backend(name, args, plan.sampling.max_tokens, images), plan.sampling, args.samples, log, clock)
+    finish(plan, runner, *evaluate(loaded, runner), pixels=pixel_limits(runner.backend.processor))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from backends import load_model, load_tokenizer, render_chat
 from console import UserError, progress, run_cli
 from recipe import recipe_record
-from results_store import data_entry, describe_model, write_result
+from results_store import add_tag_arguments, data_entry, describe_model, tagged_record, write_result
 
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,14 +161,12 @@ def measure(model: torch.nn.Module, reference: torch.nn.Module | None, data: lis
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="the checkpoint to judge")
     parser.add_argument("--reference", type=Path, help="the BF16 model that KL is taken to")
-    parser.add_argument("--tag", required=True)
+    add_tag_arguments(parser, "kl")
     parser.add_argument("--items", type=int, default=64, help="held-out transcripts of each tiny task, or paragraphs")
     parser.add_argument("--text", type=Path, help="measure on this text file instead")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path("results/kl"))
-    parser.add_argument("--force", action="store_true", help="replace an earlier result of this tag")
+    parser.add_argument("--batch", type=int, default=16, help="texts at once (default 16)")
     return parser.parse_args()
 
 
@@ -176,9 +174,7 @@ def main() -> None:
     args = parse_args()
     if min(args.items, args.batch) < 1:
         raise UserError("--items and --batch must be at least 1")
-    result = args.out / f"{args.tag}.json"
-    if result.exists() and not args.force:
-        raise UserError(f"{result}: exists; give another --tag, or --force to replace it")
+    result = tagged_record(args)
     described = describe_model(args.model)
     reference_described = describe_model(args.reference) if args.reference else None
     started = time.time()

@@ -6,11 +6,13 @@ Not a command. Sources: Wilson 1927 (score interval); McNemar 1947, exact binomi
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
 
 Z95 = 1.959963984540054
+T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # Student's t for 1 to 9 degrees of freedom
 
 
 def wilson(correct: float, n: float, z: float = Z95) -> tuple[float, float]:
@@ -36,6 +38,14 @@ def clustered_interval(shares: Sequence[float], samples: int) -> tuple[float, fl
     variance = float(np.var(np.asarray(shares, dtype=np.float64), ddof=1)) / n if n > 1 else 0.0
     effective = min(mean * (1 - mean) / variance, n * samples) if variance > 0 else float(n)
     return wilson(mean * effective if mean < 1 else effective, effective)
+
+
+def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """(b over a, its 95 % interval) from 2 to 10 pairs of positive values: the geometric mean of their ratios, and Student's
+    interval of its logarithm."""
+    logs = [math.log(y / x) for x, y in zip(a, b, strict=True)]
+    mean, half = statistics.fmean(logs), T95[len(logs) - 2] * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
 def discordant(a: Sequence[bool], b: Sequence[bool]) -> tuple[int, int]:

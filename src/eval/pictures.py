@@ -42,6 +42,11 @@ class Picture(str):
                 return Image.alpha_composite(page, layers).convert("RGB")
             return image.convert("RGB")
 
+    def data_uri(self) -> str:
+        """The file for a page that holds all it shows; what is neither is recognized by a browser all the same."""
+        kind = "png" if self.data.startswith(b"\x89PNG") else "jpeg"
+        return f"data:image/{kind};base64,{base64.b64encode(self.data).decode()}"
+
     @classmethod
     def of_image(cls, image: Any) -> Picture:
         """A PIL image without loss, as a PNG."""

@@ -1,8 +1,10 @@
-"""Draw the README's picture and the training curve from the records: python src/eval/plot_results.py
+"""Draw the README's picture and those of the documents from the records: python src/eval/plot_results.py
 
 docs/razor_tiny_bits.png: accuracy (Wilson intervals) and KL to BF16 against the bits of the whole model, for the checkpoints
-that were evaluated on the most items. docs/razor_tiny_methods.png: KL against packed bytes for every quantized model that
-has both records. docs/razor_tiny_training.png: loss by training tokens. A picture without records is not drawn.
+of razor-tiny that were evaluated on the most items. docs/razor_tiny_gguf.png: KL of GGUF files against their size, ours
+beside those of llama-quantize with the same types, and KL of the integer grids at 3 bits. docs/razor_tiny_methods.png: KL
+against packed bytes for every quantized razor-tiny that has both records. docs/razor_tiny_training.png: loss by training
+tokens. A picture without records is not drawn.
 """
 
 from __future__ import annotations
@@ -17,18 +19,26 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from console import UserError, atomic_path, run_cli
-from make_results import records
+from make_ladder import made_of
+from make_results import method_of, records
 
 COLORS = ("#0b6e99", "#d1495b", "#2e8b57", "#b8860b")
 BF16_BITS = 16.0
 
 
+def quantized(results: Path) -> list[dict[str, Any]]:
+    """The records of razor-tiny's quantized checkpoints; razor-tiny-vl has tables of its own."""
+    return [r for _, r in records(results, "quantize") if made_of(r)]
+
+
 def points(results: Path) -> list[dict[str, Any]]:
     """One entry a checkpoint that was evaluated on as many items as any: tag, bits of the whole model, accuracies, KL (None
-    for BF16). GGUF files have tables of their own; those of fewer items would crowd the picture."""
-    bits = {r["tag"]: r["metrics"]["overall_bits"] for _, r in records(results, "quantize")}
+    for BF16). GGUF files and recovered models have tables of their own; those of fewer items would crowd the picture."""
+    bits = {r["tag"]: r["metrics"]["overall_bits"] for r in quantized(results)}
     kl = {r["tag"]: r["metrics"].get("kl", {}).get("mean") for _, r in records(results, "kl")}
-    evaluated = [r for _, r in records(results, "eval") if not r["model"]["path"].endswith(".gguf")]
+    everything = [r for _, r in records(results, "eval")]
+    evaluated = [next((r for r in everything if made_of(r)), None), *(r for r in everything if r["tag"] in bits)]
+    evaluated = [r for r in evaluated if r]
     most = max((m["n"] for r in evaluated for m in r["metrics"].values()), default=0)
     found = [
         {"tag": r["tag"], "bits": bits.get(r["tag"], BF16_BITS), "axes": r["metrics"], "kl": kl.get(r["tag"])}
@@ -62,9 +72,9 @@ def bits_picture(found: list[dict[str, Any]], path: Path) -> None:
     measured = [point for point in found if point["kl"] and point["bits"] < BF16_BITS]
     right.plot([p["bits"] for p in measured], [p["kl"] for p in measured], "o", color="#333333")
     for point in measured:
-        worst = max(other["kl"] for other in measured if abs(other["bits"] - point["bits"]) < 0.05)
+        same = sorted(other["kl"] for other in measured if abs(other["bits"] - point["bits"]) < 0.05)
         label = point["tag"].removeprefix("razor_tiny_").replace("_", " ")
-        shift = (7, 3) if point["kl"] == worst else (7, -10)  # of two at the same size, one label above, one below
+        shift = (7, -10) if point["kl"] == same[0] < same[-1] else (7, 3)  # of several at a size, the lowest below its point
         right.annotate(label, (point["bits"], point["kl"]), xytext=shift, textcoords="offset points", fontsize=8)
     right.set(yscale="log", xlabel="bits per parameter, whole model", ylabel="mean KL to BF16, nats")
     right.margins(x=0.25, y=0.15)
@@ -80,16 +90,10 @@ def bits_picture(found: list[dict[str, Any]], path: Path) -> None:
 def methods_picture(results: Path, path: Path) -> None:
     """KL (mean, and the 99.9th percentile above it) against packed bytes, one colour a method."""
     kl = {r["tag"]: r["metrics"]["kl"] for _, r in records(results, "kl") if "kl" in r["metrics"]}
-    made = [r for _, r in records(results, "quantize") if r["tag"] in kl]
+    made = [r for r in quantized(results) if r["tag"] in kl]
     figure, axes = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
     palette = plt.get_cmap("tab20")
-    names = {}
-    for record in made:
-        recipe = record["recipe"]
-        method = "absmax" if recipe["clip_steps"] == 1 else recipe["method"]
-        names[record["tag"]] = f"{method}, by measured KL" if recipe.get("overrides") else method
-        if recipe.get("experts"):
-            names[record["tag"]] = f"{method}, by signals"
+    names = {record["tag"]: method_of(record) for record in made}
     for index, method in enumerate(dict.fromkeys(names.values())):
         mine = [r for r in made if names[r["tag"]] == method]
         own = sorted(((r["metrics"]["packed_bytes"] / 1e6, kl[r["tag"]]) for r in mine), key=lambda pair: pair[0])
@@ -101,6 +105,55 @@ def methods_picture(results: Path, path: Path) -> None:
     axes.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+GGUF_METHODS = {"llama-quantize": "llama-quantize, imatrix", "nearest": "ours, nearest", "ldlq": "ours, error feedback"}
+
+
+def gguf_points(results: Path) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """{method: {base type: (MB, mean KL, 99.9 % KL)}} of the types that llama-quantize has a file of; ours are those with its
+    type of every tensor, the least KL where there are several."""
+    kl = {r["tag"]: r["metrics"]["tool"] for _, r in records(results, "kl") if "tool" in r["metrics"]}
+    made = [r for _, r in records(results, "pack") if r["tag"] in kl and r["recipe"]["method"] in GGUF_METHODS]
+    types = {r["recipe"]["base_type"]: r["recipe"]["types"] for r in made if r["recipe"]["method"] == "llama-quantize"}
+    found: dict[str, dict[str, tuple[float, float, float]]] = {method: {} for method in GGUF_METHODS}
+    for record in made:
+        kind, size, judged = record["recipe"]["base_type"], record["metrics"]["file_bytes"], kl[record["tag"]]
+        if types.get(kind) == record["recipe"]["types"]:
+            own = found[record["recipe"]["method"]]
+            point = (size / 1e6, judged["mean"], judged["p99_9"])
+            own[kind] = min(own.get(kind, point), point, key=lambda values: values[1])
+    return found
+
+
+def gguf_picture(results: Path, path: Path) -> None:
+    """On the left KL against the size of the file, a line a method; on the right KL of each method of int3 experts."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
+    for color, (method, points_of) in zip(("#888888", COLORS[0], COLORS[1]), gguf_points(results).items()):
+        own = sorted(points_of.items(), key=lambda item: item[1])
+        left.plot([p[0] for _, p in own], [p[1] for _, p in own], "o-", ms=5, lw=1.2, color=color, label=GGUF_METHODS[method])
+        if method == "llama-quantize":
+            for kind, (size, mean, _) in own:
+                left.annotate(kind.upper(), (size, mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    left.set(yscale="log", xlabel="size of the GGUF, MB", ylabel="mean KL to the original, nats")
+    left.legend(frameon=False, fontsize=8)
+    kl = {r["tag"]: r["metrics"]["kl"]["mean"] for _, r in records(results, "kl") if "kl" in r["metrics"]}
+    bars = {}
+    for record in quantized(results):
+        recipe, tag = record["recipe"], record["tag"]
+        uniform = recipe["expert_bits"] == 3 and not recipe.get("experts") and not recipe.get("overrides")
+        if tag in kl and uniform:
+            bars[method_of(record).replace(", ", ",\n")] = kl[tag]
+    ordered = sorted(bars.items(), key=lambda item: -item[1])
+    right.barh([name for name, _ in ordered], [value for _, value in ordered], color=COLORS[0], height=0.6)
+    for place, (_, value) in enumerate(ordered):
+        right.annotate(f"{value:.4f}", (value, place), xytext=(4, -3), textcoords="offset points", fontsize=8)
+    right.set(xlabel="mean KL to the original, nats: int3 experts, int4 rest")
+    right.margins(x=0.12)
+    for axes in (left, right):
+        axes.grid(alpha=0.25, axis="both" if axes is left else "x")
+        axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
 
@@ -117,17 +170,19 @@ def training_picture(record: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default results)")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="directory of the pictures (default docs)")
     args = parser.parse_args()
     found, runs = points(args.results), records(args.results, "train")
     if not found and not runs:
         raise UserError(f"{args.results}: holds no record to draw")
     if found:
         bits_picture(found, args.out / "razor_tiny_bits.png")
-    if records(args.results, "quantize"):
+    if records(args.results, "pack"):
+        gguf_picture(args.results, args.out / "razor_tiny_gguf.png")
+    if quantized(args.results):
         methods_picture(args.results, args.out / "razor_tiny_methods.png")
-    for _, record in runs:
+    for record in (r for _, r in runs if made_of(r)):
         training_picture(record, args.out / f"{record['tag']}_training.png")
 
 

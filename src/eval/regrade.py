@@ -15,25 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from backends import load_tokenizer, render_chat
+from bench_mm import recorded_benchmarks
 from benchmarks import Benchmark, Item
-from console import UserError, atomic_path, run_cli
+from console import UserError, run_cli
 from graders import GRADER_VERSION
 from results_store import (
     REPO,
     code_state,
-    data_entry,
+    find_log,
     public_command,
     read_result,
     read_samples,
     sample_key,
     sha256_json,
     sha256_text,
+    write_log,
     write_result,
 )
-from vllm_eval8 import benchmark_metrics, extract_answer, load_benchmarks, table
+from vllm_eval8 import benchmark_data, benchmark_metrics, extract_answer, table
 
 GENERATION = ("command", "started", "seconds", "hardware", "packages", "peak_rss_mib", "peak_vram_mib", "code")
-REST = ("samples", "settings_sha256", "parts")
+REST = ("samples", "settings_sha256", "parts", "pixels")
 
 
 def check_prompt(benchmark: Benchmark, item: Item, row: dict[str, Any], render: Callable[[list], str], where: str) -> None:
@@ -58,7 +60,10 @@ def regraded_rows(
     for item, row in zip(own, rows, strict=True):
         check_prompt(benchmark, item, row, render, where)
     pairs = list(zip(own, rows, strict=True))
-    extracted = [extract_answer(benchmark, item, row["text"], row["finish_reason"]) for item, row in pairs]
+    extracted = [
+        extract_answer(benchmark, item, row["text"], row["finish_reason"], row.get("prompt_opens_thinking", True))
+        for item, row in pairs
+    ]
     verdicts = benchmark.grade_all(own, extracted)
     return [
         {**row, "extracted": answer, "gold": item.gold, "correct": bool(verdict), "grader": GRADER_VERSION}
@@ -81,31 +86,31 @@ def lazy_render(model: str, given: Path | None) -> Callable[[list], str]:
     return render
 
 
-def write_log(path: Path, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        for line in ({"settings": settings}, *rows):
-            stream.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+def write_rows(log: Path, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """A log with other rows, packed if it was."""
+    lines = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in ({"settings": settings}, *rows))
+    write_log(log, "".join(lines).encode())
 
 
 def regrade(directory: Path, tag: str, data_dir: Path | None, tokenizer: Path | None) -> tuple[dict[str, Any], int]:
     """(the new record, number of verdicts that changed) of one evaluation; both files are rewritten."""
     started, result = time.time(), directory / f"{tag}.json"
     old = read_result(result, "eval")
-    log = directory / old["samples"]
+    log = find_log(directory / old["samples"])
     settings, rows = read_samples(log)
     render = lazy_render(settings["model"], tokenizer)
     metrics, data, new = {}, [], {}
-    for benchmark in load_benchmarks(list(old["metrics"]), data_dir):
+    for benchmark in recorded_benchmarks(list(old["metrics"]), data_dir):
         items = benchmark.load(settings["limit"])
         own = regraded_rows(benchmark, items, [r for r in rows if r["benchmark"] == benchmark.name], render, str(log))
         if len(own) != len(items) * settings.get("samples", 1):
             raise UserError(f"{log}: {len(own)} samples of {len(items)} items of {benchmark.name}; run the evaluation again")
         metrics[benchmark.name] = benchmark_metrics(benchmark, items, own)
-        data.append(data_entry(benchmark.name, benchmark.revision, [[i.id, i.question, i.gold] for i in items]))
+        data.append(benchmark_data(benchmark, items))
         new |= {sample_key(row): row for row in own}
     changed = sum(row["correct"] != new.get(sample_key(row), row)["correct"] for row in rows)
     settings = settings | {"grader": GRADER_VERSION}
-    write_log(log, settings, [new.get(sample_key(row), row) for row in rows])
+    write_rows(log, settings, [new.get(sample_key(row), row) for row in rows])
     note = {"from": rows[0]["grader"], "to": GRADER_VERSION, "changed": changed, "seconds": round(time.time() - started, 2)}
     record = write_result(
         result, kind="eval", tag=tag, started=started, model=old["model"], recipe=old["recipe"], data=data,
@@ -119,7 +124,7 @@ def regrade(directory: Path, tag: str, data_dir: Path | None, tokenizer: Path | 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("tags", nargs="+", help="evaluations of results/eval")
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default results)")
     parser.add_argument("--data-dir", type=Path, help="the files that the evaluation read")
     parser.add_argument("--tokenizer", type=Path, help="directory with the model's tokenizer, for logs of older versions")
     args = parser.parse_args()

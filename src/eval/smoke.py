@@ -1,7 +1,7 @@
 """Load, quantize, save, reload, evaluate, compare: python src/eval/smoke.py --config configs/smoke_tiny.env --work work/smoke
 
-Each step is the command that a user would type, in a process of its own. Prints one table and `SMOKE OK`; a step that
-fails stops the run with its exit code.
+Keys of the file may be set in the environment. Each step is the command that a user would type, in a process of its own.
+Prints one table and `SMOKE OK`; a step that fails stops the run with its exit code.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from console import UserError, run_cli, run_script
-from env_config import load_config
+from env_config import from_environment, load_config
 from results_store import read_result
 
 
 @dataclass(frozen=True)
 class SmokeConfig:
+    """The keys of configs/smoke_tiny.env."""
+
     model: str
     expert_bits: int
     linear_bits: int
@@ -83,10 +85,10 @@ def run(config: SmokeConfig, work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--config", type=Path, required=True, help="settings, as configs/smoke_tiny.env")
     parser.add_argument("--work", type=Path, required=True, help="directory for the quantized model and the records")
     args = parser.parse_args()
-    run(load_config(SmokeConfig, args.config), args.work)
+    run(load_config(SmokeConfig, args.config, from_environment(SmokeConfig)), args.work)
 
 
 if __name__ == "__main__":

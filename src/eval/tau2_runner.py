@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError, read_json, run_cli
-from results_store import write_result
+from results_store import add_tag_arguments, tagged_record, write_result
 
 DOMAINS = ("retail", "airline", "telecom")
 USER_MODEL = "gpt-4.1"
@@ -96,15 +96,13 @@ def parse_args() -> argparse.Namespace:
         "--endpoint", required=True, help="OpenAI-compatible URL of the model, such as http://localhost:8000/v1"
     )
     parser.add_argument("--model", required=True, help="its name there")
-    parser.add_argument("--tag", required=True, help="name of the run: results/eval/TAG.json")
+    add_tag_arguments(parser, "eval")
     parser.add_argument("--user-endpoint", help="URL of the simulated user's model (default: OpenAI's)")
     parser.add_argument("--user-model", default=USER_MODEL, help="the simulated user")
-    parser.add_argument("--domains", default=",".join(DOMAINS))
+    parser.add_argument("--domains", default=",".join(DOMAINS), help="comma-separated (default: all three)")
     parser.add_argument("--trials", type=int, default=4, help="dialogues for each task")
     parser.add_argument("--tasks", type=int, help="first N tasks of each domain")
     parser.add_argument("--agent-args", default="{}", help="JSON of sampling arguments for the model")
-    parser.add_argument("--out", type=Path, default=Path("results/eval"))
-    parser.add_argument("--force", action="store_true", help="replace an earlier result of this tag")
     return parser.parse_args()
 
 
@@ -118,9 +116,7 @@ def main() -> None:
         json.loads(args.agent_args)
     except json.JSONDecodeError as error:
         raise UserError(f"--agent-args: not JSON ({error})") from None
-    result = args.out / f"{args.tag}.json"
-    if result.exists() and not args.force:
-        raise UserError(f"{result}: exists; give another --tag, or --force to replace it")
+    result = tagged_record(args)
     require_tau2()
     started = time.time()
     metrics = {f"tau2_{domain}": run_domain(args, domain) for domain in args.domains.split(",")}

@@ -84,7 +84,7 @@ class World:
     ``facts[person][relation]`` is a value word; one fact carries log2(64) = 6 bits.
     """
 
-    def __init__(self, seed: int = WORLD_SEED, people: int = PEOPLE):
+    def __init__(self, seed: int = WORLD_SEED, people: int = PEOPLE) -> None:
         rng = random.Random(f"world:{seed}")
         syllables = [onset + rime for onset in ONSETS for rime in RIMES]
         rng.shuffle(syllables)
@@ -97,9 +97,7 @@ class World:
         self.values = {rel: tuple(next(take).capitalize() for _ in range(VALUES_PER_RELATION)) for rel in RELATIONS}
         self.function_names = tuple(next(take) for _ in range(256))
         self.steps = tuple(fixed_steps() + [step for k in range(1, 31) for step in numbered_steps(k)])
-        self.spells = tuple(
-            Step(f"cast {next(take)}", step.code, step.apply) for step in rng.sample(self.steps, SPELLS)
-        )
+        self.spells = tuple(Step(f"cast {next(take)}", step.code, step.apply) for step in rng.sample(self.steps, SPELLS))
         names = [f"{a} {b}" for a in first for b in last]
         self.people = tuple(rng.sample(names, people))
         self.facts = {name: {rel: rng.choice(self.values[rel]) for rel in RELATIONS} for name in self.people}

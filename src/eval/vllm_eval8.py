@@ -3,7 +3,7 @@
     python src/eval/vllm_eval8.py --model DIR|FILE.gguf --tag TAG [--benchmarks tiny_know,tiny_math]
         [--backend auto|vllm|hf|llamacpp|openai]
         [--budget 32k|64k|80k] [--samples N] [--limit N] [--data-dir DIR] [--family NAME] [--out results/eval]
-        [--temperature T --top-p P --top-k K --seed S] [--tensor-parallel N] [--force]
+        [--temperature T --top-p P --top-k K --seed S] [--tensor-parallel N | --devices all [--spread]] [--force]
 
 Samples are appended to results/eval/TAG.samples.jsonl as they finish: a killed run goes on where it stopped, to the same
 result. A truncated answer counts as wrong; acc_finished and trunc stand beside acc. Tokens are drawn as the vendor of the model
@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,24 @@ from backends import Backend, Completion, HfBackend, Sampling, VllmBackend, choo
 from benchmarks import Benchmark, Item, get_benchmarks
 from checkpoint import Checkpoint
 from console import UserError, progress, read_json, run_cli
+from device_pool import parse_devices
 from eval_settings import EvalSettings, check_sampling, load_settings
 from gate import eval_records, gate_axis, gate_text
 from gguf_info import config_of_gguf, describe_gguf, is_gguf
-from graders import GRADER_VERSION, split_thinking
+from graders import GRADER_VERSION, opens_thinking, split_thinking
 from llamacpp_eval8 import LlamaCppBackend, add_server_arguments
 from openai_eval8 import OpenAIBackend, api_key
 from paired_stats import clustered_interval
+from pictures import pictures_of
 from recipe import recipe_record
+from replicas import Replicas
 from results_store import (
     SampleLog,
     WorkClock,
     data_entry,
     describe_model,
+    find_log,
+    packed_path,
     sha256_json,
     sha256_text,
     write_result,
@@ -48,9 +53,10 @@ FLUSH_ROWS, FLUSH_SECONDS = 64, 30.0  # finished samples that a kill may cost; p
 SAMPLE_STEP = 1_000_003  # seeds of the samples of an item lie this far apart
 
 
-def extract_answer(benchmark: Benchmark, item: Item, text: str, finish_reason: str) -> str | None:
-    """The answer in a completion; None when it ran out of tokens or never ended its thinking, whatever it contains."""
-    _, answer = split_thinking(text)
+def extract_answer(benchmark: Benchmark, item: Item, text: str, finish_reason: str, opened: bool = True) -> str | None:
+    """The answer in a completion; None when it ran out of tokens or never ended its thinking, whatever it contains.
+    ``opened``: the prompt ended inside a thought."""
+    _, answer = split_thinking(text, opened)
     return benchmark.extract(item, answer) if finish_reason == "stop" and answer is not None else None
 
 
@@ -59,9 +65,13 @@ def graded_rows(
 ) -> list[dict[str, Any]]:
     """Log rows of finished samples, graded."""
     pairs = list(zip(items, completions, strict=True))
-    extracted = [extract_answer(benchmark, item, done.text, done.finish_reason) for item, done in pairs]
+    opened = [opens_thinking(prompt) for prompt in prompts]
+    extracted = [
+        extract_answer(benchmark, item, done.text, done.finish_reason, inside)
+        for (item, done), inside in zip(pairs, opened, strict=True)
+    ]
     verdicts = benchmark.grade_all(items, extracted)
-    rows = zip(items, prompts, completions, extracted, verdicts, strict=True)
+    rows = zip(items, prompts, opened, completions, extracted, verdicts, strict=True)
     return [
         {
             "benchmark": benchmark.name,
@@ -70,6 +80,7 @@ def graded_rows(
             "messages_sha256": sha256_json(benchmark.messages(item)),
             "prompt_sha256": sha256_text(prompt),
             "prompt_ids_sha256": completion.prompt_ids_sha256,
+            "prompt_opens_thinking": inside,
             "prompt_tokens": completion.prompt_tokens,
             "tokens": completion.tokens,
             "finish_reason": completion.finish_reason,
@@ -79,7 +90,7 @@ def graded_rows(
             "correct": bool(verdict),
             "grader": GRADER_VERSION,
         }
-        for item, prompt, completion, answer, verdict in rows
+        for item, prompt, inside, completion, answer, verdict in rows
     ]
 
 
@@ -167,7 +178,11 @@ def make_backend(name: str, args: argparse.Namespace, budget: int) -> Backend:
             args.base_url, str(args.model), args.tokenizer, context, key=api_key(args.api_key_env),
             parallel=args.parallel, send_text=args.prompt_text, plain=args.plain_fields,
         )  # fmt: skip
-    return HfBackend(args.model) if name == "hf" else VllmBackend(args.model, context, tensor_parallel=args.tensor_parallel)
+    if name == "vllm":
+        return VllmBackend(args.model, context, tensor_parallel=args.tensor_parallel)
+    devices = parse_devices(args.devices)
+    copies = len(devices) > 1 and not args.spread
+    return Replicas(args.model, devices, args.batch) if copies else HfBackend(args.model, args.batch, devices)
 
 
 def described(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -180,13 +195,6 @@ def described(name: str, args: argparse.Namespace) -> tuple[dict[str, Any], dict
         return entry, read_json(config) if config.is_file() else {}
     checkpoint = Checkpoint(args.model)
     return describe_model(args.model) | {"weights_sha256": checkpoint.sha256()}, checkpoint.config
-
-
-def load_benchmarks(names: Sequence[str], data_dir: Path | None) -> list[Benchmark]:
-    """The named benchmarks; with ``data_dir`` they read its files of the published columns instead of the hub's."""
-    if data_dir is not None and not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir}: no such directory")
-    return get_benchmarks(names, data_dir)
 
 
 def choose_sampling(args: argparse.Namespace, settings: EvalSettings, family: str | None, config: dict) -> tuple[Sampling, str]:
@@ -215,12 +223,11 @@ def table(metrics: dict[str, dict[str, Any]], gates: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory, GGUF file, or a server's name for it")
+def add_run_arguments(parser: argparse.ArgumentParser, benchmarks: str, backends: str, batch: int) -> None:
+    """The options of every evaluation; the last three arguments are what text and pictures differ in."""
     parser.add_argument("--tag", required=True, help="name of the run: results/eval/TAG.json")
-    parser.add_argument("--benchmarks", default="tiny_know,tiny_math,tiny_reason,tiny_code", help="comma-separated names")
-    parser.add_argument("--backend", default="auto", help="auto, vllm, hf, llamacpp or openai")
+    parser.add_argument("--benchmarks", default=benchmarks, help="comma-separated names")
+    parser.add_argument("--backend", default="auto", help=backends)
     parser.add_argument("--budget", default="32k", choices=list(BUDGETS), help="tokens a sample may generate; 80k for contests")
     parser.add_argument("--samples", type=int, default=1, help="answers to each item (small sets); the interval is by item")
     parser.add_argument("--limit", type=int, help="first N items of each benchmark")
@@ -231,8 +238,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, help="instead of the vendor's")
     parser.add_argument("--top-k", type=int, help="instead of the vendor's; 0 is off")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=batch, help="prompts at once with --backend hf; a GPU takes many")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads the model over")
     parser.add_argument("--force", action="store_true", help="run again and replace an earlier result of this tag")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint directory, GGUF file, or a server's name for it")
+    add_run_arguments(parser, "tiny_know,tiny_math,tiny_reason,tiny_code", "auto, vllm, hf, llamacpp or openai", 64)
+    devices = "GPUs for --backend hf, each with a copy of the model and its share of the prompts: cuda:0,cuda:1 or all"
+    parser.add_argument("--devices", default="", help=devices)
+    parser.add_argument("--spread", action="store_true", help="one copy, its layers in equal runs on --devices")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with items, tokens and times, and write nothing")
     add_server_arguments(parser)
     return parser.parse_args()
 
@@ -240,8 +258,8 @@ def parse_args() -> argparse.Namespace:
 def check_args(args: argparse.Namespace) -> None:
     if not args.tag or any(not (c.isalnum() or c in "._-") for c in args.tag) or args.tag.startswith("."):
         raise UserError(f"--tag {args.tag!r}: use letters, digits, '.', '_' and '-'")
-    for name in ("limit", "samples", "tensor_parallel", "parallel"):
-        value = getattr(args, name, None)  # mm_eval has no --parallel
+    for name in ("limit", "samples", "batch", "tensor_parallel", "parallel"):
+        value = getattr(args, name, None)  # mm_eval has no server and no --parallel
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if args.backend == "openai" and not (args.base_url and args.tokenizer):
@@ -253,53 +271,103 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(f"{result}: exists; give another --tag, or --force to run again and replace it")
 
 
-def evaluate(benchmarks: Sequence[Benchmark], limit: int | None, runner: Runner) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(metrics, data entries) of all benchmarks."""
+def item_record(benchmark: Benchmark, item: Item) -> list[Any]:
+    """What a record's digest of the data covers: question, gold and every picture."""
+    pictures = pictures_of(benchmark.messages(item))
+    return [item.id, item.question, item.gold, *([pictures] if pictures else [])]
+
+
+def benchmark_data(benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
+    """The record's entry of the items of one benchmark."""
+    return data_entry(benchmark.name, benchmark.revision, [item_record(benchmark, item) for item in items])
+
+
+def evaluate(loaded: Iterable[tuple[Benchmark, Sequence[Item]]], runner: Runner) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(metrics, data entries) of benchmarks with their items; one is read when it is its turn."""
     metrics, data = {}, []
-    for benchmark in benchmarks:
-        items = benchmark.load(limit)
+    for benchmark, items in loaded:
         metrics[benchmark.name] = runner.run(benchmark, items)
-        data.append(data_entry(benchmark.name, benchmark.revision, [[i.id, i.question, i.gold] for i in items]))
+        data.append(benchmark_data(benchmark, items))
     return metrics, data
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is decided before an engine starts. ``model``: its entry in the record; ``settings``: the first line of the log,
+    which every sample of a log shares; ``source``: where the sampling stands."""
+
+    args: argparse.Namespace
+    rules: EvalSettings
+    backend: str
+    model: dict[str, Any]
+    sampling: Sampling
+    source: str
+    settings: dict[str, Any]
+
+
+def make_plan(args: argparse.Namespace, backend: str, model: dict[str, Any], config: dict[str, Any]) -> Plan:
+    """Family, sampling and settings of a run, printed. ``model``: path and weights_sha256 at least."""
+    rules = load_settings()
+    family = rules.check_family(args.family) if args.family else rules.family_of(config)
+    sampling, source = choose_sampling(args, rules, family, config)
+    print(f"{model['path']}: family {family or 'unknown'}, {backend}; {sampling} ({source})", flush=True)
+    settings = {"model": model["path"], "weights_sha256": model["weights_sha256"], "backend": backend}
+    settings |= {"sampling": sampling.to_json(), "limit": args.limit, "samples": args.samples, "grader": GRADER_VERSION}
+    if getattr(args, "server_args", None):
+        settings["server_args"] = args.server_args
+    return Plan(args, rules, backend, model | {"family": family}, sampling, source, settings)
+
+
+def finish(plan: Plan, runner: Runner, metrics: dict[str, Any], data: Sequence[dict[str, Any]], **extra: Any) -> None:
+    """Write the record, and print the table with the gate of every axis."""
+    args, log, clock = plan.args, runner.log, runner.clock
+    record = write_result(
+        args.out / f"{args.tag}.json", kind="eval", tag=args.tag, started=clock.started, seconds=clock.seconds,
+        model=plan.model, recipe=recipe_record(args.model), data=data, metrics=metrics,
+        sampling=plan.sampling.to_json() | {"budget": args.budget, "backend": plan.backend, "source": plan.source},
+        extra={"samples": log.path.name, "settings_sha256": sha256_json(plan.settings), "parts": clock.parts, **extra},
+    )  # fmt: skip
+    clock.remove()
+    others = eval_records(args.out)
+    print(table(metrics, {axis: gate_text(gate_axis(record, axis, plan.rules, others)) for axis in metrics}), flush=True)
 
 
 def start_log(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[SampleLog, WorkClock]:
     """The sample log and the clock of this tag; --force begins both anew."""
     log_path, clock_path = args.out / f"{args.tag}.samples.jsonl", args.out / f".{args.tag}.clock"
     if args.force:
-        for path in (log_path, clock_path, args.out / f"{args.tag}.json"):
+        for path in (log_path, packed_path(log_path), clock_path, args.out / f"{args.tag}.json"):
             path.unlink(missing_ok=True)
-    elif not log_path.exists():
+    elif not find_log(log_path).exists():
         clock_path.unlink(missing_ok=True)
     return SampleLog(log_path, settings), WorkClock(clock_path)
+
+
+def plan(args: argparse.Namespace, rules: EvalSettings, benchmarks: Sequence[Benchmark], name: str) -> str:
+    """What --dry-run prints."""
+    from eval_plan import evaluation_plan, planned_config
+
+    config = planned_config(args.model, name, args.tokenizer)
+    family = rules.check_family(args.family) if args.family else rules.family_of(config)
+    sampling, source = choose_sampling(args, rules, family, config)
+    head = f"{args.model}: family {family or 'unknown'}, {name}; {sampling} ({source})"
+    log = args.out / f"{args.tag}.samples.jsonl"
+    return head + "\n" + evaluation_plan(benchmarks, sampling, args.samples, args.limit, name, log)
 
 
 def main() -> None:
     args = parse_args()
     check_args(args)
-    rules = load_settings()
-    benchmarks = load_benchmarks(args.benchmarks.split(","), args.data_dir)
+    benchmarks = get_benchmarks(args.benchmarks.split(","), args.data_dir)
     name = choose_backend(args.backend, args.model)
-    model, config = described(name, args)
-    family = rules.check_family(args.family) if args.family else rules.family_of(config)
-    sampling, source = choose_sampling(args, rules, family, config)
-    print(f"{model['path']}: family {family or 'unknown'}, {name}; {sampling} ({source})", flush=True)
-    settings = {"model": model["path"], "weights_sha256": model["weights_sha256"], "backend": name}
-    settings |= {"sampling": sampling.to_json(), "limit": args.limit, "samples": args.samples, "grader": GRADER_VERSION}
-    if args.server_args:
-        settings["server_args"] = args.server_args
-    log, clock = start_log(args, settings)
-    backend = make_backend(name, args, sampling.max_tokens)
-    metrics, data = evaluate(benchmarks, args.limit, Runner(backend, sampling, args.samples, log, clock))
-    record = write_result(
-        args.out / f"{args.tag}.json", kind="eval", tag=args.tag, started=clock.started, seconds=clock.seconds,
-        model=model | {"family": family}, recipe=recipe_record(args.model), data=data,
-        sampling=sampling.to_json() | {"budget": args.budget, "backend": name, "source": source}, metrics=metrics,
-        extra={"samples": log.path.name, "settings_sha256": sha256_json(settings), "parts": clock.parts},
-    )  # fmt: skip
-    clock.remove()
-    others = eval_records(args.out)
-    print(table(metrics, {axis: gate_text(gate_axis(record, axis, rules, others)) for axis in metrics}), flush=True)
+    if args.dry_run:
+        print(plan(args, load_settings(), benchmarks, name), flush=True)
+        return
+    run = make_plan(args, name, *described(name, args))
+    log, clock = start_log(args, run.settings)
+    runner = Runner(make_backend(name, args, run.sampling.max_tokens), run.sampling, args.samples, log, clock)
+    made = evaluate(((benchmark, benchmark.load(args.limit)) for benchmark in benchmarks), runner)
+    finish(run, runner, *made, devices=args.devices or None, spread=args.spread)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration import Calibration, Collector, LayerStream, Moments
-from checkpoint import Checkpoint, CheckpointWriter, read_tensor
+from checkpoint import Checkpoint, CheckpointWriter, SourceShards, read_tensor
 from console import UserError, atomic_path, progress, read_json, write_json
 from model_layout import LAYER_PREFIX, Role, text_name
+from packed_layout import Container, PackedWriter, open_writer
 from quant_save import ErrorLog, Job, Sink
 from recipe import Recipe
 from refine import refine_norms
-from rounding import Grid, Statistics, output_error, round_weight
+from rounding import Grid, Statistics, damped, output_error, round_weight
 from staging import RUN
+from token_weights import token_weights
 
 LM_HEAD = "lm_head.weight"
 
@@ -56,11 +58,14 @@ class CalibratedPass:
     """Holds the activations between layers. ``cold``: experts with too few tokens, by parameter."""
 
     def __init__(
-        self, stream: LayerStream, calibration: Calibration, targets: Mapping[str, Target], method: str
-    ) -> None:
+        self, stream: LayerStream, calibration: Calibration, targets: Mapping[str, Target], method: str,
+        devices: Sequence[torch.device] = (),
+    ) -> None:  # fmt: skip
         self.stream, self.calibration, self.targets, self.method = stream, calibration, targets, method
+        self.devices = devices  # that round experts; activations stay on the calibration's
         self.kwargs = stream.arguments(calibration.batches()[0])
         self.hidden: list[Tensor] = []
+        self.weights: Tensor | None = None  # of the calibration tokens, [layers, tokens]
         self.cold: dict[str, int] = {}
         self.unrouted: dict[str, int] = {}
         self.refined: list[list[float]] = []  # held-out relative error of each layer before and after
@@ -77,11 +82,12 @@ class CalibratedPass:
         layer = stream.layers[index]
         stream.fill(layer, prefix)
         wanted = [name.removeprefix(prefix) for name in self.targets if name.startswith(prefix)]
-        collector = Collector(layer, set(wanted))
+        collector = Collector(layer, set(wanted), None if self.weights is None else self.weights[index])
         after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
         collector.remove()
         for name in wanted:
             self._round(layer, prefix, name, collector.moments.pop(name, None))
+        self._round_waiting()
         if self.calibration.refine:
             wanted += self._refine(layer, after, self.kwargs[index])
         if self.calibration.propagate == "quantized":
@@ -105,16 +111,19 @@ class CalibratedPass:
             if moments is None:
                 raise UserError("no calibration activation reached it; give more or other calibration text")
             statistics = self._statistics(prefix + name, moments)
-            parameter.copy_(rounded(parameter, target, statistics, moments.weight, self.method))
+            parameter.copy_(rounded(parameter, target, statistics, moments.weight, self.method, self.devices))
         except UserError as error:
             raise UserError(f"{prefix}{name}: {error}") from None
+
+    def _round_waiting(self) -> None:
+        """Round what :meth:`_round` put aside."""
 
     def _statistics(self, name: str, moments: Moments) -> Statistics:
         floor = self.calibration.floor * moments.total.shape[-1]
         statistics = moments.statistics(floor)
         self.cold[name] = int((statistics.tokens < floor).sum())
         self.unrouted[name] = int((statistics.tokens == 0).sum())
-        return statistics
+        return statistics._replace(hessian=damped(statistics.hessian, self.calibration.damping))
 
     def _disk_values(self, layer: torch.nn.Module, prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
         values = {}
@@ -170,20 +179,23 @@ class CalibratedPass:
         experts = {name: count for name, count in self.cold.items() if ".experts." in name}
         unrouted = {name: count for name, count in self.unrouted.items() if ".experts." in name}
         facts = {"experts_below_floor": sum(experts.values()), "experts_never_routed": sum(unrouted.values())}
+        facts |= self.calibration.weighting()
         if self.refined:
             facts["refined_layers"] = [[float(f"{value:.6g}") for value in pair] for pair in self.refined]
         return facts
 
 
-def rounded(weight: Tensor, target: Target, statistics: Statistics, mass: Tensor, method: str) -> Tensor:
+def rounded(
+    weight: Tensor, target: Target, statistics: Statistics, mass: Tensor, method: str, devices: Sequence[torch.device] = ()
+) -> Tensor:
     """Round a parameter [E, O, I] or [O, I]; with a fraction, the experts whose output error falls most, weighted by
     their routing ``mass`` [E], get one bit more; with ``bits``, each expert has its own grid."""
     if target.bits:
-        return _rounded_by_expert(weight, target, statistics, method)
-    low = round_weight(weight, target.grid, statistics, method)
+        return _rounded_by_expert(weight, target, statistics, method, devices)
+    low = round_weight(weight, target.grid, statistics, method, devices)
     if not target.fraction or weight.ndim != 3:
         return low
-    high = round_weight(weight, dataclasses.replace(target.grid, bits=target.grid.bits + 1), statistics, method)
+    high = round_weight(weight, dataclasses.replace(target.grid, bits=target.grid.bits + 1), statistics, method, devices)
     transposed = weight.float().transpose(1, 2)
     errors = [output_error(transposed, value.transpose(1, 2), statistics.hessian) for value in (low, high)]
     count = math.floor(target.fraction * len(weight) + 1e-9)
@@ -192,12 +204,14 @@ def rounded(weight: Tensor, target: Target, statistics: Statistics, mass: Tensor
     return low
 
 
-def _rounded_by_expert(weight: Tensor, target: Target, statistics: Statistics, method: str) -> Tensor:
+def _rounded_by_expert(
+    weight: Tensor, target: Target, statistics: Statistics, method: str, devices: Sequence[torch.device]
+) -> Tensor:
     out = torch.empty_like(weight, dtype=torch.float32)
     for bits in sorted(set(target.bits)):
         index = torch.tensor([e for e, own in enumerate(target.bits) if own == bits], device=weight.device)
         own = Statistics(statistics.hessian[index], statistics.tokens[index])
-        out[index] = round_weight(weight[index], dataclasses.replace(target.grid, bits=bits), own, method)
+        out[index] = round_weight(weight[index], dataclasses.replace(target.grid, bits=bits), own, method, devices)
     return out
 
 
@@ -225,12 +239,14 @@ def facts_file(directory: Path, index: int) -> Path:
 
 def calibrated_stream(
     checkpoint: Checkpoint, jobs: list[Job], recipe: Recipe, calibration: Calibration, out: Path, shard_bytes: int,
-    chunk_bytes: int,
+    chunk_bytes: int, source: SourceShards | None = None, devices: Sequence[torch.device] = (),
+    container: Container | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
-    """Write every tensor to ``out``, layer by layer. Returns the relative squared error of each quantized role and the
-    facts of the calibration."""
+    """Write every tensor to ``out``, layer by layer; several ``devices`` share the experts of a layer. Returns the relative
+    squared error of each quantized role and the facts of the calibration."""
     stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
-    work = CalibratedPass(stream, calibration, targets_of(stream, jobs, recipe), recipe.method)
+    work = CalibratedPass(stream, calibration, targets_of(stream, jobs, recipe), recipe.method, devices)
+    work.weights = token_weights(stream, calibration, out / RUN)
     parts = in_layers(jobs, len(stream.layers))
     ordered = [job for part in parts for job in part]
     plan = [(job.name, job.info.dtype, job.info.shape) for job in ordered]
@@ -238,9 +254,9 @@ def calibrated_stream(
     errors = ErrorLog(out)
     with (
         progress(sum(job.info.bytes for job in jobs), "quantize", "B", True) as bar,
-        CheckpointWriter(out, plan, shard_bytes, breaks) as writer,
+        open_writer(out, plan, shard_bytes, breaks, container) as writer,
     ):
-        sink = Sink(checkpoint, writer, errors, bar)
+        sink = Sink(checkpoint, writer, errors, bar, source, calibration.device)
         sink.stream(parts[0], recipe, chunk_bytes)
         first = _resume(work, writer, parts, out)
         if first == 0:
@@ -262,7 +278,7 @@ def calibrated_stream(
     return errors.by_role(jobs), work.facts()
 
 
-def _resume(work: CalibratedPass, writer: CheckpointWriter, parts: list[list[Job]], out: Path) -> int:
+def _resume(work: CalibratedPass, writer: CheckpointWriter | PackedWriter, parts: list[list[Job]], out: Path) -> int:
     """The first layer that is not complete; loads the activations in front of it."""
     layers = parts[1:-1]
     first = next((i for i, part in enumerate(layers) if not all(writer.is_done(job.name) for job in part)), len(layers))

@@ -66,7 +66,9 @@ class Calibration:
 
     ``floor``: effective tokens below which an expert's statistics are shrunk, as a share of its inputs. ``propagate``:
     'quantized' sends the activations through the rounded layers, 'bf16' through the original ones. ``refine``: passes over
-    the activations that train a rounded layer's norms (refine.py); 0 leaves them as they are.
+    the activations that train a rounded layer's norms (refine.py); 0 leaves them as they are. ``token_power``: of the squared
+    gradient that a token's weight in the second moments is (token_weights.py); 0 counts all tokens alike. ``damping``: of the
+    mean second moment, added to each before anything is rounded: what the text hardly uses keeps some worth.
     """
 
     ids: Tensor
@@ -75,6 +77,8 @@ class Calibration:
     floor: float = 1.0
     propagate: str = "quantized"
     refine: int = 0
+    token_power: float = 0.0
+    damping: float = 0.0
     device: torch.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
@@ -89,7 +93,11 @@ class Calibration:
     def settings(self) -> dict[str, Any]:
         """What decides the result, for recipe.json and for resuming."""
         fields = {"batch": self.batch, "floor": self.floor, "propagate": self.propagate, "refine": self.refine}
-        return {"data": self.record, "shape": list(self.ids.shape), **fields, "dtype": str(self.dtype)}
+        return {"data": self.record, "shape": list(self.ids.shape), **fields, **self.weighting(), "dtype": str(self.dtype)}
+
+    def weighting(self) -> dict[str, float]:
+        """``token_power`` and ``damping`` where they are not 0."""
+        return {key: value for key in ("token_power", "damping") if (value := getattr(self, key))}
 
 
 def layer_bytes(jobs: Sequence[Any], calibration: Calibration) -> int:
@@ -144,13 +152,18 @@ class Moments:
 
 
 class Collector:
-    """Hooks on one decoder layer that fill :class:`Moments` for the parameters in ``wanted``."""
+    """Hooks on one decoder layer that fill :class:`Moments` for the parameters in ``wanted``.
 
-    def __init__(self, layer: nn.Module, wanted: set[str]) -> None:
+    ``weights`` [tokens] multiply the squares of each token, in the order in which the layer sees them; None: all alike.
+    """
+
+    def __init__(self, layer: nn.Module, wanted: set[str], weights: Tensor | None = None) -> None:
+        self.roots = None if weights is None else weights.sqrt()
+        self.place = slice(0, 0)  # of the batch at work among all tokens
         self.moments: dict[str, Moments] = {}
         self.routed: dict[str, Tensor] = {}  # experts module -> tokens sent to each expert
         self.mass: dict[str, Tensor] = {}  # experts module -> sum of their routing weights
-        self.handles = []
+        self.handles = [layer.register_forward_pre_hook(self._advance)]
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) and f"{name}.weight" in wanted:
                 self.handles.append(module.register_forward_pre_hook(self._linear(f"{name}.weight")))
@@ -162,10 +175,17 @@ class Collector:
             self.moments[name] = Moments(experts, inputs, device)
         return self.moments[name]
 
+    def _advance(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.place = slice(self.place.stop, self.place.stop + args[0].shape[:-1].numel())
+
+    def _own(self, device: torch.device) -> Tensor | None:
+        """The roots of the weights of the tokens at work."""
+        return None if self.roots is None else self.roots[self.place].to(device)
+
     def _linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
-            self._get(name, 1, x.shape[1], x.device).add(0, x)
+            self._get(name, 1, x.shape[1], x.device).add(0, x, self._own(x.device))
 
         return hook
 
@@ -176,6 +196,7 @@ class Collector:
             count, inner = module.down_proj.shape[0], module.down_proj.shape[2]
             ups = self._get(f"{name}.gate_up_proj", count, hidden.shape[1], hidden.device)
             downs = self._get(f"{name}.down_proj", count, inner, hidden.device)
+            own = self._own(hidden.device)
             routed = torch.bincount(chosen.flatten(), minlength=count)[:count]
             self.routed[name] = self.routed.get(name, 0) + routed
             mass = torch.zeros(count, device=hidden.device).index_add_(0, chosen.flatten(), weights.flatten().float())
@@ -183,6 +204,7 @@ class Collector:
             for expert in routed.nonzero()[:, 0].tolist():
                 token, place = torch.where(chosen == expert)
                 x, weight = hidden[token], weights[token, place]
+                weight = weight if own is None else weight * own[token]
                 gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, -1)
                 ups.add(expert, x, weight)
                 downs.add(expert, module.act_fn(gate) * up, weight)
@@ -244,11 +266,12 @@ class LayerStream:
 
     def fill(self, module: nn.Module, prefix: str, values: Mapping[str, Tensor] | None = None) -> None:
         """Give ``module`` its parameters and persistent buffers from the checkpoint (or from ``values``, by checkpoint
-        name, where they are there). ``prefix`` ends in a dot. :class:`UserError` where the checkpoint lacks one."""
+        name, where they are there). ``prefix`` ends in a dot. :class:`UserError` where the checkpoint lacks one; a parameter
+        that is in memory and not in the checkpoint (an adapter's) stays."""
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             parameter = prefix + name
             if parameter not in self.by_parameter:
-                if isinstance(tensor, nn.Parameter):
+                if isinstance(tensor, nn.Parameter) and tensor.is_meta:
                     raise UserError(f"{self.checkpoint.path}: has no tensor for {parameter}")
                 continue
             dtype = self.dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
@@ -265,14 +288,13 @@ class LayerStream:
 
     @staticmethod
     def empty(module: nn.Module) -> None:
-        """Drop a module's parameters again, and give their memory back."""
+        """Drop a module's parameters again, and give their memory back. What no checkpoint holds (gemma's scale of the
+        embedding) stays: nothing could fill it a second time."""
+        kept = [(part, name, part._buffers[name]) for part in module.modules() for name in part._non_persistent_buffers_set]
         module.to("meta")
+        for part, name, buffer in kept:
+            part._buffers[name] = buffer
         trim_heap()
-
-    def disk_tensors(self, index: int) -> list[str]:
-        """The checkpoint's tensors of decoder layer ``index``, in the order of the checkpoint."""
-        prefix = f"model.layers.{index}."
-        return [name for name, place in self.places.items() if place.parameter.startswith(prefix)]
 
     @torch.no_grad()
     def arguments(self, ids: Tensor) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ Not a command; `--calib` of quant_save, moe_probe and moe_alloc takes one of the
     notes.txt                                                      a UTF-8 file; blank lines separate documents
     hf:HuggingFaceH4/ultrachat_200k@8049631c405a...:train_sft      a data set: REPOSITORY@COMMIT:SPLIT[:CONFIG]
     hf:work/my_texts:train                                         a directory of jsonl or parquet files
-    tiny                                                           the tiny tasks' training split
+    tiny, tiny:7                                                   the tiny tasks' training split, other items for each seed
 
 The default is `tiny` for a model with razor-tiny's vocabulary, and :data:`DEFAULT` for any other.
 Rows have a column `messages` (chat turns, rendered by the model's template) or `text`. Only training splits are read:
@@ -25,9 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from backends import render_chat
 from console import UserError
 
 HUB = re.compile(r"hf:(?P<name>[^@:]+)(?:@(?P<revision>[^@:]+))?:(?P<split>[^@:]+)(?::(?P<config>[^@:]+))?")
+TINY = re.compile(r"tiny(:(?P<seed>\d+))?")
 DEFAULT = "hf:HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a:train_sft"
 RAZOR_TINY = Path(__file__).resolve().parents[2] / "models/razor-tiny/tokenizer.json"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -49,9 +51,7 @@ def calibration_of(args: argparse.Namespace) -> tuple[Tensor, dict[str, Any]]:
     return calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
 
 
-def calibration_ids(
-    source: str | Path | None, model: Path, count: int, length: int, seed: int = 0
-) -> tuple[Tensor, dict[str, Any]]:
+def calibration_ids(source: str | Path | None, model: Path, count: int, length: int) -> tuple[Tensor, dict[str, Any]]:
     """Token ids [count, length] of ``source`` (module docstring; None is the default) and their record.
 
     Documents follow one another without padding; a text that is too short is a :class:`UserError`.
@@ -63,7 +63,7 @@ def calibration_ids(
     ids: list[int] = []
     used: list[str] = []
     parts = str(source or default_source(tokenizer)).split("+")
-    opened = [documents(part, tokenizer, seed) for part in parts]
+    opened = [documents(part, tokenizer) for part in parts]
     for text in in_turn([texts for texts, _, _ in opened]):
         ids += tokenizer(text, add_special_tokens=False)["input_ids"]
         used.append(text)
@@ -93,10 +93,10 @@ def in_turn(sources: list[Iterable[str]]) -> Iterator[str]:
                 yield text
 
 
-def documents(source: str, tokenizer: Any, seed: int) -> tuple[Iterable[str], str, str]:
+def documents(source: str, tokenizer: Any) -> tuple[Iterable[str], str, str]:
     """(texts, name, revision) of one source."""
-    if source == "tiny":
-        return tiny_documents(tokenizer, seed)
+    if found := TINY.fullmatch(source):
+        return tiny_documents(tokenizer, int(found["seed"] or 0))
     return hub_documents(source, tokenizer) if source.startswith("hf:") else file_documents(Path(source))
 
 
@@ -148,7 +148,7 @@ def tiny_documents(tokenizer: Any, seed: int) -> tuple[Iterable[str], str, str]:
         while True:
             for task in tasks:
                 item, solution = task.generate(rng, "train")
-                prompt = tokenizer.apply_chat_template(task.messages(item), tokenize=False, add_generation_prompt=True)
+                prompt = render_chat(tokenizer, task.messages(item))
                 yield prompt + solution.removeprefix("<think>\n") + tokenizer.eos_token + "\n"
 
     return transcripts(), "tiny_tasks training split", f"{GENERATOR_REVISION}, seed {seed}"

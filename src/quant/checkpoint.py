@@ -13,7 +13,9 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +25,7 @@ from torch import Tensor
 from console import UserError, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PACKED = "packed.json"  # in a packed checkpoint: what it unpacks to (packed_view.py)
 MAX_HEADER = 100_000_000  # the format's own limit
 DTYPES = {
     "F64": torch.float64,
@@ -42,6 +45,14 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+READERS, SLICE_BYTES = 4, 8 << 20  # threads that fill one large read together: one alone neither keeps a fast disk nor a page
+# cache busy, since the memory that it reads into is new and has to be mapped
+
+
+def release(descriptor: int, begin: int, size: int) -> None:
+    """Start writing these bytes of a file to disk and let go of those that are there: what is streamed once should not fill the
+    page cache, nor wait in it for one long flush at the end. ``size`` 0: to the end."""
+    os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +72,14 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         return self.end - self.begin
+
+    def read(self, start: int = 0, count: int | None = None) -> Tensor:
+        """The tensor, or ``count`` rows of its first axis from ``start``, in memory of its own."""
+        begin, shape = self.begin, self.shape
+        if count is not None:
+            begin, shape = begin + start * (self.bytes // shape[0]), (count, *shape[1:])
+        with self.file.open("rb") as stream:
+            return _read_bytes(stream, self, begin, shape)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -174,7 +193,8 @@ def _open_tensors(directory: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
 
 class Checkpoint:
     """A checkpoint directory: ``config`` (config.json), ``tensors`` (name -> :class:`TensorInfo`, in the order of the
-    shards and of their bytes), ``files`` (the shards). Opening reads and checks headers only."""
+    shards and of their bytes), ``files`` (the shards). Opening reads and checks headers only. A packed checkpoint shows the
+    tensors that it unpacks to, and unpacks what is read."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -188,6 +208,14 @@ class Checkpoint:
         if not isinstance(self.config, dict):
             raise UserError(f"{self.path / 'config.json'}: not a JSON object")
         self.files, self.tensors = _open_tensors(self.path)
+        if self.is_packed:
+            from packed_view import unpacked_tensors  # which imports this module
+
+            self.tensors = unpacked_tensors(self.path, self.tensors)
+
+    @property
+    def is_packed(self) -> bool:
+        return (self.path / PACKED).is_file()
 
     @property
     def bytes(self) -> int:
@@ -226,25 +254,36 @@ class Checkpoint:
             return
         row = info.bytes // info.shape[0]
         step = max(1, max_bytes // row)
-        with info.file.open("rb") as stream:
-            for start in range(0, info.shape[0], step):
-                rows = min(step, info.shape[0] - start)
-                yield start, _read_rows(stream, info, info.begin + start * row, (rows, *info.shape[1:]))
+        for start in range(0, info.shape[0], step):
+            yield start, info.read(start, min(step, info.shape[0] - start))
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
     """The tensor that lies at ``info``, in memory of its own."""
-    with info.file.open("rb") as stream:
-        return _read_rows(stream, info, info.begin, info.shape)
+    return info.read()
 
 
-def _read_rows(stream: BinaryIO, info: TensorInfo, offset: int, shape: tuple[int, ...]) -> Tensor:
+def _read_bytes(stream: BinaryIO, info: TensorInfo, offset: int, shape: tuple[int, ...]) -> Tensor:
     size = math.prod(shape) * info.dtype.itemsize
     if not size:
         return torch.empty(shape, dtype=info.dtype)
     buffer = torch.empty(size, dtype=torch.uint8)
-    stream.seek(offset)
-    if stream.readinto(memoryview(buffer.numpy())) != size:
+    view, descriptor = memoryview(buffer.numpy()), stream.fileno()
+    parts = [(start, min(start + SLICE_BYTES, size)) for start in range(0, size, SLICE_BYTES)]
+
+    def read(part: tuple[int, int]) -> int:
+        start, stop = part
+        while start < stop and (got := os.preadv(descriptor, [view[start:stop]], offset + start)):
+            start += got
+        return stop - start
+
+    if len(parts) == 1:
+        missing = read(parts[0])
+    else:
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)  # all of it is asked of the disk at once
+        with ThreadPoolExecutor(READERS, "read") as pool:
+            missing = sum(pool.map(read, parts))
+    if missing:
         raise UserError(f"{info.file}: became shorter while it was read")
     return buffer.view(info.dtype).view(shape)
 
@@ -252,7 +291,7 @@ def _read_rows(stream: BinaryIO, info: TensorInfo, offset: int, shape: tuple[int
 Plan = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
-def _split(
+def split_plan(
     plan: Plan, shard_bytes: int, breaks: Collection[str]
 ) -> list[list[tuple[str, torch.dtype, tuple[int, ...], int]]]:
     """Tensors with their sizes, in plan order, in shards of at most ``shard_bytes`` (a larger tensor has its own); a
@@ -274,6 +313,43 @@ def partial_name(file: Path) -> Path:
     return file.with_name(file.name + ".partial")
 
 
+CONSUMED = "consumed.json"  # in a checkpoint whose weights were given up while it was read: {"out": the output that has them}
+
+
+class SourceShards:
+    """The shards of a checkpoint that is consumed: each gives its disk back once all its tensors lie in complete shards of the
+    output. Its header and size stay until :meth:`remove`, so that a killed run goes on; the weights then read as zeros."""
+
+    def __init__(self, checkpoint: Checkpoint, out: Path) -> None:
+        self.checkpoint, self.out = checkpoint, out
+        self.lock = threading.Lock()  # several writers sweep
+        self.left: dict[Path, list[str]] = {}
+        for name, info in checkpoint.tensors.items():
+            self.left.setdefault(info.file, []).append(name)
+
+    def begin(self, resumed: bool) -> None:
+        """Raise :class:`UserError` where another run has consumed the checkpoint; else say that this one will."""
+        mark = self.checkpoint.path / CONSUMED
+        if mark.exists() and not (resumed and read_json(mark).get("out") == str(self.out)):
+            raise UserError(f"{self.checkpoint.path}: its weights were consumed by a run into {read_json(mark).get('out')}")
+        write_json(mark, {"out": str(self.out)})
+
+    def sweep(self, writer: CheckpointWriter) -> None:
+        """Give back what the output holds by now."""
+        with self.lock:
+            for file, names in list(self.left.items()):
+                if all(writer.is_complete(name) for name in names):
+                    size, start = file.stat().st_size, min(self.checkpoint.tensors[name].begin for name in names)
+                    os.truncate(file, start)
+                    os.truncate(file, size)
+                    del self.left[file]
+
+    def remove(self) -> None:
+        """Delete the shards, when the output is complete."""
+        for file in self.checkpoint.files:
+            file.unlink()
+
+
 class CheckpointWriter:
     """Write safetensors from a plan [(name, dtype, shape)]: :meth:`append` tensors, or slices of them along axis 0, in
     plan order. Use as a context manager: leaving it without an error checks that all of the plan was written and writes
@@ -282,11 +358,16 @@ class CheckpointWriter:
     A shard has the suffix .partial until it is complete and synced, so a file under its own name is whole. Opening a
     directory that holds complete shards of the same plan resumes: :meth:`is_done` says which tensors need no append.
     Within a shard wider dtypes lie first, so that every tensor is aligned, whatever the order of the plan.
+
+    ``share`` (n, of): one of several writers at the same time, which has every of-th shard from the n-th on; another writer
+    that finds them complete writes the index.
     """
 
-    def __init__(self, out_dir: str | Path, plan: Plan, shard_bytes: int, breaks: Collection[str] = ()) -> None:
+    def __init__(
+        self, out_dir: str | Path, plan: Plan, shard_bytes: int, breaks: Collection[str] = (), share: tuple[int, int] = (0, 1)
+    ) -> None:
         self.out_dir = Path(out_dir)
-        shards = _split(plan, shard_bytes, breaks)
+        shards = split_plan(plan, shard_bytes, breaks)
         count = len(shards)
         self.files = [
             self.out_dir / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
@@ -298,8 +379,11 @@ class CheckpointWriter:
             self._lay_out(file, shard)
         if len(self.tensors) != len(plan):
             raise ValueError("a tensor is planned twice")
+        self._whole = share[1] == 1
+        self._own = set(self.files[share[0] :: share[1]])
         self._done = {file for file in self.files if file.exists()}
-        self._pending = iter([name for name in self.tensors if not self.is_done(name)])
+        self.closed: set[Path] = set()  # shards that this run has completed
+        self._pending = iter([name for name in self.tensors if self.is_own(name) and not self.is_done(name)])
         self._name = next(self._pending, None)
         self._written = 0  # bytes of the current tensor
         self._stream: BinaryIO | None = None
@@ -309,6 +393,25 @@ class CheckpointWriter:
     def is_done(self, name: str) -> bool:
         """Whether the shard of this tensor was complete when the writer was made."""
         return self.tensors[name].file in self._done
+
+    def is_own(self, name: str) -> bool:
+        """Whether this writer is the one that writes the tensor."""
+        return self.tensors[name].file in self._own
+
+    def is_complete(self, name: str) -> bool:
+        """Whether the shard of this tensor is whole and on the disk by now."""
+        file = self.tensors[name].file
+        if file not in self._done and file not in self.closed and file not in self._own and file.exists():
+            self.closed.add(file)  # by another writer
+        return file in self._done or file in self.closed
+
+    def write_empty(self) -> None:
+        """Make every shard as its header before a hole that reads as zeros, and the index: a plan that takes no disk."""
+        for file in self.files:
+            with self._explained(file), file.open("wb") as stream:
+                stream.write(self._starts[file])
+                stream.truncate(max(info.end for info in self.tensors.values() if info.file == file))
+        self._write_index()
 
     def _lay_out(self, file: Path, shard: list[tuple[str, torch.dtype, tuple[int, ...], int]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -335,9 +438,13 @@ class CheckpointWriter:
         if self._name is not None:
             raise ValueError(f"{self._name} was planned but not written in full")
         for file in self.files:  # a shard of empty tensors only has had no append
-            if not file.exists():
+            if file in self._own and not file.exists():
                 self._open_shard(file)
                 self._close_shard()
+        if self._whole:
+            self._write_index()
+
+    def _write_index(self) -> None:
         if len(self.files) > 1:
             total = sum(info.bytes for info in self.tensors.values())
             weight_map = {name: info.file.name for name, info in self.tensors.items()}
@@ -364,12 +471,18 @@ class CheckpointWriter:
                 with self._stream as stream:
                     stream.flush()
                     os.fsync(stream.fileno())
+                    release(stream.fileno(), 0, 0)
                 partial_name(self._open).rename(self._open)
+            self.closed.add(self._open)
         self._stream = self._open = None
 
     def _skip_empty(self) -> None:
         while self._name is not None and not self.tensors[self._name].numel:
             self._name = next(self._pending, None)
+
+    def encode(self, name: str, value: Tensor) -> Tensor:
+        """What :meth:`append` takes for ``value``: itself. The writer of a packed checkpoint makes codes of it."""
+        return value.cpu()
 
     def append(self, name: str, tensor: Tensor) -> None:
         """Write the next rows of ``name``, which must be the plan's current tensor, in its dtype and trailing shape."""
@@ -387,6 +500,9 @@ class CheckpointWriter:
         with self._explained(info.file):
             self._stream.seek(info.begin + self._written)
             self._stream.write(data)
+            if len(data) >= SLICE_BYTES:
+                self._stream.flush()
+                release(self._stream.fileno(), info.begin + self._written, len(data))
         self._written += len(data)
         if self._written == info.bytes:
             self._name, self._written = next(self._pending, None), 0

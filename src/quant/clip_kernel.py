@@ -7,12 +7,12 @@ over a group by the same tree, as reductions over an axis of two.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from device_pool import numbers_on
 
 ROWS, WARPS = 32, 8  # groups a program, and its warps: the fastest of those tried on an H200 (docs/DEVELOPMENT.md)
 
@@ -72,12 +72,6 @@ def fits(weight: Tensor, group: int, bits: int) -> bool:
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
-def _table(factors: tuple[float, ...], device: torch.device) -> Tensor:
-    """The factors on the device; made once, since the copy takes as long as a tenth of the kernel."""
-    return torch.tensor(factors, dtype=torch.float32, device=device)
-
-
 def clip_fake_quant(
     weight: Tensor, factors: list[float], qmax: int, group: int, min_scale: float, dtype: torch.dtype,
     rows: int = ROWS, warps: int = WARPS,
@@ -86,7 +80,7 @@ def clip_fake_quant(
     flat = weight.detach().contiguous()
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     bad = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    table = _table(tuple(factors), weight.device)
+    table = numbers_on(tuple(factors), weight.device)
     count = weight.numel() // group
     if count:
         _clip_kernel[(triton.cdiv(count, rows),)](

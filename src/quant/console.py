@@ -22,15 +22,22 @@ from typing import Any
 
 from tqdm import tqdm
 
+HELP = {"-h", "--help"}
+
 
 class UserError(Exception):
     """Bad input or a machine that cannot do what was asked. Its text is one line: what, where, how to mend it."""
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run ``main`` and turn what a user can mend into one line on stderr and an exit code. Bugs keep their traceback."""
+    """Run ``main`` and turn what a user can mend into one line on stderr and an exit code. Bugs keep their traceback.
+    ``--help`` ends with the module's docstring: its example, and what the options mean together."""
     try:
         code = main() or 0
+    except SystemExit as end:  # argparse ends a process that it has helped
+        if not end.code and not HELP.isdisjoint(sys.argv[1:]):
+            print("\n" + main.__globals__["__doc__"].strip())
+        raise
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
@@ -78,6 +85,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield a new folder in $SCRATCH (made if missing; unset: in the system's temporary folder), then remove it."""
+    scratch = os.environ.get("SCRATCH")
+    if scratch:
+        Path(scratch).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="moe-lowbit-", dir=scratch or None) as folder:
+        yield Path(folder)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -198,10 +198,10 @@ def form(p: Problem, units: Tensor, linear: Tensor) -> Form:
     return Form(units.mul_(weighted).sum(0), b, weighted.sum(0), linear.sum(0), p.weight.sum(0))
 
 
-def fit_minimum(p: Problem, highest: int, tries: list[tuple[float, float]], levels: int, rounds: int = 2) -> Choice:
+def fit_minimum(p: Problem, tries: list[tuple[float, float]], levels: int, rounds: int = 2) -> Choice:
     """d, m and integers 0..levels-1 of the groups; ``tries``: see :func:`search_minimum`. levels 1: a block is one group."""
     linear = p.weight * p.x
-    scale, offset, f = search_minimum(p, linear, highest, tries)
+    scale, offset, f = search_minimum(p, linear, tries)
     f = f.view(p.groups)
     scale, offset = p.per_block(scale), p.per_block(offset)
     if levels > 1:
@@ -219,7 +219,7 @@ def fit_minimum(p: Problem, highest: int, tries: list[tuple[float, float]], leve
     return choice.where(p.per_block(error).sum(1) < least, best)
 
 
-def search_minimum(p: Problem, linear: Tensor, highest: int, tries: list[tuple[float, float]]) -> tuple[Tensor, Tensor, Form]:
+def search_minimum(p: Problem, linear: Tensor, tries: list[tuple[float, float]]) -> tuple[Tensor, Tensor, Form]:
     """The best real scale and offset [M] of each group, and the form of its codes.
 
     A try (steps, share) spreads the range from ``share`` of the lowest weight to the highest over ``steps`` steps.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import torch
 from gguf import quants
 from torch import Tensor
 
+from device_pool import numbers_on
 from ggml_types import BlockType, Codec, Scales, bytes_half, half, half_bytes, join_bits, split_bits
 
 LEVELS = 16
@@ -28,6 +30,8 @@ DELTAS = tuple(0.7 + 0.02 * k for k in range(33))  # the last gives way to 0
 HALF_TINY = 2.0**-24  # the smallest that a half float holds: tiny blocks use low levels of it
 FAR = 1e9  # of |x| / scale: keeps products finite and is far beyond every grid
 SCORE_BYTES = {"cpu": 1 << 19, "cuda": 1 << 30}  # of a matrix of scores: half of a core's cache, a fraction of a GPU
+KERNEL = True  # on a GPU by lattice_kernel; False: by matrix products, as on a CPU, with the same costs
+GROUPS = False  # there, also sweep and descent of a group in one launch: off until it has run on a GPU (as ggml_scalar.KERNEL)
 INDEX_BITS = 10  # of the largest grid; a code is  signs | index << 8 | second index << 18
 
 
@@ -192,7 +196,7 @@ def _inverse(scale: Tensor) -> Tensor:
 class LatticeCodec(Codec):
     """A type whose weights are coded by eights as points of a grid."""
 
-    def __init__(self, block_type: BlockType):
+    def __init__(self, block_type: BlockType) -> None:
         super().__init__(block_type)
         self.layout = LAYOUTS[block_type.name]
         self.width = 8 // self.layout.parts
@@ -202,8 +206,20 @@ class LatticeCodec(Codec):
 
     # ------------------------------------------------------------ codes
 
+    def kernels(self, x: Tensor) -> types.ModuleType | None:
+        if not (x.is_cuda and KERNEL):
+            return None
+        import lattice_kernel  # Triton is there where a GPU is
+
+        return lattice_kernel
+
+    def group_kernels(self, x: Tensor) -> types.ModuleType | None:
+        return self.kernels(x) if GROUPS else None
+
     def nearest(self, x: Tensor, scale: Tensor, offset: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         grid = self.grid(x.device)
+        if kernels := self.kernels(x):
+            return kernels.nearest(x, scale, importance, grid.table, self.layout.parts, self.layout.even, FAR, INDEX_BITS)
         t = (x * _inverse(scale)).clamp_(-FAR, FAR).reshape(-1, 8).contiguous()
         w = importance.reshape(-1, 8)
         w = (w / w.amax(1, keepdim=True).clamp_min(1e-30)).contiguous()
@@ -323,12 +339,15 @@ def search_scales(codec: LatticeCodec, x: Tensor, weight: Tensor) -> Tensor:
     middle = (x.abs().amax(1, keepdim=True) * moment[:, None]).sqrt_() / grid.largest
     pull = _pull(x.view(-1, 8), weight.reshape(-1, 8), codec.layout.even).view(-1, codec.width)
     features = torch.cat([(weight * middle).view(pull.shape), pull * -2.0], 1)
-    factors = torch.tensor(codec.layout.factors, device=x.device)
-    score = torch.empty(len(factors), len(features), device=x.device)
-    for part in _parts(len(features), grid.table):
-        own = features[part]
-        for k, table in enumerate(grid.search):
-            torch.amin(own @ table, 1, out=score[k, part])
+    factors = numbers_on(codec.layout.factors, x.device)
+    if kernels := codec.kernels(x):
+        score = kernels.scores(features, torch.stack(grid.search))
+    else:
+        score = torch.empty(len(factors), len(features), device=x.device)
+        for part in _parts(len(features), grid.table):
+            own = features[part]
+            for k, table in enumerate(grid.search):
+                torch.amin(own @ table, 1, out=score[k, part])
     best = (score.view(len(factors), len(x), -1).sum(2) * factors[:, None]).argmin(0)
     return middle * factors[best, None]
 
@@ -350,7 +369,7 @@ def quantize_scales(ideal: Tensor, curve: Tensor, unit: Tensor, step: float) -> 
     The least  sum curve * (d step (2 level + 1) - ideal)**2  over DELTAS around the d that gives the largest its top level,
     and d = 0; curve [N, G]: how the error of a group grows with its scale.
     """
-    deltas = torch.tensor(DELTAS, device=ideal.device)
+    deltas = numbers_on(DELTAS, ideal.device)
     d = half((ideal.amax(1, keepdim=True) * unit * (deltas / (step * (2 * LEVELS - 1)))).clamp_min_(HALF_TINY))
     d[:, -1] = 0
     size = (d / unit * step)[..., None]  # [N, D, 1]

@@ -13,6 +13,7 @@ rounded to v has the output error  (w - v) H (w - v)^T, which depends on no othe
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from console import UserError
 from ggml_types import Codec, Scales, balanced, codec, decode_rows, encode, fit_blocks, row_bytes
-from rounding import WORKING_BYTES, experts_at_once, inverse_factor
+from rounding import WORKING_BYTES, damped, experts_at_once, inverse_factor
 
 SIZES = (1.0, 0.94, 1.06)  # of the fitted scales, that a sweep tries
+PLAIN_SWEEP = ("q8_0",)  # types so fine that a sweep alone leaves no error worth the descents, which take ten times as long
 COPIES = 12  # of the weights, as float32, that are at work together
 
 
@@ -59,6 +61,11 @@ def spans(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, length, size)]
 
 
+def even_rows(length: int, most: int) -> int:
+    """Rows of a span, in sixteens: about ``most``, and none of the spans much smaller than the others."""
+    return 16 * math.ceil(length / math.ceil(length / most) / 16)
+
+
 # ---------------------------------------------------------------- sweep
 
 
@@ -85,19 +92,33 @@ def sweep_block(
     group, vector = kind.type.group, kind.type.vector
     values, errors = torch.empty_like(block), torch.empty_like(block)
     codes = torch.empty(experts * outputs, size // vector, dtype=torch.int32, device=block.device)
+    kernels = kind.group_kernels(block)
+    code_group = kernels.sweep_group if kernels else sweep_group
     for index, outer in enumerate(spans(size, group)):
+        own = (block[:, outer], values[:, outer], errors[:, outer], codes[:, outer.start // vector : outer.stop // vector])
         scale, offset = scales.scale[:, index, None], scales.offset[:, index, None]
-        for start in range(outer.start, outer.stop, vector):
-            part, rest = slice(start, start + vector), slice(start + vector, outer.stop)
-            x = block[:, part]
-            code, value = kind.nearest(rows_of(x), scale, offset, per_row(importance[:, part], outputs))
-            codes[:, start // vector : start // vector + code.shape[1]] = code
-            values[:, part] = columns_of(value, experts)
-            errors[:, part] = forward_error(factor[:, part, part], x - values[:, part])
-            block[:, rest].baddbmm_(factor[:, part, rest].transpose(1, 2), errors[:, part], alpha=-1)
+        code_group(*own, scale, offset, factor[:, outer, outer], importance[:, outer], kind)
         behind = slice(outer.stop, size)
         block[:, behind].baddbmm_(factor[:, outer, behind].transpose(1, 2), errors[:, outer], alpha=-1)
     return codes, values, errors
+
+
+def sweep_group(
+    block: Tensor, values: Tensor, errors: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, factor: Tensor,
+    importance: Tensor, kind: Codec,
+) -> None:  # fmt: skip
+    """Code the inputs of one group ``block`` [E, S, O], which it changes, vector by vector: fills ``values`` and ``errors``
+    [E, S, O] and ``codes`` [R, S/V]. scale, offset [R, 1]."""
+    experts, size, outputs = block.shape
+    vector = kind.type.vector
+    for index, part in enumerate(spans(size, vector)):
+        rest = slice(part.stop, size)
+        x = block[:, part]
+        code, value = kind.nearest(rows_of(x), scale, offset, per_row(importance[:, part], outputs))
+        codes[:, index : index + code.shape[1]] = code
+        values[:, part] = columns_of(value, experts)
+        errors[:, part] = forward_error(factor[:, part, part], x - values[:, part])
+        block[:, rest].baddbmm_(factor[:, part, rest].transpose(1, 2), errors[:, part], alpha=-1)
 
 
 def forward_error(own: Tensor, difference: Tensor) -> Tensor:
@@ -167,24 +188,32 @@ class Block:
         self.residual, self.metric, self.kind = residual, metric, kind
         self.vector, self.vectors = kind.type.vector, spans(values.shape[1], kind.type.vector)
         self.diagonal = metric.diagonal(dim1=1, dim2=2)
-        self.inverses = torch.linalg.inv(torch.stack([metric[:, v, v] for v in self.vectors], 1)) if self.vector > 1 else None
+        self.inverses = None
+        if self.vector > 1:  # inv_ex: without the wait of inv for a GPU's word that no matrix is singular
+            self.inverses = torch.linalg.inv_ex(torch.stack([metric[:, v, v] for v in self.vectors], 1)).inverse
 
     def improve(self) -> None:
         """The scale of the block, then group by group its integers and the codes of its vectors. Once: it leaves the residual
         of the groups behind it as it was."""
         self.rescale()
         raw = tuple(part.clone() for part in self.scales.raw)
+        kernels = self.kind.group_kernels(self.values)
+        improve_group = kernels.descend_group if kernels else Block.improve_group
         for index, group in enumerate(spans(self.values.shape[1], self.kind.type.group)):
-            before = self.values[:, group].clone()
-            for place in self.kind.integers:
-                for step in (1, -1):
-                    self.step_integer(raw, index, group, place, step)
-            own = self.kind.scales_of(*one_group(raw, index))
-            for vector in self.vectors[group.start // self.vector : group.stop // self.vector]:
-                self.recode(vector, group, own)
-            moved = self.values[:, group] - before
+            moved = improve_group(self, raw, index, group)
             self.residual[:, group.stop :].baddbmm_(self.metric[:, group.stop :, group], moved, alpha=-1)
         self.scales = self.kind.scales_of(*raw)
+
+    def improve_group(self, raw: tuple[Tensor, ...], index: int, group: slice) -> Tensor:
+        """The integers of one group, then the codes of its vectors; the change of its values."""
+        before = self.values[:, group].clone()
+        for place in self.kind.integers:
+            for step in (1, -1):
+                self.step_integer(raw, index, group, place, step)
+        own = self.kind.scales_of(*one_group(raw, index))
+        for vector in self.vectors[group.start // self.vector : group.stop // self.vector]:
+            self.recode(vector, group, own)
+        return self.values[:, group] - before
 
     def accept(self, part: slice, value: Tensor) -> tuple[Tensor, Tensor]:
         """Move the inputs ``part`` to ``value`` [E, P, O] where that lowers the form: which rows [E, 1, O], and the change."""
@@ -287,33 +316,29 @@ def ldlq(
         raise UserError(f"second moments {list(hessian.shape)} do not belong to a weight {list(weight.shape)}")
     out = torch.empty(experts, outputs, size, dtype=torch.uint8, device=weight.device)
     memory = working_bytes or WORKING_BYTES[weight.device.type]
+    passes, sizes = (0, (1.0,)) if name in PLAIN_SWEEP else (passes, SIZES)
     for part in spans(experts, experts_at_once(weight.shape, memory)):
         h = hessian[part].float()
-        damped, factor = damped_factor(h, damping)
-        rows = max(16, int(memory / (4 * inputs * COPIES * len(h))))
+        moments = damped(h, damping)
+        factor = inverse_factor(moments, 0.0)
+        rows = even_rows(outputs, max(16, int(memory / (4 * inputs * COPIES * len(h)))))
         for row in spans(outputs, rows):
             w = weight[part, row].float()
             found = encode(w, name, h.diagonal(dim1=1, dim2=2)[:, None])
             if kind.type.block > 1:
-                _keep_better(found, _ldlq(w, kind, damped, factor, passes), w, name, h)
+                _keep_better(found, _ldlq(w, kind, moments, factor, passes, sizes), w, name, h)
             out[part, row] = found
     return out
 
 
-def damped_factor(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """H + damping * mean(diag H) * 1, and U of its inverse U^T U, each [E, I, I]."""
-    damped = hessian.clone()
-    mean = damped.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)
-    damped.diagonal(dim1=1, dim2=2).add_(damping * torch.where(mean > 0, mean, 1.0))
-    return damped, inverse_factor(damped, 0.0)
-
-
-def _ldlq(weight: Tensor, kind: Codec, damped: Tensor, factor: Tensor, passes: int) -> Tensor:
-    """Bytes [E, O, row bytes] of sweep and descent, none of which raises the error under the damped moments."""
+def _ldlq(
+    weight: Tensor, kind: Codec, moments: Tensor, factor: Tensor, passes: int, sizes: tuple[float, ...] = SIZES
+) -> Tensor:
+    """Bytes [E, O, row bytes] of sweep and descent, none of which raises the error under the damped ``moments``."""
     wt = weight.transpose(1, 2).contiguous()
-    state = sweep(wt, factor, kind, passes)
+    state = sweep(wt, factor, kind, passes, sizes)
     for _ in range(passes):
-        state = descend(wt, state, damped, kind)
+        state = descend(wt, state, moments, kind)
     return packed(state, kind).view(*weight.shape[:2], -1)
 
 

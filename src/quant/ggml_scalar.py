@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from gguf.quants import IQ4_NL
@@ -16,6 +17,13 @@ from torch import Tensor
 
 from ggml_fit import fit_minimum, fit_symmetric, problem
 from ggml_types import BlockType, Codec, Scales, bytes_half, half, half_bytes, join_bits, split_bits
+
+if TYPE_CHECKING:
+    import scalar_kernel
+
+# On a GPU by scalar_kernel, in hundreds of launches less. Off until it has run on one: it passes in Triton's interpreter
+# (tests/test_lattice_kernel.py); size_bench --group-kernels turns it on.
+KERNEL = False
 
 # ---------------------------------------------------------------- integers of groups: (multipliers, minimums) [N, G]
 
@@ -132,7 +140,7 @@ class Stored(NamedTuple):
 class ScalarCodec(Codec):
     """A type whose weights have one integer each."""
 
-    def __init__(self, block_type: BlockType):
+    def __init__(self, block_type: BlockType) -> None:
         super().__init__(block_type)
         self.layout = LAYOUTS[block_type.name]
         self.groups = block_type.block // block_type.group
@@ -149,13 +157,20 @@ class ScalarCodec(Codec):
 
     def fit(self, w: Tensor, importance: Tensor) -> Scales:
         layout, kind = self.layout, self.type
-        p = problem(w, importance, kind.group, self._snap)
         if layout.has_minimum:
             highest = layout.levels - 1
-            choice = fit_minimum(p, highest, minimum_tries(highest), layout.scale_levels if layout.scale_bytes else 1)
+            how = (minimum_tries(highest), layout.scale_levels if layout.scale_bytes else 1)
         else:
             low, high = -layout.scale_zero, layout.scale_levels - 1 - layout.scale_zero
-            choice = fit_symmetric(p, self._tops(), block_tops(low, high) if layout.scale_bytes else [], low, high)
+            how = (self._tops(), block_tops(low, high) if layout.scale_bytes else [], low, high)
+        kernels = self.kernels(w)
+        if kernels is None:
+            fit = fit_minimum if layout.has_minimum else fit_symmetric
+            choice = fit(problem(w, importance, kind.group, self._snap), *how)
+        elif layout.has_minimum:
+            choice = kernels.fit_minimum(w, importance, kind.group, highest, *how)
+        else:
+            choice = kernels.fit_symmetric(w, importance, kind.group, self.kernel_units(w.device), *how)
         d, multiplier, m, minimum = choice
         if kind.name == "q5_1":
             m, minimum = -m, -minimum
@@ -163,12 +178,31 @@ class ScalarCodec(Codec):
             d = d.abs()
         return self.scales_of(d, multiplier.int(), m, minimum.int())
 
+    def kernels(self, x: Tensor) -> types.ModuleType | None:
+        if not (x.is_cuda and KERNEL):
+            return None
+        import scalar_kernel  # Triton is there where a GPU is
+
+        return scalar_kernel
+
+    def kernel_units(self, device: torch.device) -> scalar_kernel.Units:
+        from scalar_kernel import Units, table_of
+
+        layout = self.layout
+        if layout.table is not None:
+            return Units(float(layout.table[0]), float(layout.table[-1]), 0, table_of(layout.table, device))
+        low, high = self._range()
+        return Units(float(low), float(high), layout.zero, None)
+
+    def _range(self) -> tuple[int, int]:
+        """The least and largest of evenly spaced units."""
+        low = 1 if self.layout.levels == 256 else 0  # -128 is decodable but left out, as llama.cpp never writes it
+        return low - self.layout.zero, self.layout.levels - 1 - self.layout.zero
+
     def _snap(self, units: Tensor) -> Tensor:
         """Real units to the nearest that the type has, in place."""
-        layout = self.layout
-        if layout.table is None:
-            low = 1 if layout.levels == 256 else 0  # -128 is decodable but left out, as llama.cpp never writes it
-            return units.round_().clamp_(low - layout.zero, layout.levels - 1 - layout.zero)
+        if self.layout.table is None:
+            return units.round_().clamp_(*self._range())
         index = units.mul_(2).floor_().clamp_(-256, 255).add_(256).int()
         return self._lookup(units.device)[index]
 

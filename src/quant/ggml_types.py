@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from typing import NamedTuple
 
 import torch
@@ -72,8 +73,16 @@ class Codec:
 
     integers: dict[int, tuple[int, int]] = {1: (0, 15)}
 
-    def __init__(self, block_type: BlockType):
+    def __init__(self, block_type: BlockType) -> None:
         self.type = block_type
+
+    def kernels(self, x: Tensor) -> types.ModuleType | None:
+        """The module of fused kernels for weights on the device of ``x``, if there is one."""
+        return None
+
+    def group_kernels(self, x: Tensor) -> types.ModuleType | None:
+        """The one that sweeps and descends for them, in fewer launches than ggml_round itself."""
+        return self.kernels(x)
 
     def fit(self, w: Tensor, importance: Tensor) -> Scales:
         """Scales of small ``sum importance * (w - value)**2``; w, importance [N, block] float32."""
@@ -161,7 +170,7 @@ class CastCodec(Codec):
 
     integers = {}
 
-    def __init__(self, block_type: BlockType):
+    def __init__(self, block_type: BlockType) -> None:
         super().__init__(block_type)
         self.dtype, self.integer = self.DTYPES[block_type.name]
 

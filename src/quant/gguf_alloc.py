@@ -7,15 +7,17 @@ OUT is a file of PATTERN=TYPE lines for gguf_pack. What --tensor-types names is 
 Sensitivity of a tensor to a type: the error tr(D H D^T) of its output (on a sample of its rows) times nats per error, which is
 measured for every group of a layer (experts' gate and up, experts' down, shared expert, attention): the group is rounded to
 --probe, the activations that this changes are carried to the end beside the true ones, and the KL of the predictions taken.
+All rounding is by the method that the file will be rounded by.
 The types of least summed KL within the size come from dynamic programming over all choices.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,18 @@ from torch import Tensor
 from calibration import Calibration, Collector, LayerStream
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
-from console import UserError, atomic_path, progress, run_cli
-from ggml_types import decode_rows, encode, fallback
+from console import UserError, atomic_path, progress, run_cli, scratch_folder
+from ggml_types import decode_rows, fallback
 from gguf_file import make_header, padded, tensor_bytes
 from gguf_layout import Piece, into_parameter, ordered_hessian, pieces_of, to_gguf
-from gguf_pass import is_quantized, output_error
+from gguf_pack import add_rounding_arguments, check_rounding_arguments
+from gguf_pass import DAMPING, encoded, is_quantized, output_error
 from gguf_recipe import chosen_type, exact_patterns, file_type, keeps_float32, read_patterns, type_named
 from model_layout import Role
 from moe_alloc import solve
 from moe_eval import divergence
 from results_store import add_record_arguments, check_record_arguments, describe_model, write_result
+from token_weights import token_weights
 
 CANDIDATES = "iq2_xs,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
 STEPS = 1_000_000  # of the budget in the dynamic program
@@ -56,18 +60,38 @@ def sampled(value: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, float]:
     return part, hessian[experts], value.shape[0] * value.shape[1] / (part.shape[0] * part.shape[1])
 
 
-def rounded(value: Tensor, kind: str, hessian: Tensor) -> Tensor:
-    return decode_rows(encode(value, kind, hessian.diagonal(dim1=1, dim2=2)[:, None]), kind)
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """How the file will be rounded: what a type costs depends on it."""
+
+    method: str = "ldlq"
+    damping: float = DAMPING
+
+    def __call__(self, value: Tensor, kind: str, hessian: Tensor) -> Tensor:
+        """``value`` [E, O, I] as ``kind`` gives it back."""
+        return decode_rows(encoded(value.contiguous(), kind, self.method, hessian, self.damping), kind)
+
+
+def weights_of_tokens(stream: LayerStream, calibration: Calibration, path: Path | None) -> Tensor | None:
+    with scratch_folder() as work:
+        return token_weights(stream, calibration, work, path)
 
 
 class Sensitivities:
-    """Streams the layers. ``errors``: by piece and type; ``nats``: by group, the KL that rounding it to the probe costs."""
+    """Streams the layers. ``errors``: by piece and type; ``nats``: by group, the KL that rounding it to the probe costs, on
+    the first ``probed`` sequences (None: all)."""
 
-    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, pieces: Sequence[Piece], probe: str) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, calibration: Calibration, pieces: Sequence[Piece], probe: str,
+        rounded: Callable[[Tensor, str, Tensor], Tensor], weights_file: Path | None = None,
+        probed: int | None = None,
+    ) -> None:  # fmt: skip
         self.stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
-        self.floor, self.probe, self.pieces = calibration.floor, probe, pieces
+        self.floor, self.probe, self.pieces, self.rounded = calibration.floor, probe, pieces, rounded
+        self.weights = weights_of_tokens(self.stream, calibration, weights_file)
         self.kwargs = self.stream.arguments(calibration.batches()[0])
         self.hidden = self.stream.embed(calibration.batches())
+        self.probed = None if probed is None else -(-probed // len(self.hidden[0]))  # batches
         self.changed: dict[tuple[int, str], list[Tensor]] = {}
         self.errors: dict[str, dict[str, float]] = {}
         self.probe_errors: dict[tuple[int, str], float] = {}
@@ -79,7 +103,8 @@ class Sensitivities:
         layer = stream.layers[index]
         stream.fill(layer, prefix)
         pieces = [piece for piece in self.pieces if piece.layer == index]
-        collector = Collector(layer, {piece.parameter.removeprefix(prefix) for piece in pieces})
+        wanted = {piece.parameter.removeprefix(prefix) for piece in pieces}
+        collector = Collector(layer, wanted, None if self.weights is None else self.weights[index])
         after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
         collector.remove()
         for key, carried in self.changed.items():
@@ -110,11 +135,11 @@ class Sensitivities:
             value = value if value.ndim == 3 else value[None]
             part, own, share = sampled(value, hessian)
             kinds = options[piece.name]
-            self.errors[piece.name] = {k: share * output_error(part - rounded(part, k, own), own) for k in kinds}
-            probe = rounded(value.contiguous(), fallback(self.probe, value.shape[-1]), hessian)
+            self.errors[piece.name] = {k: share * output_error(part - self.rounded(part, k, own), own) for k in kinds}
+            probe = self.rounded(value.contiguous(), fallback(self.probe, value.shape[-1]), hessian)
             error += output_error(value - probe, hessian)
             into_parameter(piece, probe.view(piece.shape), parameter)
-        self.changed[key] = [out.cpu() for out in self.stream.run(layer, self.hidden, self.kwargs[key[0]])]
+        self.changed[key] = [out.cpu() for out in self.stream.run(layer, self.hidden[: self.probed], self.kwargs[key[0]])]
         self.probe_errors[key] = error
         for name, original in originals.items():
             layer.get_parameter(name).copy_(original)
@@ -129,7 +154,7 @@ class Sensitivities:
         stream.fill(head, "model.embed_tokens." if tied else "lm_head.")
         sums = dict.fromkeys(self.changed, 0.0)
         count = 0
-        for place, hidden in enumerate(self.hidden):
+        for place, hidden in enumerate(self.hidden[: self.probed]):
             expected = head(norm(hidden.to(stream.device))).flatten(0, 1)
             count += len(expected)
             for key, carried in self.changed.items():
@@ -171,21 +196,27 @@ def choose(pieces: Sequence[Piece], losses: Mapping[str, Mapping[str, float]], b
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
     parser.add_argument("--target-gib", required=True, type=float, help="size of the whole file, at most")
     parser.add_argument("--out", required=True, type=Path, help="file of PATTERN=TYPE lines for gguf_pack")
     parser.add_argument("--tensor-types", type=Path, help="PATTERN=TYPE lines of tensors whose types are fixed")
     parser.add_argument("--candidates", default=CANDIDATES, help=f"types to choose from (default {CANDIDATES})")
     parser.add_argument("--probe", default="q3_K", help="type at which the KL of a group is measured (default q3_K)")
-    add_calibration_arguments(parser, sequences=16)
+    shown = "of the calibration sequences, on how many KL is taken (default 32)"
+    parser.add_argument("--probe-sequences", type=int, default=32, help=shown)
+    add_calibration_arguments(parser)
+    add_rounding_arguments(parser)
     parser.add_argument("--force", action="store_true", help="replace an earlier output")
-    add_record_arguments(parser)
+    add_record_arguments(parser, force=False)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
     check_record_arguments(args)
+    check_rounding_arguments(args)
+    if args.probe_sequences < 1:
+        raise UserError("--probe-sequences must be at least 1")
     if args.out.exists() and not args.force:
         raise UserError(f"{args.out}: exists; use --force to replace it")
     candidates = [type_named(text, "--candidates") for text in args.candidates.split(",")]
@@ -206,7 +237,10 @@ def main() -> None:
     budget = int(args.target_gib * 2**30) - taken
     choose(open_pieces, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now
     ids, entry = calibration_of(args)
-    found = Sensitivities(checkpoint, Calibration(ids, entry), open_pieces, type_named(args.probe, "--probe"))
+    calibration = Calibration(ids, entry, token_power=0.0 if args.method == "nearest" else args.token_power)
+    rounding = Rounding(args.method, args.damping)
+    probe = type_named(args.probe, "--probe")
+    found = Sensitivities(checkpoint, calibration, open_pieces, probe, rounding, args.token_weights, args.probe_sequences)
     with progress(len(found.stream.layers), "sensitivity", "layer") as bar:
         for index in range(len(found.stream.layers)):
             found.layer(index, options)

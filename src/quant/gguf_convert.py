@@ -15,29 +15,43 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# A tokenizer is known by the digest of what it makes of one text. models/razor-tiny splits text by Qwen2's expression.
-PRE_TOKENIZERS = {"70c6637b2fe7720953db0f36fc3f4e289168f22ee75ec72c58fac3e1e8adc1c0": "qwen2"}
+# Qwen2's split pattern, published in its tokenizer.json: every digit is a token of its own. razor-tiny's tokenizer has it too.
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The converter knows a tokenizer by the digest of what it makes of one text, which depends on the vocabulary. A tokenizer of
+# unknown digest is known here by the expression that splits its text: llama.cpp's name for it.
+PRE_TOKENIZERS = {QWEN2_PATTERN: "qwen2"}
+
+
+def split_pattern(model: Path) -> str | None:
+    """The regular expression that the byte-level tokenizer of a checkpoint splits text by; None where it does otherwise."""
+    try:
+        pre = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))["pre_tokenizer"]
+        split, levels = pre["pretokenizers"]
+        plain = split["behavior"] == "Isolated" and not split["invert"] and levels["type"] == "ByteLevel"
+        return split["pattern"]["Regex"] if plain and not levels["use_regex"] and not levels["add_prefix_space"] else None
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def name_pre_tokenizers(base: Any) -> None:
-    """Let the converter's class for text models also know :data:`PRE_TOKENIZERS`. The digest is read where the converter
-    itself reports it, from its warning about an unknown one."""
+    """Let the converter's class for text models also know :data:`PRE_TOKENIZERS`."""
     known = base.TextModel.get_vocab_base_pre
 
     def get_vocab_base_pre(self: Any, tokenizer: Any) -> str:
-        reported: list[str] = []
         warn = base.logger.warning
-        base.logger.warning = lambda text, *more: reported.append(str(text))
+        base.logger.warning = lambda *_: None  # a page of advice to edit the converter
         try:
             return known(self, tokenizer)
         except NotImplementedError:
-            digest = next((line.split()[-1] for line in reported if "chkhsh:" in line), "")
-            if digest not in PRE_TOKENIZERS:
+            pattern = split_pattern(Path(self.dir_model))
+            if pattern not in PRE_TOKENIZERS:
                 raise SystemExit(
-                    f"the pre-tokenizer of {self.dir_model} (digest {digest}) is not known to llama.cpp; "
+                    f"the pre-tokenizer of {self.dir_model} (it splits by {pattern!r}) is not known to llama.cpp; "
                     "name it in PRE_TOKENIZERS of src/quant/gguf_convert.py"
                 ) from None
-            return PRE_TOKENIZERS[digest]
+            return PRE_TOKENIZERS[pattern]
         finally:
             base.logger.warning = warn
 
@@ -64,6 +78,9 @@ def write_header(base: Any, gguf: Any, model: Path, plan: dict[str, Any], out: P
 
 
 def main() -> None:
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     source, mode, *rest = sys.argv[1:]
     sys.path[:0] = [str(Path(source) / "gguf-py"), source]
     import gguf

@@ -26,10 +26,8 @@ from gguf_layout import Piece, into_parameter, parameter_shape, pieces_of
 from imatrix import ARCHITECTURES
 from model_layout import family_of
 from quant_save import sidecars
-from results_store import header_sha256
+from results_store import DECODED_MARK, header_sha256
 from staging import check_output, staged_directory
-
-MARK = "gguf.json"  # says which file the checkpoint was made from
 
 
 def check_match(file: GgufFile, checkpoint: Checkpoint, pieces: list[Piece]) -> None:
@@ -65,7 +63,7 @@ def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_by
     for piece in pieces:
         by_parameter.setdefault(piece.parameter, []).append(piece)
     by_parameter = {name: ps for name, ps in by_parameter.items() if any(lossy(file, piece) for piece in ps)}
-    check_output(checkpoint.path, out, force, checkpoint.bytes, MARK)
+    check_output(checkpoint.path, out, force, checkpoint.bytes, DECODED_MARK)
     head = path.open("rb").read(1 << 20)
     made_from = {"file": path.name, "bytes": path.stat().st_size, "head_sha256": hashlib.sha256(head).hexdigest()}
     job = {"gguf": made_from, "config_sha256": checkpoint.config_sha256, "header_sha256": header_sha256(checkpoint)}
@@ -82,7 +80,7 @@ def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_by
                 if not writer.is_done(name):
                     writer.append(name, values.of(name))
                 bar.update(info.bytes)
-        write_json(partial / MARK, job)
+        write_json(partial / DECODED_MARK, job)
 
 
 class Decoded:
@@ -107,7 +105,7 @@ class Decoded:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--gguf", required=True, type=Path)
+    parser.add_argument("--gguf", required=True, type=Path, help="the file to decode")
     parser.add_argument("--model", required=True, type=Path, help="the checkpoint that the file was made from")
     parser.add_argument("--out", required=True, type=Path, help="directory to make")
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")

@@ -25,7 +25,7 @@ from calibration import place_of
 from checkpoint import Checkpoint
 from console import UserError
 from imatrix import ARCHITECTURES
-from model_layout import LAYER_PREFIX, Role, family_of, roles_of
+from model_layout import LAYER_PREFIX, Role, family_of, roles_of, text_config
 
 FAMILIES = ("qwen3_5_moe", "qwen3_5")
 
@@ -50,10 +50,6 @@ class Piece:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
-
-
-def text_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    return checkpoint.config.get("text_config") or checkpoint.config
 
 
 def head_order(config: Mapping[str, Any], size: int) -> Tensor | None:
@@ -108,7 +104,7 @@ def pieces_of(checkpoint: Checkpoint) -> list[Piece]:
     family = family_of(str(checkpoint.config.get("model_type")))
     if family not in FAMILIES:
         raise UserError(f"{checkpoint.path}: a GGUF is written directly for {', '.join(FAMILIES)}, not {family}")
-    config = text_config(checkpoint)
+    config = text_config(checkpoint.config)
     layers = config["num_hidden_layers"]
     roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
     sources: dict[str, list[str]] = {}

@@ -2,9 +2,12 @@
 
     python src/quant/gguf_pack.py --model models/razor-tiny --out work/iq3 --base-type IQ3_XXS --method ldlq \
         [--tensor-types configs/gguf_tensor_types_iq3.txt] [--calib FILE] [--dequant-out DIR] [--result F --tag T]
+    python src/quant/gguf_pack.py --model work/recovered --out work/gguf --base-type BF16 --method nearest \
+        --blocks work/recovered/ggml.safetensors
 
 Types: the first pattern of --tensor-types that matches a tensor's name, else --base-type. Methods: ldlq (error feedback over
-the second moments of the inputs) and nearest (their diagonal as importance, or --imatrix FILE without any calibration). OUT
+the second moments of the inputs) and nearest (their diagonal as importance, or --imatrix FILE without any calibration).
+--blocks takes the experts as merge_adapter packed them, byte for byte, and rounds the rest to nearest without calibration. OUT
 holds NAME-TYPE.gguf, recipe.json and, for a model with a vision tower, NAME-mmproj-f16.gguf. It appears when it is complete;
 after `kill -9` the same command goes on where it stopped and ends with the same bytes.
 """
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from calibrated_pass import activations_file, facts_file
@@ -26,18 +30,51 @@ from calibration import Calibration, LayerStream
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
-from ggml_types import TYPES, CastCodec, decode_rows, encode
+from ggml_types import TYPES, CastCodec, decode_rows, encode, row_bytes
 from gguf_file import GgufWriter, file_sha256, make_header, padded, run_converter, tensor_bytes
 from gguf_layout import Piece, pieces_of, read_parameter, to_gguf
-from gguf_pass import METHODS, GgufPass, is_quantized
+from gguf_pass import DAMPING, METHODS, GgufPass, is_quantized
 from gguf_recipe import NEED_IMPORTANCE, file_type, read_patterns, type_named, types_of
 from imatrix import Entry, read_imatrix
 from model_layout import Role, roles_of
 from recipe import RECIPE_FILE
 from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
 from staging import RUN, check_output, check_resume, staged_directory
+from token_weights import kept_bytes, token_weights
 
 STATE, HEADER = "written.json", "header.bin"
+TOKEN_POWER = 0.4
+
+
+class Blocks:
+    """Parameters that are packed already, in the file that merge_adapter writes: uint8 [E, O, row bytes] by parameter."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, "pt") as file:
+                kind = (file.metadata() or {}).get("type", "")
+                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--blocks {path}: not the ggml.safetensors of merge_adapter ({error})") from None
+        self.kind, self.sha256 = type_named(kind, f"--blocks {path}"), file_sha256(path)
+
+    def check(self, pieces: Sequence[Piece]) -> None:
+        """Raise :class:`UserError` unless every packed parameter is one of ``pieces`` in its shape."""
+        known: dict[str, tuple[int, ...]] = {}
+        for piece in pieces:
+            rows = piece.shape[-2] * (1 if piece.half is None else 2) if len(piece.shape) > 1 else 0
+            known[piece.parameter] = (*piece.shape[:-2], rows, piece.shape[-1])
+        for name, shape in self.shapes.items():
+            own = known.get(name)
+            if own is None or (*own[:-1], row_bytes(self.kind, own[-1])) != shape:
+                raise UserError(f"--blocks {self.path}: {name} {list(shape)} does not fit the checkpoint; pack its own one")
+
+    def data(self, piece: Piece) -> Tensor:
+        """The bytes of a piece."""
+        with safe_open(self.path, "pt") as file:
+            whole = file.get_tensor(piece.parameter)
+        return (whole if piece.half is None else whole.chunk(2, -2)[piece.half == "up"]).contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +88,9 @@ class Pack:
     types: Mapping[str, str]
     calibration: Calibration | None = None
     importance: Mapping[str, Entry] | None = None
+    blocks: Blocks | None = None
+    damping: float = DAMPING
+    weights_file: Path | None = None
 
     @property
     def file_name(self) -> str:
@@ -64,19 +104,25 @@ class Pack:
         return sum(padded(self.bytes_of(piece)) for piece in self.pieces)
 
     def recipe(self) -> dict[str, Any]:
-        return {"format": "gguf", "base_type": self.base, "method": self.method, "types": dict(self.types)}
+        more = {"damping": self.damping} if self.method == "ldlq" else {}
+        return {"format": "gguf", "base_type": self.base, "method": self.method, **more, "types": dict(self.types)}
 
     def settings(self) -> dict[str, Any]:
         """What must be the same for an unfinished run to go on."""
         calibration = self.calibration.settings() if self.calibration else None
         sums = {name: float(entry.sums.sum()) for name, entry in (self.importance or {}).items()}
         source = {"config_sha256": self.checkpoint.config_sha256, "header_sha256": header_sha256(self.checkpoint)}
-        return {"recipe": self.recipe(), **source, "calibration": calibration, "importance": sums}
+        made = {"recipe": self.recipe(), **source, "calibration": calibration, "importance": sums}
+        return made | ({"blocks": self.blocks.sha256} if self.blocks else {})
+
+    def packed(self, piece: Piece) -> bool:
+        """Whether a piece is packed already."""
+        return self.blocks is not None and piece.parameter in self.blocks.shapes
 
 
 def plan_pack(
     checkpoint: Checkpoint, base: str, patterns: Sequence[tuple[str, str]], method: str,
-    calibration: Calibration | None = None, importance: Mapping[str, Entry] | None = None,
+    calibration: Calibration | None = None, importance: Mapping[str, Entry] | None = None, blocks: Blocks | None = None,
 ) -> tuple[Pack, list[str]]:  # fmt: skip
     """(the pack, notes on substituted types); raises :class:`UserError` on whatever cannot be done."""
     if method not in METHODS:
@@ -87,7 +133,12 @@ def plan_pack(
         raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
     pieces = pieces_of(checkpoint)
     types, notes = types_of({piece.name: piece.shape for piece in pieces}, base, patterns)
-    pack = Pack(checkpoint, base, method, pieces, types, calibration, importance)
+    if blocks is not None:
+        if method != "nearest" or importance is not None:
+            raise UserError("--blocks holds rounded weights; the rest goes to nearest: --method nearest and no --imatrix")
+        blocks.check(pieces)
+        types |= {piece.name: blocks.kind for piece in pieces if piece.parameter in blocks.shapes}
+    pack = Pack(checkpoint, base, method, pieces, types, calibration, importance, blocks)
     if importance is not None:
         _check_importance(pack, importance)
     return pack, notes
@@ -152,6 +203,8 @@ class Sink:
     def data(self, piece: Piece) -> Tensor:
         """The bytes of a piece encoded without calibration."""
         kind = self.pack.types[piece.name]
+        if self.pack.packed(piece):
+            return self.pack.blocks.data(piece)
         value = to_gguf(piece, read_parameter(self.pack.checkpoint, piece)).to(self.device)
         importance = mean_square((self.pack.importance or {}).get(piece.name), piece)
         try:
@@ -191,7 +244,8 @@ def write_calibrated(pack: Pack, sink: Sink, partial: Path) -> dict[str, Any]:
         if piece.role is not Role.EMBEDDING:
             targets.setdefault(piece.parameter, []).append(piece)
     targets = {name: ps for name, ps in targets.items() if any(is_quantized(pack.types[p.name]) for p in ps)}
-    work = GgufPass(stream, pack.calibration, targets, pack.types, pack.method)
+    work = GgufPass(stream, pack.calibration, targets, pack.types, pack.method, pack.damping)
+    work.weights = token_weights(stream, pack.calibration, partial / RUN, pack.weights_file)
     first, *layers, last = in_parts(pack.pieces)
     begin = _begin(pack, sink, work, first, partial)
     for index, part in enumerate(layers):
@@ -272,7 +326,7 @@ def write_pack(pack: Pack, out: Path, force: bool = False) -> dict[str, Any]:
     """Write ``pack`` into the directory ``out`` and return its report; a killed run resumes to the same bytes."""
     out = out.resolve()
     extra = pack.checkpoint.config.get("vocab_size", 0) * 64 + (1 << 20)  # the header holds the vocabulary
-    check_output(pack.checkpoint.path, out, force, pack.data_bytes + extra)
+    check_output(pack.checkpoint.path, out, force, pack.data_bytes + extra + kept_bytes(pack.checkpoint, pack.calibration))
     settings = pack.settings()
     resumed = check_resume(out, settings)
     print(f"{pack.checkpoint.path} -> {out / pack.file_name}{' (resumed)' if resumed else ''}", flush=True)
@@ -322,33 +376,57 @@ def write_mmproj(checkpoint: Checkpoint, directory: Path) -> str | None:
     return name
 
 
+def add_rounding_arguments(parser: argparse.ArgumentParser) -> None:
+    """The --method, --token-power and --damping of gguf_pack and gguf_alloc."""
+    parser.add_argument("--method", default="ldlq", help=f"{', '.join(METHODS)} (default ldlq)")
+    shown = "how much of its gradient a token counts in ldlq's second moments; 0: all tokens alike"
+    parser.add_argument("--token-power", type=float, default=TOKEN_POWER, help=f"{shown} (default {TOKEN_POWER})")
+    shown = "keep the tokens' weights here, for other runs on the same model and text"
+    parser.add_argument("--token-weights", type=Path, help=shown)
+    shown = "of ldlq, as a share of the mean second moment"
+    parser.add_argument("--damping", type=float, default=DAMPING, help=f"{shown} (default {DAMPING})")
+
+
+def check_rounding_arguments(args: argparse.Namespace) -> None:
+    if args.method not in METHODS:
+        raise UserError(f"method {args.method!r} is unknown; known: {', '.join(METHODS)}")
+    if not (0 <= args.token_power <= 1 and 0 < args.damping <= 10):
+        raise UserError("--token-power must be within 0 and 1, --damping above 0 and at most 10")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, type=Path, help="checkpoint directory (config.json and safetensors)")
     parser.add_argument("--out", required=True, type=Path, help="directory to make")
     parser.add_argument("--base-type", required=True, help=f"{', '.join(kind for kind in TYPES)} (any case)")
     parser.add_argument("--tensor-types", type=Path, help="file of PATTERN=TYPE lines, as configs/gguf_tensor_types_iq3.txt")
-    parser.add_argument("--method", default="ldlq", help=f"{', '.join(METHODS)} (default ldlq)")
+    parser.add_argument("--blocks", type=Path, help="ggml.safetensors of merge_adapter: the experts, as they are there")
     parser.add_argument("--imatrix", type=Path, help="importance of llama-imatrix or moe_probe, instead of calibration")
     add_calibration_arguments(parser)
+    add_rounding_arguments(parser)
     parser.add_argument("--dequant-out", type=Path, help="also write what the file holds as a BF16 checkpoint")
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
-    add_record_arguments(parser)
+    add_record_arguments(parser, force=False)
     return parser.parse_args()
 
 
 def prepare(args: argparse.Namespace) -> tuple[Pack, list[str]]:
     """The pack that the arguments describe."""
+    check_rounding_arguments(args)
     base = type_named(args.base_type, "--base-type")
     patterns = read_patterns(args.tensor_types) if args.tensor_types else []
     checkpoint = Checkpoint(args.model)
     if args.imatrix:
         return plan_pack(checkpoint, base, patterns, args.method, importance=read_imatrix(args.imatrix)[0])
+    if args.blocks:
+        return plan_pack(checkpoint, base, patterns, args.method, blocks=Blocks(args.blocks))
     pack, notes = plan_pack(checkpoint, base, patterns, args.method)  # its errors before the tokenizer's
     if not any(is_quantized(pack.types[p.name]) and p.role is not Role.EMBEDDING for p in pack.pieces):
         return pack, notes
     ids, entry = calibration_of(args)
-    return dataclasses.replace(pack, calibration=Calibration(ids, entry)), notes
+    power = 0.0 if args.method == "nearest" else args.token_power
+    calibration = Calibration(ids, entry, token_power=power)
+    return dataclasses.replace(pack, calibration=calibration, damping=args.damping, weights_file=args.token_weights), notes
 
 
 def main() -> None:

@@ -19,16 +19,17 @@ from ggml_types import TYPES, decode_rows, encode
 from gguf_layout import Piece, into_parameter, ordered_hessian, read_parameter, to_gguf
 
 METHODS = ("ldlq", "nearest")
+DAMPING = 0.1  # of the mean second moment, added to each: inputs that the calibration text hardly uses keep some worth
 
 
 def is_quantized(kind: str) -> bool:
     return TYPES[kind].block > 1
 
 
-def encoded(value: Tensor, kind: str, method: str, hessian: Tensor) -> Tensor:
+def encoded(value: Tensor, kind: str, method: str, hessian: Tensor, damping: float = DAMPING) -> Tensor:
     """Bytes of ``value`` [E, O, I] with second moments ``hessian`` [E, I, I] of its inputs."""
     if method == "ldlq" and is_quantized(kind):
-        return ldlq(value, kind, hessian)
+        return ldlq(value, kind, hessian, damping)
     return encode(value, kind, hessian.diagonal(dim1=1, dim2=2)[:, None])
 
 
@@ -51,14 +52,41 @@ class GgufPass(CalibratedPass):
         targets: Mapping[str, Sequence[Piece]],
         types: Mapping[str, str],
         method: str,
+        damping: float,
     ) -> None:
         super().__init__(stream, calibration, targets, method)  # type: ignore[arg-type]
-        self.types = types
+        self.types, self.damping = types, damping
         self.encoded: dict[str, Tensor] = {}
+        self.waiting: list[tuple[str, Tensor, Moments]] = []
         self.errors: dict[str, list[float]] = {}
 
     def _round(self, layer: torch.nn.Module, prefix: str, name: str, moments: Moments | None) -> None:
-        self._encode(prefix + name, layer.get_parameter(name), moments)
+        parameter = layer.get_parameter(name)
+        if parameter.ndim == 2 and moments is not None:
+            self.waiting.append((prefix + name, parameter, moments))
+        else:
+            self._encode(prefix + name, parameter, moments)
+
+    def _round_waiting(self) -> None:
+        """Encode the matrices put aside. Those of one type and the same inputs (queries, keys and values) are encoded as one: a
+        sweep takes as long for a few rows as for many, since its columns come one after the other."""
+        waiting, self.waiting = self.waiting, []
+        groups: list[tuple[list[tuple[Piece, Tensor]], Tensor]] = []
+        for name, parameter, moments in waiting:
+            hessian = self._statistics(name, moments).hessian
+            for piece in self.targets[name]:
+                own = ordered_hessian(piece, hessian)
+                for members, other in groups:
+                    if self.types[members[0][0].name] == self.types[piece.name] and torch.equal(other, own):
+                        members.append((piece, parameter))
+                        break
+                else:
+                    groups.append(([(piece, parameter)], own))
+        for members, hessian in groups:
+            try:
+                self._pieces(members, hessian)
+            except UserError as error:
+                raise UserError(f"{members[0][0].parameter}: {error}") from None
 
     def _encode(self, name: str, parameter: Tensor, moments: Moments | None) -> None:
         try:
@@ -66,20 +94,23 @@ class GgufPass(CalibratedPass):
                 raise UserError("no calibration activation reached it; give more or other calibration text")
             statistics = self._statistics(name, moments)
             for piece in self.targets[name]:
-                self._piece(piece, parameter, ordered_hessian(piece, statistics.hessian))
+                self._pieces([(piece, parameter)], ordered_hessian(piece, statistics.hessian))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 
-    def _piece(self, piece: Piece, parameter: Tensor, hessian: Tensor) -> None:
-        kind = self.types[piece.name]
-        value = to_gguf(piece, parameter).float()
-        value = value if value.ndim == 3 else value[None]
-        data = encoded(value.contiguous(), kind, self.method, hessian)
-        decoded = decode_rows(data, kind)
-        sizes = (output_error(value - decoded, hessian), output_error(value, hessian))
-        self.errors[piece.name] = [float(f"{size:.6g}") for size in sizes]
-        into_parameter(piece, decoded.view(piece.shape), parameter)
-        self.encoded[piece.name] = data.cpu()
+    def _pieces(self, members: Sequence[tuple[Piece, Tensor]], hessian: Tensor) -> None:
+        """Encode pieces of one type, with their parameters, whose inputs have the same second moments."""
+        kind = self.types[members[0][0].name]
+        values = [to_gguf(piece, parameter).float() for piece, parameter in members]
+        values = [value if value.ndim == 3 else value[None] for value in values]
+        value = values[0] if len(values) == 1 else torch.cat(values, 1)
+        data = encoded(value.contiguous(), kind, self.method, hessian, self.damping)
+        for (piece, parameter), value, own in zip(members, values, data.split([value.shape[1] for value in values], 1)):
+            decoded = decode_rows(own.contiguous(), kind)
+            sizes = (output_error(value - decoded, hessian), output_error(value, hessian))
+            self.errors[piece.name] = [float(f"{size:.6g}") for size in sizes]
+            into_parameter(piece, decoded.view(piece.shape), parameter)
+            self.encoded[piece.name] = own.contiguous().cpu()
 
     def _disk_values(self, layer: torch.nn.Module, prefix: str, names: Sequence[str]) -> dict[str, Tensor]:
         return self.taken()

@@ -124,13 +124,13 @@ def check_types(file: GgufFile, pack: Pack) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
     parser.add_argument("--out", required=True, type=Path, help="directory for the files")
-    parser.add_argument("--base-type", required=True)
-    parser.add_argument("--tensor-types", type=Path)
+    parser.add_argument("--base-type", required=True, help="of what --tensor-types does not name")
+    parser.add_argument("--tensor-types", type=Path, help="file of PATTERN=TYPE lines")
     add_calibration_arguments(parser)
     parser.add_argument("--force", action="store_true", help="make files again that have other settings")
-    add_record_arguments(parser)
+    add_record_arguments(parser, force=False)
     return parser.parse_args()
 
 

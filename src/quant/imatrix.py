@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+from torch import Tensor
 
 from calibration import Moments
 from console import UserError, atomic_path
@@ -42,12 +43,9 @@ class Entry(NamedTuple):
 
 
 def ggml_names(parameter: str, model_type: str, layers: int) -> list[str]:
-    """llama.cpp's names of the weights that a parameter of transformers' module tree becomes; none for
-    linear_attn.out_proj: the converter reorders its inputs by head, and the recipes keep it in f16."""
+    """llama.cpp's names of the weights that a parameter of transformers' module tree becomes."""
     names = gguf.get_tensor_name_map(ARCHITECTURES[family_of(model_type)], layers)
     base = parameter.removesuffix(".weight")
-    if base.endswith("linear_attn.out_proj"):
-        return []
     parts = [base]
     if base.endswith("experts.gate_up_proj"):  # stored as two weights with the same inputs
         parts = [base.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")]
@@ -55,11 +53,14 @@ def ggml_names(parameter: str, model_type: str, layers: int) -> list[str]:
     return [f"{name}.weight" for name in found if name]
 
 
-def entries_of(moments: Mapping[str, Moments], model_type: str, layers: int) -> dict[str, Entry]:
-    """The entries of calibration statistics, by llama.cpp's names."""
+def entries_of(moments: Mapping[str, Moments], model_type: str, layers: int, order: Tensor | None = None) -> dict[str, Entry]:
+    """The entries of calibration statistics, by llama.cpp's names; ``order``: where each input of linear_attn.out_proj lies
+    for ggml (gguf_layout.head_order), None for its own place."""
     entries = {}
     for parameter, value in moments.items():
         sums = value.total.diagonal(dim1=1, dim2=2).float().cpu().numpy()
+        if order is not None and parameter.endswith("linear_attn.out_proj.weight"):
+            sums = sums[:, order.numpy()]
         for name in ggml_names(parameter, model_type, layers):
             entries[name] = Entry(sums, value.weight.float().cpu().numpy())
     return entries

@@ -10,6 +10,7 @@ again by the next run.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import functools
@@ -20,9 +21,10 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from console import UserError, progress, run_cli
 from env_config import load_config
@@ -39,6 +41,12 @@ OPTIONS = (
     "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_OPENSSL=OFF",
 )
+ATTEMPTS = 10
+Answer = TypeVar("Answer")
+
+
+class Incomplete(UserError):
+    """A tool ended well and its output lacks what it prints last."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,16 @@ class Pinned:
 
 def cache_directory() -> Path:
     return Path(os.environ.get("MOE_LOWBIT_CACHE") or Path.home() / ".cache" / "moe-lowbit")
+
+
+def asked(ask: Callable[[], Answer]) -> Answer:
+    """What ``ask`` reads from the output of a tool. The tools' logger is a thread that nobody waits for when the program ends
+    (log.cpp says so), so the last lines of a short run can be lost: one run in five, most runs on busy cores. Where ``ask``
+    finds its output :class:`Incomplete` it is called again."""
+    for _ in range(ATTEMPTS - 1):
+        with contextlib.suppress(Incomplete):
+            return ask()
+    return ask()
 
 
 def say(text: str) -> None:
@@ -218,6 +236,7 @@ def _build(tree: Path, home: Path, architecture: str | None) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
     directory = tools()
     for name in TOOLS:
         tool(name)

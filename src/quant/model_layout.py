@@ -15,6 +15,12 @@ from typing import Any
 from console import UserError
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's part of a config.json: a multimodal one keeps it under text_config."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
 class Role(enum.StrEnum):
     ROUTED_EXPERT = "routed_expert"
     SHARED_EXPERT = "shared_expert"

@@ -148,12 +148,12 @@ def record(args: argparse.Namespace, started: float, entry: dict[str, Any], metr
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
     parser.add_argument("--expert-bits", required=True, type=float, help="the budget: the size of this everywhere")
     parser.add_argument("--out", required=True, type=Path, help="JSON for quant_save --allocation")
     parser.add_argument("--options", default="2,3,4", help="bits to choose from")
-    parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--clip-steps", type=int, default=16)
+    parser.add_argument("--group", type=int, default=128, help="inputs that share a scale (default 128)")
+    parser.add_argument("--clip-steps", type=int, default=16, help="ratios tried by the clip search (default 16)")
     parser.add_argument("--items", type=int, default=8, help="training transcripts a task, or paragraphs of --text")
     parser.add_argument("--text", type=Path, help="measure on this text file instead")
     parser.add_argument("--strategy", default="budget", choices=("budget", *STRATEGIES), help="how (default: budget)")
@@ -161,14 +161,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of --strategy random")
     add_calibration_arguments(parser)
     parser.add_argument("--measured", type=Path, help="record of an earlier run: take its sensitivities, another budget")
-    add_record_arguments(parser)
+    parser.add_argument("--force", action="store_true", help="replace an earlier output")
+    add_record_arguments(parser, force=False)
     return parser.parse_args()
 
 
 def check_args(args: argparse.Namespace) -> list[int]:
     check_record_arguments(args)
-    if args.out.exists():
-        raise UserError(f"{args.out}: exists; give another name or remove it")
+    if args.out.exists() and not args.force:
+        raise UserError(f"{args.out}: exists; give another --out, or --force to replace it")
     try:
         options = sorted({int(text) for text in args.options.split(",")})
     except ValueError:

@@ -25,7 +25,9 @@ from calibration import Calibration, Collector, LayerStream
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli
+from gguf_layout import head_order
 from imatrix import Entry, entries_of, write_imatrix
+from model_layout import text_config
 from results_store import add_record_arguments, check_record_arguments, describe_model, write_result
 
 
@@ -63,6 +65,8 @@ def probe(
     """(report of every decoder layer that has routed experts, by its index; the importance of each weight, by llama.cpp's
     names: of the experts, or of ``every_linear``)."""
     stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
+    config = text_config(checkpoint.config)
+    order = head_order(config, config.get("linear_value_head_dim", 1))
     kwargs = stream.arguments(calibration.batches()[0])
     hidden = stream.embed(calibration.batches())
     reports, importance = {}, {}
@@ -82,7 +86,7 @@ def probe(
                 inputs = collector.moments[f"{name}.gate_up_proj"].total.shape[-1]
                 reports[str(index)] = layer_report(routed, collector.mass[name], energy, tokens, inputs)
             named = {f"model.layers.{index}.{name}": moments for name, moments in collector.moments.items()}
-            importance |= entries_of(named, checkpoint.config["model_type"], len(stream.layers))
+            importance |= entries_of(named, checkpoint.config["model_type"], len(stream.layers), order)
             stream.empty(layer)
             bar.update()
     return reports, importance
@@ -101,7 +105,7 @@ def table(reports: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
     add_calibration_arguments(parser)
     parser.add_argument("--imatrix", type=Path, help="write llama.cpp's importance matrix here")
     add_record_arguments(parser)

@@ -14,7 +14,7 @@ code * scale has at most 15 significant bits, so it is exact in float32. Ties in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from console import UserError
 
 MIN_SCALE = 2.0**-100  # keeps the inverse finite and subnormal weights at code 0, whether or not a device flushes them
+CLIP_LOW = 0.65  # the least ratio of the clip search: the published recipe's
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}  # elements worked on at once: what stays in a CPU's cache, what fills a GPU
 
 
@@ -106,7 +107,7 @@ def _columns(weight: Tensor, group: int, chunk: int | None) -> Iterator[tuple[sl
 
 
 def quantize_group(
-    weight: Tensor, bits: int, group: int, clip_steps: int, clip_low: float = 0.65, chunk: int | None = None
+    weight: Tensor, bits: int, group: int, clip_steps: int, clip_low: float = CLIP_LOW, chunk: int | None = None
 ) -> Quantized:
     """Round weight [..., I] to a symmetric grid of ``bits`` (2..8; codes -qmax..qmax, qmax = 2**(bits-1) - 1).
 
@@ -154,7 +155,7 @@ def dequantize(q: Quantized, group: int, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def fake_quant(
-    weight: Tensor, bits: int, group: int, clip_steps: int, clip_low: float = 0.65, dtype: torch.dtype | None = None
+    weight: Tensor, bits: int, group: int, clip_steps: int, clip_low: float = CLIP_LOW, dtype: torch.dtype | None = None
 ) -> Tensor:
     """``dequantize(quantize_group(weight, ...))`` in ``dtype`` (default: the weight's); same shape as the weight. On an
     NVIDIA GPU one fused kernel gives the same bits (clip_kernel)."""
@@ -174,11 +175,11 @@ def fake_quant(
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: Tensor, quantize_fn: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, quantize_fn: Callable[[Tensor], Tensor]) -> Tensor:
         return quantize_fn(weight.detach())
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 

@@ -29,30 +29,56 @@ class PackConfig:
     calib: str
     calib_sequences: int
     calib_length: int
+    token_power: float
+    token_weights: str
+    damping: float
     target_gib: float
     protected: str
     dequant_out: str
     reference: bool
 
 
+def rounding_flags(config: PackConfig) -> list[object]:
+    weights = ["--token-weights", config.token_weights] if config.token_weights else []
+    return ["--method", config.method, "--token-power", config.token_power, *weights, "--damping", config.damping]
+
+
 def allocated(config: PackConfig) -> str:
     """The file of types for the budget, made beside the output; one that is there is for another run and is refused."""
     types = f"{config.out.rstrip('/')}.types.txt"
     protected = ["--tensor-types", config.protected] if config.protected else []
-    flags = ["--model", config.model, *calibration_flags(config.calib, config.calib_length), *protected]
+    flags = ["--model", config.model, *calibration_flags(config.calib, config.calib_length, config.calib_sequences)]
+    flags += [*protected, *rounding_flags(config)]
     flags += ["--target-gib", config.target_gib, "--out", types]
     step("src/quant/gguf_alloc.py", *flags, *(["--force"] if flag("FORCE") else []))
     return types
 
 
+def plan(config: PackConfig) -> str:
+    """What --dry-run prints. A budget's types are known only when they have been measured; the recipe's are shown."""
+    from run_plan import pack_plan
+
+    method = "llama-quantize" if config.reference else config.method
+    types = Path(config.tensor_types) if config.tensor_types else None
+    text = (config.calib_sequences, config.calib_length)
+    made = pack_plan(Path(config.model), Path(config.out), config.base_type, types, method, text)
+    budget = f"TARGET_GIB={config.target_gib:g}: the types below are the recipe's, the run measures and chooses its own\n"
+    return (budget if config.target_gib else "") + made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", type=Path, required=True)
-    config = load_config(PackConfig, parser.parse_args().config, from_environment(PackConfig))
+    parser.add_argument("--config", type=Path, required=True, help="settings, as configs/gguf_iq3.env")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with sizes and times, and write nothing")
+    args = parser.parse_args()
+    config = load_config(PackConfig, args.config, from_environment(PackConfig))
     if config.target_gib < 0:
         raise UserError(f"TARGET_GIB={config.target_gib}: must be above 0 (or 0 for the types of the recipe)")
     if config.reference and config.dequant_out:
         raise UserError("DEQUANT_OUT with REFERENCE=1: run src/quant/gguf_dequant.py on the reference's file")
+    if args.dry_run:
+        print(plan(config), flush=True)
+        return
     types = allocated(config) if config.target_gib else config.tensor_types
     record: list[object] = []
     if tag := os.environ.get("TAG"):
@@ -65,7 +91,7 @@ def main() -> None:
         step("src/quant/gguf_reference.py", *flags)
     else:
         dequant = ["--dequant-out", config.dequant_out] if config.dequant_out else []
-        step("src/quant/gguf_pack.py", *flags, "--method", config.method, *dequant)
+        step("src/quant/gguf_pack.py", *flags, *rounding_flags(config), *dequant)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Quantize a checkpoint into one of the same names, shapes and dtypes, in a single streamed pass.
 
     python src/quant/quant_save.py --model models/razor-tiny --expert-bits 3 --linear-bits 4 --group 128 \
-        --method gptq_refit --out out/razor-tiny-w3 [--calib FILE] [--force] [--result results/quantize/w3.json --tag w3]
+        --method gptq_refit --out out/razor-tiny-w3 [--calib FILE] [--packed] [--force]
+        [--devices cuda:0,cuda:1 | all] [--result results/quantize/w3.json --tag w3]
 
 Routed experts get --expert-bits; every other linear, the embedding and the head --linear-bits; router, norms, ssm state,
 biases, vision and mtp are copied byte for byte. Methods that need no inputs (clip, absmax, ...) stream tensor by tensor;
-the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks' training split. recipe.json is
-written beside the weights. The output appears under its name only when it is complete; Ctrl-C or an error leaves nothing
-behind, and after `kill -9` the same command goes on where it stopped.
+the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks' training split. Several --devices
+round shards (or, calibrated, the experts of a layer) at the same time, to the same bytes. recipe.json is written beside the
+weights. --packed writes the same values in 4 bits a weight, as vLLM reads them (docs/PACKED.md). The output appears under its
+name only when it is complete; Ctrl-C or an error leaves nothing behind, and after `kill -9` the same command goes on where it
+stopped.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import fnmatch
 import json
 import math
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,15 +32,20 @@ from torch import Tensor
 
 from calibration import Calibration, layer_bytes, place_of
 from calibration_text import add_calibration_arguments, calibration_of
-from checkpoint import INDEX, Checkpoint, CheckpointWriter, TensorInfo
+from checkpoint import CONSUMED, INDEX, PACKED, Checkpoint, CheckpointWriter, SourceShards, TensorInfo
 from console import UserError, progress, run_cli, write_json
+from device_pool import Stopped, default_device, device_peaks, each_device, on_device, parse_devices
 from model_layout import Role, roles_of
 from moe_quant import average_bits, fake_quant
 from overlap import OneBehind, one_ahead
+from packed_layout import Container, PackedWriter, describe, open_writer, plan_container
+from packed_layout import summary as packed_summary
 from recipe import RECIPE_FILE, Recipe, read_allocation
 from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
 from rounding import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
 from staging import RUN, check_output, check_resume, staged_directory
+from synthetic_moe import is_synthetic
+from token_weights import kept_bytes
 
 CHUNK_BYTES = 64 << 20  # quantized at once, while the next is read and the last written
 BASE_BYTES = 600 << 20  # the interpreter with torch
@@ -78,7 +87,7 @@ class RoleReport:
 @dataclasses.dataclass(frozen=True)
 class QuantizeReport:
     """``weight_bits`` and ``stored_bits`` (with 16-bit scales) are per quantized parameter, ``overall_bits`` is the
-    packed size per parameter of the whole checkpoint, copied tensors included."""
+    packed size per parameter of the whole checkpoint, copied tensors included. ``container``: what --packed wrote."""
 
     tensors: int
     parameters: int
@@ -89,9 +98,13 @@ class QuantizeReport:
     overall_bits: float
     roles: dict[str, RoleReport]
     calibration: dict[str, Any] | None = None
+    container: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        value = dataclasses.asdict(self)
+        if self.container is None:
+            del value["container"]
+        return value
 
 
 def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
@@ -185,11 +198,17 @@ def table(report: QuantizeReport) -> str:
         f"{report.stored_bits:.2f} stored bits with 16-bit scales (quantized tensors), {report.overall_bits:.2f} overall"
     )
     lines.append(f"on disk {report.output_bytes / 1e6:,.2f} MB dequantized; {report.packed_bytes / 1e6:,.2f} MB if packed")
+    if report.container:
+        lines[-1] = describe(report.container)
     return "\n".join(lines)
 
 
-def sidecars(model: Path) -> list[Path]:
-    """The files of a model directory to copy: configuration, tokenizer, templates; no weights, nothing hidden."""
+def sidecars(model: Path, unpacking: bool = False) -> list[Path]:
+    """The files of a model directory to copy: configuration, tokenizer, templates; no weights, nothing hidden. Those of a
+    packed checkpoint are of use only for ``unpacking`` it."""
+    if (model / PACKED).is_file() and not unpacking:
+        unpack = f"python src/quant/packed_export.py --unpack {model} --out DIR"
+        raise UserError(f"{model}: is packed, and a checkpoint made from it would not be; unpack it first: {unpack}")
     return [
         file
         for file in sorted(model.iterdir())
@@ -197,7 +216,7 @@ def sidecars(model: Path) -> list[Path]:
         and not file.name.startswith(".")
         and file.suffix not in WEIGHT_SUFFIXES
         and not file.name.endswith(".index.json")
-        and file.name not in (INDEX, RECIPE_FILE)
+        and file.name not in (INDEX, RECIPE_FILE, CONSUMED)
         and file.stat().st_size <= MAX_SIDECAR_BYTES
     ]
 
@@ -264,11 +283,19 @@ class ErrorLog:
 
 
 class Sink:
-    """Takes tensors in plan order: the checkpoint writer, the log of errors and the progress bar in one."""
+    """Takes tensors in plan order: the checkpoint writer, the log of errors and the progress bar in one. Several may work at
+    the same time, each with a device and a writer of its own; ``stop`` ends this one early."""
 
-    def __init__(self, checkpoint: Checkpoint, writer: CheckpointWriter, errors: ErrorLog, bar: Any) -> None:
-        self.checkpoint, self.writer, self.errors, self.bar = checkpoint, writer, errors, bar
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(
+        self, checkpoint: Checkpoint, writer: CheckpointWriter | PackedWriter, errors: ErrorLog, bar: Any,
+        source: SourceShards | None = None, device: torch.device | None = None, stop: threading.Event | None = None,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.writer, self.errors, self.bar, self.source = checkpoint, writer, errors, bar, source
+        self.device, self.stop = device or default_device(), stop
+
+    def _advance(self, size: int) -> None:
+        with self.bar.get_lock():
+            self.bar.update(size)
 
     def stream(self, jobs: Sequence[Job], recipe: Recipe, chunk_bytes: int) -> None:
         """Read, quantize without calibration (or copy) and write tensors chunk by chunk; the next chunk is read and the
@@ -286,51 +313,86 @@ class Sink:
                     size += _square_sum(weight)
                     if start + len(weight) == job.info.shape[0]:
                         self.errors.add(job.name, error, size)  # before the append that may complete the shard
-                later(self.writer.append, job.name, quantized.cpu())
-                self.bar.update(weight.nbytes)
+                later(self._append, job.name, self.writer.encode(job.name, quantized))
+                self._advance(weight.nbytes)
+
+    def _append(self, name: str, value: Any) -> None:
+        whole = len(self.writer.closed)
+        self.writer.append(name, value)
+        if self.source and len(self.writer.closed) > whole:
+            self.source.sweep(self.writer)
 
     def _chunks(self, jobs: Sequence[Job], chunk_bytes: int) -> Iterator[tuple[Job, int, Tensor]]:
-        """(job, place of its first row, rows) of the tensors that are not written yet."""
+        """(job, place of its first row, rows) of the tensors that are this writer's and not written yet."""
         for job in jobs:
+            if not self.writer.is_own(job.name):
+                continue
             if self.writer.is_done(job.name):
-                self.bar.update(job.info.bytes)
+                self._advance(job.info.bytes)
                 continue
             for start, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
+                if self.stop is not None and self.stop.is_set():
+                    raise Stopped
                 yield job, start, weight
 
     def put(self, job: Job, value: Tensor) -> None:
         """Write a tensor that the calibrated pass has rounded."""
         if self.writer.is_done(job.name):  # the layer is larger than a shard, and this shard was complete
-            self.bar.update(job.info.bytes)
+            self._advance(job.info.bytes)
             return
         weight = self.checkpoint.read(job.name)
         self.errors.add(job.name, _square_sum(weight, value), _square_sum(weight))
-        self.writer.append(job.name, value)
-        self.bar.update(job.info.bytes)
+        self._append(job.name, self.writer.encode(job.name, value))
+        self._advance(job.info.bytes)
 
 
 def stream(
-    checkpoint: Checkpoint, jobs: list[Job], recipe: Recipe, out: Path, shard_bytes: int, chunk_bytes: int
-) -> dict[str, float]:
-    """Write every tensor to ``out`` chunk by chunk. Returns the relative squared error of each quantized role."""
+    checkpoint: Checkpoint, jobs: list[Job], recipe: Recipe, out: Path, shard_bytes: int, chunk_bytes: int,
+    devices: Sequence[torch.device], source: SourceShards | None = None, container: Container | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Write every tensor to ``out`` chunk by chunk, each device its own shards from reading to writing. Returns the relative
+    squared error of each quantized role."""
     plan = [(job.name, job.info.dtype, job.info.shape) for job in jobs]
     errors = ErrorLog(out)
-    total = sum(job.info.bytes for job in jobs)
-    with progress(total, "quantize", "B", True) as bar, CheckpointWriter(out, plan, shard_bytes) as writer:
-        sink = Sink(checkpoint, writer, errors, bar)
-        sink.stream(jobs, recipe, chunk_bytes)
+
+    def share(number: int, device: torch.device, stop: threading.Event) -> None:
+        with open_writer(out, plan, shard_bytes, container=container, share=(number, len(devices))) as writer:
+            Sink(checkpoint, writer, errors, bar, source, device, stop).stream(jobs, recipe, chunk_bytes)
+
+    with progress(sum(job.info.bytes for job in jobs), "quantize", "B", True) as bar:
+        each_device(devices, share)
+    if len(devices) > 1:
+        with open_writer(out, plan, shard_bytes, container=container):  # finds every shard complete and adds the index
+            pass
     return errors.by_role(jobs)
 
 
-def _settings(checkpoint: Checkpoint, recipe: Recipe, shard_bytes: int, calibration: Calibration | None) -> dict[str, Any]:
+def _settings(
+    checkpoint: Checkpoint, recipe: Recipe, shard_bytes: int, calibration: Calibration | None, packed: bool
+) -> dict[str, Any]:
     """What must be the same for an unfinished run to go on."""
     return {
+        "packed": packed,
         "recipe": recipe.to_json(),
         "config_sha256": checkpoint.config_sha256,
         "header_sha256": header_sha256(checkpoint),
         "shard_bytes": shard_bytes,
         "calibration": calibration.settings() if calibration else None,
     }
+
+
+def quantized_tensors(
+    checkpoint: Checkpoint, jobs: list[Job], recipe: Recipe, partial: Path, shard_bytes: int, chunk_bytes: int,
+    calibration: Calibration | None, source: SourceShards | None, devices: Sequence[torch.device], container: Container | None,
+) -> tuple[dict[str, float], dict[str, Any] | None]:  # fmt: skip
+    """Write every tensor to ``partial``, layer by layer with ``calibration``: (relative error by role, its facts)."""
+    if not calibration:
+        return stream(checkpoint, jobs, recipe, partial, shard_bytes, chunk_bytes, devices, source, container), None
+    from calibrated_pass import calibrated_stream
+
+    return calibrated_stream(
+        checkpoint, jobs, recipe, calibration, partial, shard_bytes, chunk_bytes, source, devices, container
+    )
 
 
 def quantize_checkpoint(
@@ -341,65 +403,87 @@ def quantize_checkpoint(
     shard_bytes: int = 4 << 30,
     chunk_bytes: int = CHUNK_BYTES,
     calibration: Calibration | None = None,
+    devices: Sequence[torch.device] = (),
+    consume: bool = False,
+    packed: bool = False,
 ) -> QuantizeReport:
     """Quantize the checkpoint in directory ``model`` into ``out`` and return what was done, printing the plan first.
 
     Memory is a few times ``chunk_bytes``; with ``calibration``, which the calibrated methods need, it is a decoder layer
-    with its statistics and the activations. The result does not depend on ``chunk_bytes``. Everything that can be checked
-    is checked before ``out`` is touched; bad input is a :class:`UserError`. A killed run resumes to the same bytes.
+    with its statistics and the activations. The result does not depend on ``chunk_bytes``, nor on how many ``devices`` of
+    one kind there are (default: one). Everything that can be checked is checked before ``out`` is touched; bad input is a
+    :class:`UserError`. A killed run resumes to the same bytes, on as many devices as you like.
+    ``consume`` gives the disk of each shard of ``model`` back once ``out`` has it, and deletes the weights at the end.
+    ``packed`` stores the result in 4 bits a weight.
     """
+    devices = tuple(devices) or (calibration.device if calibration else default_device(),)
     if (recipe.method in CALIBRATED) != (calibration is not None):
         raise UserError(f"method {recipe.method}: {'needs' if calibration is None else 'takes no'} calibration tokens")
     checkpoint = Checkpoint(model)
     out = Path(out).resolve()
     jobs = plan_jobs(checkpoint, recipe)
     report = summarize(jobs, recipe)
+    container = plan_container(jobs, recipe) if packed else None
+    report = dataclasses.replace(report, container=packed_summary(jobs, container) if container else None)
     extras = sidecars(checkpoint.path)
-    needed = report.output_bytes + sum(file.stat().st_size for file in extras)
+    written = report.container["bytes"] if report.container else report.output_bytes
+    source = SourceShards(checkpoint, out) if consume else None
+    if not consume and (checkpoint.path / CONSUMED).exists():
+        raise UserError(f"{checkpoint.path}: its weights were consumed by another run; make or download it again")
+    needed = written + sum(file.stat().st_size for file in extras)
+    if consume:  # the disk needs room for what the output is ahead of the source by
+        needed = min(needed, len(devices) * (3 * max(f.stat().st_size for f in checkpoint.files) + 2 * shard_bytes))
+    needed += kept_bytes(checkpoint, calibration)
     check_output(checkpoint.path, out, force, needed)
-    settings = _settings(checkpoint, recipe, shard_bytes, calibration)
+    settings = _settings(checkpoint, recipe, shard_bytes, calibration, packed)
     resumed = check_resume(out, settings)
     print(f"{checkpoint.path} -> {out}{' (resumed)' if resumed else ''}\n{recipe}\n{table(report)}", flush=True)
-    print(preflight(jobs, out, needed, chunk_bytes, calibration), flush=True)
+    print(preflight(jobs, out, needed, chunk_bytes, calibration, len(devices)), flush=True)
     if not calibration:
-        print(f"about {sample_seconds(jobs, recipe):.2g} s of arithmetic at the speed of a sample; the disk comes on top")
+        seconds = max(sample_seconds(jobs, recipe, device) for device in devices) / len(devices)
+        print(f"about {seconds:.2g} s of arithmetic at the speed of a sample; the disk comes on top")
     with staged_directory(out, force, settings) as partial:
+        if source:
+            source.begin(resumed)
         for file in extras:
             shutil.copyfile(file, partial / file.name)
-        if calibration:
-            from calibrated_pass import calibrated_stream
-
-            errors, facts = calibrated_stream(checkpoint, jobs, recipe, calibration, partial, shard_bytes, chunk_bytes)
-            report = dataclasses.replace(report, calibration=facts)
-        else:
-            errors = stream(checkpoint, jobs, recipe, partial, shard_bytes, chunk_bytes)
+        errors, facts = quantized_tensors(
+            checkpoint, jobs, recipe, partial, shard_bytes, chunk_bytes, calibration, source, devices, container
+        )
+        report = dataclasses.replace(report, calibration=facts)
         for role, error in errors.items():
             report.roles[role].relative_error = error
-        source = {"name": checkpoint.path.resolve().name, "config_sha256": checkpoint.config_sha256}
-        made = {"recipe": recipe.to_json(), "source": source, "calibration": settings["calibration"]}
+        origin = {"name": checkpoint.path.resolve().name, "config_sha256": checkpoint.config_sha256}
+        made = {"recipe": recipe.to_json(), "source": origin, "calibration": settings["calibration"]}
         write_json(partial / RECIPE_FILE, made | {"report": report.to_json()})
+    if source:
+        source.remove()
     return report
 
 
-def sample_seconds(jobs: list[Job], recipe: Recipe, count: int = 1 << 21) -> float:
-    """Seconds that rounding all of ``jobs`` takes at the speed of a random sample of about ``count`` weights."""
+def sample_seconds(jobs: list[Job], recipe: Recipe, device: torch.device, count: int = 1 << 21) -> float:
+    """Seconds that rounding all of ``jobs`` takes on a device at the speed of a random sample of about ``count`` weights.
+    On a GPU this also compiles the kernel, before several threads would."""
     total = sum(job.info.numel for job in jobs if job.bits is not None)
     job = next((job for job in jobs if job.bits is not None and not job.by_expert), None)
     if job is None:
         return 0.0
     sample = torch.randn(max(1, count // recipe.group), recipe.group).bfloat16()
-    sample = sample.to("cuda" if torch.cuda.is_available() else "cpu")
-    quantize_chunk(job, sample, recipe)
-    started = time.perf_counter()
-    quantize_chunk(job, sample, recipe).cpu()
+    sample = sample.to(device)
+    with on_device(device):
+        quantize_chunk(job, sample, recipe)
+        started = time.perf_counter()
+        quantize_chunk(job, sample, recipe).cpu()
     return (time.perf_counter() - started) * total / sample.numel()
 
 
-def preflight(jobs: list[Job], out: Path, needed: int, chunk_bytes: int, calibration: Calibration | None) -> str:
+def preflight(
+    jobs: list[Job], out: Path, needed: int, chunk_bytes: int, calibration: Calibration | None, devices: int = 1
+) -> str:
     """What the run will need, said before it starts: disk, and the bound on memory."""
     ancestor = next(parent for parent in out.parents if parent.exists())
     largest = max((job.info.bytes // job.info.shape[0] for job in jobs if job.info.shape and job.info.numel), default=0)
-    memory = BASE_BYTES + 4 * max(chunk_bytes, largest)
+    memory = BASE_BYTES + 4 * max(chunk_bytes, largest) * (1 if calibration else devices)
     if calibration:
         memory += layer_bytes(jobs, calibration)
     free = shutil.disk_usage(ancestor).free
@@ -419,11 +503,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--allocation", type=Path, help="JSON of moe_alloc: bits by parameter, in place of the two above")
     add_calibration_arguments(parser)
     parser.add_argument("--propagate", default="quantized", choices=("quantized", "bf16"), help="whose activations go on")
+    more = "how much of its gradient a token counts in the second moments (0.4 keeps rare facts; default 0: all tokens alike)"
+    parser.add_argument("--token-power", type=float, default=0.0, help=more)
+    more = "of the mean second moment, added to each (0.1 goes with --token-power 0.4; default 0)"
+    parser.add_argument("--damping", type=float, default=0.0, help=more)
     more = "passes that train the norms of each rounded layer towards its output before rounding (default 0: norms are kept)"
     parser.add_argument("--refine", type=int, default=0, help=more)
+    parser.add_argument("--packed", action="store_true", help="write 4 bits a weight for vLLM instead of BF16 (docs/PACKED.md)")
+    parser.add_argument("--devices", default="", help="cuda:0,cuda:1,... or all (default: the first GPU, or the CPU)")
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file (default 4)")
-    add_record_arguments(parser)
+    more = "give the disk of --model's weights back as they are read, and delete them: only of a synthetic checkpoint"
+    parser.add_argument("--consume-source", action="store_true", help=more)
+    parser.add_argument("--consume-real-source", action="store_true", help="the same for any checkpoint: it will be gone")
+    add_record_arguments(parser, force=False)
     return parser.parse_args()
 
 
@@ -437,6 +530,15 @@ def check_arguments(args: argparse.Namespace) -> Recipe:
     check_record_arguments(args)
     if args.refine < 0 or args.refine and args.method not in CALIBRATED:
         raise UserError(f"--refine {args.refine}: 0 or more passes, with a calibrated method: {', '.join(CALIBRATED)}")
+    if not (0 <= args.token_power <= 1 and 0 <= args.damping <= 10):
+        raise UserError("--token-power must be within 0 and 1, --damping within 0 and 10")
+    if (args.token_power or args.damping) and args.method not in CALIBRATED:
+        raise UserError(f"--token-power, --damping: of a calibrated method: {', '.join(CALIBRATED)}")
+    if args.consume_source and not (args.consume_real_source or is_synthetic(args.model)):
+        raise UserError(
+            f"--consume-source: {args.model} is not of synthetic_moe.py; "
+            "--consume-real-source would delete its weights for good"
+        )
     if not 0 < args.shard_gib < float("inf"):
         raise UserError(f"--shard-gib {args.shard_gib} must be above 0")
     allocation = read_allocation(args.allocation) if args.allocation else {}
@@ -445,22 +547,28 @@ def check_arguments(args: argparse.Namespace) -> Recipe:
 
 def main() -> None:
     args = parse_arguments()
-    recipe = check_arguments(args)
+    recipe, devices = check_arguments(args), parse_devices(args.devices)
     started = time.time()
     source = describe_model(args.model) if args.result else None
     calibration = None
     if recipe.method in CALIBRATED:
         Checkpoint(args.model)  # its errors first: they are clearer than a tokenizer's
         ids, entry = calibration_of(args)
-        calibration = Calibration(ids, entry, propagate=args.propagate, refine=args.refine)
+        how = {"propagate": args.propagate, "refine": args.refine}
+        how |= {"token_power": args.token_power, "damping": args.damping}
+        calibration = Calibration(ids, entry, **how, device=devices[0])
     shard_bytes = int(args.shard_gib * 2**30)
-    report = quantize_checkpoint(args.model, args.out, recipe, args.force, shard_bytes, calibration=calibration)
+    report = quantize_checkpoint(
+        args.model, args.out, recipe, args.force, shard_bytes, calibration=calibration, devices=devices,
+        consume=args.consume_source or args.consume_real_source, packed=args.packed,
+    )  # fmt: skip
     seconds = time.time() - started
     if args.result:
         write_result(
             args.result, kind="quantize", tag=args.tag, started=started, model=source, recipe=recipe.to_json(),
             data=[calibration.record] if calibration else [], metrics=report.to_json(),
-            extra={"output": describe_model(args.out)},
+            extra={"output": describe_model(args.out), "devices": [str(device) for device in devices],
+                   "device_peak_mib": device_peaks(devices)},
         )  # fmt: skip
     print(f"{table(report)}\nwrote {args.out} in {seconds:.1f} s", flush=True)
 

@@ -1,6 +1,6 @@
 """What to do to a checkpoint, as one frozen value: written once, saved beside what it made, read back by later steps.
 
-Not a command. `from_env_file("configs/smoke_tiny.env", {"EXPERT_BITS": "2"})`; `read_recipe(quantized_checkpoint_dir)`.
+Not a command. `Recipe(expert_bits=3, linear_bits=4, group=128, clip_steps=16)`; `read_recipe(quantized_checkpoint_dir)`.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from console import UserError, read_json
-from env_config import build_config, read_env_file
 from model_layout import Role
+from moe_quant import CLIP_LOW
 from rounding import METHODS
 
 RECIPE_FILE = "recipe.json"
@@ -40,7 +39,7 @@ class Recipe:
     linear_bits: int
     group: int
     clip_steps: int
-    clip_low: float = 0.65
+    clip_low: float = CLIP_LOW
     method: str = "clip"
     scale_dtype: str = "bfloat16"
     overrides: tuple[tuple[str, float], ...] = ()
@@ -112,16 +111,8 @@ def read_allocation(path: str | Path) -> dict[str, tuple[tuple[str, Any], ...]]:
     value = read_json(path)
     found = {key: value[key] for key in ("overrides", "experts") if key in value} if isinstance(value, dict) else {}
     if not found or not all(isinstance(part, dict) and part for part in found.values()):
-        raise UserError(f"{path}: has no object \"overrides\" or \"experts\"; python src/quant/moe_alloc.py writes one")
+        raise UserError(f'{path}: has no object "overrides" or "experts"; python src/quant/moe_alloc.py writes one')
     return {key: tuple(part.items()) for key, part in found.items()}
-
-
-def from_env_file(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """The recipe's keys (EXPERT_BITS, LINEAR_BITS, GROUP, CLIP_STEPS, ...) of a configs/*.env file; keys of other steps
-    in that file are left alone. ``overrides`` win and may hold nothing but recipe keys."""
-    keys = {field.name.upper() for field in dataclasses.fields(Recipe)} - {"OVERRIDES", "EXPERTS"}
-    pairs = {key: value for key, value in read_env_file(path).items() if key in keys}
-    return build_config(Recipe, {**pairs, **(overrides or {})}, str(path))
 
 
 def recipe_record(checkpoint: str | Path) -> dict[str, Any] | None:

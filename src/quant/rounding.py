@@ -15,13 +15,15 @@ matrix's output is  tr(D H D^T)  with D = weight - rounded and H [I, I]; every c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from console import UserError
+from device_pool import Stopped, each_device
 from moe_quant import MIN_SCALE, check_grid, clip_factors, fake_quant, inverse_scale
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the mean of diag(H); the next is taken where a Cholesky factorization fails
@@ -65,6 +67,16 @@ def shrink(hessian: Tensor, tokens: Tensor, floor: float) -> Tensor:
     out = hessian.clone()
     for e in share.nonzero()[:, 0].tolist():
         out[e].lerp_(mean * scale[e], share[e].item())
+    return out
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H + damping * mean(diag H) * 1 of each matrix [E, I, I]; itself where ``damping`` is 0. A mean of 0 counts as 1."""
+    if not damping:
+        return hessian
+    out = hessian.clone()
+    mean = out.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)
+    out.diagonal(dim1=1, dim2=2).add_(damping * torch.where(mean > 0, mean, 1.0))
     return out
 
 
@@ -253,9 +265,7 @@ def gptq_refit(
     """GPTQ, then ``passes`` times: scales by least squares, codes by coordinate descent. A matrix keeps what lowered its
     output error under the damped moments, so no pass can make it worse."""
     wt = weight.transpose(1, 2).contiguous()
-    hessian = statistics.hessian.clone()
-    mean = hessian.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)
-    hessian.diagonal(dim1=1, dim2=2).add_(damping * mean)
+    hessian = damped(statistics.hessian, damping)
     codes = gptq_codes(wt, hessian, grid, 0.0, act_order)
     best = codes.values(grid.group)
     least = output_error(wt, best, hessian)
@@ -336,10 +346,14 @@ CALIBRATED: dict[str, Callable[[Tensor, Grid, Statistics], Tensor]] = {
 METHODS = (*DATA_FREE, *CALIBRATED)
 
 
-def round_weight(weight: Tensor, grid: Grid, statistics: Statistics | None, method: str) -> Tensor:
+def round_weight(
+    weight: Tensor, grid: Grid, statistics: Statistics | None, method: str, devices: Sequence[torch.device] = ()
+) -> Tensor:
     """The dequantized weight (values that bfloat16 nearly or exactly holds), float32, of ``weight`` [E, O, I] or [O, I].
 
-    Raises :class:`UserError` on an unknown method, a calibrated one without statistics, a grid that does not fit, NaN.
+    ``devices`` (of one kind, equal ones) share the experts of a calibrated method, in the pieces in which one device would
+    work through them, so that the result is the same to the bit. Raises :class:`UserError` on an unknown method, a calibrated
+    one without statistics, a grid that does not fit, NaN.
     """
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
@@ -353,11 +367,18 @@ def round_weight(weight: Tensor, grid: Grid, statistics: Statistics | None, meth
         raise UserError(f"method {method} needs calibration statistics")
     out = torch.empty_like(batched)
     count = experts_at_once(batched.shape, WORKING_BYTES[batched.device.type])
-    for start in range(0, len(batched), count):
-        part = slice(start, start + count)
-        own = Statistics(statistics.hessian[part], statistics.tokens[part])
-        out[part] = CALIBRATED[method](batched[part], grid, own)
-    return out.reshape(weight.shape)
+    parts = [slice(start, start + count) for start in range(0, len(batched), count)]
+    shares = (devices or (batched.device,))[: len(parts)]
+
+    def share(number: int, device: torch.device, stop: threading.Event) -> None:
+        for part in parts[number :: len(shares)]:
+            if stop.is_set():
+                raise Stopped
+            own = Statistics(statistics.hessian[part].to(device), statistics.tokens[part].to(device))
+            out[part] = CALIBRATED[method](batched[part].to(device), grid, own).to(out.device)
+
+    each_device(shares, share)
+    return out.add_(0.0).reshape(weight.shape)  # a zero has no sign: integers, into which it may be packed, have none
 
 
 def experts_at_once(shape: tuple[int, ...], working_bytes: float) -> int:

@@ -1,0 +1,443 @@
+"""What pipelines/multi_gpu.sh runs: everything that claims to work on several GPUs, beside the same on one.
+
+    python src/distill/multi_gpu_run.py --part quantize --work /dev/shm/multi --records results/bench [--processes 2] [--tiny]
+
+    quantize   quant_save on one device and on all: the same bytes, data-free and calibrated; seconds
+    distill    distill.sh --smoke, then a recovery of razor-tiny by one process and by N: gradients, adapter, final KL, tokens/s
+    train35b   phase C on a synthetic model of the 35B's shape: memory of every process, seconds a step
+    train122b  the same on two slices of the 122B, whose difference says how many layers would fit
+    fit122b    that many layers, without weights (files of holes): whether they do fit
+    eval       greedy answers of one GPU, of a copy on each and of layers spread over all: equal ones, tokens/s
+    eval35b    the same, spread against one GPU, on the 35B's shape
+
+Each part leaves a record, RECORDS/multi_gpu_PART.json, and is skipped where it exists. Without a GPU, processes on the CPU take
+their place. --tiny: the same with sizes for a test. The commands are those of the pipelines; their output is in WORK/PART/log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from checkpoint import Checkpoint
+from console import UserError, read_json, run_cli, write_json
+from device_pool import parse_devices
+from opd_budget import Plan, Shape, memory
+from opd_train_fsdp import ADAPTER, ADAPTER_JSON
+from quant_save import RECIPE_FILE
+from recipe import Recipe
+from results_store import REPO, read_result, write_result
+from synthetic_moe import SHAPES, plan_of, prepare
+from synthetic_moe import Shape as ModelShape
+from synthetic_rollouts import give_tokenizer
+
+RECIPE = ["--expert-bits", 3, "--linear-bits", 4, "--group", 128, "--clip-steps", 16]
+DISTILL = {"TASKS": "tiny_know,tiny_math,tiny_reason", "LIMIT": "32", "STEPS": "40", "ROWS": "16", "MICRO_ROWS": "8"}
+DISTILL |= {"KL_ITEMS": "16", "SAVE_EVERY": "40"}
+DISTILL_TINY = {"LIMIT": "4", "STEPS": "3", "ROWS": "4", "MICRO_ROWS": "2", "KL_ITEMS": "1", "SAVE_EVERY": "3", "WARMUP": "0"}
+DISTILL_TINY |= {"FINISHED_ONLY": "0", "MAX_TOKENS": "12", "TASKS": "tiny_know,tiny_math"}
+SLICES = (2, 4)  # layers of the 122B
+RANK, ROWS, TOKENS, STEPS = 8, 4, 1024, 4
+VOCABULARY = 32768  # of the quantized layers: the experts are what is measured
+# in a log that ends with torchrun's own summary
+ERROR = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception)\b: ).*")
+FREE_GB = 3.0  # of a GPU, for the CUDA context and NCCL
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a part works, and on what. ``gpus``: 0 where processes on the CPU stand in."""
+
+    work: Path
+    records: Path
+    part: str
+    processes: int
+    gpus: int
+    tiny: bool
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def devices(self, each: int = 1) -> str:
+        """--devices of all GPUs, ``each`` threads on every one."""
+        return ",".join([f"cuda:{i}" if self.gpus else "cpu" for i in range(self.processes) for _ in range(each)])
+
+    @property
+    def log(self) -> Path:
+        return self.work / "log"
+
+    @property
+    def one(self) -> str:
+        return "cuda:0" if self.gpus else "cpu"
+
+    def start(self, script: str, *arguments: object, processes: int = 1, **environment: str) -> subprocess.Popen[bytes]:
+        """Start one of the project's commands in WORK; its output goes to the log."""
+        run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
+        command = [str(part) for part in (sys.executable, *run, REPO / script, *arguments)]
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(f"\n+ {' '.join(f'{k}={v}' for k, v in environment.items())} {' '.join(command[1:])}\n")
+            log.flush()
+            process = subprocess.Popen(command, cwd=self.work, env=os.environ | environment, stdout=log, stderr=log)
+        self.started.append(process)
+        return process
+
+    def finish(self, process: subprocess.Popen[bytes]) -> None:
+        if code := process.wait():
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            said = [line for line in lines if ERROR.match(line)] or [line for line in lines if line.strip()]
+            raise UserError(f"part {self.part}: exit code {code}: {' | '.join(said[-3:])}; the log is {self.log}")
+
+    def stop(self) -> None:
+        """End what was started and still runs: another part begins after a failure."""
+        for process in self.started:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+
+    def run(self, script: str, *arguments: object, processes: int = 1, **environment: str) -> float:
+        """Run a command to its end; returns its seconds, Python's start included."""
+        started = time.monotonic()
+        self.finish(self.start(script, *arguments, processes=processes, **environment))
+        return round(time.monotonic() - started, 2)
+
+
+def same_bytes(a: Path, b: Path) -> bool:
+    """Whether two files are equal; read in pieces of 64 MiB."""
+    if a.stat().st_size != b.stat().st_size:
+        return False
+    one, two = (np.memmap(path, dtype=np.uint8, mode="r") for path in (a, b))
+    pieces = (slice(start, start + (1 << 26)) for start in range(0, len(one), 1 << 26))
+    return all(np.array_equal(one[piece], two[piece]) for piece in pieces)
+
+
+def same_files(a: Path, b: Path) -> bool:
+    """Whether two checkpoints have the same shards with the same bytes."""
+    one, two = Checkpoint(a), Checkpoint(b)
+    with ThreadPoolExecutor() as pool:
+        return [f.name for f in one.files] == [f.name for f in two.files] and all(pool.map(same_bytes, one.files, two.files))
+
+
+# ---------------------------------------------------------------- quantize
+
+
+def quantize_part(bench: Bench) -> dict[str, Any]:
+    """Two layers of the 35B; the calibrated method rounds their experts in several pieces."""
+    source = bench.work / "slice"
+    for name in ("slice", "first", "one", "all", "all_twice", "gptq-one", "gptq-all"):  # of a run that was killed
+        shutil.rmtree(bench.work / name, ignore_errors=True)
+        (bench.work / f"{name}.json").unlink(missing_ok=True)
+    made = synthetic(bench, source, *((4, "tiny") if bench.tiny else (2, "35b", "--vocab", VOCABULARY)))
+    found: dict[str, Any] = {"bytes": Checkpoint(source).bytes, "synthetic_seconds": made, "data_free": {}, "calibrated": {}}
+    shard = 0.004 if bench.tiny else 0.5
+    runs = {"one": bench.one, "all": bench.devices(), "all_twice": bench.devices(2)}
+    if bench.gpus:  # the first run on a machine compiles the kernels
+        quantized(bench, source, "first", bench.devices(), shard, "clip")
+        shutil.rmtree(bench.work / "first")
+    for name, devices in runs.items():
+        found["data_free"][name] = quantized(bench, source, name, devices, shard, "clip")
+    calibration = ["--calib-sequences", 8 if bench.tiny else 32, "--calib-length", 64 if bench.tiny else 256]
+    for name in ("one", "all"):
+        found["calibrated"][name] = quantized(bench, source, f"gptq-{name}", runs[name], 4, "gptq", *calibration)
+    outputs = [bench.work / name for name in runs]
+    found["data_free"]["same_bytes"] = all(same_files(outputs[0], other) for other in outputs[1:])
+    found["calibrated"]["same_bytes"] = same_files(bench.work / "gptq-one", bench.work / "gptq-all")
+    if not found["calibrated"]["same_bytes"]:  # does one GPU repeat itself?
+        quantized(bench, source, "gptq-again", bench.one, 4, "gptq", *calibration)
+        found["calibrated"]["one_repeats_itself"] = same_files(bench.work / "gptq-one", bench.work / "gptq-again")
+    for path in bench.work.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    return found
+
+
+def quantized(bench: Bench, source: Path, name: str, devices: str, shard: float, method: str, *more: object) -> dict[str, Any]:
+    """Seconds, rate and memory of quant_save on ``devices``."""
+    record = bench.work / f"{name}.json"
+    paths = ["--model", source, "--out", bench.work / name, "--result", record, "--tag", name, "--shard-gib", shard]
+    total = bench.run("src/quant/quant_save.py", *paths, *RECIPE, "--method", method, "--devices", devices, *more)
+    made = read_result(record, "quantize")
+    facts = {"devices": devices, "seconds": made["seconds"], "seconds_with_start": total}
+    facts |= {"gb_per_second": round(Checkpoint(source).bytes / 1e9 / made["seconds"], 3)}
+    return facts | {"peak_rss_mib": made["peak_rss_mib"], "device_peak_mib": made["device_peak_mib"]}
+
+
+def synthetic(bench: Bench, out: Path, layers: int, shape: str, *more: object) -> float:
+    """A synthetic checkpoint with a tokenizer; seconds."""
+    size = ["--shape", shape, "--layers", layers, "--devices", bench.devices(1 if bench.tiny else 4)]
+    seconds = bench.run("src/quant/synthetic_moe.py", "--out", out, *size, *more)
+    give_tokenizer(out)
+    return seconds
+
+
+# ---------------------------------------------------------------- distill
+
+
+def distill_part(bench: Bench) -> dict[str, Any]:
+    """--smoke by all; then one recovery, by one process and by all from the same rollouts."""
+    base = {"TEACHER": str(REPO / "models/razor-tiny"), "BACKEND": "hf"} | (DISTILL_TINY if bench.tiny else DISTILL)
+    command = ("src/distill/distill_run.py", "--config", REPO / "configs/opd_tiny.env")
+    started, many = time.monotonic(), str(bench.processes)
+    bench.run(*command, "--smoke", **base, WORK=str(bench.work / "opd"), PROCESSES=many)
+    one, two = bench.work / "one", bench.work / "many"
+    bench.run(*command, **base, WORK=str(one), TAG="one", PROCESSES="1")
+    found: dict[str, Any] = {"smoke": smoke_facts(bench.work / "opd-smoke/distill/smoke.json")}
+    (two / "kl").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(one / "kl/before.json", two / "kl/before.json")
+    same = {"STUDENT": str(one / "student"), "CACHE": str(one / "teacher")}
+    bench.run(*command, **base, **same, WORK=str(two), TAG="many", PROCESSES=many)
+    found |= {"settings": base, "seconds": round(time.monotonic() - started, 1)} | compared(bench, one, two)
+    return found
+
+
+def smoke_facts(record: Path) -> dict[str, Any]:
+    metrics = read_result(record, "distill")["metrics"]
+    return {"kl_before": metrics["kl_before"]["mean"], "kl_after": metrics["kl_after"]["mean"],
+            "train": metrics["phases"]["opd_train"]}  # fmt: skip
+
+
+def compared(bench: Bench, one: Path, two: Path) -> dict[str, Any]:
+    """Losses, gradients, adapters and final KL of two runs, as differences; what training cost in each."""
+    records = [read_result(bench.work / f"results/distill/{tag}.json", "distill")["metrics"] for tag in ("one", "many")]
+    curves = [read_json(work / "adapter" / ADAPTER_JSON)["curve"] for work in (one, two)]
+    pairs = list(zip(*curves, strict=True))
+    adapters = [load_file(work / "adapter" / ADAPTER) for work in (one, two)]
+    largest = max(value.abs().max().item() for value in adapters[0].values())
+    moved = max((adapters[0][name] - adapters[1][name]).abs().max().item() for name in adapters[0])
+    trained = [record["phases"]["opd_train"] for record in records]
+    return {
+        "one": trained[0], "many": trained[1], "speedup": trained[0]["median_step_seconds"] / trained[1]["median_step_seconds"],
+        "kl_before": records[0]["kl_before"]["mean"], "kl_after": [record["kl_after"]["mean"] for record in records],
+        "kl_after_relative_difference": abs(records[0]["kl_after"]["mean"] / records[1]["kl_after"]["mean"] - 1),
+        "loss_difference": max(abs(a[1] - b[1]) for a, b in pairs), "first_gradient_relative_difference": relative(pairs[0]),
+        "gradient_relative_difference": max(relative(pair) for pair in pairs),
+        "adapter_largest_value": largest, "adapter_largest_difference": moved,
+    }  # fmt: skip
+
+
+def relative(pair: Sequence[Sequence[float]]) -> float:
+    """Of the norms of two gradients."""
+    return abs(pair[0][2] - pair[1][2]) / max(pair[0][2], 1e-12)
+
+
+# ---------------------------------------------------------------- phase C at a size
+
+
+def train35b_part(bench: Bench) -> dict[str, Any]:
+    layers = 4 if bench.tiny else fitting_layers(bench.work, SHAPES["35b"])
+    return trained(bench, "tiny" if bench.tiny else "35b", layers, keep=True)
+
+
+def train122b_part(bench: Bench) -> dict[str, Any]:
+    """Two slices; a layer's share of a GPU's memory is their difference."""
+    slices = {}
+    for layers in (4, 8) if bench.tiny else SLICES:
+        slices[str(layers)] = trained(bench, "tiny" if bench.tiny else "122b", layers)
+    kind = "peak_reserved_mib" if bench.gpus else "peak_rss_mib"
+    peaks = [max(rank[kind] for rank in found["train"]["ranks"]) for found in slices.values()]
+    few, many = map(int, slices)
+    slope = (peaks[1] - peaks[0]) / (many - few)
+    found: dict[str, Any] = {"slices": slices, "mib_a_layer": slope}
+    if bench.gpus:
+        room = torch.cuda.get_device_properties(0).total_memory / 2**20 - FREE_GB * 1e9 / 2**20
+        found |= {"room_mib": room, "layers_that_fit": int(min(48, many + (room - peaks[1]) // slope))}
+    return found
+
+
+def trained(bench: Bench, shape: str, layers: int, keep: bool = False) -> dict[str, Any]:
+    """Make the model, quantize it while the rollouts are made, train a few steps; what each took."""
+    base = bench.work / f"{shape}-{layers}"
+    teacher, student, data, out = (base / name for name in ("teacher", "student", "data", "adapter"))
+    base.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"shape": shape, "layers": layers}
+    if not (student / RECIPE_FILE).exists() or not (data / "scores").exists():
+        for path in (teacher, student, data):  # of a run that was killed
+            shutil.rmtree(path, ignore_errors=True)
+        found["synthetic_seconds"] = synthetic(bench, teacher, layers, shape)
+        tokens = 40 if bench.tiny else TOKENS
+        rollouts = ["--teacher", teacher, "--out", data, "--rollouts", 2 * ROWS, "--tokens", tokens]
+        making = bench.start("src/distill/synthetic_rollouts.py", *rollouts, CUDA_VISIBLE_DEVICES="")
+        paths = ["--model", teacher, "--out", student, "--devices", bench.devices(1 if bench.tiny else 4), "--shard-gib", 2]
+        found["quantize_seconds"] = bench.run("src/quant/quant_save.py", *paths, *RECIPE)
+        bench.finish(making)
+    found["parameters"] = sum(info.numel for info in Checkpoint(student).tensors.values())
+    found |= fitted(bench, student, teacher, data, out, ["--base", "teacher"])
+    found["predicted_gpu_gb"] = predicted(bench, shape, layers, found["parameters"])
+    shutil.rmtree(teacher)
+    shutil.rmtree(out)
+    if not keep:
+        shutil.rmtree(base)
+    return found
+
+
+def fitted(bench: Bench, student: Path, teacher: Path, data: Path, out: Path, more: Sequence[object]) -> dict[str, Any]:
+    """Phase C by all processes: seconds in all, its own account, the losses."""
+    paths = ["--student", student, "--teacher", teacher, "--rollouts", data / "rollouts", "--scores", data / "scores"]
+    steps = ["--steps", STEPS, "--rows", ROWS, "--micro-rows", 1, "--rank", RANK, "--save-every", STEPS, "--warmup", 0]
+    total = bench.run("src/distill/opd_train_fsdp.py", *paths, "--out", out, *steps, *more, processes=bench.processes)
+    train, curve = read_json(out / "phase.json"), read_json(out / ADAPTER_JSON)["curve"]
+    return {"seconds": total, "train": train, "curve": curve, "steps": STEPS, "rows": ROWS, "rank": RANK}
+
+
+def predicted(bench: Bench, shape: str, layers: int, parameters: int) -> dict[str, float]:
+    """What opd_budget says of a GPU's memory for the same run."""
+    own = SHAPES[shape]
+    sizes = Shape(layers, own.experts, own.top_k, own.hidden, own.inner, own.vocab, parameters, parameters)
+    plan = Plan(bench.processes, RANK, ROWS, 1, TOKENS, STEPS, 2 * ROWS, 32, 4e14, 2.98e12, 3e11, 1.0)
+    parts = {name: round(size / 1e9, 2) for name, size in memory(sizes, plan).items()}
+    return parts | {"total": round(sum(parts.values()), 2)}
+
+
+def fitting_layers(work: Path, shape: ModelShape) -> int:
+    """As many of a shape's layers as two copies of leave a tenth of the disk of ``work`` free."""
+    free = 0.9 * shutil.disk_usage(work).free / 2
+    sizes = [
+        2 * sum(torch.Size(s).numel() for _, _, s in plan_of(dataclasses.replace(shape, layers=layers))) for layers in (1, 2)
+    ]
+    return max(1, min(shape.layers, 1 + int((free - sizes[0]) / (sizes[1] - sizes[0]))))
+
+
+def fit122b_part(bench: Bench) -> dict[str, Any]:
+    """Phase C on the largest slice by train122b's account: headers before holes, so that its weights are zeros and take no
+    disk. Memory and collectives are those of real weights."""
+    record = bench.records / "multi_gpu_train122b.json"
+    layers = 4 if bench.tiny else read_result(record, "bench")["metrics"]["layers_that_fit"]
+    base = bench.work / "fit"
+    shutil.rmtree(base, ignore_errors=True)
+    student, data = base / "student", base / "data"
+    prepare(student, dataclasses.replace(SHAPES["tiny" if bench.tiny else "122b"], layers=layers), 0)
+    give_tokenizer(student)
+    write_json(student / RECIPE_FILE, {"recipe": Recipe(3, 4, 128, 16).to_json()})
+    tokens = 40 if bench.tiny else TOKENS
+    rollouts = ["--teacher", student, "--out", data, "--rollouts", 2 * ROWS, "--tokens", tokens]
+    made = bench.run("src/distill/synthetic_rollouts.py", *rollouts, CUDA_VISIBLE_DEVICES="")
+    found = fitted(bench, student, student, data, base / "adapter", ["--base", "codes"])
+    parameters = sum(info.numel for info in Checkpoint(student).tensors.values())
+    shutil.rmtree(base)
+    return {"layers": layers, "parameters": parameters, "rollouts_seconds": made, **found}
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def eval_part(bench: Bench) -> dict[str, Any]:
+    return answers(bench, REPO / "models/razor-tiny", 4 if bench.tiny else 16, 12 if bench.tiny else 256)
+
+
+def eval35b_part(bench: Bench) -> dict[str, Any]:
+    """The student that train35b left."""
+    students = sorted(bench.work.parent.glob("train35b/*/student"))
+    if not students:
+        raise UserError(f"{bench.work.parent / 'train35b'}: no student; run --part train35b first")
+    return answers(bench, students[-1], 1 if bench.tiny else 4, 6 if bench.tiny else 32, copies=False)
+
+
+def answers(bench: Bench, model: Path, limit: int, tokens: int, copies: bool = True) -> dict[str, Any]:
+    """The same prompts by each way of using the GPUs."""
+    from backends import HfBackend, Sampling
+    from benchmarks import get_benchmarks
+    from replicas import Replicas
+
+    everything = parse_devices(bench.devices())
+    ways: dict[str, Callable[[], Any]] = {"one": lambda: HfBackend(model, 16, parse_devices(bench.one))}
+    if copies:
+        ways["copies"] = lambda: Replicas(model, everything, 16)
+    ways["spread"] = lambda: HfBackend(model, 16, everything)
+    found, texts = {}, {}
+    for name, make in ways.items():
+        started = time.monotonic()
+        backend = make()
+        loaded = time.monotonic()
+        if not copies:  # a synthetic model says tokens that its tokenizer does not know
+            backend.tokenizer.decode = lambda ids, **_: " ".join(map(str, ids))
+        tasks = get_benchmarks(["tiny_know", "tiny_math"])
+        prompts = [backend.render(task.messages(item)) for task in tasks for item in task.load(limit)]
+        list(backend.generate(prompts[:1] * 16 * len(everything), Sampling(max_tokens=4)))  # compiles, fills caches
+        warm = time.monotonic()
+        done = dict(backend.generate(prompts, Sampling(max_tokens=tokens)))
+        seconds = time.monotonic() - warm
+        texts[name] = [done[index].text for index in range(len(prompts))]
+        count = sum(completion.tokens for completion in done.values())
+        found[name] = {"load_seconds": round(loaded - started, 2), "seconds": round(seconds, 2), "tokens": count}
+        found[name] |= {"tokens_per_second": round(count / seconds, 1)}
+        if name != "one":
+            equal = [a == b for a, b in zip(texts["one"], texts[name], strict=True)]
+            found[name] |= {"equal_answers": sum(equal), "answers": len(equal)}
+        getattr(backend, "close", lambda: None)()
+        del backend
+        if bench.gpus:
+            if name != "copies":  # they live in processes of their own
+                found[name]["device_peak_mib"] = [torch.cuda.max_memory_allocated(i) >> 20 for i in range(bench.gpus)]
+            gc.collect()
+            torch.cuda.empty_cache()
+            for index in range(bench.gpus):
+                torch.cuda.reset_peak_memory_stats(index)
+    return found
+
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "quantize": quantize_part, "distill": distill_part, "train35b": train35b_part, "train122b": train122b_part,
+    "fit122b": fit122b_part, "eval": eval_part, "eval35b": eval35b_part,
+}  # fmt: skip
+
+
+def headline(part: str, metrics: dict[str, Any]) -> str:
+    """One line of a part's record."""
+    if part == "quantize":
+        free = metrics["data_free"]
+        same = free["same_bytes"] and metrics["calibrated"]["same_bytes"]
+        return f"same bytes: {same}; GB/s {', '.join(str(free[name]['gb_per_second']) for name in ('one', 'all', 'all_twice'))}"
+    if part == "distill":
+        return (f"KL after {metrics['kl_after']}, gradients differ by {metrics['gradient_relative_difference']:.2e}, "
+                f"{metrics['speedup']:.2f} times as fast")  # fmt: skip
+    if part in ("train35b", "fit122b"):
+        return f"{metrics['layers']} layers, {metrics['train']['median_step_seconds']} s a step, {metrics['train']['ranks']}"
+    if part == "train122b":
+        return f"{metrics['mib_a_layer']:.0f} MiB a layer and process; fit: {metrics.get('layers_that_fit')}"
+    return ", ".join(f"{way} {m['tokens_per_second']} tokens/s" for way, m in metrics.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--part", choices=PARTS, required=True, help="what to measure")
+    parser.add_argument("--work", type=Path, required=True, help="large files; for the 35B 140 GB, in memory best (/dev/shm)")
+    parser.add_argument("--records", type=Path, required=True, help="directory of multi_gpu_PART.json")
+    gpus = torch.cuda.device_count()
+    parser.add_argument("--processes", type=int, default=max(2, gpus), help="GPUs (default: all), or CPU processes")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a test")
+    args = parser.parse_args()
+    if args.processes < 2 or gpus and args.processes > gpus:
+        raise UserError(f"--processes {args.processes}: several, and not more than there are GPUs ({gpus})")
+    path = args.records / f"multi_gpu_{args.part}.json"
+    if path.exists():
+        print(f"{path}: done before", flush=True)
+        return
+    work, started = args.work.resolve() / args.part, time.time()
+    bench = Bench(work, args.records, args.part, args.processes, args.processes if gpus else 0, args.tiny)
+    work.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    try:
+        metrics = PARTS[args.part](bench)
+    finally:
+        bench.stop()
+    extra = {"gpus": bench.gpus, "processes": bench.processes}
+    write_result(path, kind="bench", tag=f"multi_gpu_{args.part}", started=started, metrics=metrics, extra=extra)
+    print(f"{args.part}: {headline(args.part, metrics)}; {time.time() - started:.0f} s; {path}", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,298 @@
+"""Download a GGUF from the Hugging Face hub, resumable and checked, and say how to serve it.
+
+    python src/eval/fetch_gguf.py General-Instinct/InstinctRazor-Qwen3.5-122B-A10B-GGUF [FILE.gguf] [--out models]
+
+Without FILE the only model of the repository is taken, or its files are listed. A split model is fetched whole. The size and
+the SHA-256 come from the hub; --sha256 gives one of your own, and where the hub has none the repository's FILE.sha256 is
+read. A killed run goes on where it stopped with the same command (FILE.DIGEST.partial). A file gets its name only when its
+digest is right; FILE.sha256 is written beside it, for `sha256sum -c`. HF_ENDPOINT names another hub, HF_TOKEN the account.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import shutil
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from console import UserError, progress, run_cli
+from gguf_file import file_sha256
+from gguf_info import SHARD, gguf_files, open_gguf
+
+PIECE_BYTES = 1 << 30  # bytes of one request: a hub's links expire, and its servers end an answer at 50 GB
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file of a repository: what the hub says of it."""
+
+    repository: str
+    name: str
+    revision: str
+    size: int
+    digest: str  # SHA-256
+
+    def partial(self, directory: Path) -> Path:
+        return directory / f"{Path(self.name).name}.{self.digest[:12]}.partial"
+
+
+@contextlib.contextmanager
+def explained(repository: str, name: str = "") -> Iterator[None]:
+    """The hub's errors, each as one line that says what to do."""
+    from huggingface_hub import constants, errors
+
+    what = f"{repository}/{name}" if name else repository
+    try:
+        yield
+    except errors.GatedRepoError:
+        page = f"{constants.ENDPOINT}/{repository}"
+        raise UserError(f"{repository}: gated; accept its terms on {page}, then hf auth login (or set HF_TOKEN)") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{repository}: no such revision; leave out --revision for main") from None
+    except errors.EntryNotFoundError:
+        raise UserError(f"{what}: no such file in the repository; leave the name out to list what is there") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{repository}: no such repository, or a private one: check the name, or hf auth login") from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{repository}: not the name of a repository ({' '.join(str(error).split())[:100]})") from None
+    except errors.OfflineModeIsEnabled:
+        raise UserError(f"{what}: HF_HUB_OFFLINE is set; unset it to download") from None
+    except errors.HfHubHTTPError as error:
+        code = error.response.status_code
+        raise UserError(f"{what}: the hub answered HTTP {code}; run the same command again later to go on") from None
+    except errors.HfHubHTTPError.__bases__ as error:  # those of its HTTP client: no network, no answer, a broken one
+        why = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UserError(
+            f"{what}: cannot be fetched from {constants.ENDPOINT} ({why}); get the machine on line (or set HF_ENDPOINT) and "
+            "run the same command again: it goes on where it stopped"
+        ) from None
+
+
+def repository_files(repository: str, revision: str) -> list[str]:
+    from huggingface_hub import HfApi
+
+    with explained(repository):  # one request, not retried: a machine without a network hears it at once
+        siblings = HfApi().model_info(repository, revision=revision, timeout=30).siblings or []
+    return sorted(sibling.rfilename for sibling in siblings if sibling.rfilename.endswith(".gguf"))
+
+
+def choose(repository: str, revision: str, wanted: str | None) -> list[str]:
+    """The files to fetch: ``wanted`` and the other parts of its model, or the only model that is there."""
+    found = repository_files(repository, revision)
+    models = [name for name in found if "mmproj" not in Path(name).name]
+    firsts = [name for name in models if not (part := SHARD.match(name)) or part[2] == "00001"]
+    if wanted is None:
+        if len(firsts) != 1:
+            listed = "\n  ".join(firsts) or "none"
+            raise UserError(f"{repository}: {len(firsts)} models; name one of its files:\n  {listed}")
+        wanted = firsts[0]
+    if wanted not in found:
+        raise UserError(f"{repository}: has no {wanted}; it has {', '.join(found) or 'no .gguf file'}")
+    part = SHARD.match(wanted)
+    if not part:
+        return [wanted]
+    if part[2] != "00001":
+        raise UserError(f"{wanted}: part {int(part[2])} of a split model; give the first, {part[1]}-00001-of-{part[3]}.gguf")
+    names = [f"{part[1]}-{number:05d}-of-{part[3]}.gguf" for number in range(1, int(part[3]) + 1)]
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{repository}: the split model lacks {', '.join(missing)}")
+    return names
+
+
+def located(repository: str, name: str, revision: str) -> tuple[Any, dict[str, str]]:
+    """(metadata with a fresh link, headers to ask that link with)."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    url = hf_hub_url(repository, name, revision=revision)
+    with explained(repository, name):
+        metadata = get_hf_file_metadata(url, retry_on_errors=True)
+    headers = dict(build_hf_headers())
+    if urllib.parse.urlsplit(metadata.location).netloc != urllib.parse.urlsplit(url).netloc:
+        headers.pop("authorization", None)  # the token is the hub's, not its storage's
+    return metadata, headers
+
+
+def describe(repository: str, name: str, revision: str, given: str | None) -> Remote:
+    """Size and SHA-256 of a file; a digest of the user's that the hub contradicts is refused before anything is fetched."""
+    metadata, _ = located(repository, name, revision)
+    digest = metadata.etag if SHA256.fullmatch(metadata.etag or "") else None
+    if given and digest and given != digest:
+        raise UserError(
+            f"{repository}/{name}: the hub has SHA-256 {digest}, --sha256 says {given}; one of them is of another file"
+        )
+    digest = given or digest or sidecar(repository, name, revision)
+    if metadata.size is None:
+        raise UserError(f"{repository}/{name}: the hub does not say how large it is; try again later")
+    return Remote(repository, name, metadata.commit_hash or revision, metadata.size, digest)
+
+
+def sidecar(repository: str, name: str, revision: str) -> str:
+    """The digest in the repository's FILE.sha256, for a file that the hub keeps no digest of."""
+    from huggingface_hub import errors, hf_hub_download
+
+    with explained(repository, f"{name}.sha256"):
+        try:
+            text = Path(hf_hub_download(repository, f"{name}.sha256", revision=revision)).read_text(encoding="utf-8")
+        except errors.EntryNotFoundError:
+            text = ""
+    if not (found := SHA256.match(text.strip().lower())):
+        raise UserError(f"{repository}/{name}: neither the hub nor a {name}.sha256 has its SHA-256; give it with --sha256")
+    return found[0]
+
+
+class Piece:
+    """The file that one request's answer is appended to: it tells a progress bar, says which disk is full, and refuses more
+    than was asked for (a server that ignores the range would send the file from its start)."""
+
+    def __init__(self, stream: BinaryIO, end: int, bar: Any) -> None:
+        self.stream, self.begin, self.end, self.bar = stream, stream.tell(), end, bar
+
+    def write(self, data: bytes) -> None:
+        if self.stream.tell() + len(data) > self.end:
+            self.stream.truncate(self.begin)
+            raise UserError(f"{self.stream.name}: the server sends more than it was asked for; it does not know ranges")
+        try:
+            self.stream.write(data)
+        except OSError as error:
+            raise UserError(f"{self.stream.name}: cannot be written ({error.strerror}); what is there is kept") from None
+        self.bar.update(len(data))
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    def seek(self, position: int) -> int:
+        return self.stream.seek(position)
+
+    def truncate(self) -> int:
+        return self.stream.truncate()
+
+
+def download(remote: Remote, partial: Path) -> None:
+    """Append to ``partial`` what it lacks, in pieces; each asks for a fresh link, since links expire."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    with progress(remote.size, Path(remote.name).name, "B", True) as bar, partial.open("ab") as stream:
+        bar.update(stream.tell())
+        while (begin := stream.tell()) < remote.size:
+            metadata, headers = located(remote.repository, remote.name, remote.revision)
+            piece: Any = Piece(stream, min(begin + PIECE_BYTES, remote.size), bar)
+            headers["Range"] = f"bytes={begin}-{piece.end - 1}"
+            with explained(remote.repository, remote.name):
+                http_get(metadata.location, piece, headers=headers, expected_size=piece.end - begin)
+            stream.flush()
+
+
+def check_disk(remotes: Sequence[Remote], directory: Path) -> None:
+    missing = 0
+    for remote in remotes:
+        partial = remote.partial(directory)
+        missing += remote.size - (partial.stat().st_size if partial.exists() else 0)
+    free = shutil.disk_usage(directory).free
+    if missing > free:
+        raise UserError(
+            f"{directory}: {missing / 1e9:.2f} GB are to come, {free / 1e9:.2f} GB are free; make room, or give another --out"
+        )
+
+
+def is_there(remote: Remote, file: Path) -> bool:
+    """Whether ``file`` is this one: by its sidecar, or by its digest, which is then written down."""
+    if not file.exists():
+        return False
+    if file.stat().st_size == remote.size:
+        note = sidecar_of(file)
+        if note.exists() and note.read_text(encoding="utf-8").split()[:1] == [remote.digest]:
+            return True
+        if digest_of(file) == remote.digest:
+            write_sidecar(file, remote.digest)
+            return True
+    raise UserError(
+        f"{file}: another file than the hub's {remote.name} ({remote.digest[:12]}); move it away or give another --out"
+    )
+
+
+def sidecar_of(file: Path) -> Path:
+    return file.with_name(file.name + ".sha256")
+
+
+def write_sidecar(file: Path, digest: str) -> None:
+    sidecar_of(file).write_text(f"{digest}  {file.name}\n", encoding="utf-8")
+
+
+def digest_of(file: Path) -> str:
+    with progress(file.stat().st_size, "sha256", "B", True) as bar:
+        return file_sha256(file, bar.update)
+
+
+def fetch(remote: Remote, directory: Path) -> Path:
+    """The file in ``directory``, downloaded and checked where it is not there yet."""
+    file, partial = directory / Path(remote.name).name, remote.partial(directory)
+    if is_there(remote, file):
+        print(f"{file}: is there ({remote.size:,} bytes, SHA-256 {remote.digest[:12]}...)", flush=True)
+        return file
+    begun = partial.stat().st_size if partial.exists() else 0
+    if begun > remote.size:
+        raise UserError(f"{partial}: longer than the hub's file; remove it and run again")
+    print(f"{remote.repository}/{remote.name}: {remote.size:,} bytes" + f", goes on at {begun:,}" * bool(begun), flush=True)
+    download(remote, partial)
+    digest = digest_of(partial)
+    if digest != remote.digest:
+        partial.unlink()
+        raise UserError(
+            f"{remote.name}: SHA-256 is {digest}, expected {remote.digest}; it was removed, run again to fetch it anew"
+        )
+    partial.rename(file)
+    write_sidecar(file, digest)
+    print(f"{file}: {remote.size:,} bytes, SHA-256 {digest}", flush=True)
+    return file
+
+
+def deploy_text(file: Path) -> str:
+    """How to serve the file, and what it needs."""
+    readers = [open_gguf(part) for part in gguf_files(file)]
+    sizes = {str(tensor.name): int(tensor.n_bytes) for reader in readers for tensor in reader.tensors}
+    experts = sum(size for name, size in sizes.items() if "_exps." in name)
+    total = sum(sizes.values())
+    server = '"$(bash pipelines/llama_cpp.sh | tail -n 1)/llama-server"'
+    lines = [f"serve ({total / 2**30:.2f} GiB of weights on the card, the context's state on top):"]
+    lines.append(f"  {server} --model {file} --n-gpu-layers 99")
+    if experts:
+        rest = (total - experts) / 2**30
+        lines.append(f"serve with the experts in the machine's memory ({experts / 2**30:.2f} GiB; {rest:.2f} GiB on the card):")
+        lines.append(f"  {server} --model {file} --n-gpu-layers 99 --n-cpu-moe 999")
+    lines.append("evaluate (DIR: the original's directory, for its tokenizer):")
+    lines.append(f"  bash pipelines/eval.sh --model {file} --tokenizer DIR --tag TAG")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("repository", help="OWNER/NAME on the hub")
+    parser.add_argument("file", nargs="?", help="a .gguf of it (default: the only one); the first part of a split model")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit (default main)")
+    parser.add_argument("--out", type=Path, default=Path("models"), help="directory of the file (default models)")
+    parser.add_argument("--sha256", help="the digest that the file must have (of one file)")
+    args = parser.parse_args()
+    if args.sha256 and not SHA256.fullmatch(args.sha256.lower()):
+        raise UserError(f"--sha256 {args.sha256}: expected 64 hexadecimal digits")
+    names = choose(args.repository, args.revision, args.file)
+    if args.sha256 and len(names) > 1:
+        raise UserError(f"--sha256: the model has {len(names)} parts; leave it out, the hub has their digests")
+    given = args.sha256.lower() if args.sha256 else None
+    remotes = [describe(args.repository, name, args.revision, given) for name in names]
+    args.out.mkdir(parents=True, exist_ok=True)
+    check_disk([remote for remote in remotes if not (args.out / Path(remote.name).name).exists()], args.out)
+    files = [fetch(remote, args.out) for remote in remotes]
+    print(deploy_text(files[0]), flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,111 @@
+"""How much of a GGUF's KL is luck: several calibration texts, each rounded by llama-quantize and by us, in pairs.
+
+    python src/eval/gguf_spread.py --model models/razor-tiny --base-type IQ2_XS --texts tiny:0 tiny:1 tiny:2 --work W --tag T
+
+Which way a near tie rounds decides whether a rare fact survives, and a few such positions make up the tail of the KL: other
+text, or another number of threads, moves the 99.9th percentile by a quarter. Both sides get the same text, the same types
+and so the same bytes. Each file is judged by gguf_kl, whose record stays in W; a killed run goes on behind the last one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from console import UserError, progress, run_cli, run_script
+from paired_stats import T95, paired_ratio
+from results_store import add_tag_arguments, describe_model, read_result, tagged_record, write_result
+
+SIDES = ("llama", "ours")
+FIGURES = ("mean", "p99", "p99_9")
+MOST_APART = 0.001  # of the bytes: what metadata may differ by
+
+
+def name_of(text: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in text)
+
+
+def measured(args: argparse.Namespace, text: str, side: str) -> dict[str, Any]:
+    """The KL record of a file that ``side`` made with a calibration text."""
+    tag = f"{args.base_type}-{name_of(text)}-{side}".lower()
+    record = args.work / f"{tag}.json"
+    if not record.exists():
+        out = args.work / f"{side}-{name_of(text)}"  # the next type takes over llama.cpp's imatrix from there
+        made = ["--model", args.model, "--calib", text, "--out", out, "--base-type", args.base_type, "--force"]
+        made += ["--tensor-types", args.tensor_types]
+        if side == "llama":
+            run_script("src/quant/gguf_reference.py", *made)
+        else:
+            run_script("src/quant/gguf_pack.py", *made, "--token-weights", args.work / f"token-weights-{name_of(text)}.st")
+        file = out / f"{args.model.resolve().name}-{args.base_type.upper()}.gguf"
+        judged = ["--model", file, "--reference", args.model, "--items", args.items]
+        run_script("src/eval/gguf_kl.py", *judged, "--tag", tag, "--out", args.work)
+    return read_result(record, "kl")
+
+
+def spread(values: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Mean and standard deviation of each of :data:`SIDES` over the texts, and the second's share of the first."""
+    found: dict[str, Any] = {}
+    for side, own in zip(SIDES, values, strict=True):
+        found[side] = {"mean": statistics.fmean(own), "deviation": statistics.stdev(own), "values": list(own)}
+    return found | dict(zip(("ratio", "ratio_low", "ratio_high"), paired_ratio(*values)))
+
+
+def check_pairs(pairs: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """A comparison is at equal bytes and on the same positions, or void."""
+    for a, b in pairs:
+        sizes = [record["model"]["bytes"] for record in (a, b)]
+        if abs(sizes[0] - sizes[1]) > MOST_APART * sizes[0]:
+            raise UserError(f"{a['tag']} has {sizes[0]:,} bytes, {b['tag']} {sizes[1]:,}: not the same types")
+    if len({(record["data"][0]["sha256"], record["context"]) for pair in pairs for record in pair}) > 1:
+        raise UserError("the records in --work were made on different transcripts; give another --work")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, required=True, help="directory of the BF16 model")
+    parser.add_argument("--base-type", required=True, help="of what --tensor-types does not name")
+    types = Path("configs/gguf_tensor_types_iq3.txt")
+    parser.add_argument("--tensor-types", type=Path, default=types, help=f"file of PATTERN=TYPE lines (default {types})")
+    parser.add_argument("--texts", nargs="+", required=True, help="calibration texts, each as --calib of gguf_pack")
+    parser.add_argument("--items", type=int, default=128, help="transcripts of each tiny task (default 128)")
+    parser.add_argument("--work", type=Path, required=True, help="directory for the files and the record of each")
+    add_tag_arguments(parser, "spread")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if not 2 <= len(set(args.texts)) == len(args.texts) <= len(T95) + 1:
+        raise UserError(f"--texts {' '.join(args.texts)}: give 2 to {len(T95) + 1} different ones")
+    result, started = tagged_record(args), time.time()
+    model = describe_model(args.model)
+    pairs = []
+    with progress(2 * len(args.texts), args.base_type, "file") as bar:
+        for text in args.texts:
+            pairs.append([])
+            for side in SIDES:
+                pairs[-1].append(measured(args, text, side))
+                bar.update()
+    check_pairs(pairs)
+    metrics = {
+        figure: spread([[pair[place]["metrics"]["tool"][figure] for pair in pairs] for place in range(2)]) for figure in FIGURES
+    }
+    extra = {"base_type": args.base_type.upper(), "texts": len(args.texts), "calibration": args.texts}
+    seconds = sum(record["seconds"] for pair in pairs for record in pair)
+    write_result(
+        result, kind="spread", tag=args.tag, started=started, seconds=max(seconds, time.time() - started), model=model,
+        data=pairs[0][0]["data"], metrics=metrics, extra=extra,
+    )  # fmt: skip
+    for figure in FIGURES:
+        m = metrics[figure]
+        shown = ", ".join(f"{side} {m[side]['mean']:.5f} +- {m[side]['deviation']:.5f}" for side in SIDES)
+        print(f"{figure:<6} {shown}, share {m['ratio']:.2f} ({m['ratio_low']:.2f} to {m['ratio_high']:.2f})", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

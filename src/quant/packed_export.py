@@ -1,0 +1,230 @@
+"""A quantized checkpoint in 4 bits a weight for vLLM and transformers, and back, bit for bit (docs/PACKED.md).
+
+    python src/quant/packed_export.py --model work/w3 --out work/w3-packed [--result results/quantize/T.json --tag T]
+    python src/quant/packed_export.py --unpack work/w3-packed --out work/w3-again
+    python src/quant/packed_export.py --check work/w3-packed --model work/w3
+    python src/quant/packed_export.py --sizes models/Qwen3.5-122B-A10B/config.json [--expert-bits 3 --linear-bits 4]
+
+The first packs what quant_save wrote (`quant_save --packed` writes the same files without the BF16 in between), checks every
+tensor and prints the size. --sizes counts bytes from a config alone. Everything streams; a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoint import PACKED, Checkpoint, CheckpointWriter, TensorInfo
+from console import UserError, progress, read_json, run_cli, write_json
+from model_layout import roles_of
+from overlap import OneBehind, one_ahead
+from packed_layout import PackedWriter, describe, plan_container, summary
+from packed_view import read_manifest
+from quant_save import CHUNK_BYTES, Job, bits_argument, plan_jobs, sidecars
+from recipe import RECIPE_FILE, Recipe, read_recipe
+from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
+from staging import check_output, staged_directory
+
+
+def copy_tensors(checkpoint: Checkpoint, writer: CheckpointWriter | PackedWriter, label: str) -> None:
+    """Read, encode and write every tensor in chunks; the next is read and the last one written meanwhile."""
+    total = sum(info.bytes for info in checkpoint.tensors.values())
+
+    def chunks() -> Iterator[tuple[str, Tensor]]:
+        for name, info in checkpoint.tensors.items():
+            if writer.is_done(name):
+                bar.update(info.bytes)
+                continue
+            for _, chunk in checkpoint.read_chunks(name, CHUNK_BYTES):
+                yield name, chunk
+
+    with progress(total, label, "B", True) as bar, one_ahead(chunks()) as ahead, OneBehind() as later:
+        for name, chunk in ahead:
+            later(writer.append, name, writer.encode(name, chunk))
+            bar.update(chunk.nbytes)
+
+
+def settings_of(checkpoint: Checkpoint, shard_bytes: int) -> dict[str, Any]:
+    """What must be the same for an unfinished run to go on."""
+    sizes = [file.stat().st_size for file in checkpoint.files]
+    headers = {"config_sha256": checkpoint.config_sha256, "header_sha256": header_sha256(checkpoint)}
+    return headers | {"source": str(checkpoint.path.resolve()), "file_bytes": sizes, "shard_bytes": shard_bytes}
+
+
+def pack(model: Path, out: Path, force: bool = False, shard_bytes: int = 4 << 30, experts: bool = True) -> dict[str, Any]:
+    """Write the packed form of the checkpoint that quant_save wrote to ``model``; returns recipe.json's report with the
+    container's summary. Raises :class:`UserError` on a tensor whose values are not on the recipe's grid."""
+    checkpoint, out = Checkpoint(model), out.resolve()
+    jobs, made = plan_jobs(checkpoint, read_recipe(model)), read_json(model / RECIPE_FILE)
+    container, extras = plan_container(jobs, read_recipe(model), experts), sidecars(model)
+    facts = summary(jobs, container)
+    check_output(model, out, force, facts["bytes"] + sum(file.stat().st_size for file in extras))
+    print(f"{model} -> {out}\n{describe(facts)}", flush=True)
+    plan = [(job.name, job.info.dtype, job.info.shape) for job in jobs]
+    shards = [sum(info.file == file for info in checkpoint.tensors.values()) for file in checkpoint.files]
+    with staged_directory(out, force, settings_of(checkpoint, shard_bytes) | {"experts": experts}) as partial:
+        for file in extras:
+            shutil.copyfile(file, partial / file.name)
+        with PackedWriter(partial, plan, container, shard_bytes, shards=shards) as writer:
+            copy_tensors(checkpoint, writer, "pack")
+        report = made["report"] | {"container": facts}
+        write_json(partial / RECIPE_FILE, made | {"report": report})
+    return report
+
+
+def unpack(packed: Path, out: Path, force: bool = False) -> None:
+    """Write the dequantized checkpoint that ``packed`` holds: the files that it was packed from, byte for byte."""
+    checkpoint, out = Checkpoint(packed), out.resolve()
+    if not checkpoint.is_packed:
+        raise UserError(f"{packed}: is not packed (no {PACKED}); there is nothing to unpack")
+    manifest = read_manifest(packed)
+    extras = [file for file in sidecars(packed, unpacking=True) if file.name not in (PACKED, "config.json")]
+    needed = sum(info.bytes for info in checkpoint.tensors.values()) + sum(file.stat().st_size for file in extras)
+    check_output(packed, out, force, needed)
+    plan = [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()]
+    starts = [sum(manifest["shards"][:place]) for place in range(len(manifest["shards"]))]
+    with staged_directory(out, force, settings_of(checkpoint, 0)) as partial:
+        for file in extras:
+            shutil.copyfile(file, partial / file.name)
+        (partial / "config.json").write_text(manifest["config"], encoding="utf-8")
+        with CheckpointWriter(partial, plan, needed, {plan[start][0] for start in starts}) as writer:
+            copy_tensors(checkpoint, writer, "unpack")
+        made = read_json(packed / RECIPE_FILE)
+        made["report"].pop("container", None)
+        write_json(partial / RECIPE_FILE, made)
+
+
+def check(packed: Path, model: Path) -> dict[str, int]:
+    """Compare two checkpoints tensor by tensor, bit for bit: counts of tensors, of those that are equal, and of values that
+    differ, those apart that are zeros of other sign."""
+    one, other = Checkpoint(packed), Checkpoint(model)
+    if list(one.tensors) != list(other.tensors):
+        lost = one.tensors.keys() ^ other.tensors.keys()
+        what = f"only one of the two has {min(lost)}" if lost else "their tensors lie in another order"
+        raise UserError(f"{packed} and {model}: {what}")
+    found = {"tensors": len(one.tensors), "bit_equal": 0, "different_values": 0, "zeros_of_other_sign": 0}
+    with progress(sum(info.bytes for info in one.tensors.values()), "check", "B", True) as bar:
+        for name in one.tensors:
+            different, signs = _compare(one, other, name, bar)
+            found["different_values"] += different
+            found["zeros_of_other_sign"] += signs
+            found["bit_equal"] += not different and not signs
+    return found
+
+
+def _compare(one: Checkpoint, other: Checkpoint, name: str, bar: tqdm) -> tuple[int, int]:
+    """(values that differ, zeros of other sign) of a tensor."""
+    if (one.info(name).dtype, one.info(name).shape) != (other.info(name).dtype, other.info(name).shape):
+        return one.info(name).numel, 0
+    different = signs = 0
+    for (_, a), (_, b) in zip(one.read_chunks(name, CHUNK_BYTES), other.read_chunks(name, CHUNK_BYTES), strict=True):
+        same = a == b
+        different += int((~same).sum())
+        if a.is_floating_point():
+            signs += int(((torch.signbit(a) != torch.signbit(b)) & same).sum())
+        bar.update(a.nbytes)
+    return different, signs
+
+
+def sizes(config_file: Path, recipe: Recipe) -> dict[str, Any]:
+    """The container's summary for a model of this config.json, from the shapes that transformers gives its parameters; no
+    weights are read or made. What transformers does not load (multi-token prediction) is not counted."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(str(config_file), local_files_only=True)
+    auto = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    with init_empty_weights():
+        model = auto.from_config(config, dtype=torch.bfloat16)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}  # tied ones once
+    roles = roles_of(shapes, {"model_type": config.model_type, **config.get_text_config().to_dict()})
+    jobs = []
+    for name, shape in shapes.items():
+        info = TensorInfo(torch.bfloat16, shape, Path(), 0, 2 * torch.Size(shape).numel())
+        jobs.append(Job(name, info, roles[name], recipe.bits_of(name, roles[name])))
+    facts = summary(jobs, plan_container(jobs, recipe))
+    return facts | {"parameters": sum(job.info.numel for job in jobs), "dequantized_bytes": sum(j.info.bytes for j in jobs)}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, help="a checkpoint that quant_save wrote")
+    parser.add_argument("--out", type=Path, help="directory to make")
+    parser.add_argument("--unpack", type=Path, help="a packed checkpoint to write as BF16 again")
+    parser.add_argument("--check", type=Path, help="a packed checkpoint to compare with --model, bit for bit")
+    parser.add_argument("--sizes", type=Path, help="config.json of a model whose packed size to count")
+    parser.add_argument("--expert-bits", type=bits_argument, default=3, help="with --sizes (default 3)")
+    parser.add_argument("--linear-bits", type=int, default=4, help="with --sizes (default 4)")
+    parser.add_argument("--group", type=int, default=128, help="with --sizes (default 128)")
+    keep = "leave the routed experts in BF16: vLLM on a CPU without AMX has no kernel for packed ones"
+    parser.add_argument("--keep-experts", action="store_true", help=keep)
+    parser.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file (default 4)")
+    parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
+    add_record_arguments(parser, force=False)
+    return parser.parse_args()
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    check_record_arguments(args)
+    given = sorted(name for name in ("model", "out", "unpack", "check", "sizes") if getattr(args, name))
+    if given not in (["model", "out"], ["out", "unpack"], ["check", "model"], ["sizes"]):
+        raise UserError("give --model and --out, --unpack and --out, --check and --model, or --sizes (see --help)")
+    if args.result and given != ["model", "out"]:
+        raise UserError("--result goes with --model and --out")
+    if not 0 < args.shard_gib < float("inf"):
+        raise UserError(f"--shard-gib {args.shard_gib} must be above 0")
+
+
+def show_check(found: dict[str, int]) -> str:
+    text = f"{found['bit_equal']:,} of {found['tensors']:,} tensors equal bit for bit"
+    if found["different_values"] or found["zeros_of_other_sign"]:
+        text += f"; {found['different_values']:,} values differ, {found['zeros_of_other_sign']:,} zeros have another sign"
+    return text
+
+
+def pack_and_check(args: argparse.Namespace) -> int:
+    """Pack, compare with what was packed, record; 1 if a value differs."""
+    started = time.time()
+    report = pack(args.model, args.out, args.force, int(args.shard_gib * 2**30), not args.keep_experts)
+    found = check(args.out, args.model)
+    output = describe_model(args.out)
+    print(f"{show_check(found)}\nwrote {args.out}: {output['bytes'] / 1e6:,.2f} MB of weights, "
+          f"{report['output_bytes'] / 1e6:,.2f} MB dequantized, in {time.time() - started:.1f} s", flush=True)  # fmt: skip
+    if found["different_values"]:
+        return 1
+    if args.result:
+        write_result(
+            args.result, kind="quantize", tag=args.tag, started=started, model=describe_model(args.model),
+            recipe=read_recipe(args.out).to_json(), metrics=report | {"check": found}, extra={"output": output},
+        )  # fmt: skip
+    return 0
+
+
+def main() -> int:
+    args = parse_arguments()
+    check_arguments(args)
+    if args.sizes:
+        facts = sizes(args.sizes, Recipe(args.expert_bits, args.linear_bits, args.group, 16))
+        print(f"{facts['parameters']:,} parameters, {facts['dequantized_bytes'] / 1e9:,.2f} GB in BF16\n{describe(facts)}")
+    elif args.unpack:
+        unpack(args.unpack, args.out, args.force)
+        print(f"wrote {args.out}", flush=True)
+    elif args.check:
+        found = check(args.check, args.model)
+        print(show_check(found), flush=True)
+        return int(found["different_values"] > 0)
+    else:
+        return pack_and_check(args)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,337 @@
+"""Which tensors of a quantized checkpoint lie packed in 4 bits, under which names, and what config.json says of it.
+
+Not a command; quant_save --packed and packed_export use it. The container is compressed-tensors' "pack-quantized": for every
+matrix weight_packed, weight_scale and weight_shape in place of weight, experts one by one. A matrix that the container or
+vLLM's kernels cannot take stays in BF16 with the values that the grid gave it, so the model is the same. Shapes and
+fusions that kernels ask for: vLLM 0.32, model_executor/layers/quantization/{utils/marlin_utils,compressed_tensors}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from checkpoint import DTYPE_NAMES, PACKED, CheckpointWriter, Plan, TensorInfo, split_plan
+from console import UserError, write_json
+from device_pool import default_device
+from model_layout import LAYER_PREFIX, MTP_PREFIX, VISION_PREFIX, Role, text_name
+from packed_int4 import BITS, CODES_A_WORD, codes_of, pack_codes
+from packed_view import FORMAT, matrices_of
+from recipe import Recipe
+
+if TYPE_CHECKING:
+    from quant_save import Job
+
+SYMMETRIC = ("absmax", "clip", "wclip", "gptq", "gptq_refit")  # code * scale; other methods shift or rescale
+GROUPS = (32, 64, 128)  # group sizes that vLLM's kernels have
+ENCODED_AT_ONCE = 1 << 25  # weights
+OUTPUTS, INPUTS = 64, 128  # a kernel's matrix is made of tiles of so many
+FUSIONS = (  # vLLM makes one matrix of these, so they are packed together or not at all
+    (re.compile(r"(.*\.experts)\..*"), r"\1"),
+    (re.compile(r"(.*)\.[qkv]_proj"), r"\1.qkv_proj"),
+    (re.compile(r"(.*)\.(?:gate|up)_proj"), r"\1.gate_up_proj"),
+    (re.compile(r"(.*)\.in_proj_(?:qkv|z)"), r"\1.in_proj_qkvz"),
+    (re.compile(r"(.*)\.in_proj_[ba]"), r"\1.in_proj_ba"),
+    (re.compile(r"(.*)\.(?:q_a_proj|kv_a_proj_with_mqa)"), r"\1.fused_qkv_a_proj"),
+)
+FEW_OUTPUTS = re.compile(r".*\.in_proj_(a|b|ba)\.weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class Container:
+    """``packed``: names of the tensors that are packed, each with the grids (bits) its values may lie on; ``kept``: names of
+    quantized tensors that stay in BF16, each with the reason; ``config``: quantization_config for config.json."""
+
+    group: int
+    packed: dict[str, tuple[int, ...]]
+    kept: dict[str, str]
+    config: dict[str, Any]
+
+
+def unit_of(name: str) -> str:
+    """The matrix of vLLM that a tensor becomes a part of."""
+    module = name.removesuffix(".weight")
+    return next((pattern.sub(unit, module) for pattern, unit in FUSIONS if pattern.fullmatch(module)), module)
+
+
+def shape_fault(name: str, shape: tuple[int, ...]) -> str | None:
+    """Why no 4-bit kernel of vLLM takes the matrices of this tensor; None if one does."""
+    rows, inputs = matrices_of(name, shape)[0][1], shape[-1]
+    if rows % OUTPUTS or inputs % INPUTS:
+        return f"no kernel takes {rows} outputs by {inputs} inputs (multiples of {OUTPUTS} and {INPUTS})"
+    return None
+
+
+def _fault(job: Job, experts: bool) -> str | None:
+    """Why a tensor is not packed, whatever it is fused with."""
+    if job.bits is None:
+        return "not quantized"
+    if job.role is Role.ROUTED_EXPERT and not experts:
+        return "routed experts, kept by --keep-experts"
+    if job.role is Role.EMBEDDING:
+        return "vLLM reads embeddings in BF16"
+    if job.role is Role.LM_HEAD:
+        return "vLLM reads the head in BF16"
+    if FEW_OUTPUTS.fullmatch(job.name):
+        return "too few outputs to gain from it"
+    if max(job.by_expert, default=job.bits) > BITS:
+        return f"more than {BITS} bits"
+    return shape_fault(job.name, job.info.shape)
+
+
+def plan_container(jobs: Sequence[Job], recipe: Recipe, experts: bool = True) -> Container:
+    """What is packed, with or without the routed ``experts``; raises :class:`UserError` on a recipe that the container cannot
+    hold, and where nothing of the routed experts (or, without them, nothing at all) can be packed."""
+    if recipe.method not in SYMMETRIC:
+        raise UserError(f"--packed: method {recipe.method} is not a symmetric grid; use one of {', '.join(SYMMETRIC)}")
+    if recipe.group not in GROUPS:
+        raise UserError(f"--packed: no kernel has groups of {recipe.group}; use --group {', '.join(map(str, GROUPS))}")
+    quantized = [job for job in jobs if job.bits is not None]
+    if wrong := next((job for job in quantized if job.info.dtype != torch.bfloat16), None):
+        raise UserError(f"--packed: tensor {wrong.name} is {wrong.info.dtype}; the container holds BF16 values: convert first")
+    faults: dict[str, str] = {}  # of units
+    for job in jobs:
+        if job.role not in (Role.VISION, Role.MTP) and (fault := _fault(job, experts)):
+            faults.setdefault(unit_of(job.name), fault)
+    packed = {job.name: _grids(job) for job in quantized if unit_of(job.name) not in faults}
+    kept = {job.name: faults[unit_of(job.name)] for job in quantized if job.name not in packed}
+    wanted = [job.name for job in quantized if experts and job.role is Role.ROUTED_EXPERT]
+    what = "routed expert" if wanted else "matrix"
+    wanted = wanted or [job.name for job in quantized]
+    if not any(name in packed for name in wanted):
+        why = kept[wanted[0]] if wanted else "nothing is quantized"
+        raise UserError(f"--packed: no {what} can be packed: {why}")
+    return Container(recipe.group, packed, kept, quantization_config(jobs, packed, recipe.group))
+
+
+def _grids(job: Job) -> tuple[int, ...]:
+    """The bits of the grids that a matrix of this tensor may lie on, those of most matrices first."""
+    if job.by_expert:
+        return tuple(sorted(set(job.by_expert)))
+    return (int(job.bits),) if job.bits == int(job.bits) else (int(job.bits), int(job.bits) + 1)
+
+
+def stored_tensors(name: str, shape: tuple[int, ...], group: int) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """(name, dtype, shape) of what a packed tensor is stored as."""
+    for module, rows in matrices_of(name, shape):
+        yield f"{module}.weight_packed", torch.int32, (rows, shape[-1] // CODES_A_WORD)
+        yield f"{module}.weight_scale", torch.bfloat16, (rows, shape[-1] // group)
+        yield f"{module}.weight_shape", torch.int64, (2,)
+
+
+def packed_bytes(name: str, shape: tuple[int, ...], group: int) -> int:
+    """Bytes of a packed tensor: half a byte a weight, two bytes a scale, 16 bytes a matrix for its shape."""
+    weights = 1
+    for size in shape:
+        weights *= size
+    return weights * BITS // 8 + weights // group * 2 + 16 * len(matrices_of(name, shape))
+
+
+def summary(jobs: Sequence[Job], container: Container) -> dict[str, Any]:
+    """Counts and bytes of the container, for the record: in all, packed, and of what stays as it is, by its reason."""
+    packed = [job for job in jobs if job.name in container.packed]
+    kept = [job for job in jobs if job.name not in container.packed]
+    size = sum(packed_bytes(job.name, job.info.shape, container.group) for job in packed)
+    by_reason: dict[str, int] = {}
+    for job in kept:
+        reason = container.kept.get(job.name, "not quantized")
+        by_reason[reason] = by_reason.get(reason, 0) + job.info.bytes
+    return {
+        "format": "compressed-tensors pack-quantized",
+        "bytes": size + sum(by_reason.values()),
+        "packed_tensors": len(packed),
+        "packed_parameters": sum(job.info.numel for job in packed),
+        "packed_bytes": size,
+        "kept_bytes": by_reason,
+    }
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The summary as lines of text."""
+
+    def size(count: int) -> str:
+        return f"{count / 1e6:,.2f} MB"
+
+    lines = [
+        f"packed for vLLM: {size(facts['bytes'])}; {facts['packed_parameters']:,} weights in {size(facts['packed_bytes'])}"
+    ]
+    lines += [f"{size(count):>17}  as it is: {reason}" for reason, count in sorted(facts["kept_bytes"].items())]
+    return "\n".join(lines)
+
+
+def ignored(jobs: Sequence[Job], packed: Collection[str]) -> list[str]:
+    """quantization_config's "ignore": every linear that is not packed, by name; whole subtrees by pattern, since the names of
+    vision towers and of multi-token prediction differ between loaders."""
+    found = {"re:.*lm_head$": None}  # a dict keeps the order
+    for job in jobs:
+        if job.name in packed:
+            continue
+        if job.role is Role.VISION:
+            found[rf"re:.*{VISION_PREFIX.match(job.name)[2]}\..*"] = None
+        elif job.role is Role.MTP:
+            layer = LAYER_PREFIX.match(text_name(job.name))
+            found[r"re:.*mtp\..*" if MTP_PREFIX.match(job.name) else rf"re:.*layers\.{layer[1]}\..*"] = None
+        elif job.role is Role.ROUTED_EXPERT:
+            layer = LAYER_PREFIX.match(text_name(job.name))
+            found[rf"re:.*layers\.{layer[1]}\..*\.experts\..*"] = None
+        elif len(job.info.shape) == 2 and job.role not in (Role.EMBEDDING, Role.LM_HEAD):
+            found[job.name.removesuffix(".weight")] = None
+    return list(found)
+
+
+def quantization_config(jobs: Sequence[Job], packed: Collection[str], group: int) -> dict[str, Any]:
+    """What config.json says: one group of 4-bit symmetric linears, and what it leaves out."""
+    weights = {"num_bits": BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    scheme = {"targets": ["Linear"], "weights": weights | {"dynamic": False, "actorder": None}, "input_activations": None,
+              "output_activations": None, "format": "pack-quantized"}  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme},
+        "ignore": ignored(jobs, packed),
+        "kv_cache_scheme": None,
+    }
+
+
+class PackedWriter:
+    """A CheckpointWriter of a packed checkpoint that is fed the dequantized one: the same plan, tensors and slices, of which
+    :meth:`encode` makes what :meth:`append` writes. ``tensors``: those that are stored. Use as a context manager in a directory
+    that holds the model's config.json: leaving it without an error completes that, and writes packed.json. ``shards``: how
+    many tensors each file of the dequantized checkpoint has (default: as this plan would be split)."""
+
+    def __init__(
+        self, out: Path, plan: Plan, container: Container, shard_bytes: int, breaks: Collection[str] = (),
+        shards: Sequence[int] = (), share: tuple[int, int] = (0, 1),
+    ) -> None:  # fmt: skip
+        self.container, self.out, self._whole = container, out, share[1] == 1
+        self._plan = {name: (dtype, tuple(shape)) for name, dtype, shape in plan}
+        self._shards = list(shards) or [len(shard) for shard in split_plan(plan, shard_bytes, breaks)]
+        self._stored = {
+            name: list(stored_tensors(name, shape, container.group)) if name in container.packed else [(name, dtype, shape)]
+            for name, (dtype, shape) in self._plan.items()
+        }
+        stored = [tensor for tensors in self._stored.values() for tensor in tensors]
+        starts = {self._stored[name][0][0] for name in self._starts(shard_bytes, breaks)}
+        self._writer = CheckpointWriter(out, stored, 1 << 62, starts, share)
+        self._matrices: Iterator[tuple[str, int]] = iter(())  # of the tensor that is being written
+        self._module, self._rows = "", 0  # the matrix that is being written, and its rows to come
+        self._scales: list[Tensor] = []
+        self.device = default_device()
+
+    def _starts(self, shard_bytes: int, breaks: Collection[str]) -> Iterator[str]:
+        """The tensors that begin a file: all that one is stored as lies in one file, so that it is complete or not."""
+        filled = 0
+        for place, (name, stored) in enumerate(self._stored.items()):
+            size = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in stored)
+            if place and (filled + size > shard_bytes or name in breaks):
+                yield name
+                filled = 0
+            filled += size
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return self._writer.tensors
+
+    @property
+    def closed(self) -> set[Path]:
+        return self._writer.closed
+
+    def __enter__(self) -> PackedWriter:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.__exit__(*error)
+        if error[0] is None and self._whole:
+            self._describe()
+
+    def is_own(self, name: str) -> bool:
+        return self._writer.is_own(self._stored[name][0][0])
+
+    def is_done(self, name: str) -> bool:
+        """Whether the file of this tensor was complete when the writer was made."""
+        return self._writer.is_done(self._stored[name][0][0])
+
+    def is_complete(self, name: str) -> bool:
+        return self._writer.is_complete(self._stored[name][0][0])
+
+    def encode(self, name: str, value: Tensor) -> Any:
+        """What :meth:`append` takes for ``value``: (packed, scale) of its rows, or itself."""
+        if name not in self.container.packed:
+            return value.cpu()
+        matrix = value.reshape(-1, value.shape[-1])
+        step = max(1, ENCODED_AT_ONCE // matrix.shape[1])
+        try:
+            parts = [self._encode_rows(name, matrix[start : start + step]) for start in range(0, len(matrix), step)]
+        except UserError as error:
+            raise UserError(f"tensor {name}: {error}") from None
+        packed, scale = zip(*parts)
+        return torch.cat(packed), torch.cat(scale)
+
+    def _encode_rows(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        codes = codes_of(rows if rows.is_cuda else rows.to(self.device), self.container.packed[name], self.container.group)
+        return pack_codes(codes.codes).cpu(), codes.scale.bfloat16().cpu()
+
+    def append(self, name: str, piece: Any) -> None:
+        """Write the next rows of ``name``; the scales of a matrix follow it once it is whole."""
+        if name not in self.container.packed:
+            self._put(name, piece)
+            return
+        packed, scale = piece
+        while len(packed):
+            if not self._rows:
+                self._module, self._rows = self._next_matrix(name)
+            count = min(self._rows, len(packed))
+            self._put(f"{self._module}.weight_packed", packed[:count])
+            self._scales.append(scale[:count])
+            packed, scale, self._rows = packed[count:], scale[count:], self._rows - count
+            if not self._rows:
+                self._finish(name)
+
+    def _next_matrix(self, name: str) -> tuple[str, int]:
+        found = next(self._matrices, None)
+        if found is None:
+            self._matrices = iter(matrices_of(name, self._plan[name][1]))
+            found = next(self._matrices)
+        return found
+
+    def _finish(self, name: str) -> None:
+        rows = sum(map(len, self._scales))
+        self._put(f"{self._module}.weight_scale", torch.cat(self._scales))
+        self._put(f"{self._module}.weight_shape", torch.tensor([rows, self._plan[name][1][-1]]))
+        self._scales = []
+
+    def _put(self, name: str, value: Tensor) -> None:
+        self._writer.append(name, value)
+
+    def _describe(self) -> None:
+        """packed.json, with the text of config.json; then config.json with its quantization_config."""
+        text = (self.out / "config.json").read_text(encoding="utf-8")
+        packed = self.container.packed
+        tensors = [[name, DTYPE_NAMES[kind], list(shape), name in packed] for name, (kind, shape) in self._plan.items()]
+        value = {"format": FORMAT, "group": self.container.group, "shards": self._shards, "config": text, "tensors": tensors}
+        write_json(self.out / PACKED, value)
+        write_json(self.out / "config.json", json.loads(text) | {"quantization_config": self.container.config})
+
+
+def open_writer(
+    out: Path,
+    plan: Plan,
+    shard_bytes: int,
+    breaks: Collection[str] = (),
+    container: Container | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> CheckpointWriter | PackedWriter:
+    """The writer of a dequantized checkpoint, or of one packed into ``container``."""
+    if container is None:
+        return CheckpointWriter(out, plan, shard_bytes, breaks, share)
+    return PackedWriter(out, plan, container, shard_bytes, breaks, share=share)

@@ -1,0 +1,402 @@
+"""The quantizers at a real model's sizes, on a synthetic checkpoint (synthetic_moe.py), beside what the machine allows.
+
+    python src/quant/size_bench.py disk --model work/synthetic-122b-6 --work work/disk [--probe-gib 8] [--result F --tag T]
+    python src/quant/size_bench.py layers --model work/synthetic-122b-2 --work work/layers --method gptq [--result F --tag T]
+
+disk: the seed recipe (experts int3, the rest int4, clip-16) by quant_save in a process of its own, from a disk whose page cache
+was dropped to the same disk, and the rates of that disk, measured just before on the same files: reading, writing, and a plain
+copy, which reads and writes as the pass does and is its limit. Consumes the model.
+layers: the calibrated pass with gptq, gptq_refit, or ldlq into a GGUF of the seed's types; seconds from the start of one layer
+to the start of the next, with everything in them. Both say what all layers of the whole model would take: disk by its bytes,
+layers by their kinds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import mmap
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ggml_lattice
+import ggml_scalar
+from calibration import Calibration
+from checkpoint import Checkpoint, release
+from console import UserError, progress, read_json, run_cli
+from recipe import Recipe
+from results_store import add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
+from synthetic_moe import MARK, Shape, is_synthetic, plan_of
+
+BLOCK, SMALL_BLOCK = 16 << 20, 1 << 20  # of the disk's measurement; the second for files that the first does not divide well
+THREADS = 4
+SEED_RECIPE = ("--expert-bits", "3", "--linear-bits", "4", "--group", "128", "--clip-steps", "16", "--method", "clip")
+METHODS = ("gptq", "gptq_refit", "ldlq")
+HERE = Path(__file__).resolve().parent
+
+
+def whole_model(model: Path, layers: int) -> dict[str, int]:
+    """Bytes and parameters of the same shape with all its layers."""
+    shape = Shape(**read_json(model / MARK)["shape"] | {"layers": layers})
+    sizes = [(torch.Size(size).numel(), dtype.itemsize) for _, dtype, size in plan_of(shape)]
+    return {"layers": layers, "parameters": sum(n for n, _ in sizes), "bytes": sum(n * item for n, item in sizes)}
+
+
+# ---------------------------------------------------------------- the disk
+
+
+def block_size(files: Sequence[Path]) -> int:
+    return BLOCK if max(file.stat().st_size for file in files) >= 4 * BLOCK else SMALL_BLOCK
+
+
+def blocks_of(files: Sequence[Path], limit: int) -> list[tuple[Path, int, int]]:
+    """(file, offset, size) of the first ``limit`` bytes; whole blocks only."""
+    size = block_size(files)
+    found = [(file, at, size) for file in files for at in range(0, file.stat().st_size - size + 1, size)]
+    return found[: max(1, limit // size)]
+
+
+def forget(files: Sequence[Path]) -> None:
+    """Drop files that are on the disk from the page cache."""
+    for file in files:
+        with file.open("rb") as stream:
+            release(stream.fileno(), 0, 0)
+
+
+def rate_of(
+    blocks: Sequence[tuple[Path, int, int]], work: Callable[[tuple[Path, int, int], mmap.mmap], None], finish: Any
+) -> float:
+    """Bytes a second of ``work`` on all blocks by a few threads, each with a buffer of its own; ``finish`` is timed too."""
+    started = time.perf_counter()
+
+    def share(first: int) -> None:
+        buffer = mmap.mmap(-1, blocks[0][2])  # page-aligned, as O_DIRECT wants it
+        for block in blocks[first::THREADS]:
+            work(block, buffer)
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(share, range(THREADS)))
+    finish()
+    return sum(size for _, _, size in blocks) / (time.perf_counter() - started)
+
+
+def read_rate(files: Sequence[Path], limit: int, direct: bool) -> float:
+    """Bytes a second of reading, past the page cache or through it."""
+    forget(files)
+    with contextlib.ExitStack() as stack:
+        handles = {file: os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for file in files}
+        for handle in handles.values():
+            stack.callback(os.close, handle)
+        blocks = blocks_of(files, limit)
+        return rate_of(blocks, lambda block, buffer: os.preadv(handles[block[0]], [buffer], block[1]), lambda: None)
+
+
+def write_rate(target: Path, size: int, block_bytes: int, direct: bool) -> float:
+    """Bytes a second of writing a new file of random bytes and syncing it."""
+    handle = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | (os.O_DIRECT if direct else 0))
+    data = mmap.mmap(-1, block_bytes)
+    data[:] = os.urandom(block_bytes)
+    blocks = [(target, offset, block_bytes) for offset in range(0, max(size, block_bytes), block_bytes)]
+
+    def work(block: tuple[Path, int, int], _: mmap.mmap) -> None:
+        os.pwritev(handle, [data], block[1])
+        if not direct:
+            release(handle, block[1], block_bytes)
+
+    try:
+        return rate_of(blocks, work, lambda: os.fsync(handle))
+    finally:
+        os.close(handle)
+        target.unlink()
+
+
+def copy_rate_of(files: Sequence[Path], target: Path, limit: int, direct: bool) -> float:
+    """Bytes read (and as many written) a second by a plain copy to a new file, synced."""
+    forget(files)
+    blocks = blocks_of(files, limit)
+    places = {block: index * block[2] for index, block in enumerate(blocks)}
+    flags = os.O_DIRECT if direct else 0
+    handles = {file: os.open(file, os.O_RDONLY | flags) for file in files}
+    out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags)
+
+    def work(block: tuple[Path, int, int], buffer: mmap.mmap) -> None:
+        os.preadv(handles[block[0]], [buffer], block[1])
+        os.pwritev(out, [buffer], places[block])
+        if not direct:
+            release(out, places[block], block[2])
+
+    try:
+        return rate_of(blocks, work, lambda: os.fsync(out))
+    finally:
+        for handle in (*handles.values(), out):
+            os.close(handle)
+        target.unlink()
+
+
+def can_direct(directory: Path) -> bool:
+    """Whether files here can be opened past the page cache (a tmpfs cannot)."""
+    probe = directory / "probe"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
+
+
+def disk_rates(files: Sequence[Path], work: Path, limit: int) -> dict[str, Any]:
+    """Rates of this disk in bytes a second, each the better of past the page cache and through it."""
+    found: dict[str, Any] = {}
+    ways = (True, False) if can_direct(work) else (False,)
+    tests = {
+        "read": lambda direct: read_rate(files, limit, direct),
+        "write": lambda direct: write_rate(work / "probe", limit, block_size(files), direct),
+        "copy": lambda direct: copy_rate_of(files, work / "probe", limit, direct),
+    }
+    with progress(len(ways) * len(tests), "disk", "test") as bar:
+        for name, test in tests.items():
+            for direct in ways:
+                found[f"{name}_{'direct' if direct else 'cached'}"] = test(direct)
+                bar.update()
+            found[name] = max(found[f"{name}_{'direct' if direct else 'cached'}"] for direct in ways)
+    forget(files)
+    return found
+
+
+def quantize(model: Path, work: Path, shard_gib: float) -> dict[str, Any]:
+    """Run quant_save on ``model``; seconds, and the peaks that its record holds. The output is deleted."""
+    out, record = work / "out", work / "quantize.json"
+    command = [sys.executable, str(HERE / "quant_save.py"), "--model", str(model), "--out", str(out), *SEED_RECIPE]
+    command += ["--consume-source", "--shard-gib", str(shard_gib), "--result", str(record), "--tag", "disk"]
+    started = planned = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as child:
+        for line in child.stdout or ():
+            print(line, end="", flush=True)
+            if line.startswith("about "):  # the last line of its plan: from here it streams
+                planned = time.perf_counter()
+    ended = time.perf_counter()
+    if child.returncode:
+        raise UserError(f"quant_save ended with {child.returncode}")
+    made = read_json(record)
+    shutil.rmtree(out)
+    record.unlink()
+    report = made["metrics"]
+    return {
+        "seconds": ended - started, "stream_seconds": ended - planned, "bytes": report["output_bytes"],
+        "parameters": report["parameters"], "peak_rss_mib": made["peak_rss_mib"], "peak_vram_mib": made["peak_vram_mib"],
+        "weight_bits": report["weight_bits"], "packed_bytes": report["packed_bytes"],
+        "roles": {role: entry["relative_error"] for role, entry in report["roles"].items()},
+    }  # fmt: skip
+
+
+def disk(args: argparse.Namespace) -> dict[str, Any]:
+    """The data-free pass and its limits. A shard of ``args.shard_gib`` bounds how long its last sync waits."""
+    if not is_synthetic(args.model):
+        raise UserError(f"{args.model}: not made by synthetic_moe.py, and this measurement consumes it")
+    args.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint(args.model)
+    rates = disk_rates(checkpoint.files, args.work, int(args.probe_gib * 2**30))
+    made = quantize(args.model, args.work, args.shard_gib)
+    whole = whole_model(args.model, args.whole_layers)
+    rate = made["bytes"] / made["stream_seconds"]
+    return {
+        "disk": rates, "quantize": made, "bytes_in_per_s": rate, "bytes_out_per_s": rate,
+        "share_of_copy": rate / rates["copy"], "share_of_read": rate / rates["read"], "share_of_write": rate / rates["write"],
+        "whole": whole | {"seconds": whole["bytes"] / rate},
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- calibrated layers
+
+
+@contextlib.contextmanager
+def layer_clock(times: list[tuple[str, float]], rounding: list[float]) -> Iterator[None]:
+    """Note when the calibrated pass begins each layer and the head, and the seconds in which each rounds."""
+    from calibrated_pass import CalibratedPass
+    from gguf_pass import GgufPass
+
+    names = ("layer", "head", "_round", "_round_waiting")
+    kept = [(cls, name, cls.__dict__[name]) for cls in (CalibratedPass, GgufPass) for name in names if name in vars(cls)]
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *arguments: Any) -> Any:
+            began = now()
+            if name in ("layer", "head"):
+                times.append((name, began))
+                rounding.append(0.0)
+                return function(self, *arguments)
+            found = function(self, *arguments)
+            rounding[-1] += now() - began
+            return found
+
+        return call
+
+    for cls, name, function in kept:
+        setattr(cls, name, noting(name, function))
+    try:
+        yield
+    finally:
+        for cls, name, function in kept:
+            setattr(cls, name, function)
+
+
+def random_calibration(vocabulary: int, sequences: int, length: int, batch: int, seed: int = 0) -> Calibration:
+    """Token ids drawn uniformly from the whole vocabulary: many different inputs, as real text has."""
+    ids = torch.randint(vocabulary, (sequences, length), generator=torch.Generator().manual_seed(seed))
+    entry = {"name": "uniform token ids", "revision": f"seed {seed}", "sha256": None, "n": sequences}
+    return Calibration(ids, entry, batch=batch)
+
+
+def run_method(method: str, model: Path, out: Path, calibration: Calibration, header: Path | None) -> dict[str, Any]:
+    """The calibrated pass into ``out``; errors of the roles."""
+    if method != "ldlq":
+        from quant_save import quantize_checkpoint
+
+        report = quantize_checkpoint(model, out, Recipe(3, 4, 128, 16, method=method), calibration=calibration, force=True)
+        return {role: entry.relative_error for role, entry in report.roles.items()}
+    import dataclasses
+
+    import gguf_pack
+    from synthetic_gguf import TYPES, plan
+
+    pack = dataclasses.replace(plan(Checkpoint(model), "iq3_xxs", TYPES), method="ldlq", calibration=calibration)
+    if header is not None:  # llama.cpp's converter is not here: the file's head was made elsewhere
+        gguf_pack._header = lambda *_: header.read_bytes()
+    return gguf_pack.write_pack(pack, out, force=True)["calibration"]["relative_output_error"]
+
+
+def compile_kernels(device: torch.device) -> None:
+    """Round a little in every type that the file has: kernels are compiled once a machine, not once a layer."""
+    from ggml_round import ldlq
+    from gguf_pass import is_quantized
+    from gguf_recipe import read_patterns, type_named
+    from synthetic_gguf import TYPES
+
+    for name in sorted({"iq3_xxs", *(type_named(kind, str(TYPES)) for _, kind in read_patterns(TYPES))}):
+        if is_quantized(name):
+            ldlq(torch.randn(2, 64, 512, device=device), name, torch.eye(512, device=device).repeat(2, 1, 1))
+
+
+def layers(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each layer through the real pass, and of the whole model by the kinds of its layers."""
+    if not is_synthetic(args.model):
+        raise UserError(f"{args.model}: not made by synthetic_moe.py")
+    mark = read_json(args.model / MARK)
+    shape = Shape(**mark["shape"])
+    calibration = random_calibration(shape.vocab, args.sequences, args.length, args.batch)
+    times: list[tuple[str, float]] = []
+    rounding: list[float] = []
+    out = args.work / args.method
+    ggml_lattice.GROUPS = ggml_scalar.KERNEL = args.group_kernels
+    if args.method == "ldlq" and calibration.device.type == "cuda":
+        compile_kernels(calibration.device)
+    started = time.perf_counter()
+    with layer_clock(times, rounding):
+        errors = run_method(args.method, args.model, out, calibration, args.header)
+    ended = time.perf_counter()
+    shutil.rmtree(out)
+    seconds = [after[1] - before[1] for before, after in zip(times, times[1:])]
+    rounding = rounding[:-1]  # the last is the head's
+    kinds: dict[str, list[float]] = {}
+    for index, value in enumerate(seconds):
+        kinds.setdefault(shape.kind(index), []).append(value)
+    means = {kind: sum(values) / len(values) for kind, values in kinds.items()}
+    whole = Shape(**mark["shape"] | {"layers": args.whole_layers, "interval": args.whole_interval})
+    total = sum(means.get(whole.kind(index), max(means.values())) for index in range(whole.layers))
+    rest = ended - started - sum(seconds)
+    cuda = torch.cuda.is_available()
+    return {
+        "method": args.method, "tokens": args.sequences * args.length, "batch": args.batch, "layer_seconds": seconds,
+        "rounding_seconds": rounding, "kind_seconds": means, "worst_layer_seconds": max(seconds),
+        "worst_rounding_seconds": max(rounding), "rest_seconds": rest, "relative_errors": errors,
+        "lattice_kernel": cuda and ggml_lattice.KERNEL, "group_kernels": cuda and ggml_lattice.GROUPS, "experts": shape.experts,
+        "parameters_per_layer": layer_parameters(shape),
+        "peak_rss_mib": peak_rss_mib(),
+        "peak_vram_mib": torch.cuda.max_memory_allocated() >> 20 if cuda else None,
+        "peak_vram_reserved_mib": torch.cuda.max_memory_reserved() >> 20 if cuda else None,
+        "whole": {"layers": whole.layers, "seconds": total + rest},
+    }  # fmt: skip
+
+
+def layer_parameters(shape: Shape) -> int:
+    """Parameters of one decoder layer, the larger kind."""
+    from synthetic_moe import layer_plan
+
+    return max(sum(torch.Size(size).numel() for _, _, size in layer_plan(shape, index)) for index in range(shape.layers))
+
+
+def table(metrics: dict[str, Any]) -> str:
+    if "disk" in metrics:
+        d, q, w = metrics["disk"], metrics["quantize"], metrics["whole"]
+        return "\n".join([
+            f"disk, GB/s: read {d['read'] / 1e9:.2f}, write {d['write'] / 1e9:.2f}, copy {d['copy'] / 1e9:.2f}",
+            f"quantized {q['bytes'] / 1e9:.1f} GB in {q['stream_seconds']:.1f} s ({q['seconds']:.1f} s with the start): "
+            f"{metrics['bytes_in_per_s'] / 1e9:.2f} GB/s in and out, {100 * metrics['share_of_copy']:.0f} % of a copy, "
+            f"{100 * metrics['share_of_read']:.0f} % of reading alone",
+            f"peak RSS {q['peak_rss_mib']} MiB, VRAM {q['peak_vram_mib']} MiB",
+            f"{w['layers']} layers ({w['bytes'] / 1e9:.0f} GB): {w['seconds']:.0f} s",
+        ])  # fmt: skip
+    each = ", ".join(f"{kind} {value:.1f} s" for kind, value in metrics["kind_seconds"].items())
+    each += f" (rounding {', '.join(f'{value:.1f}' for value in metrics['rounding_seconds'])} s)"
+    return (
+        f"{metrics['method']}: {each}; the rest {metrics['rest_seconds']:.1f} s; peak RSS {metrics['peak_rss_mib']} MiB, "
+        f"VRAM {metrics['peak_vram_mib']} MiB\n"
+        f"{metrics['whole']['layers']} layers: {metrics['whole']['seconds'] / 60:.1f} minutes"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name, help_ in (("disk", "the data-free pass beside the disk"), ("layers", "the calibrated pass, by layer")):
+        part = commands.add_parser(name, help=help_)
+        part.add_argument("--model", type=Path, required=True, help="a checkpoint of synthetic_moe.py")
+        part.add_argument("--work", type=Path, required=True, help="directory for what is written")
+        part.add_argument("--whole-layers", type=int, default=48, help="layers of the real model (default 48)")
+        if name == "disk":
+            part.add_argument("--probe-gib", type=float, default=8.0, help="bytes of each test of the disk (default 8 GiB)")
+            part.add_argument("--shard-gib", type=float, default=4.0, help="largest file of the output (default 4)")
+        else:
+            part.add_argument("--method", choices=METHODS, required=True, help="how the layers are rounded")
+            part.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
+            part.add_argument("--length", type=int, default=512, help="tokens of one (default 512)")
+            part.add_argument("--batch", type=int, default=8, help="sequences at once (default 8)")
+            part.add_argument(
+                "--whole-interval", type=int, default=4, help="every such layer of the real model has full attention"
+            )
+            part.add_argument("--group-kernels", action="store_true", help="ldlq on a GPU by the kernels of whole groups")
+            part.add_argument("--header", type=Path, help="ldlq: file of synthetic_gguf --header-only for this model")
+        add_record_arguments(part)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_record_arguments(args)
+    started = time.time()
+    source = describe_model(args.model)
+    metrics = disk(args) if args.what == "disk" else layers(args)
+    if args.result:
+        write_result(
+            args.result, kind="bench", tag=args.tag, started=started, model=source, metrics={f"size_{args.what}": metrics}
+        )
+    print(table(metrics), flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,155 @@
+"""How much each calibration token matters to the predictions: by the loss's gradient behind every decoder layer.
+
+Not a command; gguf_pack drives it. An error of a token's activation costs about  d F d  nats of KL, where F is the Fisher
+information of the predictions; its trace is the expected squared gradient of log p(y) for a y drawn from the prediction
+itself. Second moments that weigh tokens by it are those of GuidedQuant (Kim et al. 2025, arXiv 2505.07004). Where a model is
+sure of most tokens, the trace differs between tokens by many orders of magnitude: with it as it is, a few dozen of 65,536
+tokens of razor-tiny's text would make up the moments. A power of it below 1 keeps them well-founded.
+
+The checkpoint is streamed twice: forward, with the input of every layer put on disk, then backward layer by layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from calibration import Calibration, LayerStream
+from checkpoint import Checkpoint
+from console import UserError, atomic_path, progress
+from model_layout import text_config
+from refine import output
+from results_store import header_sha256
+
+FILE = "token-weights.st"
+
+
+def token_weights(
+    stream: LayerStream, calibration: Calibration, directory: Path, path: Path | None = None, seed: int = 0
+) -> Tensor | None:
+    """Weights [layers, tokens] of mean 1 in each layer, tokens in the order of the batches; None where all count alike.
+
+    They are kept in ``path`` (default: in ``directory``, which is also for the work), where a killed run, and other runs on the
+    same model and text, find them again: none of it depends on what is rounded. Those of another are a :class:`UserError`.
+    """
+    if not calibration.token_power:
+        return None
+    path = path or directory / FILE
+    made_of = {"config_sha256": stream.checkpoint.config_sha256, "header_sha256": header_sha256(stream.checkpoint)}
+    described = json.dumps(made_of | calibration.settings(), sort_keys=True)
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("made_of") != described:
+                raise UserError(f"{path}: token weights of another model, text or power; give another file, or remove it")
+    else:
+        with progress(2 * len(stream.layers), "token weights", "layer") as bar:
+            kwargs, hidden = _forward(stream, calibration, directory, bar)
+            sizes = _backward(stream, kwargs, _head_gradients(stream, hidden, seed), directory, bar)
+        with atomic_path(path) as temporary:
+            save_file({"weights": powered(sizes, calibration.token_power)}, temporary, {"made_of": described})
+        for index in range(len(stream.layers)):
+            _inputs_file(directory, index).unlink()
+    return load_file(path)["weights"]
+
+
+def kept_bytes(checkpoint: Checkpoint, calibration: Calibration | None) -> int:
+    """Bytes of the activations that wait on disk while the tokens are weighed: the input of every decoder layer."""
+    if not calibration or not calibration.token_power:
+        return 0
+    config = text_config(checkpoint.config)
+    item = torch.empty((), dtype=calibration.dtype).itemsize
+    return item * calibration.ids.numel() * config["hidden_size"] * config["num_hidden_layers"]
+
+
+def powered(sizes: Tensor, power: float) -> Tensor:
+    """Squared gradients [layers, tokens] to weights of mean 1; a layer without any gets ones."""
+    if not bool(torch.isfinite(sizes).all()):
+        raise UserError("the gradient at a calibration token is NaN or infinite")
+    weights = sizes.double() ** power
+    mean = weights.mean(-1, keepdim=True)
+    return torch.where(mean > 0, weights / mean.clamp_min(1e-300), 1.0).float()
+
+
+def _inputs_file(directory: Path, index: int) -> Path:
+    return directory / f"inputs-{index:05d}.st"
+
+
+@torch.no_grad()
+def _forward(
+    stream: LayerStream, calibration: Calibration, directory: Path, bar: Any
+) -> tuple[Sequence[Mapping[str, Any]], list[Tensor]]:
+    """Keep the inputs of every layer; returns the layers' other arguments and the output of the last."""
+    kwargs, hidden = stream.arguments(calibration.batches()[0]), stream.embed(calibration.batches())
+    for index, layer in enumerate(stream.layers):
+        save_file({str(i): h.contiguous() for i, h in enumerate(hidden)}, _inputs_file(directory, index))
+        stream.fill(layer, f"model.layers.{index}.")
+        hidden = [out.cpu() for out in stream.run(layer, hidden, kwargs[index])]
+        stream.empty(layer)
+        bar.update()
+    return kwargs, hidden
+
+
+def _head_gradients(stream: LayerStream, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """A random vector at the last layer's output of every position whose second moment is the Fisher information there.
+
+    With signs e:  sum over tokens y of sqrt(p(y)) e(y) d log p(y). Its square is near the trace in every draw, where the
+    gradient of one drawn token is nearly 0 at most positions and large at a few. A sequence at a time.
+    """
+    norm, head = stream.decoder.norm, stream.model.lm_head
+    stream.fill(norm, "model.norm.")
+    stream.fill(head, "lm_head." if "lm_head.weight" in stream.by_parameter else "model.embed_tokens.")
+    cap = getattr(stream.decoder.config, "final_logit_softcapping", None)  # gemma2's
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for batch in hidden:
+        rows = []
+        for row in batch:
+            with torch.enable_grad():
+                x = row.to(stream.device).requires_grad_(True)
+                logits = head(norm(x))
+                logits = logits if cap is None else cap * torch.tanh(logits / cap)
+                (gradient,) = torch.autograd.grad(logits, x, score(logits.detach(), generator))
+            rows.append(gradient.cpu())
+        found.append(torch.stack(rows))
+    stream.empty(norm)
+    stream.empty(head)
+    return found
+
+
+def score(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Random vectors [N, V] whose covariance is that of the predictions, diag(p) - p p^T."""
+    p = logits.float().softmax(-1)
+    signs = torch.randint(0, 2, p.shape, dtype=torch.int8, generator=generator).to(p.device) * 2 - 1
+    part = p.sqrt() * signs
+    return (part - p * part.sum(-1, keepdim=True)).to(logits.dtype)
+
+
+def _backward(
+    stream: LayerStream, kwargs: Sequence[Mapping[str, Any]], gradients: list[Tensor], directory: Path, bar: Any
+) -> Tensor:
+    """Squared sizes [layers, tokens] of the gradient at the output of each layer."""
+    sizes = []
+    for index in reversed(range(len(stream.layers))):
+        sizes.append(torch.cat([g.float().square().sum(-1).flatten() for g in gradients]))
+        if index:
+            inputs, layer = load_file(_inputs_file(directory, index)), stream.layers[index]
+            stream.fill(layer, f"model.layers.{index}.")
+            gradients = [_through(layer, inputs[str(i)], g, kwargs[index], stream.device) for i, g in enumerate(gradients)]
+            stream.empty(layer)
+        bar.update()
+    return torch.stack(sizes[::-1])
+
+
+def _through(layer: nn.Module, hidden: Tensor, gradient: Tensor, kwargs: Mapping[str, Any], device: torch.device) -> Tensor:
+    """The gradient at a layer's input of the gradient at its output, both [B, T, H] on the CPU."""
+    with torch.enable_grad():
+        x = hidden.to(device).requires_grad_(True)
+        (found,) = torch.autograd.grad(output(layer, x, kwargs), x, gradient.to(device))
+    return found.cpu()

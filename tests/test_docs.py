@@ -1,0 +1,218 @@
+"""The documents against the code: every command names a script and options that exist, every link leads somewhere, and what is
+shown with its output is run and compared."""
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import importlib
+import io
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+from env_config import read_env_file
+from eval_settings import GateRules
+
+DOCUMENTS = sorted([REPO / "README.md", *REPO.glob("docs/*.md"), REPO / "configs/README.md", REPO / "archive/README.md",
+                    *REPO.glob("models/*/README.md")])  # fmt: skip
+COMMAND = re.compile(r"(?:[A-Z_]+=\S* )*(?:bash pipelines/|python src/).*")
+FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.M | re.S)
+ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=")
+ids = [str(document.relative_to(REPO)) for document in DOCUMENTS]
+
+
+def commands(text):
+    """The commands of a document: lines of fenced or indented blocks, and code spans, that begin with one."""
+    prose = FENCE.sub("", text)
+    lines = [line for block in FENCE.findall(text) for line in block.splitlines()]
+    lines += [line[4:] for line in prose.splitlines() if line.startswith("    ")]
+    lines += re.findall(r"`([^`\n]+)`", prose)
+    lines = [line.removeprefix("$ ") for line in lines]
+    return [line for line in lines if COMMAND.fullmatch(line)]
+
+
+def words(command):
+    """(environment keys, script, its arguments) of a command; comments and placeholders of a synopsis are left out."""
+    text = re.split(r"\s#\s|\s\|\s", command)[0]
+    parts = shlex.split(re.sub(r"[\[\]]|\.\.\.", " ", text))
+    keys = [part.partition("=")[0] for part in parts if ASSIGNMENT.match(part)]
+    rest = [part for part in parts if not ASSIGNMENT.match(part)]
+    return keys, rest[1], rest[2:]
+
+
+@functools.cache
+def options_of(module):
+    """The long options that a module's --help shows, by its own parser."""
+    shown, argv = io.StringIO(), sys.argv
+    sys.argv = [str(module), "--help"]
+    try:
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            runpy.run_path(str(REPO / module), run_name="__main__")
+    finally:
+        sys.argv = argv
+    return frozenset(re.findall(r"--[a-z][\w-]*", shown.getvalue())) | {"--help"}
+
+
+@functools.cache
+def known_options(script):
+    """Options of a module, or of all modules that a pipeline runs and those that it reads itself."""
+    if script.startswith("src/"):
+        return options_of(script)
+    text = (REPO / script).read_text()
+    own = set(re.findall(r"--[a-z][\w-]*", text))
+    return frozenset(own.union(*(options_of(module) for module in re.findall(r"src/\w+/\w+\.py", text))))
+
+
+@functools.cache
+def read_by(script):
+    """All text in which a pipeline or module may read an environment key."""
+    files = [REPO / script, REPO / "env.sh", *REPO.glob("configs/*.env")]
+    files += [REPO / name for name in re.findall(r"src/\w+/\w+\.py", (REPO / script).read_text())]
+    return "\n".join(file.read_text() for file in files)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_commands_exist(document):
+    for command in commands(document.read_text()):
+        keys, script, arguments = words(command)
+        assert (REPO / script).is_file(), f"{command}: no {script}"
+        options = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")}
+        if script != "pipelines/test.sh":  # its arguments are pytest's
+            assert options <= known_options(script), f"{command}: {sorted(options - known_options(script))} unknown"
+        for key in keys:
+            assert re.search(rf"\b{key}\b", read_by(script)), f"{command}: nothing reads {key}"
+        for word in [*arguments, *(part.partition("=")[2] for part in command.split() if ASSIGNMENT.match(part))]:
+            if re.match(r"(configs|docs|results|models/razor)[\w./-]*\.\w+$", word) and not re.search(r"[A-Z]{2,}\.|TAG", word):
+                assert (REPO / word).exists(), f"{command}: no {word}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", document.read_text())):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (document.parent / target.partition("#")[0]).exists(), f"{document.name}: {target}"
+
+
+def shown_runs():
+    """(document, command, its output) of the blocks that begin with "$ command"."""
+    for document in DOCUMENTS:
+        for block in FENCE.findall(document.read_text()):
+            if block.startswith("$ "):
+                command, _, output = block[2:].partition("\n")
+                yield pytest.param(command, output, id=f"{document.name}: {command[:40]}")
+
+
+def run(command, **environment):
+    environment = os.environ | {"MOE_LOWBIT_VENV": sys.prefix, **environment}
+    start = f"source env.sh && {command}" if "python src/" in command else command
+    return subprocess.run(["bash", "-c", start], capture_output=True, text=True, cwd=REPO, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize(("command", "output"), list(shown_runs()))
+def test_shown_output_is_real(command, output):
+    done = run(command)
+    assert done.stdout == output, done.stderr
+
+
+CHEAP = (
+    "python src/distill/opd_budget.py",
+    "python src/eval/check_results.py docs/EVAL_PROTOCOL.md",
+    "bash pipelines/distill.sh --dry-run",
+)
+
+
+def test_cheap_commands_run():
+    everything = [command for document in DOCUMENTS for command in commands(document.read_text())]
+    for command in CHEAP:
+        assert any(command in line for line in everything), f"{command} is in no document any more"
+        done = run(command)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_skeleton_of_the_pipeline_document(tmp_path):
+    text = (REPO / "docs/MOE_PIPELINE.md").read_text()
+    make, plan = (line for line in commands(text) if "skeleton-122b" in line)
+    done = run(f"{make} && {plan}".replace("work/skeleton-122b", str(tmp_path / "skeleton")), SCRATCH=str(tmp_path))
+    assert done.returncode == 0 and "49,430.17 MB if packed" in done.stdout, done.stderr
+
+
+def sections_of_the_keys():
+    """(modules named in the heading, {key: default} of the table) of each section of configs/README.md."""
+    for part in (REPO / "configs/README.md").read_text().split("\n### ")[1:]:
+        title, _, text = part.partition("\n")
+        rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| `")]
+        named = [
+            (key, row[-1] if "| default |" in text else "") for row in rows for key in re.findall(r"`([A-Z_0-9]+)`", row[0])
+        ]
+        own = re.findall(r"`([A-Z_0-9]+)`", text.split("\n|")[0])  # those of another section, named again
+        yield title, re.findall(r"`(\w+)\.py`", title), dict(named), own
+
+
+def test_every_key_of_every_config_is_read_and_explained():
+    """A key stands in a dataclass and in the tables of configs/README.md; eval.env has families of keys."""
+    fields = set()
+    for module in REPO.glob("src/*/*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            members = node.body if isinstance(node, ast.ClassDef) else []
+            fields |= {m.target.id.upper() for m in members if isinstance(m, ast.AnnAssign) and isinstance(m.target, ast.Name)}
+    readme = (REPO / "configs/README.md").read_text()
+    assert not [file.name for file in REPO.glob("configs/*.*") if file.name != "README.md" and f"`{file.name}`" not in readme]
+    explained = {key for _, _, keys, again in sections_of_the_keys() for key in [*keys, *again]}
+    known = set()
+    for config in REPO.glob("configs/*.env"):
+        for key in read_env_file(config):
+            if config.name == "eval.env":
+                kind, *names = key.split("__")
+                key = f"{kind}__NAME" + "__BENCHMARK" * (len(names) == 2) if names else key
+            else:
+                assert key in fields, f"{config.name}: nothing reads {key}"
+            assert key in explained, f"{config.name}: configs/README.md does not explain {key}"
+            known.add(key)
+    assert explained <= known, f"configs/README.md: no file has {sorted(explained - known)}"
+
+
+def defaults_of(module):
+    """{KEY: default} of a module's options: constants, and names that the module has."""
+    found, scope = {}, vars(importlib.import_module(module))
+    for node in ast.walk(ast.parse(Path(scope["__file__"]).read_text())):
+        if not isinstance(node, ast.Call) or getattr(node.func, "attr", "") != "add_argument":
+            continue
+        name = getattr(node.args[0], "value", "") if node.args else ""
+        for given in (word.value for word in node.keywords if word.arg == "default"):
+            key = str(name).removeprefix("--").replace("-", "_").upper()
+            if isinstance(given, ast.Constant):
+                found[key] = given.value
+            elif isinstance(given, ast.Name) and given.id in scope:
+                found[key] = scope[given.id]
+    return found
+
+
+def test_the_defaults_of_the_keys_are_those_of_the_code():
+    checked = 0
+    for title, modules, keys, _ in sections_of_the_keys():
+        defaults = {key: default for module in [*modules, "calibration_text"] for key, default in defaults_of(module).items()}
+        defaults |= {"CALIB_SEQUENCES": 128, "PACKED": 0}  # a parameter of the function that adds the option; a flag
+        gate = GateRules()
+        defaults |= {f"GATE_{name.upper()}": value for name, value in dataclasses.asdict(gate).items()}
+        for key, shown in keys.items():
+            if shown:
+                assert key in defaults, f"{title}: {key} has no default in {modules}"
+                value = defaults[key]
+                same = float(shown) == float(value) if isinstance(value, int | float) else shown == value
+                assert same, f"{title}: {key} is {value} by default, not {shown}"
+                checked += 1
+    assert checked > 25
+
+
+def test_the_index_has_every_document():
+    index = (REPO / "docs/README.md").read_text()
+    for document in REPO.glob("docs/*.md"):
+        assert document.name == "README.md" or f"({document.name})" in index, f"{document.name} is not in docs/README.md"

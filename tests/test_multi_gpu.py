@@ -1,0 +1,53 @@
+"""pipelines/multi_gpu.sh on two CPU processes with tiny sizes: its parts leave records, say what failed and go on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+from synthetic_moe import SHAPES
+from synthetic_rollouts import RandomTeacher
+
+
+def pipeline(tmp_path, *parts, **environment):
+    own = {"TINY": "1", "PROCESSES": "2", "WORK": str(tmp_path / "work"), "RECORDS": str(tmp_path / "records")}
+    return subprocess.run(
+        ["bash", REPO / "pipelines/multi_gpu.sh", *parts], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MOE_LOWBIT_VENV": str(Path(sys.executable).parent.parent)}
+        | own | environment,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_phase_c_at_a_size_leaves_a_record(tmp_path):
+    done = pipeline(tmp_path, "train35b")
+    assert done.returncode == 0 and "MULTI GPU OK: train35b" in done.stdout, done.stderr
+    record = json.loads((tmp_path / "records/multi_gpu_train35b.json").read_text())
+    made = record["metrics"]
+    assert record["gpus"] == 0 and record["processes"] == len(made["train"]["ranks"]) == 2
+    assert made["layers"] == SHAPES["tiny"].layers and len(made["curve"]) == made["steps"] == 4
+    assert made["train"]["median_step_seconds"] > 0 and all(rank["peak_rss_mib"] > 0 for rank in made["train"]["ranks"])
+    again = pipeline(tmp_path, "train35b")
+    assert again.returncode == 0 and "done before" in again.stdout
+
+
+def test_a_part_out_of_time_is_said(tmp_path):
+    done = pipeline(tmp_path, "quantize", LIMIT="1")
+    assert done.returncode == 1 and "quantize: FAILED" in done.stderr and "failed: quantize" in done.stderr
+    assert pipeline(tmp_path, "quantise").returncode == 2
+
+
+def test_random_scores_are_log_probabilities():
+    import torch
+
+    from opd_score import score_batch
+
+    rows = [(list(range(7)), 3), (list(range(5)), 2)]
+    scores = score_batch(RandomTeacher(50, 0), rows, 8, 1.0)
+    assert [len(part.ids) for part in scores] == [4, 3]
+    for part in scores:
+        torch.testing.assert_close(part.events().exp().sum(-1), torch.ones(len(part.ids)), rtol=0, atol=1e-5)

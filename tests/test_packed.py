@@ -1,0 +1,272 @@
+"""Packed checkpoints: what is packed unpacks to the same bits, the same files, in the same places; anything else is refused."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import REPO
+from safetensors.torch import load_file, save_file
+
+import packed_layout
+from calibration import Calibration
+from checkpoint import PACKED, Checkpoint
+from console import UserError
+from model_layout import Role
+from moe_quant import dequantize, quantize_group
+from packed_export import check, pack, sizes, unpack
+from packed_int4 import codes_of, pack_codes, unpack_codes, unpacked_values
+from packed_layout import plan_container
+from quant_save import plan_jobs, quantize_checkpoint
+from recipe import Recipe
+from rounding import Grid, Statistics, round_weight
+
+RECIPE = Recipe(3, 4, 128, 4)
+SHARD = 1 << 20
+
+
+def calibration():
+    ids = torch.randint(0, 300, (4, 64), generator=torch.Generator().manual_seed(0))
+    return Calibration(ids, {"name": "random", "revision": "0", "sha256": None, "n": 4}, batch=4, device=torch.device("cpu"))
+
+
+def contents(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def same_bits(one, other):
+    return one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+@pytest.fixture(scope="module")
+def fused(random_tiny, tmp_path_factory):
+    """random_tiny with the experts of a layer in one tensor, as the hub's Qwen3.5 has them."""
+    path = tmp_path_factory.mktemp("models") / "fused"
+    shutil.copytree(random_tiny, path)
+    tensors = load_file(path / "model.safetensors")
+    for layer in range(4):
+        stem = f"model.layers.{layer}.mlp.experts"
+        each = [[tensors.pop(f"{stem}.{e}.{part}_proj.weight") for part in ("gate", "up", "down")] for e in range(8)]
+        tensors[f"{stem}.gate_up_proj"] = torch.stack([torch.cat([gate, up]) for gate, up, _ in each])
+        tensors[f"{stem}.down_proj"] = torch.stack([down for *_, down in each])
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def test_words_are_those_of_the_format():
+    codes = torch.randint(-8, 8, (3, 40), dtype=torch.int8)
+    expected = [[sum(int(c + 8) << 4 * k for k, c in enumerate(row[j : j + 8])) for j in range(0, 40, 8)] for row in codes]
+    assert [[word % 2**32 for word in row] for row in pack_codes(codes).tolist()] == expected
+    assert torch.equal(unpack_codes(pack_codes(codes)), codes)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_codes_and_scales_are_recovered_from_the_values_alone(bits, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    weight = torch.randn(32, 512, dtype=torch.float64).mul_(torch.logspace(-3, 1, 512)).bfloat16().to(device)
+    weight[5, :128] = 0
+    made = quantize_group(weight, bits, 128, 16)
+    found = codes_of(dequantize(made, 128), (bits,), 128)
+    assert torch.equal(found.codes, made.codes) and torch.equal(found.scale, made.scale)
+    packed, scale = pack_codes(found.codes), found.scale.bfloat16()
+    assert same_bits(unpacked_values(packed, scale), dequantize(made, 128))
+    off = dequantize(made, 128)
+    off[3, 7] = 0.37 * off[3, :128].abs().max()
+    with pytest.raises(UserError, match=f"not on a symmetric grid of {bits} bits"):
+        codes_of(off, (bits,), 128)
+
+
+@pytest.mark.parametrize(
+    "method,expert_bits", [("absmax", 3), ("clip", 2), ("wclip", 2.5), pytest.param("gptq_refit", 3, marks=pytest.mark.slow)]
+)
+def test_every_tensor_and_every_file_comes_back(random_tiny, tmp_path, method, expert_bits):
+    recipe, more = Recipe(expert_bits, 4, 128, 4, method=method), {}
+    if method not in ("absmax", "clip"):
+        more = {"calibration": calibration()}
+    quantize_checkpoint(random_tiny, tmp_path / "plain", recipe, shard_bytes=SHARD, **more)
+    report = quantize_checkpoint(random_tiny, tmp_path / "packed", recipe, shard_bytes=SHARD, packed=True, **more)
+    plain, packed = Checkpoint(tmp_path / "plain"), Checkpoint(tmp_path / "packed")
+    assert list(plain.tensors) == list(packed.tensors) and len(packed.files) > 3
+    assert all(same_bits(packed.read(name), plain.read(name)) for name in plain.tensors)
+    stored = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in packed.files)
+    assert report.container["bytes"] == stored < 0.31 * plain.bytes
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "plain")
+    pack(tmp_path / "plain", tmp_path / "later", shard_bytes=SHARD)
+    assert check(tmp_path / "later", tmp_path / "plain")["bit_equal"] == len(plain.tensors)
+    if method in ("absmax", "clip"):  # no layer begins a file, so these are the very same
+        assert contents(tmp_path / "later") == contents(tmp_path / "packed")
+
+
+def test_fused_experts_lie_one_by_one_and_come_back_fused(fused, random_tiny, tmp_path):
+    recipe = Recipe(3, 4, 128, 4, experts=(("model.layers.1.mlp.experts", (2, 3, 4, 3, 2, 4, 3, 3)),))
+    quantize_checkpoint(fused, tmp_path / "plain", recipe, shard_bytes=SHARD, chunk_bytes=300_000)
+    quantize_checkpoint(fused, tmp_path / "packed", recipe, shard_bytes=SHARD, chunk_bytes=300_000, packed=True)
+    quantize_checkpoint(random_tiny, tmp_path / "single", recipe, packed=True)
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "plain")
+    one, other = ({}, {})
+    for found, path in ((one, "packed"), (other, "single")):
+        for file in Checkpoint(tmp_path / path).files:
+            found.update(load_file(file))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    name = "model.layers.2.mlp.experts.gate_up_proj"
+    whole, rows = Checkpoint(tmp_path / "packed"), []
+    for start, part in whole.read_chunks(name, 300_000):
+        assert start == len(rows)
+        rows += list(part)
+    assert same_bits(torch.stack(rows), whole.read(name)) and whole.info(name).shape == (8, 512, 256)
+    assert one["model.layers.2.mlp.experts.3.up_proj.weight_shape"].tolist() == [256, 256]
+
+
+def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(fused, tmp_path, monkeypatch):
+    put, puts = packed_layout.PackedWriter._put, []
+
+    def cut(self, name, value):
+        if name == kill["at"]:
+            raise OSError("stands for a kill")
+        puts.append(name)
+        put(self, name, value)
+
+    monkeypatch.setattr(packed_layout.PackedWriter, "_put", cut)
+    kill = {"at": None}
+    quantize_checkpoint(fused, tmp_path / "alone", RECIPE, shard_bytes=SHARD // 4, packed=True)
+    expected = contents(tmp_path / "alone")
+    for kill["at"] in list(puts)[40::70]:
+        with pytest.raises(OSError, match="stands for a kill"):
+            quantize_checkpoint(fused, tmp_path / "cut", RECIPE, shard_bytes=SHARD // 4, packed=True)
+    assert len(puts) < 3 * len(set(puts))  # what was complete was not made again; from the start it would be more than 4
+    kill["at"] = None
+    with pytest.raises(UserError, match=r"unfinished run with other settings \(packed\)"):
+        quantize_checkpoint(fused, tmp_path / "cut", RECIPE, shard_bytes=SHARD // 4)
+    quantize_checkpoint(fused, tmp_path / "cut", RECIPE, shard_bytes=SHARD // 4, packed=True)
+    assert contents(tmp_path / "cut") == expected
+
+
+def test_several_devices_write_the_same_bytes(fused, tmp_path):
+    for count in (1, 3):
+        devices = (torch.device("cpu"),) * count
+        quantize_checkpoint(fused, tmp_path / str(count), RECIPE, shard_bytes=SHARD // 4, packed=True, devices=devices)
+    assert contents(tmp_path / "1") == contents(tmp_path / "3") and len(Checkpoint(tmp_path / "3").files) > 6
+
+
+def test_what_is_not_packed_is_what_the_config_ignores(random_tiny, tmp_path):
+    """Each linear is packed or ignored; what vLLM fuses shares its lot; what is left in BF16 has the grid's values."""
+    recipe = Recipe(3, 4, 128, 4, overrides=(("model.layers.3.self_attn.q_proj.weight", 16), ("lm_head.weight", 6)))
+    quantize_checkpoint(random_tiny, tmp_path / "packed", recipe, packed=True)
+    config = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    stored = load_file(tmp_path / "packed/model.safetensors")
+    packed = {name.removesuffix(".weight_packed") for name in stored if name.endswith(".weight_packed")}
+    linears = {name.removesuffix(".weight") for name, t in stored.items() if name.endswith(".weight") and t.ndim == 2}
+    linears -= {"model.embed_tokens"}
+    patterns = [x.removeprefix("re:") if x.startswith("re:") else re.escape(x) for x in config["ignore"]]
+    ignored = {name for name in packed | linears if any(re.fullmatch(pattern, name) for pattern in patterns)}
+    assert ignored == linears and packed and not packed & linears
+    attention = {f"model.layers.3.self_attn.{part}_proj" for part in "qkv"}
+    assert attention <= linears and "model.layers.3.self_attn.o_proj" in packed
+    assert {"lm_head", "model.layers.0.linear_attn.in_proj_a", "model.layers.0.mlp.gate"} <= linears
+    weights = config["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["symmetric"], weights["group_size"]) == (4, True, 128)
+
+
+def test_a_packed_checkpoint_runs_like_the_plain_one(random_tiny, tmp_path):
+    from backends import load_model
+
+    quantize_checkpoint(random_tiny, tmp_path / "plain", RECIPE)
+    quantize_checkpoint(random_tiny, tmp_path / "packed", RECIPE, packed=True)
+    ids = torch.randint(0, 300, (2, 32))
+    logits = [load_model(tmp_path / name)(ids).logits for name in ("plain", "packed")]
+    assert torch.equal(*logits)
+
+
+def test_a_vision_tower_is_left_alone(tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    from backends import load_weights
+    from tiny_vl_model import build_vl_model, build_vl_tokenizer, vl_config
+    from tiny_vl_train import vl_texts
+
+    build_vl_model(vl_config(build_vl_tokenizer(vl_texts(100)), 2, 1), 0).bfloat16().save_pretrained(tmp_path / "m")
+    quantize_checkpoint(tmp_path / "m", tmp_path / "plain", RECIPE)
+    quantize_checkpoint(tmp_path / "m", tmp_path / "packed", RECIPE, packed=True)
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "plain")
+    config = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    assert r"re:.*visual\..*" in config["ignore"] and not any("visual.blocks" in name for name in config["ignore"])
+    one, other = (load_weights(AutoModelForImageTextToText, tmp_path / x, torch.float32) for x in ("packed", "plain"))
+    other = other.state_dict()
+    assert all(torch.equal(value, other[name]) for name, value in one.state_dict().items()) and len(other) > 20
+
+
+def test_a_zero_has_no_sign():
+    weight = torch.randn(2, 64, 256)
+    hessian = torch.eye(256).expand(2, -1, -1).contiguous()
+    for method in ("wclip", "gptq", "gptq_refit"):
+        made = round_weight(weight, Grid(3, 128, 4), Statistics(hessian, torch.ones(2) * 1000), method)
+        assert bool((made == 0).any()) and not bool(torch.signbit(made[made == 0]).any()), method
+
+
+def test_the_size_of_the_122b_is_counted_from_its_shapes():
+    facts = sizes(REPO / "configs/shape_122b.json", Recipe(3, 4, 128, 16))
+    experts = 48 * 256 * 3 * 1024 * 3072
+    attention = 36 * (2 * 2048 + 8192 + 8192 + 8192) * 3072 + 12 * (2 * 8192 + 2 * 512 + 8192) * 3072
+    packed = experts + attention + 48 * 3 * 1024 * 3072
+    matrices = 48 * (256 * 3 + 3) + 36 * 3 + 12 * 4
+    assert facts["packed_parameters"] == packed
+    assert facts["packed_bytes"] == packed // 2 + packed // 128 * 2 + 16 * matrices
+    assert facts["kept_bytes"]["vLLM reads the head in BF16"] == 248320 * 3072 * 2
+    assert round(facts["dequantized_bytes"] / 1e9) == 245 and 65e9 < facts["bytes"] < 67e9
+
+
+def test_recipes_and_shapes_that_do_not_fit_are_refused(random_tiny, tmp_path, command):
+    flags = ["--model", random_tiny, "--expert-bits", 3, "--linear-bits", 4, "--packed", "--out", tmp_path / "q"]
+    for more, message in (
+        (["--method", "rtn_asym"], "--packed: method rtn_asym is not a symmetric grid"),
+        (["--group", 16], "--packed: no kernel has groups of 16; use --group 32, 64, 128"),
+        (["--expert-bits", 5], "--packed: no routed expert can be packed: more than 4 bits"),
+        (["--expert-bits", 16, "--linear-bits", 16], "--packed: no matrix can be packed: nothing is quantized"),
+    ):
+        done = command("src/quant/quant_save.py", *flags, *more)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    jobs = plan_jobs(Checkpoint(random_tiny), RECIPE)
+    experts = [job.role is Role.ROUTED_EXPERT for job in jobs]
+    infos = [dataclasses.replace(job.info, shape=(96, 192) if own else job.info.shape) for job, own in zip(jobs, experts)]
+    narrow = [dataclasses.replace(job, info=info) for job, info in zip(jobs, infos)]
+    with pytest.raises(UserError, match=r"no kernel takes 96 outputs by 192 inputs \(multiples of 64 and 128\)"):
+        plan_container(narrow, RECIPE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_packed_checkpoint_that_was_tampered_with_or_misused_is_one_line(random_tiny, tmp_path, command):
+    quantize_checkpoint(random_tiny, tmp_path / "plain", RECIPE)
+    quantize_checkpoint(random_tiny, tmp_path / "packed", RECIPE, packed=True)
+    export = "src/quant/packed_export.py"
+    quantize = ["src/quant/quant_save.py", "--expert-bits", 3, "--linear-bits", 4]
+    shutil.copytree(tmp_path / "packed", tmp_path / "lacking")
+    manifest = json.loads((tmp_path / "lacking" / PACKED).read_text())
+    manifest["tensors"], manifest["shards"] = manifest["tensors"][1:], [len(manifest["tensors"]) - 1]
+    (tmp_path / "lacking" / PACKED).write_text(json.dumps(manifest))
+    shutil.copytree(tmp_path / "plain", tmp_path / "off")
+    tensors = load_file(tmp_path / "off/model.safetensors")
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"
+    tensors[name][0, 0] += 0.3
+    save_file(tensors, tmp_path / "off/model.safetensors", {"format": "pt"})
+    before = sorted(tmp_path.iterdir())
+    for run, message in (
+        ([export, "--unpack", tmp_path / "plain", "--out", tmp_path / "x"], "is not packed"),
+        ([export, "--unpack", tmp_path / "lacking", "--out", tmp_path / "x"], "is not in packed.json"),
+        ([export, "--model", tmp_path / "off", "--out", tmp_path / "x"], f"tensor {name}: not on a symmetric grid of 3 bits"),
+        ([export, "--model", tmp_path / "packed", "--out", tmp_path / "x"], "already quantized"),
+        ([*quantize, "--model", tmp_path / "packed", "--out", tmp_path / "x"], "already quantized"),
+        ([export, "--model", tmp_path / "plain"], "give --model and --out"),
+    ):
+        done = command(*run)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode == 2 and len(lines) == 1 and message in lines[0], done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+    done = command(export, "--check", tmp_path / "packed", "--model", tmp_path / "off")
+    assert done.returncode == 1 and "1 values differ" in done.stdout

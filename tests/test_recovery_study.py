@@ -1,0 +1,72 @@
+"""The study's plan, and blocks that go into a GGUF as they were trained."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from checkpoint import Checkpoint
+from console import UserError
+from env_config import load_config
+from ggml_types import decode_rows
+from gguf_file import GgufFile
+from gguf_layout import pieces_of, read_parameter, to_gguf
+from gguf_pack import Blocks, plan_pack, write_pack
+from merge_adapter import GGML_FILE
+from recovery_study import STUDY, StudyConfig, run_part, stages
+
+
+def test_a_block_type_is_trained_and_packed_byte_for_byte(random_tiny, tmp_path, monkeypatch):
+    small = {
+        "TEACHER": random_tiny,
+        "WORK": tmp_path / "w",
+        "RESULTS": tmp_path / "r",
+        "STEPS": 1,
+        "ROWS": 2,
+        "LIMIT": 1,
+        "FREE": 1,
+        "LONG_FREE": 1,
+    }
+    small |= {"MAX_TOKENS": 8, "CHUNK": 4, "RANK": 4, "KL_ITEMS": 1, "EVAL_LIMIT": 0, "WARMUP": 0, "FINE_LR": 0.5}
+    monkeypatch.setattr("recovery_study.FINISHED", [])  # an untrained teacher ends nothing
+    study = load_config(StudyConfig, STUDY, {key: str(value) for key, value in small.items()})
+    for part in ("students", "cache", "iq2_xs"):
+        run_part(study, part)
+    work = tmp_path / "w/recovery_iq2_xs"
+    before, after = (load_file(work / name / GGML_FILE) for name in ("before", "recovered"))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    made = Checkpoint(work / "recovered")
+    pack, _ = plan_pack(made, "bf16", [], "nearest", blocks=Blocks(work / "recovered" / GGML_FILE))
+    write_pack(pack, tmp_path / "gguf")
+    file = GgufFile(tmp_path / "gguf" / pack.file_name)
+    experts = 0
+    for piece in pieces_of(made):
+        held = decode_rows(file.data(piece.name), file.kind(piece.name)).view(piece.shape)
+        value = to_gguf(piece, read_parameter(made, piece))
+        assert torch.equal(held.to(value.dtype), value), piece.name  # the file holds what was evaluated
+        if piece.parameter in after:
+            packed = after[piece.parameter]
+            own = packed if piece.half is None else packed.chunk(2, 1)[piece.half == "up"]
+            assert file.kind(piece.name) == "iq2_xs" and torch.equal(file.data(piece.name).view(own.shape), own), piece.name
+            experts += 1
+    assert experts == 3 * 4
+    record = json.loads((tmp_path / "r/distill/recovery_iq2_xs.json").read_text())
+    assert record["metrics"]["kl_before"]["mean"] > 0 and record["metrics"]["changed_weights"] > 0
+    with pytest.raises(UserError, match="rest goes to nearest"):
+        plan_pack(made, "bf16", [], "ldlq", blocks=Blocks(work / "recovered" / GGML_FILE))
+    name = next(iter(after))
+    save_file({name: after[name][:, :8].contiguous()}, tmp_path / "bad.safetensors", {"type": "iq2_xs"})
+    with pytest.raises(UserError, match="does not fit the checkpoint"):
+        plan_pack(made, "bf16", [], "nearest", blocks=Blocks(tmp_path / "bad.safetensors"))
+
+
+def test_every_part_of_the_study_has_the_same_steps():
+    study = load_config(StudyConfig, STUDY)
+    parts = stages(study)
+    tags = [stage.tag for part in parts.values() for stage in part]
+    assert len(set(tags)) == len(tags)
+    for name in parts.keys() - {"long", "wide"}:
+        part = parts[name]
+        steps = [stage.changes.get("STEPS", study.steps) for stage in part]
+        assert sum(steps) == study.steps - (study.steps // 2 if name == "policy_all" else 0), name

@@ -1,0 +1,129 @@
+"""The pipeline that results/RESULTS.md names above a row makes that row's record: each pipeline runs with an interpreter that
+only notes what it is asked, and every committed record must be among what it would write."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import REPO
+
+import recovery_study
+from env_config import load_config, read_env_file
+from make_results import PIPELINES, commands, pipeline_of
+from results_store import read_result
+
+KINDS = {
+    "vllm_eval8": "eval", "mm_eval": "eval", "compare_tags": "compare", "moe_eval": "kl", "mm_kl": "kl", "gguf_kl": "kl",
+    "gguf_spread": "spread",
+    "quant_save": "quantize", "packed_export": "quantize", "pack_run": "pack", "moe_alloc": "probe", "vllm_tokens": "probe",
+    "gguf_bench": "bench", "gguf_sweep": "bench", "size_bench": "bench", "eval_bench": "bench", "quant_bench": "bench",
+    "multi_gpu_run": "bench", "tiny_train": "train", "tiny_vl_train": "train", "distill_run": "distill",
+}  # fmt: skip
+STUB = """#!/bin/sh
+printf '%s\\t%s\\n' "${TAG:-}" "$*" >>"$ASKED"
+[ "$1" != -c ] || echo 0
+"""
+
+
+def record_of(tag: str, arguments: list[str]) -> str | None:
+    """kind/tag of the record that a command would write; ``tag``: what its environment says."""
+    kind = KINDS.get(Path(arguments[0]).stem)
+    given = dict(zip(arguments, arguments[1:]))
+    if kind == "compare":
+        tags = [word for place, word in enumerate(arguments[1:], 1) if not word.startswith("--")
+                and arguments[place - 1] not in ("--teacher", "--results")]  # fmt: skip
+        tag = "__".join(filter(None, [given.get("--teacher"), *tags]))
+    elif kind == "train":
+        tag = Path(given["--result"]).stem
+    elif kind == "distill":
+        tag = tag or read_env_file(REPO / given["--config"])["TAG"]
+    elif "--part" in given:
+        tag = f"multi_gpu_{given['--part']}"
+    else:
+        tag = given.get("--tag", tag)
+    return f"{kind}/{tag}" if kind and tag else None
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """The pipelines without records, models or packages: nothing that exists is skipped, nothing is computed."""
+    root = tmp_path_factory.mktemp("repo")
+    for name in ("pipelines", "configs"):
+        shutil.copytree(REPO / name, root / name)
+    shutil.copy(REPO / "env.sh", root)
+    stub = root / "venv/bin/python"
+    stub.parent.mkdir(parents=True)
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    (root / "venv/.moe-lowbit-ready").touch()
+    return root
+
+
+def asked(root: Path, pipeline: str) -> set[str]:
+    """The records that a pipeline would write."""
+    log = root / "asked.txt"
+    log.write_text("")
+    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+    own = {"ASKED": log, "MOE_LOWBIT_VENV": root / "venv", "MOE_LOWBIT_VLLM_VENV": root / "venv", "SHM": root / "shm"}
+    own |= {"WORK": root / "work"}
+    if pipeline.startswith("bench_h100"):
+        own |= {"PYTHON": root / "venv/bin/python", "LLAMA_CPP": root / "no-llama"}
+    command = ["bash", *shlex.split(f"pipelines/{pipeline}")]
+    environment = kept | {key: str(value) for key, value in own.items()}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=60)
+    assert done.returncode == 0, f"{pipeline}: {done.stderr}"
+    lines = [line.split("\t") for line in log.read_text().splitlines()]
+    return set(filter(None, (record_of(tag, arguments.split()) for tag, arguments in lines if arguments)))
+
+
+def asked_by_the_study(tmp_path, monkeypatch) -> set[str]:
+    """The same of recovery_study.sh, whose parts are in Python; part default is the shell's."""
+    study = load_config(recovery_study.StudyConfig, REPO / recovery_study.STUDY, {"RESULTS": str(tmp_path)})
+    found = set()
+
+    def note(script: str, *arguments: object) -> None:
+        name = record_of("", [script, *map(str, arguments)])
+        if name:
+            found.add(name)
+            (tmp_path / f"{name}.json").parent.mkdir(exist_ok=True)
+            (tmp_path / f"{name}.json").touch()
+
+    monkeypatch.setattr(recovery_study, "inside", note)
+    recovery_study.run_part(study, "before")
+    for stage in (stage for part in recovery_study.stages(study).values() for stage in part):
+        found.add(f"distill/{stage.tag}")
+        if stage.evaluate:
+            recovery_study.evaluate(study, study.path(stage.tag, "recovered"), stage.tag)
+    recovery_study.run_part(study, "compare")
+    shell = (REPO / "pipelines/recovery_study.sh").read_text()
+    return found | {f"distill/{tag}" for tag in re.findall(r"TAG=(\w+) bash pipelines/distill.sh", shell)}
+
+
+def test_every_row_is_made_by_the_pipeline_that_the_page_names(elsewhere, tmp_path, monkeypatch):
+    wanted: dict[str, set[str]] = {}
+    for file in sorted(REPO.glob("results/*/*.json")):
+        record = read_result(file)
+        pipeline = pipeline_of(record)
+        assert pipeline, f"{file.name}: make_results.PIPELINES has no pipeline for it"
+        wanted.setdefault(pipeline, set()).add(f"{record['kind']}/{record['tag']}")
+    for pipeline in dict.fromkeys(pipeline for _, pipeline in PIPELINES):
+        study = pipeline == "recovery_study.sh"
+        made = asked_by_the_study(tmp_path, monkeypatch) if study else asked(elsewhere, pipeline)
+        names = wanted.get(pipeline, set())
+        assert made and names <= made, f"{pipeline} does not make {sorted(names - made)}"
+
+
+def test_commands_stand_under_their_pipelines():
+    rows = [{"kind": "kl", "tag": tag, "command": ["python", tag]} for tag in ("razor_tiny_bf16", "razor_tiny_int4", "mine")]
+    shown = commands([("", row) for row in rows])
+    assert shown[2:-2] == [
+        "# bash pipelines/tiny_results.sh",
+        "python razor_tiny_bf16",
+        "python razor_tiny_int4",
+        "# by hand",
+        "python mine",
+    ]

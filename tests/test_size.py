@@ -1,0 +1,215 @@
+"""The synthetic checkpoint, the consumed source, and every measurement at full size, run small on a CPU."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import Checkpoint
+from console import UserError
+from cost_model import BEGIN, END, MODELS, Sizes, calibrated_fit, fit, predict, read_records, sizes_of, table
+from model_layout import Role, roles_of
+from quant_save import quantize_checkpoint
+from recipe import Recipe
+from results_store import read_result
+from synthetic_moe import SHAPES, config_of, fill_all, fill_shard, plan_of, prepare
+
+REPO = Path(__file__).resolve().parent.parent
+RECIPE = Recipe(3, 4, 128, 4)
+
+
+@pytest.fixture
+def synthetic(tmp_path):
+    prepare(tmp_path / "m", SHAPES["tiny"], seed=3)
+    fill_all(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def test_shapes_are_those_of_the_published_models():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for name, billions in (("122b", 122.1), ("35b", 34.7)):
+        plan = plan_of(SHAPES[name])
+        assert sum(torch.Size(shape).numel() for _, _, shape in plan) / 1e9 == pytest.approx(billions, abs=0.05)
+        config = config_of(SHAPES[name])
+        roles = roles_of({tensor: shape for tensor, _, shape in plan}, config)
+        assert set(roles.values()) >= {Role.ROUTED_EXPERT, Role.SHARED_EXPERT, Role.ATTENTION, Role.LINEAR_ATTENTION}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config["text_config"]))
+        wanted = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        assert {n.replace("model.language_model.", "model."): shape for n, _, shape in plan} == wanted
+
+
+def test_a_shard_can_be_made_at_any_time(synthetic, tmp_path):
+    again = tmp_path / "again"
+    shards = prepare(again, SHAPES["tiny"], seed=3)
+    assert os.stat(shards[1]).st_blocks * 512 < os.stat(shards[1]).st_size / 4  # a hole
+    fill_shard(again, shards[2], Checkpoint(again).tensors)
+    assert shards[2].read_bytes() == (synthetic / shards[2].name).read_bytes()
+    assert not any(shards[1].read_bytes()[-1000:])
+    prepare(tmp_path / "other", SHAPES["tiny"], seed=4)
+    fill_shard(tmp_path / "other", tmp_path / "other" / shards[2].name, Checkpoint(tmp_path / "other").tensors)
+    assert shards[2].read_bytes() != (tmp_path / "other" / shards[2].name).read_bytes()
+
+
+def test_weights_look_like_trained_ones(synthetic):
+    weight = Checkpoint(synthetic).read("model.language_model.layers.0.mlp.experts.gate_up_proj").float()
+    assert weight.std() == pytest.approx(1 / 16, rel=0.1)
+    assert ((weight / weight.std()) ** 4).mean() > 4.5  # a normal distribution has 3
+    rows = weight.norm(dim=-1)
+    assert rows.std() / rows.mean() > 0.25
+
+
+def test_a_consumed_source_gives_the_same_bytes_and_its_disk_back(synthetic, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(synthetic, copy)
+    quantize_checkpoint(synthetic, tmp_path / "a", RECIPE, shard_bytes=3 << 20)
+    quantize_checkpoint(copy, tmp_path / "b", RECIPE, shard_bytes=3 << 20, consume=True)
+    for file in sorted((tmp_path / "a").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+    assert not list(copy.glob("*.safetensors"))
+    with pytest.raises(UserError, match="missing"):
+        quantize_checkpoint(copy, tmp_path / "c", RECIPE, consume=True)
+
+
+CONSUME = """
+import sys
+from quant_save import Sink, quantize_checkpoint
+from recipe import Recipe
+import quant_save, time
+append = Sink._append
+def slow(self, name, value):
+    append(self, name, value)
+    print(len(self.writer.closed), flush=True)
+    time.sleep(0.03)
+Sink._append = slow
+quantize_checkpoint(sys.argv[1], sys.argv[2], Recipe(3, 4, 128, 4), shard_bytes=3 << 20, consume=True)
+"""
+
+
+def test_a_killed_run_that_consumes_its_source_goes_on(synthetic, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(synthetic, copy)
+    quantize_checkpoint(copy, tmp_path / "a", RECIPE, shard_bytes=3 << 20)
+    child = subprocess.Popen([sys.executable, "-c", CONSUME, synthetic, tmp_path / "b"], stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line.strip() == "4":  # some shards of the source are holes by now
+            child.send_signal(signal.SIGKILL)
+            break
+    child.wait(), child.stdout.close()
+    assert any(f.stat().st_blocks * 512 < f.stat().st_size / 2 for f in synthetic.glob("*.safetensors"))
+    with pytest.raises(UserError, match="consumed"):  # zeros are never read as weights
+        quantize_checkpoint(synthetic, tmp_path / "other", RECIPE)
+    with pytest.raises(UserError, match="consumed"):
+        quantize_checkpoint(synthetic, tmp_path / "other", RECIPE, consume=True)
+    quantize_checkpoint(synthetic, tmp_path / "b", RECIPE, shard_bytes=3 << 20, consume=True)
+    for file in sorted((tmp_path / "a").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_only_a_synthetic_source_is_consumed(command, tmp_path):
+    done = command(
+        "src/quant/quant_save.py", "--model", "models/razor-tiny", "--out", tmp_path / "q", "--consume-source",
+        "--expert-bits", 3, "--linear-bits", 4,
+    )  # fmt: skip
+    assert done.returncode == 2 and "not of synthetic_moe.py" in done.stderr
+    assert (REPO / "models/razor-tiny/model.safetensors").is_file()
+
+
+def test_a_large_read_is_that_of_the_library(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_file({"a": torch.randn(3000, 4000), "b": torch.randn(5)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    checkpoint, theirs = Checkpoint(tmp_path), load_file(tmp_path / "model.safetensors")
+    assert torch.equal(checkpoint.read("a"), theirs["a"])
+    pieces = [piece for _, piece in checkpoint.read_chunks("a", 17 << 20)]
+    assert len(pieces) == 3 and torch.equal(torch.cat(pieces), theirs["a"])
+
+
+def test_the_synthetic_gguf_holds_what_is_said(command, tmp_path):
+    from gguf_file import GgufFile
+
+    out = tmp_path / "t.gguf"
+    done = command("src/quant/synthetic_gguf.py", "--shape", "tiny", "--out", out, "--encode-experts", 4)
+    assert done.returncode == 0, done.stderr
+    file = GgufFile(out)
+    assert file.kind("blk.2.ffn_up_exps.weight") == "iq3_xxs" and file.shape("token_embd.weight") == (1024, 256)
+    one = file.data("blk.0.ffn_gate_exps.weight")
+    assert torch.equal(one, file.data("blk.3.ffn_gate_exps.weight")) and torch.equal(one[:4], one[4:])
+    assert not torch.equal(one[0], one[1])
+
+
+def test_the_full_gguf_has_the_published_size():
+    """InstinctRazor's file is 48.04 GiB with its vocabulary; ours counts the tensors."""
+    sizes = sizes_of(MODELS["122B"])
+    assert sizes.gguf_bytes / 2**30 == pytest.approx(48.04, abs=0.1)
+    assert sizes.packed_bytes / 1e9 == pytest.approx(48.5, abs=0.1)
+
+
+# ---------------------------------------------------------------- the cost model
+
+
+def layers_record(seconds, tokens, vram=1000, rss=2000):
+    return {"size_layers": {"worst_layer_seconds": seconds, "tokens": tokens, "peak_vram_mib": vram, "peak_rss_mib": rss}}
+
+
+def test_the_fit_gives_back_the_law_that_made_the_records():
+    at = Sizes(1000, 500, 50, 10, 0, 0, 7)
+    law = lambda tokens: 0.02 * at.layer + 0.001 * tokens * at.layer_active  # noqa: E731
+    records = {"gptq": layers_record(law(400), 400), "gptq_few": layers_record(law(100), 100), "ldlq": layers_record(90.0, 400)}
+    assert calibrated_fit(records, "gptq", at) == pytest.approx((0.02, 0.001))
+    a, b = calibrated_fit(records, "ldlq", at)
+    assert b == pytest.approx(0.001) and a * at.layer + b * 400 * at.layer_active == pytest.approx(90)
+    found = predict(SHAPES["tiny"], at, fit(records, at), 400)
+    assert found["gptq_s"] == pytest.approx(4 * law(400)) and found["decode"] is None
+    assert found["vram"] == pytest.approx(1000 * 2**20)
+
+
+def test_the_page_shows_what_the_records_say():
+    page = (REPO / "docs/COST_MODEL.md").read_text()
+    shown = page.split(BEGIN)[1].split(END)[0].strip()
+    assert shown == table(read_records(REPO / "results/bench", "h100_122b"), 65536).strip()
+
+
+# ---------------------------------------------------------------- all of it
+
+
+@pytest.mark.slow
+def test_the_whole_measurement_runs_small_and_again_does_nothing(tmp_path):
+    import llama_cpp
+
+    environment = os.environ | {
+        "TINY": "1", "RESULTS": str(tmp_path / "results"), "SCRATCH": str(tmp_path / "work"),
+        "LLAMA_CPP": str(llama_cpp.tools()), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    run = ["bash", str(REPO / "pipelines/bench_h100.sh")]
+    done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=600)
+    parts = ("disk", "gptq", "gptq_few", "ldlq", "gguf", "eval_tiny", "eval_35b")
+    made = {path.stem.removeprefix("h100_122b_"): path for path in (tmp_path / "results/bench").glob("*.json")}
+    assert sorted(made) == sorted(parts) and done.returncode == 0, done.stdout + done.stderr
+    metrics = {part: read_result(path, "bench")["metrics"] for part, path in made.items()}
+    disk = metrics["disk"]["size_disk"]
+    assert disk["quantize"]["bytes"] == sum(torch.Size(s).numel() * d.itemsize for _, d, s in plan_of(SHAPES["tiny"]))
+    assert 0 < disk["share_of_copy"] and disk["whole"]["layers"] == 48
+    assert len(metrics["ldlq"]["size_layers"]["layer_seconds"]) == 2
+    assert metrics["gguf"]["placements"]["cpu"]["decode"]["2"]["tokens_per_s"] > 0
+    assert not list((tmp_path / "work/bench_h100").glob("[dlg]*/*.gguf"))
+    started = time.time()
+    again = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=60)
+    assert again.stdout.count("is there") >= 2 and time.time() - started < 30
+    page = subprocess.run(
+        [sys.executable, REPO / "src/eval/make_results.py", "--results", tmp_path / "results"], capture_output=True, text=True
+    )
+    assert page.returncode == 0, page.stderr
+    check = [sys.executable, REPO / "src/eval/check_results.py", tmp_path / "results/RESULTS.md"]
+    checked = subprocess.run(check, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert json.loads((tmp_path / "results/bench/h100_122b_gptq.json").read_text())["kind"] == "bench"
