@@ -31,7 +31,7 @@ HALF_TINY = 2.0**-24  # the smallest that a half float holds: tiny blocks use lo
 FAR = 1e9  # of |x| / scale: keeps products finite and is far beyond every grid
 SCORE_BYTES = {"cpu": 1 << 19, "cuda": 1 << 30}  # of a matrix of scores: half of a core's cache, a fraction of a GPU
 KERNEL = True  # on a GPU by lattice_kernel; False: by matrix products, as on a CPU, with the same costs
-GROUPS = False  # there, also sweep and descent of a group in one launch: off until it has run on a GPU (as ggml_scalar.KERNEL)
+GROUPS = True  # there, also sweep and descent of a group in one launch
 INDEX_BITS = 10  # of the largest grid; a code is  signs | index << 8 | second index << 18
 
 

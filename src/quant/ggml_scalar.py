@@ -21,9 +21,7 @@ from ggml_types import BlockType, Codec, Scales, bytes_half, half, half_bytes, j
 if TYPE_CHECKING:
     import scalar_kernel
 
-# On a GPU by scalar_kernel, in hundreds of launches less. Off until it has run on one: it passes in Triton's interpreter
-# (tests/test_lattice_kernel.py); size_bench --group-kernels turns it on.
-KERNEL = False
+KERNEL = True  # on a GPU by scalar_kernel, in tens of thousands of launches less; False: as on a CPU
 
 # ---------------------------------------------------------------- integers of groups: (multipliers, minimums) [N, G]
 

@@ -379,7 +379,10 @@ def parse_arguments() -> argparse.Namespace:
             part.add_argument(
                 "--whole-interval", type=int, default=4, help="every such layer of the real model has full attention"
             )
-            part.add_argument("--group-kernels", action="store_true", help="ldlq on a GPU by the kernels of whole groups")
+            part.add_argument(
+                "--group-kernels", action=argparse.BooleanOptionalAction, default=True,
+                help="ldlq on a GPU by the kernels of whole groups (default: yes)",
+            )  # fmt: skip
             part.add_argument("--header", type=Path, help="ldlq: file of synthetic_gguf --header-only for this model")
         add_record_arguments(part)
     return parser.parse_args()
