@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import shutil
 import subprocess
@@ -263,8 +264,13 @@ def step(script: str, *arguments: object, processes: int = 1) -> None:
         return
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", *start[1:], str(root / script), *map(str, arguments)]
-    if code := subprocess.run(command).returncode:
+    if code := subprocess.run(command, env=os.environ | shared_cores(processes)).returncode:
         sys.exit(code)
+
+
+def shared_cores(processes: int) -> dict[str, str]:
+    """The variable that gives each of ``processes`` its share of the cores, where it is not set; torchrun would give it one."""
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))}
 
 
 def overrides(smoke: bool, config: DistillConfig | None = None) -> dict[str, str]:

@@ -3,7 +3,8 @@
     python src/distill/multi_gpu_run.py --part quantize --work /dev/shm/multi --records results/bench [--processes 2] [--tiny]
 
     quantize   quant_save on one device and on all: the same bytes, data-free and calibrated; seconds
-    distill    distill.sh --smoke, then a recovery of razor-tiny by one process and by N: gradients, adapter, final KL, tokens/s
+    distill    distill.sh --smoke, then a recovery of razor-tiny by one process, by one again and by N from the same rollouts:
+               gradients, adapters, final KL, tokens/s; what one process differs by from itself is what N may differ by
     train35b   phase C on a synthetic model of the 35B's shape: memory of every process, seconds a step
     train122b  the same on two slices of the 122B, whose difference says how many layers would fit
     fit122b    that many layers, without weights (files of holes): whether they do fit
@@ -39,6 +40,7 @@ from safetensors.torch import load_file
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
 from device_pool import parse_devices
+from distill_run import shared_cores
 from opd_budget import Plan, Shape, memory
 from opd_train_fsdp import ADAPTER, ADAPTER_JSON
 from quant_save import RECIPE_FILE
@@ -53,6 +55,8 @@ DISTILL = {"TASKS": "tiny_know,tiny_math,tiny_reason", "LIMIT": "32", "STEPS": "
 DISTILL |= {"KL_ITEMS": "16", "SAVE_EVERY": "40"}
 DISTILL_TINY = {"LIMIT": "4", "STEPS": "3", "ROWS": "4", "MICRO_ROWS": "2", "KL_ITEMS": "1", "SAVE_EVERY": "3", "WARMUP": "0"}
 DISTILL_TINY |= {"FINISHED_ONLY": "0", "MAX_TOKENS": "12", "TASKS": "tiny_know,tiny_math"}
+RUNS = ("one", "again", "many")
+NEAR = 1e-3  # relative, of losses and norms of gradients that count as equal
 SLICES = (2, 4)  # layers of the 122B
 RANK, ROWS, TOKENS, STEPS = 8, 4, 1024, 4
 VOCABULARY = 32768  # of the quantized layers: the experts are what is measured
@@ -89,10 +93,12 @@ class Bench:
         """Start one of the project's commands in WORK; its output goes to the log."""
         run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
         command = [str(part) for part in (sys.executable, *run, REPO / script, *arguments)]
+        shown = [time.strftime("%T"), *(f"{key}={value}" for key, value in environment.items()), *command[1:]]
+        variables = os.environ | (shared_cores(processes) if processes > 1 else {}) | environment
         with self.log.open("a", encoding="utf-8") as log:
-            log.write(f"\n+ {' '.join(f'{k}={v}' for k, v in environment.items())} {' '.join(command[1:])}\n")
+            log.write(f"\n+ {' '.join(shown)}\n")
             log.flush()
-            process = subprocess.Popen(command, cwd=self.work, env=os.environ | environment, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=self.work, env=variables, stdout=log, stderr=log)
         self.started.append(process)
         return process
 
@@ -188,20 +194,20 @@ def synthetic(bench: Bench, out: Path, layers: int, shape: str, *more: object) -
 
 
 def distill_part(bench: Bench) -> dict[str, Any]:
-    """--smoke by all; then one recovery, by one process and by all from the same rollouts."""
+    """--smoke by all; then one recovery by one process, and from its rollouts again by one and by all."""
     base = {"TEACHER": str(REPO / "models/razor-tiny"), "BACKEND": "hf"} | (DISTILL_TINY if bench.tiny else DISTILL)
     command = ("src/distill/distill_run.py", "--config", REPO / "configs/opd_tiny.env")
     started, many = time.monotonic(), str(bench.processes)
     bench.run(*command, "--smoke", **base, WORK=str(bench.work / "opd"), PROCESSES=many)
-    one, two = bench.work / "one", bench.work / "many"
+    one = bench.work / "one"
     bench.run(*command, **base, WORK=str(one), TAG="one", PROCESSES="1")
     found: dict[str, Any] = {"smoke": smoke_facts(bench.work / "opd-smoke/distill/smoke.json")}
-    (two / "kl").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(one / "kl/before.json", two / "kl/before.json")
     same = {"STUDENT": str(one / "student"), "CACHE": str(one / "teacher")}
-    bench.run(*command, **base, **same, WORK=str(two), TAG="many", PROCESSES=many)
-    found |= {"settings": base, "seconds": round(time.monotonic() - started, 1)} | compared(bench, one, two)
-    return found
+    for tag, processes in (("again", "1"), ("many", many)):
+        (bench.work / tag / "kl").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(one / "kl/before.json", bench.work / tag / "kl/before.json")
+        bench.run(*command, **base, **same, WORK=str(bench.work / tag), TAG=tag, PROCESSES=processes)
+    return found | {"settings": base, "seconds": round(time.monotonic() - started, 1)} | compared(bench)
 
 
 def smoke_facts(record: Path) -> dict[str, Any]:
@@ -210,22 +216,31 @@ def smoke_facts(record: Path) -> dict[str, Any]:
             "train": metrics["phases"]["opd_train"]}  # fmt: skip
 
 
-def compared(bench: Bench, one: Path, two: Path) -> dict[str, Any]:
-    """Losses, gradients, adapters and final KL of two runs, as differences; what training cost in each."""
-    records = [read_result(bench.work / f"results/distill/{tag}.json", "distill")["metrics"] for tag in ("one", "many")]
-    curves = [read_json(work / "adapter" / ADAPTER_JSON)["curve"] for work in (one, two)]
-    pairs = list(zip(*curves, strict=True))
-    adapters = [load_file(work / "adapter" / ADAPTER) for work in (one, two)]
-    largest = max(value.abs().max().item() for value in adapters[0].values())
-    moved = max((adapters[0][name] - adapters[1][name]).abs().max().item() for name in adapters[0])
-    trained = [record["phases"]["opd_train"] for record in records]
+def compared(bench: Bench) -> dict[str, Any]:
+    """What training cost each of the runs, and how far the others are from the first."""
+    records = {tag: read_result(bench.work / f"results/distill/{tag}.json", "distill")["metrics"] for tag in RUNS}
+    trained = {tag: record["phases"]["opd_train"] for tag, record in records.items()}
     return {
-        "one": trained[0], "many": trained[1], "speedup": trained[0]["median_step_seconds"] / trained[1]["median_step_seconds"],
-        "kl_before": records[0]["kl_before"]["mean"], "kl_after": [record["kl_after"]["mean"] for record in records],
-        "kl_after_relative_difference": abs(records[0]["kl_after"]["mean"] / records[1]["kl_after"]["mean"] - 1),
-        "loss_difference": max(abs(a[1] - b[1]) for a, b in pairs), "first_gradient_relative_difference": relative(pairs[0]),
+        **trained, "speedup": trained["one"]["median_step_seconds"] / trained["many"]["median_step_seconds"],
+        "kl_before": records["one"]["kl_before"]["mean"],
+        "kl_after": {tag: record["kl_after"]["mean"] for tag, record in records.items()},
+        "apart": {tag: apart(bench.work / "one/adapter", bench.work / tag / "adapter") for tag in RUNS[1:]},
+    }  # fmt: skip
+
+
+def apart(one: Path, two: Path) -> dict[str, Any]:
+    """Losses, gradients and adapters of two runs, as differences. Where rounding decides one code otherwise the runs go apart:
+    ``equal_steps`` counts those before."""
+    pairs = list(zip(*(read_json(path / ADAPTER_JSON)["curve"] for path in (one, two)), strict=True))
+    adapters = [load_file(path / ADAPTER) for path in (one, two)]
+    near = [abs(a[1] - b[1]) <= NEAR * a[1] and relative((a, b)) <= NEAR for a, b in pairs]
+    return {
+        "equal_steps": near.index(False) if False in near else len(near), "tolerance": NEAR,
+        "first_gradient_relative_difference": relative(pairs[0]),
         "gradient_relative_difference": max(relative(pair) for pair in pairs),
-        "adapter_largest_value": largest, "adapter_largest_difference": moved,
+        "loss_difference": max(abs(a[1] - b[1]) for a, b in pairs),
+        "adapter_largest_value": max(value.abs().max().item() for value in adapters[0].values()),
+        "adapter_largest_difference": max((adapters[0][n] - adapters[1][n]).abs().max().item() for n in adapters[0]),
     }  # fmt: skip
 
 
@@ -402,8 +417,8 @@ def headline(part: str, metrics: dict[str, Any]) -> str:
         same = free["same_bytes"] and metrics["calibrated"]["same_bytes"]
         return f"same bytes: {same}; GB/s {', '.join(str(free[name]['gb_per_second']) for name in ('one', 'all', 'all_twice'))}"
     if part == "distill":
-        return (f"KL after {metrics['kl_after']}, gradients differ by {metrics['gradient_relative_difference']:.2e}, "
-                f"{metrics['speedup']:.2f} times as fast")  # fmt: skip
+        equal = {tag: found["equal_steps"] for tag, found in metrics["apart"].items()}
+        return f"KL after {metrics['kl_after']}, equal steps {equal}, {metrics['speedup']:.2f} times as fast"
     if part in ("train35b", "fit122b"):
         return f"{metrics['layers']} layers, {metrics['train']['median_step_seconds']} s a step, {metrics['train']['ranks']}"
     if part == "train122b":

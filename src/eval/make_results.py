@@ -39,6 +39,7 @@ PIPELINES = (
     ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
     ("bench/multi_gpu_eval35b", "multi_gpu.sh eval35b"),
     ("bench/multi_gpu_*", "multi_gpu.sh"),
+    ("bench/h100", "bench.sh --result results/bench/h100.json --tag h100"),
     ("bench/h200", "bench.sh --result results/bench/h200.json --tag h200"),
     ("*/razor_tiny_vl_*", "vl_results.sh"),
     ("*/razor_tiny_vllm_*", "packed_results.sh"),
@@ -268,7 +269,8 @@ def speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     for key, section in SPEEDS:
         if chosen := [item for item in found if key in item[1]["metrics"]]:
             lines += section(chosen)
-    return lines
+    several = [item for item in found if item[1]["tag"].startswith(MULTI_GPU)]
+    return lines + (several_gpus(several) if several else [])
 
 
 def machine(r: dict[str, Any]) -> str:
@@ -362,8 +364,93 @@ def quantizer_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     return ["## Speed", "", note, "", *table(head, rows), *commands(found)]
 
 
+def block_type_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """The same layer encoded into block types of llama.cpp, one row a type."""
+    rows = []
+    for file, r in found:
+        for kind in r["metrics"]["ggml"]:
+            at = f"metrics.ggml.{kind}"
+            cells = [cite(r, file, f"{at}.{method}.{path}", n) for method in ("nearest", "ldlq")
+                     for path, n in (("mega_parameters_per_s", 0), ("seconds", 1))]  # fmt: skip
+            rows.append([machine(r), f"`{kind}`", cite(r, file, "metrics.layer.experts", 0), *cells])
+    note = "One MoE layer encoded: millions of parameters a second and seconds, to the nearest block and with error feedback."
+    head = ["machine", "type", "experts", "nearest, M/s", "seconds", "feedback, M/s", "seconds"]
+    return ["## Speed of block types", "", note, "", *table(head, rows), *commands(found)]
+
+
+def memory_of(file: str, r: dict[str, Any], at: str) -> str:
+    """What every process of a training run held of its GPU (of the host, without one)."""
+    ranks = lookup(r, f"{at}.ranks")
+    kinds = ["peak_rss_mib" if rank["peak_reserved_mib"] is None else "peak_reserved_mib" for rank in ranks]
+    return ", ".join(cite(r, file, f"{at}.ranks.{i}.{kind}", 0) for i, kind in enumerate(kinds))
+
+
+def quantize_rows(file: str, r: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for kind in ("data_free", "calibrated"):
+        made = r["metrics"][kind]
+        for name in (name for name in made if isinstance(made[name], dict)):
+            at = f"metrics.{kind}.{name}"
+            peaks = made[name]["device_peak_mib"] or []
+            memory = ", ".join(cite(r, file, f"{at}.device_peak_mib.{i}", 0) for i in range(len(peaks)))
+            equal = "" if name == "one" else "same bytes" if made["same_bytes"] else "other bytes"
+            rows.append([f"`{kind}` `{name}`", cite(r, file, f"{at}.gb_per_second", 2, " GB") + "/s", memory, equal])
+    return rows
+
+
+def distill_rows(file: str, r: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for name in r["metrics"]["kl_after"]:
+        rate = cite(r, file, f"metrics.{name}.tokens_per_second", 0) + " tokens/s"
+        equal = f"KL {cite(r, file, f'metrics.kl_after.{name}', 4)}"
+        if name != "one":
+            steps = [cite(r, file, f"metrics.{path}", 0) for path in (f"apart.{name}.equal_steps", f"{name}.steps")]
+            equal += f", {' of '.join(steps)} steps"
+        rows.append([f"`{name}`", rate, memory_of(file, r, f"metrics.{name}"), equal])
+    return rows
+
+
+def train_rows(file: str, r: dict[str, Any]) -> list[list[str]]:
+    slices = [f"metrics.slices.{layers}" for layers in r["metrics"].get("slices", {})] or ["metrics"]
+    return [
+        [f"{cite(r, file, f'{at}.layers', 0)} layers", cite(r, file, f"{at}.train.median_step_seconds", 2) + " s a step",
+         memory_of(file, r, f"{at}.train"), ""] for at in slices
+    ]  # fmt: skip
+
+
+def answers_rows(file: str, r: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for way, made in r["metrics"].items():
+        at = f"metrics.{way}"
+        memory = ", ".join(cite(r, file, f"{at}.device_peak_mib.{i}", 0) for i in range(len(made.get("device_peak_mib", []))))
+        equal = (
+            f"{cite(r, file, f'{at}.equal_answers', 0)} of {cite(r, file, f'{at}.answers', 0)} answers"
+            if "answers" in made
+            else ""
+        )
+        rows.append([f"`{way}`", cite(r, file, f"{at}.tokens_per_second", 1) + " tokens/s", memory, equal])
+    return rows
+
+
+SEVERAL = {
+    "quantize": quantize_rows, "distill": distill_rows, "train35b": train_rows, "train122b": train_rows, "fit122b": train_rows,
+    "eval": answers_rows, "eval35b": answers_rows,
+}  # fmt: skip
+
+
+def several_gpus(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """What runs on several GPUs beside the same on one."""
+    rows = []
+    for file, r in found:
+        rows += [[machine(r), *row] for row in SEVERAL[r["tag"].removeprefix(MULTI_GPU)](file, r)]
+    note = "Rates, the peak of every GPU's memory in MiB, and what equals the run on one GPU."
+    return ["## Several GPUs", "", note, "", *table(["run", "of it", "rate", "memory", "equal"], rows), *commands(found)]
+
+
+MULTI_GPU = "multi_gpu_"
 SPEEDS = (
     ("grids", quantizer_speed),
+    ("ggml", block_type_speed),
     ("placements", gguf_speed),
     ("size_disk", disk_speed),
     ("size_layers", layer_speed),
