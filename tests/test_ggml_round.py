@@ -15,7 +15,7 @@ def problem(experts=2, outputs=5, inputs=512, tokens=2000, seed=0):
     """Heavy-tailed weights [E, O, I] and second moments [E, I, I] of correlated inputs with a few loud channels."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(experts, outputs, inputs, generator=generator)
-    weight *= 0.02 * torch.rand(experts, outputs, inputs, generator=generator) ** -0.3
+    weight *= 0.02 * torch.rand(experts, outputs, inputs, generator=generator).clamp_min(2.0**-24) ** -0.3  # it may be 0
     mix = torch.randn(experts, 64, inputs, generator=generator)
     x = torch.randn(experts, tokens, 64, generator=generator) @ mix / 8
     x += 0.5 * torch.randn(experts, tokens, inputs, generator=generator)
