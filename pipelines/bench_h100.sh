@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Every measurement at the size of the real model, on one or two GPUs:  bash pipelines/bench_h100.sh        (about 8 minutes on two)
 # Parts, each with a time limit and a record under $RESULTS/bench (default results/): disk (data-free quantize of 6 layers beside the
-# disk), gptq, ldlq and gptq_few (calibrated layers; with fewer tokens), gguf (a 48 GiB file in $SHM, decoded on the GPU and with experts on the CPU), eval_tiny and
-# eval_35b (hf tokens/s). A part whose record is there is not run again. PARTS="disk gptq" takes some; TINY=1 runs all of it small.
+# disk), gptq, ldlq and gptq_few (calibrated layers; with fewer tokens), gguf (a 48 GiB file in $SHM, decoded on the GPU and with
+# experts on the CPU), eval_tiny and eval_35b (hf tokens/s). A part whose record is there is not run again. PARTS="disk gptq" takes
+# some; TINY=1 runs all of it small. DISK_DEVICES=cuda:0,cuda:0 keeps two shards at work in part disk.
 # Two lanes run side by side where there are two GPUs: what moves the disk (disk, gptq, ldlq) on the first; gguf, eval on the second,
 # pinned to cores of their own. Without llama.cpp in $LLAMA_CPP the gguf part is left out, and said. HEADERS=DIR holds what
 # `bash pipelines/bench_h100.sh headers DIR` made where llama.cpp's converter is: the head of each GGUF file.
@@ -82,7 +83,7 @@ disk_lane() {
         rm -rf "$scratch/disk"
         part disk.source 120 - $PYTHON src/quant/synthetic_moe.py "${disk_model[@]}" --out "$scratch/disk/synthetic-122b" &&
             part disk 240 "$results/${name}_disk.json" $PYTHON src/quant/size_bench.py disk --model "$scratch/disk/synthetic-122b" \
-                --work "$scratch/disk/work" "${disk[@]}" --result "$results/${name}_disk.json" --tag "${name}_disk"
+                --work "$scratch/disk/work" "${disk[@]}" ${DISK_DEVICES:+--devices $DISK_DEVICES} --result "$results/${name}_disk.json" --tag "${name}_disk"
         rm -rf "$scratch/disk"
     fi
     if wants gptq || wants ldlq || wants gptq_few; then

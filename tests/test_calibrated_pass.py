@@ -58,6 +58,20 @@ def test_streamed_activations_and_statistics_are_those_of_the_whole_model(random
     torch.testing.assert_close(hidden, expected[2], atol=1e-5, rtol=1e-4)
 
 
+def test_what_is_read_ahead_is_what_is_read(random_tiny, monkeypatch):
+    read, plain = [], LayerStream(Checkpoint(random_tiny), CPU, torch.float32, ahead=False)
+    stream = LayerStream(Checkpoint(random_tiny), CPU, torch.float32, ahead=True)
+    one = stream.checkpoint.read
+    monkeypatch.setattr(stream.checkpoint, "read", lambda name: read.append(name) or one(name))
+    stream.read_ahead("model.layers.1.")
+    for index in (0, 1):
+        for each in (plain, stream):
+            each.fill(each.layers[index], f"model.layers.{index}.")
+        values = [dict(each.layers[index].state_dict()) for each in (plain, stream)]
+        assert values[0].keys() == values[1].keys() and all(torch.equal(values[0][n], values[1][n]) for n in values[0])
+    assert len(read) == len(set(read))  # nothing twice
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text"])
 def test_every_family_is_quantized_layer_by_layer(family, tmp_path):
     rotary = {"head_dim": 16} if family == "deepseek_v3" else {}  # there it is qk_rope_head_dim

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from calibration import Calibration, Collector, LayerStream, Moments
 from checkpoint import Checkpoint, CheckpointWriter, SourceShards, read_tensor
 from console import UserError, atomic_path, progress, read_json, write_json
 from model_layout import LAYER_PREFIX, Role, text_name
+from overlap import OneBehind
 from packed_layout import Container, PackedWriter, open_writer
 from quant_save import ErrorLog, Job, Sink
 from recipe import Recipe
@@ -75,12 +76,14 @@ class CalibratedPass:
         self.hidden = self.stream.embed(self.calibration.batches(), values)
 
     @torch.no_grad()
-    def layer(self, index: int) -> dict[str, Tensor]:
+    def layer(self, index: int, written: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
         """Collect, round and run decoder layer ``index``; returns its rounded tensors by checkpoint name, in the dtype
-        and shape they have on disk."""
+        and shape they have on disk. ``written`` is called before they are copied to the host: it waits until those of the layer
+        before are on the disk, so that one layer's are in memory."""
         stream, prefix = self.stream, f"model.layers.{index}."
         layer = stream.layers[index]
         stream.fill(layer, prefix)
+        stream.read_ahead(f"model.layers.{index + 1}.")
         wanted = [name.removeprefix(prefix) for name in self.targets if name.startswith(prefix)]
         collector = Collector(layer, set(wanted), None if self.weights is None else self.weights[index])
         after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
@@ -93,6 +96,7 @@ class CalibratedPass:
         if self.calibration.propagate == "quantized":
             after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
         self.hidden = after
+        written()
         rounded = self._disk_values(layer, prefix, wanted)
         stream.empty(layer)
         return rounded
@@ -132,7 +136,7 @@ class CalibratedPass:
             for source in self.stream.by_parameter[prefix + name]:
                 info = self.stream.checkpoint.tensors[source]
                 part = self.stream.places[source].view(full)
-                values[source] = part.to("cpu", info.dtype).reshape(info.shape).clone()
+                values[source] = part.to("cpu", info.dtype, copy=True).reshape(info.shape)
         return values
 
     def _head_moments(self) -> Moments:
@@ -255,9 +259,20 @@ def calibrated_stream(
     with (
         progress(sum(job.info.bytes for job in jobs), "quantize", "B", True) as bar,
         open_writer(out, plan, shard_bytes, breaks, container) as writer,
+        OneBehind() as later,
     ):
         sink = Sink(checkpoint, writer, errors, bar, source, calibration.device)
         sink.stream(parts[0], recipe, chunk_bytes)
+
+        def write(part: list[Job], values: Mapping[str, Tensor], obsolete: Sequence[Path]) -> None:
+            for job in part:
+                if job.name in values:
+                    sink.put(job, values[job.name], chunk_bytes)
+                else:
+                    sink.stream([job], recipe, chunk_bytes)
+            for path in obsolete:
+                path.unlink(missing_ok=True)
+
         first = _resume(work, writer, parts, out)
         if first == 0:
             embedded = [job for job in parts[0] if job.role is Role.EMBEDDING]
@@ -266,15 +281,12 @@ def calibrated_stream(
             if index < first:
                 bar.update(sum(job.info.bytes for job in part))
                 continue
-            values = work.layer(index)
+            values = work.layer(index, later.wait)
             work.save(out, index)
-            for job in part:
-                sink.put(job, values[job.name]) if job.name in values else sink.stream([job], recipe, chunk_bytes)
-            for path in (activations_file(out, index - 1), facts_file(out, index - 1)):
-                path.unlink(missing_ok=True)
-        values = work.head()
-        for job in parts[-1]:
-            sink.put(job, values[job.name]) if job.name in values else sink.stream([job], recipe, chunk_bytes)
+            # while the next layer is calibrated; a run that resumes needs the activations before it until then
+            later(write, part, values, (activations_file(out, index - 1), facts_file(out, index - 1)))
+            del values
+        later(write, parts[-1], work.head(), ())
     return errors.by_role(jobs), work.facts()
 
 

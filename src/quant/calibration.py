@@ -13,6 +13,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ class Calibration:
 
 
 def layer_bytes(jobs: Sequence[Any], calibration: Calibration) -> int:
-    """Bytes of the largest decoder layer at work: weights, second moments, and the activations before and after it."""
+    """Bytes of the largest decoder layer at work: weights, those of the layer that is being written, second moments, and the
+    activations before and after it."""
     item = torch.empty((), dtype=calibration.dtype).itemsize
     layers: dict[str, int] = {}
     width = 0
@@ -110,7 +112,7 @@ def layer_bytes(jobs: Sequence[Any], calibration: Calibration) -> int:
         if not (match := LAYER_PREFIX.match(place.parameter)):
             width = max(width, job.info.shape[-1])
             continue
-        size = item * job.info.numel
+        size = item * job.info.numel + job.info.bytes
         if job.bits and place.part != "up":  # gate and up have the same inputs
             size += 4 * math.prod(job.info.shape[:-2]) * job.info.shape[-1] ** 2
         layers[match[1]] = layers.get(match[1], 0) + size
@@ -239,10 +241,11 @@ class _Recorder(nn.Module):
 class LayerStream:
     """The decoder of a checkpoint, with parameters in memory only for what is at work.
 
-    ``device`` and ``dtype`` are those of the computation. Calibration sequences must have one length.
+    ``device`` and ``dtype`` are those of the computation. Calibration sequences must have one length. ``ahead``: whether
+    :meth:`read_ahead` reads (by default where a GPU works meanwhile; it takes a layer's bytes of the host's memory).
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, ahead: bool | None = None) -> None:
         from accelerate import init_empty_weights
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -254,6 +257,9 @@ class LayerStream:
         self._move_buffers()
         self.layers = list(self.decoder.layers)
         self.places = {name: place_of(name) for name in checkpoint.tensors}
+        self.ahead = device.type == "cuda" if ahead is None else ahead
+        self._reader = ThreadPoolExecutor(1, "ahead")
+        self._coming: dict[str, Future[Tensor]] = {}
         self.by_parameter: dict[str, list[str]] = {}
         for name, place in self.places.items():
             self.by_parameter.setdefault(place.parameter, []).append(name)
@@ -277,7 +283,7 @@ class LayerStream:
             dtype = self.dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
             full = torch.empty(tensor.shape, dtype=dtype, device=self.device)
             for source in self.by_parameter[parameter]:
-                value = values[source] if values and source in values else self.checkpoint.read(source)
+                value = values[source] if values and source in values else self._read(source)
                 self.places[source].view(full).copy_(value.view_as(self.places[source].view(full)))
             owner = module.get_submodule(name.rpartition(".")[0])
             leaf = name.rpartition(".")[2]
@@ -285,6 +291,17 @@ class LayerStream:
                 owner._parameters[leaf] = nn.Parameter(full, requires_grad=False)
             else:
                 owner._buffers[leaf] = full
+
+    def read_ahead(self, prefix: str) -> None:
+        """Begin to read what :meth:`fill` will ask for under ``prefix``, while the device works."""
+        if self.ahead:
+            for parameter, sources in self.by_parameter.items():
+                if parameter.startswith(prefix):
+                    self._coming |= {name: self._reader.submit(self.checkpoint.read, name) for name in sources}
+
+    def _read(self, name: str) -> Tensor:
+        coming = self._coming.pop(name, None)
+        return self.checkpoint.read(name) if coming is None else coming.result()
 
     @staticmethod
     def empty(module: nn.Module) -> None:

@@ -37,6 +37,7 @@ from gguf_pass import DAMPING, METHODS, GgufPass, is_quantized
 from gguf_recipe import NEED_IMPORTANCE, file_type, read_patterns, type_named, types_of
 from imatrix import Entry, read_imatrix
 from model_layout import Role, roles_of
+from overlap import OneBehind
 from recipe import RECIPE_FILE
 from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
 from staging import RUN, check_output, check_resume, staged_directory
@@ -248,15 +249,20 @@ def write_calibrated(pack: Pack, sink: Sink, partial: Path) -> dict[str, Any]:
     work.weights = token_weights(stream, pack.calibration, partial / RUN, pack.weights_file)
     first, *layers, last = in_parts(pack.pieces)
     begin = _begin(pack, sink, work, first, partial)
-    for index, part in enumerate(layers):
-        if sink.written(part[-1]):
-            continue
-        values = work.layer(index)
-        work.save(partial, index)
-        sink.writer.facts = {"errors": work.errors}
+
+    def write(part: list[Piece], values: Mapping[str, Tensor], errors: dict[str, list[float]], before: int) -> None:
+        sink.writer.facts = {"errors": errors}
         sink.part(part, values)
-        for path in (activations_file(partial, index - 1), facts_file(partial, index - 1)):
+        for path in (activations_file(partial, before), facts_file(partial, before)):
             path.unlink(missing_ok=True)
+
+    with OneBehind() as later:
+        for index, part in enumerate(layers):
+            if not sink.written(part[-1]):
+                values = work.layer(index, later.wait)
+                work.save(partial, index)
+                later(write, part, values, dict(work.errors), index - 1)  # while the next layer is calibrated
+                del values
     if begin < len(pack.pieces):
         sink.part(last, work.head())
     return work.facts() | {"relative_output_error": _relative_errors(pack, work.errors)}

@@ -93,10 +93,18 @@ class GgufPass(CalibratedPass):
             if moments is None:
                 raise UserError("no calibration activation reached it; give more or other calibration text")
             statistics = self._statistics(name, moments)
-            for piece in self.targets[name]:
-                self._pieces([(piece, parameter)], ordered_hessian(piece, statistics.hessian))
+            for members in self._alike(self.targets[name]):
+                self._pieces([(piece, parameter) for piece in members], ordered_hessian(members[0], statistics.hessian))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
+
+    def _alike(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
+        """The pieces of one parameter; those of one type (the gates of experts and what they gate) together, since the factor
+        of their second moments is one. Pieces with an order of inputs of their own stay alone."""
+        found: dict[tuple[str, int], list[Piece]] = {}
+        for number, piece in enumerate(pieces):
+            found.setdefault((self.types[piece.name], -1 if piece.columns is None else number), []).append(piece)
+        return list(found.values())
 
     def _pieces(self, members: Sequence[tuple[Piece, Tensor]], hessian: Tensor) -> None:
         """Encode pieces of one type, with their parameters, whose inputs have the same second moments."""

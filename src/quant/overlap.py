@@ -1,6 +1,7 @@
 """Reading, work and writing at the same time: one thread a step ahead, one a step behind, the order unchanged.
 
 Not a command; the data-free pass of quant_save uses both ends, so that it waits for the slowest of disk and arithmetic only.
+The calibrated passes write one layer while the next is worked on.
 """
 
 from __future__ import annotations
@@ -37,14 +38,18 @@ class OneBehind:
         self._last: Future[Any] | None = None
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.wait()
+        self._last = self._pool.submit(function, *arguments)
+
+    def wait(self) -> None:
+        """Until the last call has ended; its error, if it had one."""
         if self._last is not None:
             self._last.result()
-        self._last = self._pool.submit(function, *arguments)
 
     def __enter__(self) -> OneBehind:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pool.shutdown(wait=True)
-        if kind is None and self._last is not None:
-            self._last.result()
+        if kind is None:
+            self.wait()

@@ -335,13 +335,17 @@ class Sink:
                     raise Stopped
                 yield job, start, weight
 
-    def put(self, job: Job, value: Tensor) -> None:
-        """Write a tensor that the calibrated pass has rounded."""
+    def put(self, job: Job, value: Tensor, chunk_bytes: int) -> None:
+        """Write a tensor that the calibrated pass has rounded. Its error is taken chunk by chunk, on the device."""
         if self.writer.is_done(job.name):  # the layer is larger than a shard, and this shard was complete
             self._advance(job.info.bytes)
             return
-        weight = self.checkpoint.read(job.name)
-        self.errors.add(job.name, _square_sum(weight, value), _square_sum(weight))
+        error = size = 0.0
+        for start, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
+            weight = weight.to(self.device)
+            error += _square_sum(weight, value[start : start + len(weight)].to(self.device))
+            size += _square_sum(weight)
+        self.errors.add(job.name, error, size)  # before the append that may complete the shard
         self._append(job.name, self.writer.encode(job.name, value))
         self._advance(job.info.bytes)
 

@@ -173,11 +173,12 @@ def disk_rates(files: Sequence[Path], work: Path, limit: int) -> dict[str, Any]:
     return found
 
 
-def quantize(model: Path, work: Path, shard_gib: float) -> dict[str, Any]:
+def quantize(model: Path, work: Path, shard_gib: float, devices: str) -> dict[str, Any]:
     """Run quant_save on ``model``; seconds, and the peaks that its record holds. The output is deleted."""
     out, record = work / "out", work / "quantize.json"
     command = [sys.executable, str(HERE / "quant_save.py"), "--model", str(model), "--out", str(out), *SEED_RECIPE]
     command += ["--consume-source", "--shard-gib", str(shard_gib), "--result", str(record), "--tag", "disk"]
+    command += ["--devices", devices]
     started = planned = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as child:
         for line in child.stdout or ():
@@ -192,7 +193,7 @@ def quantize(model: Path, work: Path, shard_gib: float) -> dict[str, Any]:
     record.unlink()
     report = made["metrics"]
     return {
-        "seconds": ended - started, "stream_seconds": ended - planned, "bytes": report["output_bytes"],
+        "devices": devices, "seconds": ended - started, "stream_seconds": ended - planned, "bytes": report["output_bytes"],
         "parameters": report["parameters"], "peak_rss_mib": made["peak_rss_mib"], "peak_vram_mib": made["peak_vram_mib"],
         "weight_bits": report["weight_bits"], "packed_bytes": report["packed_bytes"],
         "roles": {role: entry["relative_error"] for role, entry in report["roles"].items()},
@@ -206,7 +207,7 @@ def disk(args: argparse.Namespace) -> dict[str, Any]:
     args.work.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint(args.model)
     rates = disk_rates(checkpoint.files, args.work, int(args.probe_gib * 2**30))
-    made = quantize(args.model, args.work, args.shard_gib)
+    made = quantize(args.model, args.work, args.shard_gib, args.devices)
     whole = whole_model(args.model, args.whole_layers)
     rate = made["bytes"] / made["stream_seconds"]
     return {
@@ -371,6 +372,7 @@ def parse_arguments() -> argparse.Namespace:
         if name == "disk":
             part.add_argument("--probe-gib", type=float, default=8.0, help="bytes of each test of the disk (default 8 GiB)")
             part.add_argument("--shard-gib", type=float, default=4.0, help="largest file of the output (default 4)")
+            part.add_argument("--devices", default="cuda:0" if torch.cuda.is_available() else "cpu", help="as quant_save's")
         else:
             part.add_argument("--method", choices=METHODS, required=True, help="how the layers are rounded")
             part.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
