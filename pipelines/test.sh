@@ -16,7 +16,7 @@ fi
 python src/quant/lock_packages.py --check
 python src/eval/check_results.py results/RESULTS.md docs/EVAL_PROTOCOL.md docs/LADDER_RESULTS.md
 python src/eval/check_results.py --citations-only README.md docs/MOE_FINDINGS.md docs/MOE_PIPELINE.md docs/MULTIMODAL.md \
-    docs/OPD_INTEGRATION.md docs/PACKED.md docs/SHORTFALLS.md
+    docs/MULTI_GPU.md docs/OPD_INTEGRATION.md docs/PACKED.md docs/SHORTFALLS.md
 LLAMA_CPP=$(bash pipelines/llama_cpp.sh | tail -n 1)
 workers=${TEST_WORKERS:-$(nproc)} # before OMP_NUM_THREADS, which nproc heeds
 export LLAMA_CPP OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

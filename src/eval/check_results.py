@@ -17,7 +17,7 @@ from typing import Any
 from console import UserError, atomic_path, run_cli
 from results_store import read_result
 
-CITATION = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.json)#([\w.-]+)\)")
+CITATION = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.json)#([\w.:-]+)\)")
 FIGURE = re.compile(r"(-?[\d,]+(?:\.(\d+))?)( %| MB| GB|)")
 UNITS = {"": 1.0, " %": 100.0, " MB": 1e-6, " GB": 1e-9}
 LOOSE = " is not cited"
@@ -30,11 +30,14 @@ def render(value: float, decimals: int, unit: str = "") -> str:
 
 
 def lookup(record: Any, path: str) -> Any:
-    """The value at a dotted path of a JSON object; KeyError names the part that is missing."""
+    """The value at a dotted path of a JSON object (a number is a place in a list); KeyError names the part that is missing."""
     for part in path.split("."):
-        if not isinstance(record, dict) or part not in record:
+        if isinstance(record, list) and part.isdecimal() and int(part) < len(record):
+            record = record[int(part)]
+        elif isinstance(record, dict) and part in record:
+            record = record[part]
+        else:
             raise KeyError(part)
-        record = record[part]
     return record
 
 

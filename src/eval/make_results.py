@@ -274,7 +274,9 @@ def speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 def machine(r: dict[str, Any]) -> str:
-    return f"`{r['tag']}` (`{r['hardware']['gpu'] or r['hardware']['cpu']}`)"
+    names = (r["hardware"]["gpu"] or r["hardware"]["cpu"]).split(", ")
+    several = f"{len(names)} x " if len(set(names)) < len(names) else ""
+    return f"`{r['tag']}` (`{several}{', '.join(dict.fromkeys(names))}`)"
 
 
 def disk_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -335,7 +337,7 @@ def gguf_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
             at = f"metrics.placements.{place}"
             prefill, decode = (max(made[kind], key=lambda n: made[kind][n]["tokens_per_s"]) for kind in ("prefill", "decode"))
             rows.append([
-                f"`{r['tag']}` (`{r['hardware']['gpu'] or r['hardware']['cpu']}`)", f"`{place}`",
+                machine(r), f"`{place}`",
                 cite(r, file, f"{at}.prefill.{prefill}.tokens_per_s", 0),
                 cite(r, file, f"{at}.decode.1.tokens_per_s", 0),
                 cite(r, file, f"{at}.decode.{decode}.tokens_per_s", 0),
@@ -352,7 +354,7 @@ def quantizer_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     methods = ("wclip", "gptq", "gptq_refit")
     rows = [
         [
-            f"`{r['tag']}` ({r['hardware']['gpu'] or r['hardware']['cpu']})".replace("(", "(`").replace(")", "`)"),
+            machine(r),
             *(cite(r, file, f"metrics.grids.{name}", 2) for name in rates),
             cite(r, file, "metrics.layer.experts", 0),
             *(cite(r, file, f"metrics.layer.{name}.seconds", 1) for name in methods),
@@ -391,10 +393,9 @@ def quantize_rows(file: str, r: dict[str, Any]) -> list[list[str]]:
         made = r["metrics"][kind]
         for name in (name for name in made if isinstance(made[name], dict)):
             at = f"metrics.{kind}.{name}"
-            peaks = made[name]["device_peak_mib"] or []
-            memory = ", ".join(cite(r, file, f"{at}.device_peak_mib.{i}", 0) for i in range(len(peaks)))
+            memory = ", ".join(cite(r, file, f"{at}.device_peak_mib.{gpu}", 0) for gpu in made[name]["device_peak_mib"] or ())
             equal = "" if name == "one" else "same bytes" if made["same_bytes"] else "other bytes"
-            rows.append([f"`{kind}` `{name}`", cite(r, file, f"{at}.gb_per_second", 2, " GB") + "/s", memory, equal])
+            rows.append([f"`{kind}` `{name}`", cite(r, file, f"{at}.gb_per_second", 2) + " GB/s", memory, equal])
     return rows
 
 
