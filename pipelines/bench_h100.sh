@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every measurement at the size of the real model, on one or two GPUs:  bash pipelines/bench_h100.sh        (about 8 minutes on two)
+# Every measurement at the size of the real model, on one or two GPUs:  bash pipelines/bench_h100.sh        (10 to 15 minutes on two)
 # Parts, each with a time limit and a record under $RESULTS/bench (default results/): disk (data-free quantize of 6 layers beside the
 # disk), gptq, ldlq and gptq_few (calibrated layers; with fewer tokens), gguf (a 48 GiB file in $SHM, decoded on the GPU and with
 # experts on the CPU), eval_tiny and eval_35b (hf tokens/s). A part whose record is there is not run again. PARTS="disk gptq" takes
@@ -37,7 +37,7 @@ if [ -n "$tiny" ]; then # the same commands at sizes of seconds on a CPU
     on_gpu=(--prompt 32 --generate 8 --batches 32 --sequences "1,2" --repetitions 1 --flash-attention on)
     on_cpu=("${on_gpu[@]}") evaluation=(--batches "1,2" --prompt 16 --generate 4) experts=2 few_sequences=1
 else
-    model=(--shape 122b) disk_model=(--shape 122b --layers "${LAYERS:-6}") layer_model=(--shape 122b --layers 2 --interval 2)
+    model=(--shape 122b) disk_model=(--shape 122b --layers "${LAYERS:-6}") layer_model=(--shape 122b --layers 4 --interval 2)
     eval_model=(--shape 35b --layers "${EVAL_LAYERS:-40}")
     disk=(--probe-gib 6) calibration=(--sequences 128 --length 512 --batch 32)
     on_gpu=(--prompt "512,2048" --generate 128 --batches "512,2048" --sequences "1,2,4,8,16,32" --flash-attention "on,off" --repetitions 3)
@@ -88,7 +88,7 @@ disk_lane() {
     fi
     if wants gptq || wants ldlq || wants gptq_few; then
         rm -rf "$scratch/layers"
-        parts="$parts layers " part layers.source 90 - $PYTHON src/quant/synthetic_moe.py "${layer_model[@]}" --out "$scratch/layers/synthetic-122b"
+        parts="$parts layers " part layers.source 120 - $PYTHON src/quant/synthetic_moe.py "${layer_model[@]}" --out "$scratch/layers/synthetic-122b"
         cp models/razor-tiny/tokenizer*.json models/razor-tiny/chat_template.jinja "$scratch/layers/synthetic-122b"
         local method more
         for method in gptq ldlq gptq_few; do # the last: fewer tokens, which tells what a token costs

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from test_quant_save import FAMILIES, TINY
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from calibrated_pass import CalibratedPass
 from calibration import Calibration, Collector, LayerStream
 from calibration_text import calibration_ids, default_source
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, CheckpointWriter
 from console import UserError
 from model_layout import roles_of
 from quant_save import quantize_checkpoint
@@ -63,13 +64,15 @@ def test_what_is_read_ahead_is_what_is_read(random_tiny, monkeypatch):
     stream = LayerStream(Checkpoint(random_tiny), CPU, torch.float32, ahead=True)
     one = stream.checkpoint.read
     monkeypatch.setattr(stream.checkpoint, "read", lambda name: read.append(name) or one(name))
-    stream.read_ahead("model.layers.1.")
+    stream.read_ahead(1)
+    stream.read_ahead(len(stream.layers))  # there is none
     for index in (0, 1):
         for each in (plain, stream):
             each.fill(each.layers[index], f"model.layers.{index}.")
         values = [dict(each.layers[index].state_dict()) for each in (plain, stream)]
         assert values[0].keys() == values[1].keys() and all(torch.equal(values[0][n], values[1][n]) for n in values[0])
-    assert len(read) == len(set(read))  # nothing twice
+    assert len(read) == len(set(read)) and not stream._coming  # nothing twice, and nothing that is not asked for
+    stream.close()
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text"])
@@ -143,6 +146,23 @@ def test_bad_calibration_is_one_line_and_leaves_nothing(random_tiny, tmp_path, c
         done = command("src/quant/quant_save.py", *base, *more)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_a_layer_that_cannot_be_written_ends_the_run(random_tiny, tmp_path, monkeypatch):
+    """A thread writes it: its error is that of the run, which begins no third layer."""
+    layers, append = [], CheckpointWriter.append
+
+    def full(self, name, value):
+        if ".layers.0." in name:
+            raise UserError("model-00001: cannot write (No space left on device)")
+        append(self, name, value)
+
+    one = CalibratedPass.layer
+    monkeypatch.setattr(CheckpointWriter, "append", full)
+    monkeypatch.setattr(CalibratedPass, "layer", lambda self, index, behind: layers.append(index) or one(self, index, behind))
+    with pytest.raises(UserError, match="No space left"):
+        quantize_checkpoint(random_tiny, tmp_path / "q", Recipe(3, 4, 128, 4, method="gptq"), calibration=calibration(512))
+    assert layers in ([0], [0, 1]) and not list(tmp_path.iterdir())
 
 
 def test_a_broken_activation_names_its_tensor_and_cold_experts_are_counted(random_tiny, tmp_path):

@@ -122,6 +122,14 @@ def swept(weight, hessian, name, passes=0):
     return wt, sweep(wt, inverse_factor(hessian, 0.0), codec(name), passes)
 
 
+@pytest.mark.parametrize("name", ["iq3_xxs", "q4_K"])
+def test_rows_are_rounded_alone(name):
+    """Gates and what they gate have one factor of their moments: encoded together they have the bytes of each."""
+    weight, hessian = problem(2, 24, 512)
+    together = ldlq(weight, name, hessian)
+    assert torch.equal(together, torch.cat([ldlq(part, name, hessian) for part in weight.split(12, 1)], 1))
+
+
 @pytest.mark.parametrize("name,inputs", KINDS)
 def test_sweep_and_descent_are_the_plain_loops(name, inputs):
     """Equal but for near ties, which float32 and float64 may take differently; a row of those ends at another error."""

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
+from check_results import check_text
+from make_results import page
 from synthetic_moe import SHAPES
 from synthetic_rollouts import RandomTeacher
 
@@ -33,6 +35,11 @@ def test_phase_c_at_a_size_leaves_a_record(tmp_path):
     assert made["train"]["median_step_seconds"] > 0 and all(rank["peak_rss_mib"] > 0 for rank in made["train"]["ranks"])
     again = pipeline(tmp_path, "train35b")
     assert again.returncode == 0 and "done before" in again.stdout
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "records/multi_gpu_train35b.json").rename(tmp_path / "bench/multi_gpu_train35b.json")
+    shown = page(tmp_path)  # figures of both processes, each as its citation says
+    assert shown.count("ranks.") == 2 and "Several GPUs" in shown
+    assert check_text(shown, tmp_path)[1] == []
 
 
 def test_a_part_out_of_time_is_said(tmp_path):

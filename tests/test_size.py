@@ -81,29 +81,66 @@ def test_a_consumed_source_gives_the_same_bytes_and_its_disk_back(synthetic, tmp
 
 CONSUME = """
 import sys
+import torch
+from calibration import Calibration
 from quant_save import Sink, quantize_checkpoint
 from recipe import Recipe
 import quant_save, time
+method, shard = sys.argv[3], int(sys.argv[4])
+calibration = None
+if method == "gptq":
+    ids = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(0))
+    calibration = Calibration(ids, {"name": "random"}, device=torch.device("cpu"))
 append = Sink._append
 def slow(self, name, value):
     append(self, name, value)
     print(len(self.writer.closed), flush=True)
     time.sleep(0.03)
 Sink._append = slow
-quantize_checkpoint(sys.argv[1], sys.argv[2], Recipe(3, 4, 128, 4), shard_bytes=3 << 20, consume=True)
+recipe = Recipe(3, 4, 128, 4, method=method)
+consume = sys.argv[5] == "consume"
+quantize_checkpoint(sys.argv[1], sys.argv[2], recipe, shard_bytes=shard, calibration=calibration, consume=consume)
+print("done", flush=True)
 """
+
+
+def consuming(model, out, method, shard, consume="consume", kill=None):
+    """Quantize in a process, which is killed when it has closed ``kill`` shards; how many it had closed."""
+    run = [sys.executable, "-c", CONSUME, model, out, method, str(shard), consume]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(run, stdout=subprocess.PIPE, text=True, env=environment)
+    closed = 0
+    for line in child.stdout:
+        closed = int(line) if line.strip().isdigit() else closed
+        if closed == kill:
+            child.send_signal(signal.SIGKILL)
+            break
+    assert child.wait() == (0 if kill is None else -signal.SIGKILL)
+    child.stdout.close()
+    return closed
+
+
+@pytest.mark.slow
+def test_a_calibrated_layer_is_consumed_when_it_is_whole(tmp_path):
+    """Layers of several shards, in the source and the output: a run that resumes calibrates an unfinished one again."""
+    prepare(tmp_path / "m", SHAPES["tiny"], seed=3, shard_bytes=1 << 19)
+    fill_all(tmp_path / "m")
+    shutil.copytree(tmp_path / "m", tmp_path / "copy")
+    count = consuming(tmp_path / "m", tmp_path / "a", "gptq", 1 << 19, "keep")
+    assert count > 2 * SHAPES["tiny"].layers
+    for kill in (3, 4, 5):
+        consuming(tmp_path / "copy", tmp_path / "b", "gptq", 1 << 19, kill=kill)
+    consuming(tmp_path / "copy", tmp_path / "b", "gptq", 1 << 19)
+    for file in sorted((tmp_path / "a").glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    assert not list((tmp_path / "copy").glob("*.safetensors"))
 
 
 def test_a_killed_run_that_consumes_its_source_goes_on(synthetic, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(synthetic, copy)
     quantize_checkpoint(copy, tmp_path / "a", RECIPE, shard_bytes=3 << 20)
-    child = subprocess.Popen([sys.executable, "-c", CONSUME, synthetic, tmp_path / "b"], stdout=subprocess.PIPE, text=True)
-    for line in child.stdout:
-        if line.strip() == "4":  # some shards of the source are holes by now
-            child.send_signal(signal.SIGKILL)
-            break
-    child.wait(), child.stdout.close()
+    consuming(synthetic, tmp_path / "b", "clip", 3 << 20, kill=4)  # some shards of the source are holes by now
     assert any(f.stat().st_blocks * 512 < f.stat().st_size / 2 for f in synthetic.glob("*.safetensors"))
     with pytest.raises(UserError, match="consumed"):  # zeros are never read as weights
         quantize_checkpoint(synthetic, tmp_path / "other", RECIPE)

@@ -233,7 +233,7 @@ def apart(one: Path, two: Path) -> dict[str, Any]:
     ``equal_steps`` counts those before."""
     pairs = list(zip(*(read_json(path / ADAPTER_JSON)["curve"] for path in (one, two)), strict=True))
     adapters = [load_file(path / ADAPTER) for path in (one, two)]
-    near = [abs(a[1] - b[1]) <= NEAR * a[1] and relative((a, b)) <= NEAR for a, b in pairs]
+    near = [abs(a[1] - b[1]) <= NEAR * abs(a[1]) and relative((a, b)) <= NEAR for a, b in pairs]
     return {
         "equal_steps": near.index(False) if False in near else len(near), "tolerance": NEAR,
         "first_gradient_relative_difference": relative(pairs[0]),

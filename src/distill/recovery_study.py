@@ -139,7 +139,7 @@ def wait_for(path: Path, seconds: int) -> None:
 
 
 def make_students(study: StudyConfig) -> None:
-    """The students of the seed's recipe: 2 bits by absmax, 3 by the clipped search; int4 backbone, groups of 128."""
+    """The students of the published recipe: 2 bits by absmax, 3 by the clipped search; int4 backbone, groups of 128."""
     for bits, clip in ((2, 1), (3, 16)):
         if not (study.student(bits) / RECIPE_FILE).exists():
             kind = ["--expert-bits", bits, "--linear-bits", 4, "--group", 128, "--clip-steps", clip, "--method", "clip"]

@@ -263,7 +263,7 @@ def deploy_text(file: Path) -> str:
     total = sum(sizes.values())
     server = '"$(bash pipelines/llama_cpp.sh | tail -n 1)/llama-server"'
     lines = [f"serve ({total / 2**30:.2f} GiB of weights on the card, the context's state on top):"]
-    lines.append(f"  {server} --model {file} --n-gpu-layers 99")
+    lines.append(f"  {server} --model {file} --n-gpu-layers 99 --flash-attn on --ubatch-size 2048")
     if experts:
         rest = (total - experts) / 2**30
         lines.append(f"serve with the experts in the machine's memory ({experts / 2**30:.2f} GiB; {rest:.2f} GiB on the card):")

@@ -11,6 +11,7 @@ import argparse
 import fnmatch
 import itertools
 import shlex
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -256,8 +257,7 @@ def recovery(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
         how = ", ".join(f"`{r['settings'][key]}`" for key in ("loss", "trajectories"))
         where = "peak_rss_mib" if r["metrics"]["phases"]["opd_train"]["peak_vram_mib"] is None else "peak_vram_mib"
         figures = (*paths, (f"metrics.phases.opd_train.{where}", 0, ""))
-        machine = f"`{r['tag']}` (`{r['hardware']['gpu'] or r['hardware']['cpu']}`)"
-        rows.append([machine, how, *(cite(r, file, *figure) for figure in figures)])
+        rows.append([machine(r), how, *(cite(r, file, *figure) for figure in figures)])
     note = "KL to the unquantized model in nats before and after, at the same bytes; memory of the training's GPU or process."
     head = ["run", "loss, texts", "steps", "rollouts", "KL before", "KL after", "removed", "in answers before", "after"]
     return ["## Recovery", "", note, "", *table([*head, "seconds of training", "MiB"], rows), *commands(found)]
@@ -269,14 +269,20 @@ def speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     for key, section in SPEEDS:
         if chosen := [item for item in found if key in item[1]["metrics"]]:
             lines += section(chosen)
-    several = [item for item in found if item[1]["tag"].startswith(MULTI_GPU)]
+    several = [item for item in found if item[1]["tag"].removeprefix(MULTI_GPU) in SEVERAL]
     return lines + (several_gpus(several) if several else [])
 
 
 def machine(r: dict[str, Any]) -> str:
-    names = (r["hardware"]["gpu"] or r["hardware"]["cpu"]).split(", ")
-    several = f"{len(names)} x " if len(set(names)) < len(names) else ""
-    return f"`{r['tag']}` (`{several}{', '.join(dict.fromkeys(names))}`)"
+    return f"`{r['tag']}` (`{hardware(r)}`)"
+
+
+def hardware(r: dict[str, Any]) -> str:
+    """The GPUs of a record, equal ones counted, or its processor."""
+    if not r["hardware"]["gpu"]:
+        return r["hardware"]["cpu"]
+    counts = Counter(r["hardware"]["gpu"].split(", "))
+    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
 
 
 def disk_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
@@ -287,7 +293,11 @@ def disk_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
         ("disk.read", 2, " GB"), ("share_of_read", 0, " %"), ("quantize.peak_rss_mib", 0, ""),
         ("quantize.peak_vram_mib", 0, ""), ("whole.layers", 0, ""), ("whole.seconds", 0, ""),
     )  # fmt: skip
-    rows = [[machine(r), *(cite_if(r, file, f"{at}.{path}", n, unit) for path, n, unit in paths)] for file, r in found]
+    rows = []
+    for file, r in found:
+        devices = r["metrics"]["size_disk"]["quantize"].get("devices", "")
+        lanes = f", {devices.count(',') + 1} shards at once" if "," in devices else ""
+        rows.append([machine(r) + lanes, *(cite_if(r, file, f"{at}.{path}", n, unit) for path, n, unit in paths)])
     note = (
         "Quantized from disk to disk, bytes a second in (and as many out), beside a plain copy and reading alone on that disk. "
         "Peaks in MiB; the last columns are the whole model at that rate."
@@ -395,6 +405,8 @@ def quantize_rows(file: str, r: dict[str, Any]) -> list[list[str]]:
             at = f"metrics.{kind}.{name}"
             memory = ", ".join(cite(r, file, f"{at}.device_peak_mib.{gpu}", 0) for gpu in made[name]["device_peak_mib"] or ())
             equal = "" if name == "one" else "same bytes" if made["same_bytes"] else "other bytes"
+            if not made.get("one_repeats_itself", True):
+                equal += " (one GPU does not repeat itself)"
             rows.append([f"`{kind}` `{name}`", cite(r, file, f"{at}.gb_per_second", 2) + " GB/s", memory, equal])
     return rows
 

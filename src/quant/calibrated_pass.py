@@ -1,14 +1,17 @@
 """The calibrated pass: embed, then layer by layer collect second moments, round, write, and pass the activations on.
 
-Not a command; quant_save drives it. One decoder layer's weights, its statistics and the activations are in memory. Each
-layer is a shard of the output; the activations behind the last complete one lie beside it, so a killed run goes on there.
+Not a command; quant_save drives it. One decoder layer's weights, its statistics and the activations are in memory; on the
+host also the layer that is being written and, with a GPU, the next one. Each layer is a shard of the output; the activations
+behind the last complete one lie beside it, so a killed run goes on there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,18 +79,19 @@ class CalibratedPass:
         self.hidden = self.stream.embed(self.calibration.batches(), values)
 
     @torch.no_grad()
-    def layer(self, index: int, written: Callable[[], None] = lambda: None) -> dict[str, Tensor]:
+    def layer(self, index: int, behind: OneBehind) -> dict[str, Tensor]:
         """Collect, round and run decoder layer ``index``; returns its rounded tensors by checkpoint name, in the dtype
-        and shape they have on disk. ``written`` is called before they are copied to the host: it waits until those of the layer
-        before are on the disk, so that one layer's are in memory."""
+        and shape they have on disk. ``behind`` writes the layer before, which is waited for at the end: the rounded tensors
+        of one layer are in memory (the blocks of a GGUF, a fifth of their size, of two)."""
         stream, prefix = self.stream, f"model.layers.{index}."
         layer = stream.layers[index]
         stream.fill(layer, prefix)
-        stream.read_ahead(f"model.layers.{index + 1}.")
+        stream.read_ahead(index + 1)
         wanted = [name.removeprefix(prefix) for name in self.targets if name.startswith(prefix)]
         collector = Collector(layer, set(wanted), None if self.weights is None else self.weights[index])
         after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
         collector.remove()
+        behind.check()  # a full disk is known before the layer is rounded
         for name in wanted:
             self._round(layer, prefix, name, collector.moments.pop(name, None))
         self._round_waiting()
@@ -96,7 +100,7 @@ class CalibratedPass:
         if self.calibration.propagate == "quantized":
             after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
         self.hidden = after
-        written()
+        behind.wait()
         rounded = self._disk_values(layer, prefix, wanted)
         stream.empty(layer)
         return rounded
@@ -248,7 +252,7 @@ def calibrated_stream(
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
     """Write every tensor to ``out``, layer by layer; several ``devices`` share the experts of a layer. Returns the relative
     squared error of each quantized role and the facts of the calibration."""
-    stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
+    stream, stop = LayerStream(checkpoint, calibration.device, calibration.dtype), threading.Event()
     work = CalibratedPass(stream, calibration, targets_of(stream, jobs, recipe), recipe.method, devices)
     work.weights = token_weights(stream, calibration, out / RUN)
     parts = in_layers(jobs, len(stream.layers))
@@ -257,22 +261,25 @@ def calibrated_stream(
     breaks = {part[0].name for part in parts if part}
     errors = ErrorLog(out)
     with (
+        contextlib.closing(stream),
         progress(sum(job.info.bytes for job in jobs), "quantize", "B", True) as bar,
         open_writer(out, plan, shard_bytes, breaks, container) as writer,
-        OneBehind() as later,
+        OneBehind(calibration.device, stop) as later,
     ):
-        sink = Sink(checkpoint, writer, errors, bar, source, calibration.device)
-        sink.stream(parts[0], recipe, chunk_bytes)
+        sink = Sink(checkpoint, writer, errors, bar, None, calibration.device, stop)
 
-        def write(part: list[Job], values: Mapping[str, Tensor], obsolete: Sequence[Path]) -> None:
+        def write(part: list[Job], values: Mapping[str, Tensor], obsolete: Sequence[Path] = ()) -> None:
             for job in part:
                 if job.name in values:
                     sink.put(job, values[job.name], chunk_bytes)
                 else:
                     sink.stream([job], recipe, chunk_bytes)
+            if source:  # not by shards: a layer that is not whole is calibrated again by a run that resumes
+                source.sweep(writer)
             for path in obsolete:
                 path.unlink(missing_ok=True)
 
+        sink.stream(parts[0], recipe, chunk_bytes)
         first = _resume(work, writer, parts, out)
         if first == 0:
             embedded = [job for job in parts[0] if job.role is Role.EMBEDDING]
@@ -281,12 +288,12 @@ def calibrated_stream(
             if index < first:
                 bar.update(sum(job.info.bytes for job in part))
                 continue
-            values = work.layer(index, later.wait)
+            values = work.layer(index, later)
             work.save(out, index)
             # while the next layer is calibrated; a run that resumes needs the activations before it until then
             later(write, part, values, (activations_file(out, index - 1), facts_file(out, index - 1)))
             del values
-        later(write, parts[-1], work.head(), ())
+        later(write, parts[-1], work.head())
     return errors.by_role(jobs), work.facts()
 
 

@@ -102,8 +102,9 @@ class Calibration:
 
 
 def layer_bytes(jobs: Sequence[Any], calibration: Calibration) -> int:
-    """Bytes of the largest decoder layer at work: weights, those of the layer that is being written, second moments, and the
-    activations before and after it."""
+    """Bytes of the largest decoder layer at work: weights, second moments, the activations before and after it, and the weights
+    of the layer that is being written. With a GPU the first two are in its memory, which leaves room on the host for the layer
+    that is read ahead."""
     item = torch.empty((), dtype=calibration.dtype).itemsize
     layers: dict[str, int] = {}
     width = 0
@@ -292,12 +293,18 @@ class LayerStream:
             else:
                 owner._buffers[leaf] = full
 
-    def read_ahead(self, prefix: str) -> None:
-        """Begin to read what :meth:`fill` will ask for under ``prefix``, while the device works."""
-        if self.ahead:
-            for parameter, sources in self.by_parameter.items():
-                if parameter.startswith(prefix):
-                    self._coming |= {name: self._reader.submit(self.checkpoint.read, name) for name in sources}
+    def read_ahead(self, index: int) -> None:
+        """Begin to read what :meth:`fill` will ask for decoder layer ``index``, where there is one, while the device works."""
+        if self.ahead and index < len(self.layers):
+            layer = self.layers[index]
+            for name, _ in [*layer.named_parameters(), *layer.named_buffers()]:
+                for source in self.by_parameter.get(f"model.layers.{index}.{name}", ()):
+                    self._coming[source] = self._reader.submit(self.checkpoint.read, source)
+
+    def close(self) -> None:
+        """Read no more ahead."""
+        self._reader.shutdown(cancel_futures=True)
+        self._coming.clear()
 
     def _read(self, name: str) -> Tensor:
         coming = self._coming.pop(name, None)

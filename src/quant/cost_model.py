@@ -196,7 +196,7 @@ def table(records: Mapping[str, Any], tokens: int) -> str:
     counted("parameters of a layer, billions", 1e9, 2, "layer")
     rows.append(("disk: BF16 in, and dequantized out, GB", [cell(2 * s.parameters, 1e9, 0) for _, s in columns.values()]))
     counted("disk: int3 / int4 packed, GB", 1e9, 1, "packed_bytes")
-    counted("disk: GGUF of the seed's types, GiB", 2**30, 1, "gguf_bytes")
+    counted("disk: GGUF of the published types, GiB", 2**30, 1, "gguf_bytes")
     counted("bytes that a token reads of it, GB", 1e9, 2, "active_bytes")
     predicted("data-free quantization, minutes", 60, 1, "data_free_s")
     predicted("GPTQ, minutes", 60, 0, "gptq_s")

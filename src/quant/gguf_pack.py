@@ -15,6 +15,7 @@ after `kill -9` the same command goes on where it stopped and ends with the same
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
@@ -250,21 +251,25 @@ def write_calibrated(pack: Pack, sink: Sink, partial: Path) -> dict[str, Any]:
     first, *layers, last = in_parts(pack.pieces)
     begin = _begin(pack, sink, work, first, partial)
 
-    def write(part: list[Piece], values: Mapping[str, Tensor], errors: dict[str, list[float]], before: int) -> None:
+    def write(
+        part: list[Piece], values: Mapping[str, Tensor], errors: dict[str, list[float]], obsolete: Sequence[Path] = ()
+    ) -> None:
         sink.writer.facts = {"errors": errors}
         sink.part(part, values)
-        for path in (activations_file(partial, before), facts_file(partial, before)):
+        for path in obsolete:
             path.unlink(missing_ok=True)
 
-    with OneBehind() as later:
+    with contextlib.closing(stream), OneBehind(pack.calibration.device) as later:
         for index, part in enumerate(layers):
             if not sink.written(part[-1]):
-                values = work.layer(index, later.wait)
+                values = work.layer(index, later)
                 work.save(partial, index)
-                later(write, part, values, dict(work.errors), index - 1)  # while the next layer is calibrated
+                obsolete = (activations_file(partial, index - 1), facts_file(partial, index - 1))
+                later(write, part, values, dict(work.errors), obsolete)  # while the next layer is calibrated
                 del values
-    if begin < len(pack.pieces):
-        sink.part(last, work.head())
+        if begin < len(pack.pieces):
+            values = work.head()
+            later(write, last, values, dict(work.errors))
     return work.facts() | {"relative_output_error": _relative_errors(pack, work.errors)}
 
 

@@ -30,7 +30,7 @@ def encoded(value: Tensor, kind: str, method: str, hessian: Tensor, damping: flo
     """Bytes of ``value`` [E, O, I] with second moments ``hessian`` [E, I, I] of its inputs."""
     if method == "ldlq" and is_quantized(kind):
         return ldlq(value, kind, hessian, damping)
-    return encode(value, kind, hessian.diagonal(dim1=1, dim2=2)[:, None])
+    return encode(value.float(), kind, hessian.diagonal(dim1=1, dim2=2)[:, None])
 
 
 def output_error(difference: Tensor, hessian: Tensor) -> float:
@@ -109,12 +109,12 @@ class GgufPass(CalibratedPass):
     def _pieces(self, members: Sequence[tuple[Piece, Tensor]], hessian: Tensor) -> None:
         """Encode pieces of one type, with their parameters, whose inputs have the same second moments."""
         kind = self.types[members[0][0].name]
-        values = [to_gguf(piece, parameter).float() for piece, parameter in members]
+        values = [to_gguf(piece, parameter) for piece, parameter in members]
         values = [value if value.ndim == 3 else value[None] for value in values]
         value = values[0] if len(values) == 1 else torch.cat(values, 1)
-        data = encoded(value.contiguous(), kind, self.method, hessian, self.damping)
+        data = encoded(value.contiguous(), kind, self.method, hessian, self.damping)  # ldlq makes floats of a few experts
         for (piece, parameter), value, own in zip(members, values, data.split([value.shape[1] for value in values], 1)):
-            decoded = decode_rows(own.contiguous(), kind)
+            value, decoded = value.float(), decode_rows(own.contiguous(), kind)
             sizes = (output_error(value - decoded, hessian), output_error(value, hessian))
             self.errors[piece.name] = [float(f"{size:.6g}") for size in sizes]
             into_parameter(piece, decoded.view(piece.shape), parameter)

@@ -342,6 +342,8 @@ class Sink:
             return
         error = size = 0.0
         for start, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
+            if self.stop is not None and self.stop.is_set():
+                raise Stopped
             weight = weight.to(self.device)
             error += _square_sum(weight, value[start : start + len(weight)].to(self.device))
             size += _square_sum(weight)

@@ -6,8 +6,9 @@
 disk: the seed recipe (experts int3, the rest int4, clip-16) by quant_save in a process of its own, from a disk whose page cache
 was dropped to the same disk, and the rates of that disk, measured just before on the same files: reading, writing, and a plain
 copy, which reads and writes as the pass does and is its limit. Consumes the model.
-layers: the calibrated pass with gptq, gptq_refit, or ldlq into a GGUF of the seed's types; seconds from the start of one layer
-to the start of the next, with everything in them. Both say what all layers of the whole model would take: disk by its bytes,
+layers: the calibrated pass with gptq, gptq_refit, or ldlq into a GGUF of the published types; seconds from the start of one
+layer to the start of the next, with everything in them. Of four layers or more the first, which nothing is read ahead for, and
+the last, which is written after it, do not count. Both say what all layers of the whole model would take: disk by its bytes,
 layers by their kinds.
 """
 
@@ -313,9 +314,10 @@ def layers(args: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(out)
     seconds = [after[1] - before[1] for before, after in zip(times, times[1:])]
     rounding = rounding[:-1]  # the last is the head's
+    steady = range(1, len(seconds) - 1) if len(seconds) >= 4 else range(len(seconds))
     kinds: dict[str, list[float]] = {}
-    for index, value in enumerate(seconds):
-        kinds.setdefault(shape.kind(index), []).append(value)
+    for index in steady:
+        kinds.setdefault(shape.kind(index), []).append(seconds[index])
     means = {kind: sum(values) / len(values) for kind, values in kinds.items()}
     whole = Shape(**mark["shape"] | {"layers": args.whole_layers, "interval": args.whole_interval})
     total = sum(means.get(whole.kind(index), max(means.values())) for index in range(whole.layers))
@@ -323,9 +325,9 @@ def layers(args: argparse.Namespace) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "method": args.method, "tokens": args.sequences * args.length, "batch": args.batch, "layer_seconds": seconds,
-        "rounding_seconds": rounding, "kind_seconds": means, "worst_layer_seconds": max(seconds),
-        "worst_rounding_seconds": max(rounding), "rest_seconds": rest, "relative_errors": errors,
-        "lattice_kernel": cuda and ggml_lattice.KERNEL, "group_kernels": cuda and ggml_lattice.GROUPS, "experts": shape.experts,
+        "rounding_seconds": rounding, "kind_seconds": means, "worst_layer_seconds": max(seconds[index] for index in steady),
+        "worst_rounding_seconds": max(rounding[index] for index in steady), "rest_seconds": rest, "relative_errors": errors,
+        "group_kernels": cuda and ggml_lattice.GROUPS and args.method == "ldlq", "experts": shape.experts,
         "parameters_per_layer": layer_parameters(shape),
         "peak_rss_mib": peak_rss_mib(),
         "peak_vram_mib": torch.cuda.max_memory_allocated() >> 20 if cuda else None,
