@@ -51,9 +51,9 @@ from synthetic_moe import Shape as ModelShape
 from synthetic_rollouts import give_tokenizer
 
 RECIPE = ["--expert-bits", 3, "--linear-bits", 4, "--group", 128, "--clip-steps", 16]
-DISTILL = {"TASKS": "tiny_know,tiny_math,tiny_reason", "LIMIT": "32", "STEPS": "40", "ROWS": "16", "MICRO_ROWS": "8"}
+DISTILL = {"TASKS": "tiny_know,tiny_math,tiny_reason", "LIMIT": "32", "STEPS": "40", "ROWS": "16"}
 DISTILL |= {"KL_ITEMS": "16", "SAVE_EVERY": "40"}
-DISTILL_TINY = {"LIMIT": "4", "STEPS": "3", "ROWS": "4", "MICRO_ROWS": "2", "KL_ITEMS": "1", "SAVE_EVERY": "3", "WARMUP": "0"}
+DISTILL_TINY = {"LIMIT": "4", "STEPS": "3", "ROWS": "4", "KL_ITEMS": "1", "SAVE_EVERY": "3", "WARMUP": "0"}
 DISTILL_TINY |= {"FINISHED_ONLY": "0", "MAX_TOKENS": "12", "TASKS": "tiny_know,tiny_math"}
 RUNS = ("one", "again", "many")
 NEAR = 1e-3  # relative, of losses and norms of gradients that count as equal
@@ -84,6 +84,11 @@ class Bench:
     @property
     def log(self) -> Path:
         return self.work / "log"
+
+    @property
+    def rows(self) -> int:
+        """Rollouts of a step of phase C: about ROWS, equally many on each process."""
+        return self.processes * max(1, ROWS // self.processes)
 
     @property
     def one(self) -> str:
@@ -196,6 +201,8 @@ def synthetic(bench: Bench, out: Path, layers: int, shape: str, *more: object) -
 def distill_part(bench: Bench) -> dict[str, Any]:
     """--smoke by all; then one recovery by one process, and from its rollouts again by one and by all."""
     base = {"TEACHER": str(REPO / "models/razor-tiny"), "BACKEND": "hf"} | (DISTILL_TINY if bench.tiny else DISTILL)
+    micro = max(1, int(base["ROWS"]) // bench.processes)  # the same for one process, so that it adds up the same pieces
+    base |= {"ROWS": str(micro * bench.processes), "MICRO_ROWS": str(micro)}
     command = ("src/distill/distill_run.py", "--config", REPO / "configs/opd_tiny.env")
     started, many = time.monotonic(), str(bench.processes)
     bench.run(*command, "--smoke", **base, WORK=str(bench.work / "opd"), PROCESSES=many)
@@ -284,7 +291,7 @@ def trained(bench: Bench, shape: str, layers: int, keep: bool = False) -> dict[s
             shutil.rmtree(path, ignore_errors=True)
         found["synthetic_seconds"] = synthetic(bench, teacher, layers, shape)
         tokens = 40 if bench.tiny else TOKENS
-        rollouts = ["--teacher", teacher, "--out", data, "--rollouts", 2 * ROWS, "--tokens", tokens]
+        rollouts = ["--teacher", teacher, "--out", data, "--rollouts", 2 * bench.rows, "--tokens", tokens]
         making = bench.start("src/distill/synthetic_rollouts.py", *rollouts, CUDA_VISIBLE_DEVICES="")
         paths = ["--model", teacher, "--out", student, "--devices", bench.devices(1 if bench.tiny else 4), "--shard-gib", 2]
         found["quantize_seconds"] = bench.run("src/quant/quant_save.py", *paths, *RECIPE)
@@ -302,17 +309,17 @@ def trained(bench: Bench, shape: str, layers: int, keep: bool = False) -> dict[s
 def fitted(bench: Bench, student: Path, teacher: Path, data: Path, out: Path, more: Sequence[object]) -> dict[str, Any]:
     """Phase C by all processes: seconds in all, its own account, the losses."""
     paths = ["--student", student, "--teacher", teacher, "--rollouts", data / "rollouts", "--scores", data / "scores"]
-    steps = ["--steps", STEPS, "--rows", ROWS, "--micro-rows", 1, "--rank", RANK, "--save-every", STEPS, "--warmup", 0]
+    steps = ["--steps", STEPS, "--rows", bench.rows, "--micro-rows", 1, "--rank", RANK, "--save-every", STEPS, "--warmup", 0]
     total = bench.run("src/distill/opd_train_fsdp.py", *paths, "--out", out, *steps, *more, processes=bench.processes)
     train, curve = read_json(out / "phase.json"), read_json(out / ADAPTER_JSON)["curve"]
-    return {"seconds": total, "train": train, "curve": curve, "steps": STEPS, "rows": ROWS, "rank": RANK}
+    return {"seconds": total, "train": train, "curve": curve, "steps": STEPS, "rows": bench.rows, "rank": RANK}
 
 
 def predicted(bench: Bench, shape: str, layers: int, parameters: int) -> dict[str, float]:
     """What opd_budget says of a GPU's memory for the same run."""
     own = SHAPES[shape]
     sizes = Shape(layers, own.experts, own.top_k, own.hidden, own.inner, own.vocab, parameters, parameters)
-    plan = Plan(bench.processes, RANK, ROWS, 1, TOKENS, STEPS, 2 * ROWS, 32, 4e14, 2.98e12, 3e11, 1.0)
+    plan = Plan(bench.processes, RANK, bench.rows, 1, TOKENS, STEPS, 2 * bench.rows, 32, 4e14, 2.98e12, 3e11, 1.0)
     parts = {name: round(size / 1e9, 2) for name, size in memory(sizes, plan).items()}
     return parts | {"total": round(sum(parts.values()), 2)}
 
@@ -338,7 +345,7 @@ def fit122b_part(bench: Bench) -> dict[str, Any]:
     give_tokenizer(student)
     write_json(student / RECIPE_FILE, {"recipe": Recipe(3, 4, 128, 16).to_json()})
     tokens = 40 if bench.tiny else TOKENS
-    rollouts = ["--teacher", student, "--out", data, "--rollouts", 2 * ROWS, "--tokens", tokens]
+    rollouts = ["--teacher", student, "--out", data, "--rollouts", 2 * bench.rows, "--tokens", tokens]
     made = bench.run("src/distill/synthetic_rollouts.py", *rollouts, CUDA_VISIBLE_DEVICES="")
     found = fitted(bench, student, student, data, base / "adapter", ["--base", "codes"])
     parameters = sum(info.numel for info in Checkpoint(student).tensors.values())
