@@ -30,6 +30,17 @@ def random_tiny(tmp_path_factory):
     return path
 
 
+def untrained_vl(path, texts, layers):
+    """An untrained Qwen3_5MoeForConditionalGeneration with its processor, as transformers writes it; returns ``path``."""
+    from tiny_vl_model import build_vl_model, build_vl_tokenizer, save_processor, vl_config
+    from tiny_vl_train import vl_texts
+
+    tokenizer = build_vl_tokenizer(vl_texts(texts))
+    build_vl_model(vl_config(tokenizer, layers, 1), 0).bfloat16().save_pretrained(path)
+    save_processor(tokenizer, path)
+    return path
+
+
 @pytest.fixture
 def command():
     """Run one of the project's modules as a user would: command("src/quant/quant_save.py", ...) -> CompletedProcess."""

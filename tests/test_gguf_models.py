@@ -7,6 +7,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from conftest import untrained_vl
 
 from checkpoint import Checkpoint
 from gguf_file import GgufFile, run_converter
@@ -39,14 +40,7 @@ def dense(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
     """An untrained Qwen3_5MoeForConditionalGeneration with its processor."""
-    from tiny_vl_model import build_vl_model, build_vl_tokenizer, save_processor, vl_config
-    from tiny_vl_train import vl_texts
-
-    path = tmp_path_factory.mktemp("seeing") / "seeing-tiny"
-    tokenizer = build_vl_tokenizer(vl_texts(100))
-    build_vl_model(vl_config(tokenizer, 4, 1), 0).bfloat16().save_pretrained(path)
-    save_processor(tokenizer, path)
-    return path
+    return untrained_vl(tmp_path_factory.mktemp("seeing") / "seeing-tiny", 100, 4)
 
 
 def check_equals_converter(model, work):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, untrained_vl
 from PIL import Image
 
 from backends import Sampling
@@ -26,14 +26,7 @@ def column(colour, size=(40, 48)):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """An untrained vision-language checkpoint."""
-    from tiny_vl_model import build_vl_model, build_vl_tokenizer, save_processor, vl_config
-    from tiny_vl_train import vl_texts
-
-    path = tmp_path_factory.mktemp("mm") / "model"
-    tokenizer = build_vl_tokenizer(vl_texts(200))
-    build_vl_model(vl_config(tokenizer, 2, 1), 0).bfloat16().save_pretrained(path)
-    save_processor(tokenizer, path)
-    return path
+    return untrained_vl(tmp_path_factory.mktemp("mm") / "model", 200, 2)
 
 
 def test_markers_are_replaced_in_the_order_of_the_text():

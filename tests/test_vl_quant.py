@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import untrained_vl
 from transformers import AutoModelForImageTextToText
 
 from calibration import Calibration
@@ -16,14 +17,7 @@ from recipe import Recipe
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """An untrained vision-language checkpoint as transformers writes it."""
-    from tiny_vl_model import build_vl_model, build_vl_tokenizer, save_processor, vl_config
-    from tiny_vl_train import vl_texts
-
-    path = tmp_path_factory.mktemp("vlq") / "model"
-    tokenizer = build_vl_tokenizer(vl_texts(100))
-    build_vl_model(vl_config(tokenizer, 2, 1), 0).bfloat16().save_pretrained(path)
-    save_processor(tokenizer, path)
-    return path
+    return untrained_vl(tmp_path_factory.mktemp("vlq") / "model", 100, 2)
 
 
 def calibration():

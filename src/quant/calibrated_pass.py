@@ -245,6 +245,11 @@ def facts_file(directory: Path, index: int) -> Path:
     return directory / RUN / f"activations-{index:05d}.json"
 
 
+def files_behind(directory: Path, index: int) -> tuple[Path, Path]:
+    """What :meth:`CalibratedPass.save` keeps behind decoder layer ``index``."""
+    return activations_file(directory, index), facts_file(directory, index)
+
+
 def calibrated_stream(
     checkpoint: Checkpoint, jobs: list[Job], recipe: Recipe, calibration: Calibration, out: Path, shard_bytes: int,
     chunk_bytes: int, source: SourceShards | None = None, devices: Sequence[torch.device] = (),
@@ -291,7 +296,7 @@ def calibrated_stream(
             values = work.layer(index, later)
             work.save(out, index)
             # while the next layer is calibrated; a run that resumes needs the activations before it until then
-            later(write, part, values, (activations_file(out, index - 1), facts_file(out, index - 1)))
+            later(write, part, values, files_behind(out, index - 1))
             del values
         later(write, parts[-1], work.head())
     return errors.by_role(jobs), work.facts()

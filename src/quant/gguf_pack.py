@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from calibrated_pass import activations_file, facts_file
+from calibrated_pass import files_behind
 from calibration import Calibration, LayerStream
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
@@ -264,8 +264,8 @@ def write_calibrated(pack: Pack, sink: Sink, partial: Path) -> dict[str, Any]:
             if not sink.written(part[-1]):
                 values = work.layer(index, later)
                 work.save(partial, index)
-                obsolete = (activations_file(partial, index - 1), facts_file(partial, index - 1))
-                later(write, part, values, dict(work.errors), obsolete)  # while the next layer is calibrated
+                # while the next layer is calibrated
+                later(write, part, values, dict(work.errors), files_behind(partial, index - 1))
                 del values
         if begin < len(pack.pieces):
             values = work.head()

@@ -293,6 +293,10 @@ class Sink:
         self.checkpoint, self.writer, self.errors, self.bar, self.source = checkpoint, writer, errors, bar, source
         self.device, self.stop = device or default_device(), stop
 
+    def _check_stop(self) -> None:
+        if self.stop is not None and self.stop.is_set():
+            raise Stopped
+
     def _advance(self, size: int) -> None:
         with self.bar.get_lock():
             self.bar.update(size)
@@ -331,8 +335,7 @@ class Sink:
                 self._advance(job.info.bytes)
                 continue
             for start, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
-                if self.stop is not None and self.stop.is_set():
-                    raise Stopped
+                self._check_stop()
                 yield job, start, weight
 
     def put(self, job: Job, value: Tensor, chunk_bytes: int) -> None:
@@ -342,8 +345,7 @@ class Sink:
             return
         error = size = 0.0
         for start, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
-            if self.stop is not None and self.stop.is_set():
-                raise Stopped
+            self._check_stop()
             weight = weight.to(self.device)
             error += _square_sum(weight, value[start : start + len(weight)].to(self.device))
             size += _square_sum(weight)
