@@ -1,5 +1,6 @@
 """Reading and writing safetensors against the library's own reader and writer; broken files are refused by name."""
 
+import hashlib
 import json
 
 import pytest
@@ -40,6 +41,8 @@ def test_round_trip_with_the_library(directory, shard_bytes):
         assert torch.equal(theirs[name], tensor) and torch.equal(checkpoint.read(name), tensor)
         pieces = [piece for _, piece in checkpoint.read_chunks(name, 40)]
         assert torch.equal(torch.cat(pieces), tensor)
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    assert checkpoint.sha256() == (digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())
 
 
 def test_a_plan_that_is_not_written_in_full_is_an_error(directory):

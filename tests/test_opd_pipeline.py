@@ -207,6 +207,8 @@ def test_two_processes_with_fsdp_equal_one(cached, whole, random_tiny, tmp_path)
     a, b = (load_file(path / "adapter.safetensors") for path in (whole, tmp_path / "two"))
     assert a.keys() == b.keys()
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a), max((a[n] - b[n]).abs().max() for n in a)
+    bake = ["merge_adapter", "--student", cached / "q", "--teacher", random_tiny, "--adapter", tmp_path / "two"]
+    assert run(*bake, "--out", tmp_path / "merged") == (0, "")  # to the digests that the processes took in turn
 
 
 def test_what_does_not_belong_together_is_one_line(cached, random_tiny, tmp_path):

@@ -48,7 +48,7 @@ from opd_data import (
 from opd_losses import LOSSES
 from opd_student import AdapterConfig, Student, adapter_record, build_student
 
-DIGEST_THREADS = 8  # parameters of a layer in memory while they are digested
+DIGEST_THREADS = 8  # parameters in the host's memory while they are digested
 ADAPTER, ADAPTER_JSON, STATE = "adapter.safetensors", "adapter.json", "state.safetensors"
 
 
@@ -208,19 +208,22 @@ def check_start(directory: Path, student: dict[str, str], teacher: dict[str, str
             raise UserError(f"{directory}: an adapter for another {role} ({described[role]['name']})")
 
 
-def baked_digests(student: Student, first: bool) -> dict[str, str]:
-    """SHA-256 of every adapted parameter as merge_adapter must write it, layer by layer; threads digest one while the next
-    are made."""
+def baked_digests(student: Student, world: World) -> dict[str, str]:
+    """SHA-256 of every adapted parameter as merge_adapter must write it, layer by layer; each process bakes its share, and
+    threads digest one while the next are made."""
     found: dict[str, Future[str]] = {}
-    with ThreadPoolExecutor(DIGEST_THREADS, "digest") as pool:
+    threads, turn = max(1, DIGEST_THREADS // world.size), 0
+    with ThreadPoolExecutor(threads, "digest") as pool:
         for layer in student.layers:
             gathered_layer(layer)
             for name, adapter in adapters_of(layer).items():
-                if first:
-                    wait_for(found.values(), DIGEST_THREADS - 1)
+                if turn % world.size == world.rank:
+                    wait_for(found.values(), threads - 1)
                     found[name] = pool.submit(digest, adapter.baked().cpu())
+                turn += 1
             release_layer(layer)
-    return {name: future.result() for name, future in found.items()}
+    shares = from_each({name: future.result() for name, future in found.items()}, world)
+    return {name: value for share in shares for name, value in share.items()}
 
 
 def wait_for(futures: Iterable[Future[Any]], left: int) -> None:
@@ -234,7 +237,7 @@ def write_adapter(trainer: Trainer, config: AdapterConfig, identities: dict[str,
     """adapter.safetensors (A, B, growth of every parameter) and, at last, adapter.json, which says what it belongs to."""
     ranks = from_each(peak_memory(), trainer.world)  # of training, before the digests
     tensors = gathered({name: parameter.detach() for name, parameter in trainer.parameters.items()}, trainer.world.first)
-    digests = baked_digests(trainer.student, trainer.world.first)
+    digests = baked_digests(trainer.student, trainer.world)
     if not trainer.world.first:
         return
     with atomic_path(trainer.out / ADAPTER) as temporary:
@@ -274,6 +277,12 @@ def check_scorer(scores: ScoredRollouts, teacher: dict[str, str]) -> None:
         raise UserError(f"{scores.directory}: scored by another teacher ({other}) than {teacher['name']}")
 
 
+def identities_of(args: argparse.Namespace, digests: Mapping[Path, Future[Any]], world: World) -> dict[str, dict[str, str]]:
+    """What student and teacher are, on every process; only the first has ``digests`` to wait for."""
+    own = {role: digests[path].result() for role, path in (("student", args.student), ("teacher", args.teacher)) if world.first}
+    return from_each(own, world)[0]
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     for name in ("student", "teacher", "rollouts", "scores", "out"):
@@ -311,11 +320,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     temperature = scores.index["temperature"]
     with ThreadPoolExecutor(2, "digest") as pool:  # of large checkpoints digests take as long as building the student
-        digests = {path: pool.submit(model_identity, path) for path in {args.student, args.teacher}}
+        digests = {path: pool.submit(model_identity, path) for path in {args.student, args.teacher} if world.first}
         if args.init is not None:
-            check_start(args.init, digests[args.student].result(), digests[args.teacher].result())
+            check_start(args.init, *identities_of(args, digests, world).values())
         student = build_student(args.student, args.teacher, adapter, world, config.loss, temperature, config.recompute)
-        identities = {"student": digests[args.student].result(), "teacher": digests[args.teacher].result()}
+        identities = identities_of(args, digests, world)
     check_scorer(scores, identities["teacher"])
     if args.init is not None:
         data["init_sha256"] = start_from(trainable(student), args.init)
