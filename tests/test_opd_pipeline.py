@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import merge_adapter
 import opd_score
 from console import UserError
-from fsdp_setup import World
+from fsdp_setup import World, own_rows
 from opd_budget import Plan, memory, shape_of
 from opd_data import ScoredRollouts, file_sha256, read_rollouts
 from opd_student import AdapterConfig, build_student
@@ -192,6 +192,13 @@ def test_scores_and_merge_go_on_after_a_crash(cached, whole, random_tiny, tmp_pa
             run(*bake, tmp_path / "r2")
     assert not (tmp_path / "r2").exists() and run(*bake, tmp_path / "r2") == (0, "")
     assert digests(tmp_path / "r1") == digests(tmp_path / "r2")
+
+
+@pytest.mark.parametrize(("rows", "size"), [(256, 4), (16, 3), (4, 3), (1, 2)])
+def test_own_rows_are_those_of_the_shard(rows, size):
+    found = [torch.arange(rows)[own_rows(rows, World(rank, size, torch.device("cpu")))].tolist() for rank in range(size)]
+    chunks = [chunk.tolist() for chunk in torch.arange(rows).chunk(size)]
+    assert found == chunks + [[]] * (size - len(chunks))
 
 
 @pytest.mark.slow

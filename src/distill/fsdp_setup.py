@@ -62,6 +62,12 @@ def shard(module: nn.Module, world: World) -> None:
         fully_shard(module, mesh=init_device_mesh(world.device.type, (world.size,)))
 
 
+def own_rows(rows: int, world: World) -> slice:
+    """Which of the first axis :func:`shard` leaves to this process: FSDP2 shards as torch.chunk does."""
+    size = -(-rows // world.size)
+    return slice(min(rows, world.rank * size), min(rows, (world.rank + 1) * size))
+
+
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor on every process; all processes must ask together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -26,6 +26,7 @@ from torch import Tensor
 from calibration import place_of
 from checkpoint import Checkpoint, CheckpointWriter
 from console import UserError, atomic_path, progress, read_json, run_cli, write_json
+from fsdp_setup import World
 from moe_lora import Adapter, digest, refuse_family
 from opd_data import FORMAT, file_sha256, model_identity, same_model, write_phase
 from opd_student import AdapterConfig, GridMaker
@@ -124,7 +125,7 @@ def merge(student: Path, teacher: Path, directory: Path, out: Path, force: bool,
     check_output(student, out, force, needed)
     check_models(described, student, teacher, directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bake = Bake(GridMaker(student, teacher, AdapterConfig(**described["adapter"]), device), described, directory)
+    bake = Bake(GridMaker(student, teacher, AdapterConfig(**described["adapter"]), World(0, 1, device)), described, directory)
     job = {"adapter_sha256": file_sha256(directory / ADAPTER), "student": described["student"], "shard_bytes": shard_bytes}
     # tensors of one parameter follow one another, so that it is baked once
     names = sorted(checkpoint.tensors, key=order_key(checkpoint))

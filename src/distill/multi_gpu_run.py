@@ -59,6 +59,7 @@ RUNS = ("one", "again", "many")
 NEAR = 1e-3  # relative, of losses and norms of gradients that count as equal
 SLICES = (2, 4)  # layers of the 122B
 RANK, ROWS, TOKENS, STEPS = 8, 4, 1024, 4
+FIT_STEPS = 3  # of the largest slice
 VOCABULARY = 32768  # of the quantized layers: the experts are what is measured
 # in a log that ends with torchrun's own summary
 ERROR = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception)\b: ).*")
@@ -306,13 +307,15 @@ def trained(bench: Bench, shape: str, layers: int, keep: bool = False) -> dict[s
     return found
 
 
-def fitted(bench: Bench, student: Path, teacher: Path, data: Path, out: Path, more: Sequence[object]) -> dict[str, Any]:
+def fitted(
+    bench: Bench, student: Path, teacher: Path, data: Path, out: Path, more: Sequence[object], steps: int = STEPS
+) -> dict[str, Any]:
     """Phase C by all processes: seconds in all, its own account, the losses."""
     paths = ["--student", student, "--teacher", teacher, "--rollouts", data / "rollouts", "--scores", data / "scores"]
-    steps = ["--steps", STEPS, "--rows", bench.rows, "--micro-rows", 1, "--rank", RANK, "--save-every", STEPS, "--warmup", 0]
-    total = bench.run("src/distill/opd_train_fsdp.py", *paths, "--out", out, *steps, *more, processes=bench.processes)
+    size = ["--steps", steps, "--rows", bench.rows, "--micro-rows", 1, "--rank", RANK, "--save-every", steps, "--warmup", 0]
+    total = bench.run("src/distill/opd_train_fsdp.py", *paths, "--out", out, *size, *more, processes=bench.processes)
     train, curve = read_json(out / "phase.json"), read_json(out / ADAPTER_JSON)["curve"]
-    return {"seconds": total, "train": train, "curve": curve, "steps": STEPS, "rows": bench.rows, "rank": RANK}
+    return {"seconds": total, "train": train, "curve": curve, "steps": steps, "rows": bench.rows, "rank": RANK}
 
 
 def predicted(bench: Bench, shape: str, layers: int, parameters: int) -> dict[str, float]:
@@ -347,7 +350,7 @@ def fit122b_part(bench: Bench) -> dict[str, Any]:
     tokens = 40 if bench.tiny else TOKENS
     rollouts = ["--teacher", student, "--out", data, "--rollouts", 2 * bench.rows, "--tokens", tokens]
     made = bench.run("src/distill/synthetic_rollouts.py", *rollouts, CUDA_VISIBLE_DEVICES="")
-    found = fitted(bench, student, student, data, base / "adapter", ["--base", "codes"])
+    found = fitted(bench, student, student, data, base / "adapter", ["--base", "codes"], FIT_STEPS)
     parameters = sum(info.numel for info in Checkpoint(student).tensors.values())
     shutil.rmtree(base)
     return {"layers": layers, "parameters": parameters, "rollouts_seconds": made, **found}

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from calibration import LayerStream, Place, place_of
 from checkpoint import Checkpoint, TensorInfo
 from console import UserError, progress
-from fsdp_setup import World, shard
+from fsdp_setup import World, own_rows, shard
 from model_layout import Role, role_of
 from moe_lora import MODES, Adapter, adapt_layer, checkpoint_layer, refuse_family
 from opd_data import Batch
@@ -52,7 +52,7 @@ class AdapterConfig:
 
 
 class ParameterReader:
-    """Whole parameters of transformers' module tree from a checkpoint, in the dtype of the disk."""
+    """Parameters of transformers' module tree from a checkpoint, in the dtype of the disk."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -61,30 +61,43 @@ class ParameterReader:
             place = place_of(name)
             self.sources.setdefault(place.parameter, []).append((name, place, info))
 
-    def read(self, parameter: str) -> Tensor:
-        """The parameter, its experts fused where the checkpoint stores them one by one."""
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Of the parameter, its experts fused where the checkpoint stores them one by one."""
         sources = self.sources.get(parameter)
         if not sources:
             raise UserError(f"{self.checkpoint.path}: has no tensor for {parameter}")
-        name, place, info = sources[0]
+        _, place, info = sources[0]
         if place.expert is None:
-            return self.checkpoint.read(name)
+            return info.shape
         experts = 1 + max(place.expert for _, place, _ in sources)
         rows = info.shape[0] * (1 if place.part == "down" else 2)
-        fused = torch.empty(experts, rows, info.shape[1], dtype=info.dtype)
         if len(sources) != experts * (rows // info.shape[0]):
             raise UserError(f"{self.checkpoint.path}: {parameter} has {len(sources)} tensors for {experts} experts")
-        for name, place, _ in sources:
-            place.view(fused).copy_(self.checkpoint.read(name))
+        return (experts, rows, info.shape[1])
+
+    def read(self, parameter: str, part: slice = slice(None)) -> Tensor:
+        """The parameter [E, O, I], or the matrices ``part`` of it; one that is a matrix [O, I] counts as [1, O, I]."""
+        shape = self.shape(parameter)
+        experts, *matrix = shape if len(shape) == 3 else (1, *shape)
+        first, last, _ = part.indices(experts)
+        name, place, info = self.sources[parameter][0]
+        if first >= last:
+            return torch.empty(0, *matrix, dtype=info.dtype)
+        if place.expert is None:
+            return info.read(first, last - first) if len(shape) == 3 else info.read()[None]
+        fused = torch.empty(last - first, *matrix, dtype=info.dtype)
+        for name, place, _ in self.sources[parameter]:
+            if first <= place.expert < last:
+                dataclasses.replace(place, expert=place.expert - first).view(fused).copy_(self.checkpoint.read(name))
         return fused
 
 
 class GridMaker:
     """The adapter of a parameter, or None where the recipe leaves it unquantized."""
 
-    def __init__(self, student: Path, teacher: Path, config: AdapterConfig, device: torch.device) -> None:
+    def __init__(self, student: Path, teacher: Path, config: AdapterConfig, world: World) -> None:
         self.student, self.teacher = ParameterReader(Checkpoint(student)), ParameterReader(Checkpoint(teacher))
-        self.config, self.device, self.recipe = config, device, read_recipe(student)
+        self.config, self.world, self.device, self.recipe = config, world, world.device, read_recipe(student)
         self.model_type = self.student.checkpoint.config["model_type"]
         self.by_expert = dict(self.recipe.experts)
 
@@ -96,43 +109,46 @@ class GridMaker:
         return () if bits is None else tuple(sorted({math.floor(bits), math.ceil(bits)}))
 
     def make(self, parameter: str) -> Adapter | None:
-        role = role_of(parameter, self._shape(parameter), self.model_type)
+        shape = self.student.shape(parameter)
+        role = role_of(parameter, shape, self.model_type)
         bits = self.bits(parameter, role)
         if role in (Role.MTP, Role.EMBEDDING, Role.LM_HEAD) or not bits:
             return None
+        if self.config.base == "teacher" and shape != self.teacher.shape(parameter):
+            other = list(self.teacher.shape(parameter))
+            raise UserError(f"{parameter}: {list(shape)} in the student, {other} in the teacher")
         if self.config.ggml and role is Role.ROUTED_EXPERT:
             teacher = self.teacher.read(parameter)
             grid: IntGrid | GgmlGrid = GgmlGrid(teacher.to(self.device), self.config.ggml, teacher.dtype)
-            flat = teacher.ndim == 2
         else:
-            student = self.student.read(parameter)
-            flat = student.ndim == 2
-            grid = self._int_grid(parameter, student, bits)
-        return Adapter(parameter, grid, flat, self.config.mode, self.config.rank, self.config.seed)
+            grid = self._int_grid(parameter, shape, bits)
+        return Adapter(parameter, grid, len(shape) == 2, self.config.mode, self.config.rank, self.config.seed)
 
-    def _shape(self, parameter: str) -> tuple[int, ...]:
-        place, info = self.student.sources[parameter][0][1:] if parameter in self.student.sources else (None, None)
-        if place is None:
-            raise UserError(f"{self.student.checkpoint.path}: has no tensor for {parameter}")
-        return info.shape if place.expert is None else (1, *info.shape)
-
-    def _int_grid(self, parameter: str, student: Tensor, bits: tuple[int, ...]) -> IntGrid:
-        teacher = self.teacher.read(parameter) if self.config.base == "teacher" else None
-        if teacher is not None and student.shape != teacher.shape:
-            raise UserError(f"{parameter}: {list(student.shape)} in the student, {list(teacher.shape)} in the teacher")
-        student = student.view(-1, *student.shape[-2:])
+    def _int_grid(self, parameter: str, shape: tuple[int, ...], bits: tuple[int, ...]) -> IntGrid:
+        """The grid of all matrices, of which only this process's are read where the bits of the others are known: the rest
+        are zeros until the layer is sharded, which drops them."""
+        experts, outputs, inputs = shape if len(shape) == 3 else (1, *shape)
+        own = own_rows(experts, self.world) if len(bits) == 1 else slice(0, experts)
+        student = self.student.read(parameter, own)
+        teacher = self.teacher.read(parameter, own) if self.config.base == "teacher" else None
         # where all matrices have the same bits several are searched at once: one alone leaves a GPU waiting for launches
-        count = max(1, IntGrid.chunk[self.device.type] // student[0].numel()) if len(bits) == 1 else 1
+        count = max(1, IntGrid.chunk[self.device.type] // (outputs * inputs)) if len(bits) == 1 else 1
         cells: list[IntCells] = []
         try:
             for start in range(0, len(student), count):
                 part = slice(start, start + count)
-                others = None if teacher is None else teacher.view(student.shape)[part].to(self.device).flatten(0, 1)
-                own = int_cells(student[part].to(self.device).flatten(0, 1), others, bits, self.recipe.group)
-                pairs = (value.view(-1, student.shape[1], value.shape[-1]) for value in own[:2])
-                cells += [IntCells(latent, scale, own.bits) for latent, scale in zip(*pairs, strict=True)]
+                others = None if teacher is None else teacher[part].to(self.device).flatten(0, 1)
+                found = int_cells(student[part].to(self.device).flatten(0, 1), others, bits, self.recipe.group)
+                pairs = (value.view(-1, outputs, value.shape[-1]) for value in found[:2])
+                cells += [IntCells(latent, scale, found.bits) for latent, scale in zip(*pairs, strict=True)]
         except UserError as error:
             raise UserError(f"{self.student.checkpoint.path}: {parameter}: {error}") from None
+        if len(cells) < experts:
+            zeros = IntCells(
+                torch.zeros(outputs, inputs, dtype=torch.int8, device=self.device),
+                torch.zeros(outputs, inputs // self.recipe.group, dtype=torch.bfloat16, device=self.device), bits[0],
+            )  # fmt: skip
+            cells = [zeros] * own.start + cells + [zeros] * (experts - own.stop)
         return IntGrid(cells, self.recipe.group, student.dtype)
 
 
@@ -178,7 +194,7 @@ def build_student(
     check_pair(checkpoint_, Checkpoint(teacher))
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     stream = LayerStream(checkpoint_, world.device, dtype)
-    maker = GridMaker(student, teacher, config, world.device)
+    maker = GridMaker(student, teacher, config, world)
     names: list[str] = []
     with progress(len(stream.layers), "load", "layer") as bar:
         for index, layer in enumerate(stream.layers):
