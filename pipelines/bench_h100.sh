@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Every measurement at the size of the real model, on one or two GPUs:  bash pipelines/bench_h100.sh        (10 to 15 minutes on two)
 # Parts, each with a time limit and a record under $RESULTS/bench (default results/): disk (data-free quantize of 6 layers beside the
-# disk), gptq, ldlq and gptq_few (calibrated layers; with fewer tokens), gguf (a 48 GiB file in $SHM, decoded on the GPU and with
-# experts on the CPU), eval_tiny and eval_35b (hf tokens/s). A part whose record is there is not run again. PARTS="disk gptq" takes
-# some; TINY=1 runs all of it small. DISK_DEVICES=cuda:0,cuda:0 keeps two shards at work in part disk.
+# disk), gptq and ldlq (calibrated layers), gguf (a 48 GiB file in $SHM, decoded on the GPU and with experts on the CPU), eval_tiny
+# and eval_35b (hf tokens/s). A part whose record is there is not run again. PARTS="disk gptq" takes some; TINY=1 runs all of it
+# small. DISK_DEVICES=cuda:0,cuda:0 keeps two shards at work in part disk (default: four on a GPU).
 # Two lanes run side by side where there are two GPUs: what moves the disk (disk, gptq, ldlq) on the first; gguf, eval on the second,
 # pinned to cores of their own. Without llama.cpp in $LLAMA_CPP the gguf part is left out, and said. HEADERS=DIR holds what
 # `bash pipelines/bench_h100.sh headers DIR` made where llama.cpp's converter is: the head of each GGUF file.
@@ -23,7 +23,7 @@ else
     PYTHON=python
 fi
 export HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-parts=" ${PARTS:-disk gptq ldlq gptq_few gguf eval_tiny eval_35b} "
+parts=" ${PARTS:-disk gptq ldlq gguf eval_tiny eval_35b} "
 results=${RESULTS:-results}/bench scratch=${SCRATCH}/bench_h100 name=${NAME:-h100_122b} tiny=${TINY:-}
 log=${LOG:-$scratch/logs}
 mkdir -p "$results" "$scratch" "$log"
@@ -35,14 +35,14 @@ if [ -n "$tiny" ]; then # the same commands at sizes of seconds on a CPU
     eval_model=(--shape tiny --layers 2 --interval 2)
     disk=(--probe-gib 0.01 --shard-gib 0.003) calibration=(--sequences 2 --length 32 --batch 2)
     on_gpu=(--prompt 32 --generate 8 --batches 32 --sequences "1,2" --repetitions 1 --flash-attention on)
-    on_cpu=("${on_gpu[@]}") evaluation=(--batches "1,2" --prompt 16 --generate 4) experts=2 few_sequences=1
+    on_cpu=("${on_gpu[@]}") evaluation=(--batches "1,2" --prompt 16 --generate 4) experts=2
 else
     model=(--shape 122b) disk_model=(--shape 122b --layers "${LAYERS:-6}") layer_model=(--shape 122b --layers 4 --interval 2)
     eval_model=(--shape 35b --layers "${EVAL_LAYERS:-40}")
     disk=(--probe-gib 6) calibration=(--sequences 128 --length 512 --batch 32)
     on_gpu=(--prompt "512,2048" --generate 128 --batches "512,2048" --sequences "1,2,4,8,16,32" --flash-attention "on,off" --repetitions 3)
     on_cpu=(--prompt 2048 --generate 64 --batches 2048 --flash-attention on --repetitions 2)
-    evaluation=(--batches "1,16,64" --prompt 256 --generate 48) experts=8 few_sequences=32
+    evaluation=(--batches "1,16,64" --prompt 256 --generate 48) experts=8
 fi
 
 say() { echo "bench: $(printf '%4d' $(($(date +%s) - started))) s  $*"; }
@@ -86,12 +86,12 @@ disk_lane() {
                 --work "$scratch/disk/work" "${disk[@]}" ${DISK_DEVICES:+--devices $DISK_DEVICES} --result "$results/${name}_disk.json" --tag "${name}_disk"
         rm -rf "$scratch/disk"
     fi
-    if wants gptq || wants ldlq || wants gptq_few; then
+    if wants gptq || wants ldlq; then
         rm -rf "$scratch/layers"
         parts="$parts layers " part layers.source 120 - $PYTHON src/quant/synthetic_moe.py "${layer_model[@]}" --out "$scratch/layers/synthetic-122b"
         cp models/razor-tiny/tokenizer*.json models/razor-tiny/chat_template.jinja "$scratch/layers/synthetic-122b"
         local method more
-        for method in gptq ldlq gptq_few; do # the last: fewer tokens, which tells what a token costs
+        for method in gptq ldlq; do
             more=()
             if [ "$method" = ldlq ] && wants ldlq; then
                 mapfile -t more < <(header ldlq)
@@ -99,9 +99,8 @@ disk_lane() {
                 parts="$parts kernel " part kernel 480 - $PYTHON -m pytest -q -s -p no:cacheprovider tests/test_lattice_kernel.py ||
                     more+=(--no-group-kernels)
             fi
-            [ "$method" = gptq_few ] && more=(--sequences "$few_sequences")
             part "$method" 300 "$results/${name}_$method.json" $PYTHON src/quant/size_bench.py layers --model "$scratch/layers/synthetic-122b" \
-                --work "$scratch/layers/work" --method "${method%_few}" "${calibration[@]}" "${more[@]}" \
+                --work "$scratch/layers/work" --method "$method" "${calibration[@]}" "${more[@]}" \
                 --result "$results/${name}_$method.json" --tag "${name}_$method"
         done
         rm -rf "$scratch/layers"

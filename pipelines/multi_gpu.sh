@@ -19,7 +19,7 @@ if [ -z "${WORK:-}" ]; then
     room=$(df --output=avail -BG /dev/shm 2>/dev/null | tail -1 | tr -dc 0-9)
     if [ "${room:-0}" -ge 100 ]; then WORK=/dev/shm/multi; else WORK=$root/work/multi; fi
 fi
-declare -A limits=([quantize]=240 [eval]=200 [distill]=420 [train35b]=400 [train122b]=300 [fit122b]=300 [eval35b]=150)
+declare -A limits=([quantize]=240 [eval]=200 [distill]=420 [train35b]=400 [train122b]=300 [fit122b]=420 [eval35b]=150)
 parts=("$@")
 [ $# -gt 0 ] || parts=(quantize distill train35b train122b eval)
 options=(--work "$WORK" --records "$records" ${PROCESSES:+--processes "$PROCESSES"})

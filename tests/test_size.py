@@ -194,19 +194,18 @@ def test_the_full_gguf_has_the_published_size():
 # ---------------------------------------------------------------- the cost model
 
 
-def layers_record(seconds, tokens, vram=1000, rss=2000):
-    return {"size_layers": {"worst_layer_seconds": seconds, "tokens": tokens, "peak_vram_mib": vram, "peak_rss_mib": rss}}
+def layers_record(seconds, tokens, rounding, vram=1000, rss=2000):
+    times = {"worst_layer_seconds": seconds, "worst_rounding_seconds": rounding}
+    return {"size_layers": times | {"tokens": tokens, "peak_vram_mib": vram, "peak_rss_mib": rss}}
 
 
 def test_the_fit_gives_back_the_law_that_made_the_records():
     at = Sizes(1000, 500, 50, 10, 0, 0, 7)
     law = lambda tokens: 0.02 * at.layer + 0.001 * tokens * at.layer_active  # noqa: E731
-    records = {"gptq": layers_record(law(400), 400), "gptq_few": layers_record(law(100), 100), "ldlq": layers_record(90.0, 400)}
-    assert calibrated_fit(records, "gptq", at) == pytest.approx((0.02, 0.001))
-    a, b = calibrated_fit(records, "ldlq", at)
-    assert b == pytest.approx(0.001) and a * at.layer + b * 400 * at.layer_active == pytest.approx(90)
-    found = predict(SHAPES["tiny"], at, fit(records, at), 400)
-    assert found["gptq_s"] == pytest.approx(4 * law(400)) and found["decode"] is None
+    records = {"gptq": layers_record(law(400), 400, 0.02 * at.layer)}
+    assert calibrated_fit(records, "gptq", at) == pytest.approx((0.02, 0.001)) and calibrated_fit(records, "ldlq", at) is None
+    found = predict(SHAPES["tiny"], at, fit(records, at), 100)
+    assert found["gptq_s"] == pytest.approx(4 * law(100)) and found["decode"] is None
     assert found["vram"] == pytest.approx(1000 * 2**20)
 
 
@@ -229,7 +228,7 @@ def test_the_whole_measurement_runs_small_and_again_does_nothing(tmp_path):
     }  # fmt: skip
     run = ["bash", str(REPO / "pipelines/bench_h100.sh")]
     done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=600)
-    parts = ("disk", "gptq", "gptq_few", "ldlq", "gguf", "eval_tiny", "eval_35b")
+    parts = ("disk", "gptq", "ldlq", "gguf", "eval_tiny", "eval_35b")
     made = {path.stem.removeprefix("h100_122b_"): path for path in (tmp_path / "results/bench").glob("*.json")}
     assert sorted(made) == sorted(parts) and done.returncode == 0, done.stdout + done.stderr
     metrics = {part: read_result(path, "bench")["metrics"] for part, path in made.items()}

@@ -26,6 +26,7 @@ from console import UserError
 from target_grid import GgmlGrid, IntGrid, parts_of
 
 MODES = ("lora", "scales", "both", "steps")
+DIGEST_PIECE = 1 << 24  # bytes of a tensor that are digested at once
 
 
 class _OnGrid(torch.autograd.Function):
@@ -104,9 +105,14 @@ class Adapter(nn.Module):
 
 
 def digest(weights: Tensor) -> str:
-    """SHA-256 of the bytes of a tensor."""
-    data = weights.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(memoryview(data.numpy())).hexdigest()
+    """SHA-256 of the bytes of a tensor on any device, piece by piece through one buffer: a whole copy in new memory would take
+    a GPU's parameter longer than its digest."""
+    data, found = weights.detach().contiguous().flatten().view(torch.uint8), hashlib.sha256()
+    buffer = torch.empty(min(DIGEST_PIECE, len(data)), dtype=torch.uint8)
+    for piece in data.split(DIGEST_PIECE):
+        buffer[: len(piece)].copy_(piece)
+        found.update(memoryview(buffer[: len(piece)].numpy()))
+    return found.hexdigest()
 
 
 def is_experts(module: nn.Module) -> bool:

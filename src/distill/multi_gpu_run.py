@@ -215,6 +215,7 @@ def distill_part(bench: Bench) -> dict[str, Any]:
         (bench.work / tag / "kl").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(one / "kl/before.json", bench.work / tag / "kl/before.json")
         bench.run(*command, **base, **same, WORK=str(bench.work / tag), TAG=tag, PROCESSES=processes)
+    base["TEACHER"] = Path(base["TEACHER"]).name
     return found | {"settings": base, "seconds": round(time.monotonic() - started, 1)} | compared(bench)
 
 

@@ -3,7 +3,7 @@
     python src/distill/opd_budget.py [--model DIR] [--gpus 4 --rank 8 --rows 16 --micro-rows 1 --tokens 8192 --steps 200 ...]
 
 Without --model: the shape of Qwen3.5-122B-A10B. Memory is counted term by term as opd_train_fsdp allocates it. Hours rest on
-the rates named in the output (`assumed`), which are arguments; nothing here was measured.
+the rates named in the output (`assumed`), which are arguments; measured is only what the grid costs (GRID_BYTES).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from results_store import REPO
 from target_grid import IntGrid
 
 GROUP = 128
+GRID_BYTES = 96  # traffic of a weight each time: what two more layers of the 122B took (results/bench/multi_gpu_train122b.json)
 FLOAT_COPIES = 4  # float32 tensors of a chunk that the grid holds at once: position, codes, product, gradient
 
 
@@ -113,8 +114,8 @@ def hours(shape: Shape, plan: Plan) -> dict[str, float]:
     """Hours of each phase under the assumed rates."""
     micro_steps = plan.rows // (plan.micro_rows * plan.gpus)
     products = 8 * shape.active * plan.rows * plan.tokens / plan.gpus / plan.flops  # forward, again, and twice backward
-    # each GPU puts all experts on the grid, forward, again and backward: some 40 bytes of traffic a weight each time
-    grid = micro_steps * 3 * 40 * shape.routed / plan.bandwidth
+    # each GPU puts all experts on the grid, forward, again and backward
+    grid = micro_steps * 3 * GRID_BYTES * shape.routed / plan.bandwidth
     gather = micro_steps * 2 * shape.routed * (1 + 2 / GROUP) / plan.link
     total = plan.rollouts * plan.tokens
     return {

@@ -48,7 +48,7 @@ from opd_data import (
 from opd_losses import LOSSES
 from opd_student import AdapterConfig, Student, adapter_record, build_student
 
-DIGEST_THREADS = 8  # parameters in the host's memory while they are digested
+DIGEST_THREADS = 8  # baked parameters in memory while they are digested, over all processes
 ADAPTER, ADAPTER_JSON, STATE = "adapter.safetensors", "adapter.json", "state.safetensors"
 
 
@@ -209,18 +209,19 @@ def check_start(directory: Path, student: dict[str, str], teacher: dict[str, str
 
 
 def baked_digests(student: Student, world: World) -> dict[str, str]:
-    """SHA-256 of every adapted parameter as merge_adapter must write it, layer by layer; each process bakes its share, and
-    threads digest one while the next are made."""
+    """SHA-256 of every adapted parameter as merge_adapter must write it, layer by layer. Each goes to the process that has
+    the least to do so far; threads digest some while the next are made."""
     found: dict[str, Future[str]] = {}
-    threads, turn = max(1, DIGEST_THREADS // world.size), 0
+    threads, work = max(1, DIGEST_THREADS // world.size), [0] * world.size
     with ThreadPoolExecutor(threads, "digest") as pool:
         for layer in student.layers:
             gathered_layer(layer)
             for name, adapter in adapters_of(layer).items():
-                if turn % world.size == world.rank:
+                turn = work.index(min(work))
+                work[turn] += math.prod(adapter.grid.shape)
+                if turn == world.rank:
                     wait_for(found.values(), threads - 1)
-                    found[name] = pool.submit(digest, adapter.baked().cpu())
-                turn += 1
+                    found[name] = pool.submit(digest, adapter.baked())
             release_layer(layer)
     shares = from_each({name: future.result() for name, future in found.items()}, world)
     return {name: value for share in shares for name, value in share.items()}

@@ -296,11 +296,11 @@ def disk_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
     rows = []
     for file, r in found:
         devices = r["metrics"]["size_disk"]["quantize"].get("devices", "")
-        lanes = f", {devices.count(',') + 1} shards at once" if "," in devices else ""
-        rows.append([machine(r) + lanes, *(cite_if(r, file, f"{at}.{path}", n, unit) for path, n, unit in paths)])
+        named = f" `{devices}`" if "," in devices else ""  # each with a shard at work
+        rows.append([machine(r) + named, *(cite_if(r, file, f"{at}.{path}", n, unit) for path, n, unit in paths)])
     note = (
         "Quantized from disk to disk, bytes a second in (and as many out), beside a plain copy and reading alone on that disk. "
-        "Peaks in MiB; the last columns are the whole model at that rate."
+        "A device is named once for each shard at work. Peaks in MiB; the last columns are the whole model at that rate."
     )
     head = ["run", "size", "a second", "copy", "share", "read", "share", "memory", "VRAM", "layers", "seconds for all"]
     return ["## Data-free quantization at full size", "", note, "", *table(head, rows), *commands(found)]

@@ -47,7 +47,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 READERS, SLICE_BYTES = 4, 8 << 20  # threads that fill one large read together: one alone neither keeps a fast disk nor a page
 # cache busy, since the memory that it reads into is new and has to be mapped
-DIGESTS = 8  # shards digested at once
+DIGESTS = min(16, os.cpu_count() or 1)  # shards digested at once
 
 
 def release(descriptor: int, begin: int, size: int) -> None:

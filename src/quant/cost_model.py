@@ -7,7 +7,7 @@ carried over by what they grow with:
 
     data-free   bytes of the checkpoint / measured bytes a second                          (the disk decides)
     calibrated  layers * (a * parameters of a layer + b * tokens * parameters that a token uses in it)
-                a and b from two runs with different numbers of tokens; with one run, all of it counts as a
+                a from the seconds in which a layer is rounded, b from the others
     VRAM        c * (weights of a layer in BF16 + second moments of its experts' inputs in float32), c from the peak
     RAM         d + e * weights of a layer in BF16, d a process with torch (quant_save.BASE_BYTES), e from the peak
     decode      share of the limit that was reached * copied bytes a second / bytes that a token reads
@@ -100,7 +100,7 @@ def gguf_bytes(shape: Shape) -> tuple[int, int]:
 
 def read_records(directory: Path, name: str) -> dict[str, dict[str, Any]]:
     """The metrics of the records that are there, by the part of bench_h100.sh that made them."""
-    parts = ("disk", "gptq", "gptq_few", "ldlq", "gguf", "gguf_offload")
+    parts = ("disk", "gptq", "ldlq", "gguf", "gguf_offload")
     found = {part: directory / f"{name}_{part}.json" for part in parts}
     return {part: read_result(file, "bench")["metrics"] for part, file in found.items() if file.is_file()}
 
@@ -109,18 +109,9 @@ def calibrated_fit(records: Mapping[str, Any], method: str, at: Sizes) -> tuple[
     """(a, b) of the module's head."""
     if method not in records:
         return None
-    many = records[method]["size_layers"]
-    seconds = many["worst_layer_seconds"]
-    few = records.get(f"{method}_few", {}).get("size_layers")
-    slope = token_slope(many, few, at) if few else 0.0
-    if not few and "gptq_few" in records and "gptq" in records:  # the same tokens run through the same layer
-        slope = token_slope(records["gptq"]["size_layers"], records["gptq_few"]["size_layers"], at)
-    return max(0.0, seconds - slope * many["tokens"] * at.layer_active) / at.layer, slope
-
-
-def token_slope(many: Mapping[str, Any], few: Mapping[str, Any], at: Sizes) -> float:
-    change = (many["worst_layer_seconds"] - few["worst_layer_seconds"]) / (many["tokens"] - few["tokens"])
-    return max(0.0, change) / at.layer_active
+    made = records[method]["size_layers"]
+    rounding = made["worst_rounding_seconds"]
+    return rounding / at.layer, (made["worst_layer_seconds"] - rounding) / (made["tokens"] * at.layer_active)
 
 
 def fit(records: Mapping[str, Any], at: Sizes) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from synthetic_moe import is_synthetic
 from token_weights import kept_bytes
 
 CHUNK_BYTES = 64 << 20  # quantized at once, while the next is read and the last written
+GPU_LANES = 4  # shards at work on a GPU, where no --devices are named (results/bench/h100_122b_disk.json)
 BASE_BYTES = 600 << 20  # the interpreter with torch
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
@@ -448,7 +449,7 @@ def quantize_checkpoint(
     print(f"{checkpoint.path} -> {out}{' (resumed)' if resumed else ''}\n{recipe}\n{table(report)}", flush=True)
     print(preflight(jobs, out, needed, chunk_bytes, calibration, len(devices)), flush=True)
     if not calibration:
-        seconds = max(sample_seconds(jobs, recipe, device) for device in devices) / len(devices)
+        seconds = max(sample_seconds(jobs, recipe, device) for device in set(devices)) / len(set(devices))
         print(f"about {seconds:.2g} s of arithmetic at the speed of a sample; the disk comes on top")
     with staged_directory(out, force, settings) as partial:
         if source:
@@ -467,6 +468,11 @@ def quantize_checkpoint(
     if source:
         source.remove()
     return report
+
+
+def lanes(device: torch.device) -> tuple[torch.device, ...]:
+    """The device as often as shards should be at work on it: a GPU waits for the disk, which one shard does not keep busy."""
+    return (device,) * (GPU_LANES if device.type == "cuda" else 1)
 
 
 def sample_seconds(jobs: list[Job], recipe: Recipe, device: torch.device, count: int = 1 << 21) -> float:
@@ -518,7 +524,8 @@ def parse_arguments() -> argparse.Namespace:
     more = "passes that train the norms of each rounded layer towards its output before rounding (default 0: norms are kept)"
     parser.add_argument("--refine", type=int, default=0, help=more)
     parser.add_argument("--packed", action="store_true", help="write 4 bits a weight for vLLM instead of BF16 (docs/PACKED.md)")
-    parser.add_argument("--devices", default="", help="cuda:0,cuda:1,... or all (default: the first GPU, or the CPU)")
+    more = f"cuda:0,cuda:1,... or all (default: the first GPU, data-free with {GPU_LANES} shards at work; or the CPU)"
+    parser.add_argument("--devices", default="", help=more)
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file (default 4)")
     more = "give the disk of --model's weights back as they are read, and delete them: only of a synthetic checkpoint"
@@ -556,6 +563,9 @@ def check_arguments(args: argparse.Namespace) -> Recipe:
 def main() -> None:
     args = parse_arguments()
     recipe, devices = check_arguments(args), parse_devices(args.devices)
+    consume = args.consume_source or args.consume_real_source
+    if not args.devices and recipe.method not in CALIBRATED and not consume:
+        devices = lanes(devices[0])
     started = time.time()
     source = describe_model(args.model) if args.result else None
     calibration = None
@@ -568,7 +578,7 @@ def main() -> None:
     shard_bytes = int(args.shard_gib * 2**30)
     report = quantize_checkpoint(
         args.model, args.out, recipe, args.force, shard_bytes, calibration=calibration, devices=devices,
-        consume=args.consume_source or args.consume_real_source, packed=args.packed,
+        consume=consume, packed=args.packed,
     )  # fmt: skip
     seconds = time.time() - started
     if args.result:

@@ -34,6 +34,8 @@ import ggml_scalar
 from calibration import Calibration
 from checkpoint import Checkpoint, release
 from console import UserError, progress, read_json, run_cli
+from device_pool import default_device
+from quant_save import lanes
 from recipe import Recipe
 from results_store import add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
 from synthetic_moe import MARK, Shape, is_synthetic, plan_of
@@ -374,7 +376,7 @@ def parse_arguments() -> argparse.Namespace:
         if name == "disk":
             part.add_argument("--probe-gib", type=float, default=8.0, help="bytes of each test of the disk (default 8 GiB)")
             part.add_argument("--shard-gib", type=float, default=4.0, help="largest file of the output (default 4)")
-            part.add_argument("--devices", default="cuda:0" if torch.cuda.is_available() else "cpu", help="as quant_save's")
+            part.add_argument("--devices", default=",".join(map(str, lanes(default_device()))), help="as quant_save's")
         else:
             part.add_argument("--method", choices=METHODS, required=True, help="how the layers are rounded")
             part.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
