@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import merge_adapter
 import opd_score
-from console import UserError
+from console import UserError, file_sha256
 from fsdp_setup import World, own_rows
 from opd_budget import Plan, memory, shape_of
-from opd_data import ScoredRollouts, file_sha256, read_rollouts
+from opd_data import ScoredRollouts, read_rollouts
 from opd_student import AdapterConfig, build_student
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe

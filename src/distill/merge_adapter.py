@@ -25,10 +25,10 @@ from torch import Tensor
 
 from calibration import place_of
 from checkpoint import Checkpoint, CheckpointWriter
-from console import UserError, atomic_path, progress, read_json, run_cli, write_json
+from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
 from fsdp_setup import World
 from moe_lora import Adapter, digest, refuse_family
-from opd_data import FORMAT, file_sha256, model_identity, same_model, write_phase
+from opd_data import FORMAT, model_identity, same_model, write_phase
 from opd_student import AdapterConfig, GridMaker
 from opd_train_fsdp import ADAPTER, ADAPTER_JSON
 from quant_save import CHUNK_BYTES, sidecars

@@ -8,7 +8,6 @@ Not a command; docs/OPD_INTEGRATION.md describes the formats.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -20,17 +19,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from checkpoint import Checkpoint
-from console import UserError, read_json, write_json
+from console import UserError, file_sha256, read_json, write_json
 from opd_losses import TopK
 from results_store import header_sha256, peak_rss_mib, public_path, sha256_json
 
 ROLLOUTS, MANIFEST, INDEX, PHASE = "rollouts.jsonl", "rollouts.json", "index.json", "phase.json"
 FORMAT = 1
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -23,9 +23,9 @@ from typing import Any
 from backends import Backend, Completion, HfBackend, Sampling, VllmBackend, choose_backend
 from benchmarks import Benchmark, Item, get_benchmarks
 from checkpoint import Checkpoint
-from console import UserError, atomic_path, progress, read_json, run_cli, write_json
+from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
 from graders import GRADER_VERSION
-from opd_data import MANIFEST, ROLLOUTS, file_sha256, shown, write_phase
+from opd_data import MANIFEST, ROLLOUTS, shown, write_phase
 from results_store import SampleLog, sample_key, sha256_json, sha256_text
 from vllm_eval8 import PROMPT_ROOM, graded_rows
 

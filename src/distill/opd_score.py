@@ -22,13 +22,12 @@ from torch import Tensor
 
 from backends import load_model, load_tokenizer
 from checkpoint import Checkpoint
-from console import UserError, atomic_path, progress, run_cli, write_json
+from console import UserError, atomic_path, file_sha256, progress, run_cli, write_json
 from opd_data import (
     FORMAT,
     INDEX,
     ScoredRollouts,
     encode_rollout,
-    file_sha256,
     model_identity,
     read_rollouts,
     tokenizer_sha256,

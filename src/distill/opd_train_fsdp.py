@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from backends import load_tokenizer
-from console import UserError, atomic_path, progress, read_json, run_cli, write_json
+from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
 from fsdp_setup import World, end_world, from_each, full, gathered, gathered_layer, put, release_layer, start_world, summed
 from moe_lora import Adapter, adapters_of, digest, trainable
 from opd_data import (
@@ -36,7 +36,6 @@ from opd_data import (
     ScoredRollouts,
     check_belongs,
     collate,
-    file_sha256,
     model_identity,
     peak_memory,
     read_rollouts,

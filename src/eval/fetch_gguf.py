@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from console import UserError, progress, run_cli
-from gguf_file import file_sha256
+from console import UserError, file_sha256, progress, run_cli
 from gguf_info import SHARD, gguf_files, open_gguf
 
 PIECE_BYTES = 1 << 30  # bytes of one request: a hub's links expire, and its servers end an answer at 50 GB

@@ -5,14 +5,12 @@ Not a command. ``describe_gguf(path)`` is the model entry of a record; ``open_gg
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from console import UserError
+from console import UserError, files_sha256
 from results_store import public_path
 
 if TYPE_CHECKING:
@@ -88,16 +86,6 @@ def token_text(reader: GGUFReader, kind: str) -> str | None:
         return None
     field = reader.get_field("tokenizer.ggml.tokens")
     return bytes(field.parts[field.data[int(index)]]).decode("utf-8")
-
-
-def files_sha256(files: Sequence[Path]) -> str:
-    """One digest over the bytes of the files in order."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while data := stream.read(1 << 22):
-                digest.update(data)
-    return digest.hexdigest()
 
 
 def describe_gguf(path: str | Path) -> dict[str, Any]:

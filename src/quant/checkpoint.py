@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from console import UserError, read_json, write_json
+from console import UserError, files_sha256, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PACKED = "packed.json"  # in a packed checkpoint: what it unpacks to (packed_view.py)
@@ -47,7 +47,6 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 READERS, SLICE_BYTES = 4, 8 << 20  # threads that fill one large read together: one alone neither keeps a fast disk nor a page
 # cache busy, since the memory that it reads into is new and has to be mapped
-DIGESTS = min(16, os.cpu_count() or 1)  # shards digested at once
 
 
 def release(descriptor: int, begin: int, size: int) -> None:
@@ -228,11 +227,8 @@ class Checkpoint:
         return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
 
     def sha256(self) -> str:
-        """SHA-256 of the weights: of the one file, as the hub shows it, or over the digests of the shards in order. One thread
-        digests 1 to 2 GB a second, so that several shards are read at once."""
-        with ThreadPoolExecutor(DIGESTS, "digest") as pool:
-            digests = list(pool.map(_file_sha256, self.files))
-        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        """One digest of all weight files: console.files_sha256."""
+        return files_sha256(self.files)
 
     def info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -253,11 +249,6 @@ class Checkpoint:
         step = max(1, max_bytes // row)
         for start in range(0, info.shape[0], step):
             yield start, info.read(start, min(step, info.shape[0] - start))
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_tensor(info: TensorInfo) -> Tensor:

@@ -7,12 +7,11 @@ each padded to 32 bytes. The offsets are known before the first tensor is, so th
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +118,6 @@ class GgufWriter:
             self._stream.flush()
             os.fsync(self._stream.fileno())
         write_json(self.state, {"tensors": self.done, "facts": self.facts})
-
-
-def file_sha256(path: Path, advance: Callable[[int], Any] | None = None) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while data := stream.read(1 << 22):
-            digest.update(data)
-            if advance:
-                advance(len(data))
-    return digest.hexdigest()
 
 
 class GgufFile:

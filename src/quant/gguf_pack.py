@@ -30,9 +30,9 @@ from calibrated_pass import files_behind
 from calibration import Calibration, LayerStream
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
-from console import UserError, progress, run_cli, write_json
+from console import UserError, file_sha256, progress, run_cli, write_json
 from ggml_types import TYPES, CastCodec, decode_rows, encode, row_bytes
-from gguf_file import GgufWriter, file_sha256, make_header, padded, run_converter, tensor_bytes
+from gguf_file import GgufWriter, make_header, padded, run_converter, tensor_bytes
 from gguf_layout import Piece, pieces_of, read_parameter, to_gguf
 from gguf_pass import DAMPING, METHODS, GgufPass, is_quantized
 from gguf_recipe import NEED_IMPORTANCE, file_type, read_patterns, type_named, types_of
