@@ -227,11 +227,11 @@ ENDINGS = """
 import os, signal, sys
 from llama_cpp import tool
 from llamacpp_eval8 import LlamaServer
+signal.signal(signal.SIGINT, signal.default_int_handler)
 server = LlamaServer(sys.argv[1], 256, 1)
 print(server.process.pid, flush=True)
 if sys.argv[2] == "leave": sys.exit(0)
 if sys.argv[2] == "raise": raise RuntimeError
-signal.signal(signal.SIGINT, signal.default_int_handler)
 server.client.call("/completion", {"prompt": [1], "n_predict": -1, "ignore_eos": True})
 signal.pause()
 """
