@@ -10,6 +10,7 @@
     fit122b    that many layers, without weights (files of holes): whether they do fit
     eval       greedy answers of one GPU, of a copy on each and of layers spread over all: equal ones, tokens/s
     eval35b    the same, spread against one GPU, on the 35B's shape
+    vllm       questions and forced lengths through vLLM with its tensor parallelism on 1, 2, 4 GPUs: equal answers, tokens/s
 
 Each part leaves a record, RECORDS/multi_gpu_PART.json, and is skipped where it exists. Without a GPU, processes on the CPU take
 their place. --tiny: the same with sizes for a test. The commands are those of the pipelines; their output is in WORK/PART/log.
@@ -37,6 +38,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+import qwen3_5_form
+import qwen3_next_form
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
 from device_pool import parse_devices
@@ -45,7 +48,7 @@ from opd_budget import Plan, Shape, memory
 from opd_train_fsdp import ADAPTER, ADAPTER_JSON
 from quant_save import RECIPE_FILE
 from recipe import Recipe
-from results_store import REPO, read_result, write_result
+from results_store import REPO, read_result, read_samples, write_result
 from synthetic_moe import SHAPES, plan_of, prepare
 from synthetic_moe import Shape as ModelShape
 from synthetic_rollouts import give_tokenizer
@@ -60,6 +63,11 @@ NEAR = 1e-3  # relative, of losses and norms of gradients that count as equal
 SLICES = (2, 4)  # layers of the 122B
 RANK, ROWS, TOKENS, STEPS = 8, 4, 1024, 4
 FIT_STEPS = 3  # of the largest slice
+PARALLEL = (1, 2, 4, 8)  # GPUs that vLLM divides a layer by
+VLLM_SIZE = ["--batches", "1,16,64", "--prompt", 256, "--generate", 128]
+# no NVLink multicast; on a CPU, cores that others use too
+VLLM_ENVIRONMENT = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+RAZOR = REPO / "models/razor-tiny"
 VOCABULARY = 32768  # of the quantized layers: the experts are what is measured
 # in a log that ends with torchrun's own summary
 ERROR = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception)\b: ).*")
@@ -76,6 +84,7 @@ class Bench:
     processes: int
     gpus: int
     tiny: bool
+    vllm_python: str = sys.executable
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def devices(self, each: int = 1) -> str:
@@ -98,7 +107,8 @@ class Bench:
     def start(self, script: str, *arguments: object, processes: int = 1, **environment: str) -> subprocess.Popen[bytes]:
         """Start one of the project's commands in WORK; its output goes to the log."""
         run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes] if processes > 1 else []
-        command = [str(part) for part in (sys.executable, *run, REPO / script, *arguments)]
+        python = self.vllm_python if "vllm" in arguments else sys.executable
+        command = [str(part) for part in (python, *run, REPO / script, *arguments)]
         shown = [time.strftime("%T"), *(f"{key}={value}" for key, value in environment.items()), *command[1:]]
         variables = os.environ | (shared_cores(processes) if processes > 1 else {}) | environment
         with self.log.open("a", encoding="utf-8") as log:
@@ -201,7 +211,7 @@ def synthetic(bench: Bench, out: Path, layers: int, shape: str, *more: object) -
 
 def distill_part(bench: Bench) -> dict[str, Any]:
     """--smoke by all; then one recovery by one process, and from its rollouts again by one and by all."""
-    base = {"TEACHER": str(REPO / "models/razor-tiny"), "BACKEND": "hf"} | (DISTILL_TINY if bench.tiny else DISTILL)
+    base = {"TEACHER": str(RAZOR), "BACKEND": "hf"} | (DISTILL_TINY if bench.tiny else DISTILL)
     micro = max(1, int(base["ROWS"]) // bench.processes)  # the same for one process, so that it adds up the same pieces
     base |= {"ROWS": str(micro * bench.processes), "MICRO_ROWS": str(micro)}
     command = ("src/distill/distill_run.py", "--config", REPO / "configs/opd_tiny.env")
@@ -361,7 +371,7 @@ def fit122b_part(bench: Bench) -> dict[str, Any]:
 
 
 def eval_part(bench: Bench) -> dict[str, Any]:
-    return answers(bench, REPO / "models/razor-tiny", 4 if bench.tiny else 16, 12 if bench.tiny else 256)
+    return answers(bench, RAZOR, 4 if bench.tiny else 16, 12 if bench.tiny else 256)
 
 
 def eval35b_part(bench: Bench) -> dict[str, Any]:
@@ -415,9 +425,79 @@ def answers(bench: Bench, model: Path, limit: int, tokens: int, copies: bool = T
     return found
 
 
+def vllm_part(bench: Bench) -> dict[str, Any]:
+    """Both through the commands that a user has: eval.sh's on razor-tiny, and forced lengths on the 35B's shape."""
+    small, large = bench.work / "razor-tiny", bench.work / "35b"
+    for path in (small, large):
+        shutil.rmtree(path, ignore_errors=True)
+    (qwen3_5_form if bench.gpus else qwen3_next_form).convert(RAZOR, small)
+    few = few_parallel(bench, small)
+    questions = {str(n): vllm_answers(bench, small, n) for n in few}
+    for found in list(questions.values())[1:]:
+        found["equal_answers"] = sum(a == b for a, b in zip(questions["1"]["texts"], found["texts"], strict=True))
+    for found in questions.values():
+        del found["texts"]
+    if bench.tiny:
+        large, sizes = small, few
+    else:
+        made, sizes = synthetic(bench, large, 40, "35b"), [n for n in PARALLEL if n <= bench.processes]
+        qwen3_5_form.complete(large)
+    forced = {str(n): vllm_forced(bench, large, n) for n in sizes}
+    shutil.rmtree(bench.work / "35b", ignore_errors=True)
+    one = forced["1"]["texts"]
+    batches = sorted(one, key=int)
+    for found in list(forced.values())[1:]:
+        found |= same_tokens([row for b in batches for row in one[b]], [row for b in batches for row in found["texts"][b]])
+    half, whole = one[batches[-2]], one[batches[-1]]
+    forced["1"] |= same_tokens(half, whole[: len(half)])  # among more others, one GPU says other things too
+    for found in forced.values():
+        del found["texts"]
+    return {"questions": questions, "forced": forced} | ({} if bench.tiny else {"synthetic_seconds": made})
+
+
+def few_parallel(bench: Bench, model: Path) -> list[int]:
+    """Over how many GPUs a model can be spread: vLLM divides its key heads."""
+    config = read_json(model / "config.json")
+    heads = config.get("text_config", config)["linear_num_key_heads"]
+    return [n for n in PARALLEL if n <= min(bench.processes, heads)]
+
+
+def vllm_answers(bench: Bench, model: Path, parallel: int) -> dict[str, Any]:
+    """Greedy answers of an evaluation: how many are right, and their texts in the order of the items."""
+    tag, limit = f"vllm-{parallel}", 4 if bench.tiny else 32
+    for old in bench.work.glob(f"{tag}.*"):
+        old.unlink()
+    run = ["--model", model, "--tag", tag, "--backend", "vllm", "--tensor-parallel", parallel, "--out", bench.work]
+    run += ["--benchmarks", "tiny_know,tiny_math", "--limit", limit, "--temperature", 0]
+    seconds = bench.run("src/eval/vllm_eval8.py", *run, **VLLM_ENVIRONMENT)
+    rows = sorted(read_samples(bench.work / f"{tag}.samples.jsonl")[1], key=lambda row: (row["benchmark"], row["id"]))
+    tokens, correct = sum(row["tokens"] for row in rows), sum(row["correct"] for row in rows)
+    return {"seconds_with_start": seconds, "answers": len(rows), "correct": correct, "tokens": tokens,
+            "texts": [row["text"] for row in rows]}  # fmt: skip
+
+
+def vllm_forced(bench: Bench, model: Path, parallel: int) -> dict[str, Any]:
+    """Rates at forced lengths, and the ids of every batch."""
+    record, answers = (bench.work / f"forced-{parallel}.{kind}" for kind in ("json", "answers"))
+    record.unlink(missing_ok=True)
+    size = ["--batches", "1,2", "--prompt", 16, "--generate", 4] if bench.tiny else VLLM_SIZE
+    run = ["--model", model, "--backend", "vllm", "--tensor-parallel", parallel, *size, "--answers", answers]
+    seconds = bench.run("src/eval/eval_bench.py", *run, "--result", record, "--tag", record.stem, **VLLM_ENVIRONMENT)
+    metrics = read_result(record, "bench")["metrics"]
+    return {"seconds_with_start": seconds, "texts": read_json(answers)} | metrics
+
+
+def same_tokens(one: Sequence[str], two: Sequence[str]) -> dict[str, int]:
+    """Of pairs of texts of token ids: how many tokens are equal up to the first that differs, of how many, and whole texts."""
+    pairs = [(a.split(), b.split()) for a, b in zip(one, two, strict=True)]
+    prefix = sum(next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))) for a, b in pairs)
+    return {"same_tokens": prefix, "tokens": sum(len(a) for a, _ in pairs), "equal_answers": sum(a == b for a, b in pairs),
+            "answers": len(pairs)}  # fmt: skip
+
+
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "quantize": quantize_part, "distill": distill_part, "train35b": train35b_part, "train122b": train122b_part,
-    "fit122b": fit122b_part, "eval": eval_part, "eval35b": eval35b_part,
+    "fit122b": fit122b_part, "eval": eval_part, "eval35b": eval35b_part, "vllm": vllm_part,
 }  # fmt: skip
 
 
@@ -434,6 +514,11 @@ def headline(part: str, metrics: dict[str, Any]) -> str:
         return f"{metrics['layers']} layers, {metrics['train']['median_step_seconds']} s a step, {metrics['train']['ranks']}"
     if part == "train122b":
         return f"{metrics['mib_a_layer']:.0f} MiB a layer and process; fit: {metrics.get('layers_that_fit')}"
+    if part == "vllm":
+        equal = [f"{m['equal_answers']} of {m['answers']}" for m in metrics["questions"].values() if "equal_answers" in m]
+        rates = [f"{n} {max(m['decode_tokens_per_s'] for m in made['eval_speed']['vllm'].values()):.0f} tokens/s, "
+                 f"{made['same_tokens']} of {made['tokens']} tokens" for n, made in metrics["forced"].items()]  # fmt: skip
+        return f"equal answers {', '.join(equal)}; {'; '.join(rates)}"
     return ", ".join(f"{way} {m['tokens_per_second']} tokens/s" for way, m in metrics.items())
 
 
@@ -444,6 +529,7 @@ def main() -> None:
     parser.add_argument("--records", type=Path, required=True, help="directory of multi_gpu_PART.json")
     gpus = torch.cuda.device_count()
     parser.add_argument("--processes", type=int, default=max(2, gpus), help="GPUs (default: all), or CPU processes")
+    parser.add_argument("--vllm-python", default=sys.executable, help="an interpreter that has vLLM, where it stands apart")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test")
     args = parser.parse_args()
     if args.processes < 2 or gpus and args.processes > gpus:
@@ -453,7 +539,7 @@ def main() -> None:
         print(f"{path}: done before", flush=True)
         return
     work, started = args.work.resolve() / args.part, time.time()
-    bench = Bench(work, args.records, args.part, args.processes, args.processes if gpus else 0, args.tiny)
+    bench = Bench(work, args.records, args.part, args.processes, args.processes if gpus else 0, args.tiny, args.vllm_python)
     work.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:

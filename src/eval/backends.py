@@ -220,30 +220,42 @@ class HfBackend:
         return [completion_of(self.tokenizer, row[width:], prompt, self.ends) for row, prompt in rows]
 
 
+def vllm_engine(model: str | Path, tensor_parallel: int, **options: Any) -> Any:
+    """vLLM's offline engine on ``tensor_parallel`` GPUs, with what all engines here have in common (docs/EVAL_PROTOCOL.md)."""
+    for key, value in ENGINE_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)  # before the import, which reads them
+    from vllm import LLM
+
+    if not importlib.util.find_spec("flashinfer"):  # on Hopper vLLM takes its kernel for a prompt's Gated DeltaNet unasked
+        options["additional_config"] = {"gdn_prefill_backend": "triton"}
+    return LLM(
+        model=str(model), tensor_parallel_size=tensor_parallel, gpu_memory_utilization=0.88, generation_config="vllm",
+        trust_remote_code=False, **options,
+    )  # fmt: skip
+
+
 class VllmBackend:
-    """vLLM's offline engine. Memory and length settings follow docs/EVAL_PROTOCOL (64k: gpu-mem 0.88, 32 sequences)."""
+    """vLLM's offline engine. Memory and length settings follow docs/EVAL_PROTOCOL (64k: gpu-mem 0.88, 32 sequences).
+    ``options``: more arguments of vLLM's LLM."""
 
     name = "vllm"
+    ignore_ends = False
 
     def __init__(
-        self, model: str | Path, max_model_len: int, max_num_seqs: int = 32, gpu_memory: float = 0.88, tensor_parallel: int = 1
+        self, model: str | Path, max_model_len: int, max_num_seqs: int = 32, tensor_parallel: int = 1, **options: Any
     ) -> None:
-        for key, value in ENGINE_ENVIRONMENT.items():
-            os.environ.setdefault(key, value)  # before the import, which reads them
-        from vllm import LLM
-
         self.tokenizer = load_tokenizer(model)
         self.ends = end_token_ids(model, self.tokenizer)
         config = read_json(Path(model) / "config.json")
         text = config.get("text_config", config)
         self.context = min(max_model_len, int(text.get("max_position_embeddings", max_model_len)))
         eager = str(text.get("model_type")).startswith("gemma") or not torch.cuda.is_available()  # a CPU only loses time
-        multimodal = {"limit_mm_per_prompt": {"image": 0, "video": 0}} if "vision_config" in config else {}
-        self.engine = LLM(
-            model=str(model), max_model_len=self.context, max_num_seqs=max_num_seqs, gpu_memory_utilization=gpu_memory,
-            tensor_parallel_size=tensor_parallel, enforce_eager=eager,
-            generation_config="vllm", trust_remote_code=False, **multimodal,
-        ).llm_engine  # fmt: skip
+        options.setdefault("enforce_eager", eager)
+        if "vision_config" in config:
+            options["limit_mm_per_prompt"] = {"image": 0, "video": 0}
+        self.engine = vllm_engine(
+            model, tensor_parallel, max_model_len=self.context, max_num_seqs=max_num_seqs, **options
+        ).llm_engine
 
     def render(self, messages: list[dict[str, str]]) -> str:
         return render_chat(self.tokenizer, messages)
@@ -271,7 +283,7 @@ class VllmBackend:
             raise UserError(f"a prompt has {prompt_tokens} tokens; the engine's context is {self.context}")
         return SamplingParams(
             temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1, seed=seed,
-            max_tokens=room, stop_token_ids=self.ends, detokenize=False,
+            max_tokens=room, stop_token_ids=self.ends, ignore_eos=self.ignore_ends, detokenize=False,
         )  # fmt: skip
 
 

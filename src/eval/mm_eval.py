@@ -11,7 +11,6 @@ which the record names). Sampling is the vendor's for the model's family (config
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from typing import Any
 import torch
 
 from backends import (
-    ENGINE_ENVIRONMENT,
     Completion,
     Sampling,
     choose_backend,
@@ -27,6 +25,7 @@ from backends import (
     end_token_ids,
     load_weights,
     seed_of,
+    vllm_engine,
 )
 from bench_mm import get_mm_benchmarks
 from checkpoint import Checkpoint
@@ -113,17 +112,12 @@ class VllmMmBackend:
     name = "vllm"
 
     def __init__(self, model: Path, max_model_len: int, images: int, tensor_parallel: int, max_num_seqs: int = 32) -> None:
-        for key, value in ENGINE_ENVIRONMENT.items():
-            os.environ.setdefault(key, value)  # before the import, which reads them
-        from vllm import LLM
-
         self.processor = load_processor(model)
         self.ends = end_token_ids(model, self.processor.tokenizer)
-        self.engine = LLM(
-            model=str(model), max_model_len=max_model_len, max_num_seqs=max_num_seqs, gpu_memory_utilization=0.88,
-            tensor_parallel_size=tensor_parallel, limit_mm_per_prompt={"image": images, "video": 0},
-            generation_config="vllm", trust_remote_code=False,
-        )  # fmt: skip
+        limits = {"image": images, "video": 0}
+        self.engine = vllm_engine(
+            model, tensor_parallel, max_model_len=max_model_len, max_num_seqs=max_num_seqs, limit_mm_per_prompt=limits
+        )
 
     def render(self, messages: list[dict[str, Any]]) -> Prompt:
         return render_messages(self.processor, messages)
