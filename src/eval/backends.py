@@ -224,10 +224,11 @@ def vllm_engine(model: str | Path, tensor_parallel: int, **options: Any) -> Any:
     """vLLM's offline engine on ``tensor_parallel`` GPUs, with what all engines here have in common (docs/EVAL_PROTOCOL.md)."""
     for key, value in ENGINE_ENVIRONMENT.items():
         os.environ.setdefault(key, value)  # before the import, which reads them
+    if not importlib.util.find_spec("flashinfer"):  # vLLM 0.22 takes its kernels on a Hopper card without asking for them
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+        options["additional_config"] = {"gdn_prefill_backend": "triton"}
     from vllm import LLM
 
-    if not importlib.util.find_spec("flashinfer"):  # on Hopper vLLM takes its kernel for a prompt's Gated DeltaNet unasked
-        options["additional_config"] = {"gdn_prefill_backend": "triton"}
     return LLM(
         model=str(model), tensor_parallel_size=tensor_parallel, gpu_memory_utilization=0.88, generation_config="vllm",
         trust_remote_code=False, **options,
