@@ -28,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,7 @@ SLICES = (2, 4)  # layers of the 122B
 RANK, ROWS, TOKENS, STEPS = 8, 4, 1024, 4
 FIT_STEPS = 3  # of the largest slice
 PARALLEL = (1, 2, 4, 8)  # GPUs that vLLM divides a layer by
-VLLM_SIZE = ["--batches", "1,16,64", "--prompt", 256, "--generate", 128]
+VLLM_SIZE = ["--batches", "1,16,32", "--prompt", 256, "--generate", 128]
 # no NVLink multicast; on a CPU, cores that others use too
 VLLM_ENVIRONMENT = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 RAZOR = REPO / "models/razor-tiny"
@@ -426,65 +426,97 @@ def answers(bench: Bench, model: Path, limit: int, tokens: int, copies: bool = T
 
 
 def vllm_part(bench: Bench) -> dict[str, Any]:
-    """Both through the commands that a user has: eval.sh's on razor-tiny, and forced lengths on the 35B's shape."""
+    """Both through the commands that a user has: eval.sh's on razor-tiny, and forced lengths on the 35B's shape. Engines run
+    beside each other on GPUs of their own; what one has left behind is not asked for again after a kill."""
     small, large = bench.work / "razor-tiny", bench.work / "35b"
-    for path in (small, large):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(small, ignore_errors=True)
     (qwen3_5_form if bench.gpus else qwen3_next_form).convert(RAZOR, small)
-    few = few_parallel(bench, small)
-    questions = {str(n): vllm_answers(bench, small, n) for n in few}
-    for found in list(questions.values())[1:]:
-        found["equal_answers"] = sum(a == b for a, b in zip(questions["1"]["texts"], found["texts"], strict=True))
-    for found in questions.values():
-        del found["texts"]
+    heads = read_json(small / "config.json")
+    heads = heads.get("text_config", heads)["linear_num_key_heads"]  # vLLM divides them
+    sizes = [n for n in PARALLEL if n <= bench.processes]
+    few = [n for n in sizes if n <= heads]
     if bench.tiny:
         large, sizes = small, few
-    else:
-        made, sizes = synthetic(bench, large, 40, "35b"), [n for n in PARALLEL if n <= bench.processes]
+    elif not (large / qwen3_5_form.PROCESSOR[0]).exists():
+        shutil.rmtree(large, ignore_errors=True)
+        synthetic(bench, large, 40, "35b")
         qwen3_5_form.complete(large)
-    forced = {str(n): vllm_forced(bench, large, n) for n in sizes}
+    jobs = [(forced_command(bench, large, n), n) for n in sizes if n < 4]
+    jobs += [(questions_command(bench, small, few[0]), few[0])]
+    jobs += [(forced_command(bench, large, n), n) for n in sizes if n >= 4]
+    jobs += [(questions_command(bench, small, n), n) for n in few[1:]]
+    beside_each_other(bench, [(command, n) for command, n in jobs if not command[1].exists()])
+    found = {
+        "questions": compared_questions({n: bench.work / f"questions-{n}.samples.jsonl" for n in few}),
+        "forced": compared_forced({n: bench.work / f"forced-{n}.json" for n in sizes}),
+    }
     shutil.rmtree(bench.work / "35b", ignore_errors=True)
-    one = forced["1"]["texts"]
-    batches = sorted(one, key=int)
-    for found in list(forced.values())[1:]:
-        found |= same_tokens([row for b in batches for row in one[b]], [row for b in batches for row in found["texts"][b]])
-    half, whole = one[batches[-2]], one[batches[-1]]
-    forced["1"] |= same_tokens(half, whole[: len(half)])  # among more others, one GPU says other things too
-    for found in forced.values():
-        del found["texts"]
-    return {"questions": questions, "forced": forced} | ({} if bench.tiny else {"synthetic_seconds": made})
+    return found
 
 
-def few_parallel(bench: Bench, model: Path) -> list[int]:
-    """Over how many GPUs a model can be spread: vLLM divides its key heads."""
-    config = read_json(model / "config.json")
-    heads = config.get("text_config", config)["linear_num_key_heads"]
-    return [n for n in PARALLEL if n <= min(bench.processes, heads)]
+Command = tuple[list[object], Path]  # script and arguments, and the record that it leaves
 
 
-def vllm_answers(bench: Bench, model: Path, parallel: int) -> dict[str, Any]:
-    """Greedy answers of an evaluation: how many are right, and their texts in the order of the items."""
-    tag, limit = f"vllm-{parallel}", 4 if bench.tiny else 32
-    for old in bench.work.glob(f"{tag}.*"):
-        old.unlink()
+def questions_command(bench: Bench, model: Path, parallel: int) -> Command:
+    """Greedy answers of an evaluation."""
+    tag = f"questions-{parallel}"
     run = ["--model", model, "--tag", tag, "--backend", "vllm", "--tensor-parallel", parallel, "--out", bench.work]
-    run += ["--benchmarks", "tiny_know,tiny_math", "--limit", limit, "--temperature", 0]
-    seconds = bench.run("src/eval/vllm_eval8.py", *run, **VLLM_ENVIRONMENT)
-    rows = sorted(read_samples(bench.work / f"{tag}.samples.jsonl")[1], key=lambda row: (row["benchmark"], row["id"]))
-    tokens, correct = sum(row["tokens"] for row in rows), sum(row["correct"] for row in rows)
-    return {"seconds_with_start": seconds, "answers": len(rows), "correct": correct, "tokens": tokens,
-            "texts": [row["text"] for row in rows]}  # fmt: skip
+    run += ["--benchmarks", "tiny_know,tiny_math", "--limit", 4 if bench.tiny else 32, "--temperature", 0]
+    return ["src/eval/vllm_eval8.py", *run], bench.work / f"{tag}.json"
 
 
-def vllm_forced(bench: Bench, model: Path, parallel: int) -> dict[str, Any]:
+def forced_command(bench: Bench, model: Path, parallel: int) -> Command:
     """Rates at forced lengths, and the ids of every batch."""
-    record, answers = (bench.work / f"forced-{parallel}.{kind}" for kind in ("json", "answers"))
-    record.unlink(missing_ok=True)
+    record = bench.work / f"forced-{parallel}.json"
     size = ["--batches", "1,2", "--prompt", 16, "--generate", 4] if bench.tiny else VLLM_SIZE
-    run = ["--model", model, "--backend", "vllm", "--tensor-parallel", parallel, *size, "--answers", answers]
-    seconds = bench.run("src/eval/eval_bench.py", *run, "--result", record, "--tag", record.stem, **VLLM_ENVIRONMENT)
-    metrics = read_result(record, "bench")["metrics"]
-    return {"seconds_with_start": seconds, "texts": read_json(answers)} | metrics
+    run = ["--model", model, "--backend", "vllm", "--tensor-parallel", parallel, *size]
+    run += ["--answers", record.with_suffix(".ids"), "--result", record, "--tag", record.stem]
+    return ["src/eval/eval_bench.py", *run], record
+
+
+def beside_each_other(bench: Bench, jobs: Sequence[tuple[Command, int]]) -> None:
+    """Run commands that want some GPUs each, in order, as many at a time as there are GPUs for; on a CPU one at a time. All of
+    a round end before one that failed is reported."""
+    rest = list(jobs)
+    while rest:
+        first, running = 0, []
+        while rest and (first + rest[0][1] <= bench.gpus or not running):
+            (command, _), count = rest.pop(0)
+            own = ",".join(map(str, range(first, first + count))) if bench.gpus else ""
+            running.append(bench.start(*command, **VLLM_ENVIRONMENT, CUDA_VISIBLE_DEVICES=own))
+            first += count
+        for process in running:
+            process.wait()
+        for process in running:
+            bench.finish(process)
+
+
+def compared_questions(logs: Mapping[int, Path]) -> dict[str, Any]:
+    """Of every number of GPUs: answers, how many are right, and how many are those of the first."""
+    found, texts = {}, {}
+    for parallel, log in logs.items():
+        rows = sorted(read_samples(log)[1], key=lambda row: (row["benchmark"], row["id"]))
+        texts[parallel] = [row["text"] for row in rows]
+        equal = sum(a == b for a, b in zip(next(iter(texts.values())), texts[parallel], strict=True))
+        found[str(parallel)] = {
+            "answers": len(rows), "correct": sum(row["correct"] for row in rows), "tokens": sum(row["tokens"] for row in rows),
+            "equal_answers": equal,
+        }  # fmt: skip
+    return found
+
+
+def compared_forced(records: Mapping[int, Path]) -> dict[str, Any]:
+    """Of every number of GPUs: its rates, and how many greedy tokens are those of the first. Where few rows are a part of many,
+    one GPU's answers to them are compared too (``among_more``): what that changes, several GPUs may change."""
+    found, ids = {}, {}
+    for parallel, record in records.items():
+        ids[parallel] = read_json(record.with_suffix(".ids"))
+        batches = sorted(ids[parallel], key=int)
+        one, own = ([row for batch in batches for row in rows[batch]] for rows in (next(iter(ids.values())), ids[parallel]))
+        found[str(parallel)] = read_result(record, "bench")["metrics"] | same_tokens(one, own)
+        few, many = (ids[parallel][batch] for batch in batches[-2:])
+        found[str(parallel)]["among_more"] = same_tokens(few, many[: len(few)])
+    return found
 
 
 def same_tokens(one: Sequence[str], two: Sequence[str]) -> dict[str, int]:
@@ -515,7 +547,7 @@ def headline(part: str, metrics: dict[str, Any]) -> str:
     if part == "train122b":
         return f"{metrics['mib_a_layer']:.0f} MiB a layer and process; fit: {metrics.get('layers_that_fit')}"
     if part == "vllm":
-        equal = [f"{m['equal_answers']} of {m['answers']}" for m in metrics["questions"].values() if "equal_answers" in m]
+        equal = [f"{m['equal_answers']} of {m['answers']}" for m in metrics["questions"].values()]
         rates = [f"{n} {max(m['decode_tokens_per_s'] for m in made['eval_speed']['vllm'].values()):.0f} tokens/s, "
                  f"{made['same_tokens']} of {made['tokens']} tokens" for n, made in metrics["forced"].items()]  # fmt: skip
         return f"equal answers {', '.join(equal)}; {'; '.join(rates)}"
