@@ -4,7 +4,7 @@
 # leaves RECORDS/multi_gpu_PART.json (results/bench); one that is there is skipped, so the same command goes on after a kill.
 # WORK: large files, in memory best (default: /dev/shm/multi where it has 100 GB, else work/multi). PROCESSES=N: that many GPUs.
 # TINY=1: sizes for a test. LIMIT=S: seconds for each part. PYTHON=python3: an interpreter that has the packages, instead of env.sh's.
-# BUDGET=S: seconds for all of them. VLLM_PYTHON=.venv-vllm/bin/python: an interpreter that has vLLM, where it stands apart.
+# BUDGET=S: seconds for all of them. VLLM_PYTHON=.venv-vllm/bin/python: an interpreter that has vLLM, where it stands apart. LAYERS=20: of the 35B in it.
 set -uo pipefail
 case ${1:-} in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 0 ;; esac
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,7 +22,7 @@ fi
 declare -A limits=([quantize]=240 [eval]=200 [distill]=420 [train35b]=400 [train122b]=300 [fit122b]=420 [eval35b]=150 [vllm]=500)
 parts=("$@")
 [ $# -gt 0 ] || parts=(quantize distill train35b train122b eval)
-options=(--work "$WORK" --records "$records" ${PROCESSES:+--processes "$PROCESSES"} ${VLLM_PYTHON:+--vllm-python "$VLLM_PYTHON"})
+options=(--work "$WORK" --records "$records" ${PROCESSES:+--processes "$PROCESSES"} ${VLLM_PYTHON:+--vllm-python "$VLLM_PYTHON"} ${LAYERS:+--layers "$LAYERS"})
 [ "${TINY:-0}" = 0 ] || options+=(--tiny)
 mkdir -p "$records" "$WORK" || exit 1
 failed=()

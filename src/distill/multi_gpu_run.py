@@ -64,6 +64,7 @@ SLICES = (2, 4)  # layers of the 122B
 RANK, ROWS, TOKENS, STEPS = 8, 4, 1024, 4
 FIT_STEPS = 3  # of the largest slice
 PARALLEL = (1, 2, 4, 8)  # GPUs that vLLM divides a layer by
+KV_GIB, ENGINE_ROOM = 3, 9e9  # cache of an engine on each GPU; bytes that it needs beside weights
 VLLM_SIZE = ["--batches", "1,16,32", "--prompt", 256, "--generate", 128]
 # no NVLink multicast; on a CPU, cores that others use too
 VLLM_ENVIRONMENT = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -85,6 +86,7 @@ class Bench:
     gpus: int
     tiny: bool
     vllm_python: str = sys.executable
+    layers: int = 40
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def devices(self, each: int = 1) -> str:
@@ -426,69 +428,100 @@ def answers(bench: Bench, model: Path, limit: int, tokens: int, copies: bool = T
 
 
 def vllm_part(bench: Bench) -> dict[str, Any]:
-    """Both through the commands that a user has: eval.sh's on razor-tiny, and forced lengths on the 35B's shape. Engines run
-    beside each other on GPUs of their own; what one has left behind is not asked for again after a kill."""
+    """Both through the commands that a user has: eval.sh's on razor-tiny, and forced lengths on the 35B's shape. Engines need
+    minutes to start and seconds to be measured: those that fit beside each other start together, and are measured in turn.
+    What a run that was killed has left is not asked for again."""
     small, large = bench.work / "razor-tiny", bench.work / "35b"
     shutil.rmtree(small, ignore_errors=True)
     (qwen3_5_form if bench.gpus else qwen3_next_form).convert(RAZOR, small)
-    heads = read_json(small / "config.json")
-    heads = heads.get("text_config", heads)["linear_num_key_heads"]  # vLLM divides them
+    text = read_json(small / "config.json")
+    heads = text.get("text_config", text)["linear_num_key_heads"]  # vLLM divides them
     sizes = [n for n in PARALLEL if n <= bench.processes]
     few = [n for n in sizes if n <= heads]
     if bench.tiny:
         large, sizes = small, few
     elif not (large / qwen3_5_form.PROCESSOR[0]).exists():
         shutil.rmtree(large, ignore_errors=True)
-        synthetic(bench, large, 40, "35b")
+        synthetic(bench, large, bench.layers, "35b")
         qwen3_5_form.complete(large)
-    jobs = [(forced_command(bench, large, n), n) for n in sizes if n < 4]
-    jobs += [(questions_command(bench, small, few[0]), few[0])]
-    jobs += [(forced_command(bench, large, n), n) for n in sizes if n >= 4]
-    jobs += [(questions_command(bench, small, n), n) for n in few[1:]]
-    beside_each_other(bench, [(command, n) for command, n in jobs if not command[1].exists()])
+    forced = {n: bench.work / f"forced-{n}.json" for n in sizes}
+    for round_ in placed([n for n in sizes if not forced[n].exists()], Checkpoint(large).bytes, bench.gpus):
+        measured_in_turn(bench, [(*forced_command(bench, large, n, forced[n]), gpus) for n, gpus in round_])
+    for n in few:
+        if not (bench.work / f"questions-{n}.json").exists():
+            bench.run(*questions_command(bench, small, n), **VLLM_ENVIRONMENT)
     found = {
+        "layers": bench.layers, "forced": compared_forced(forced),
         "questions": compared_questions({n: bench.work / f"questions-{n}.samples.jsonl" for n in few}),
-        "forced": compared_forced({n: bench.work / f"forced-{n}.json" for n in sizes}),
-    }
+    }  # fmt: skip
     shutil.rmtree(bench.work / "35b", ignore_errors=True)
     return found
 
 
-Command = tuple[list[object], Path]  # script and arguments, and the record that it leaves
+def placed(sizes: Sequence[int], size: int, gpus: int) -> list[list[tuple[int, list[int]]]]:
+    """Rounds of (over how many GPUs, which) for engines of a model of ``size`` bytes: each where most room is left, in the
+    next round if that is not enough."""
+    if not gpus:
+        return [[(n, [])] for n in sizes]
+    total = torch.cuda.get_device_properties(0).total_memory
+    rounds, free = [], []
+    for n in sizes:
+        need = size / n + ENGINE_ROOM
+        chosen = sorted(range(gpus), key=lambda gpu: -free[gpu])[:n] if free else []
+        if not chosen or free[chosen[-1]] < need:
+            rounds.append([])
+            free, chosen = [float(total)] * gpus, list(range(n))
+        for gpu in chosen:
+            free[gpu] -= need
+        rounds[-1].append((n, sorted(chosen)))
+    return rounds
 
 
-def questions_command(bench: Bench, model: Path, parallel: int) -> Command:
+def measured_in_turn(bench: Bench, engines: Sequence[tuple[str, list[object], Path, list[int]]]) -> None:
+    """Start all engines on their GPUs, then let one after another measure; none ends before all have."""
+    running = []
+    for script, arguments, record, gpus in engines:
+        turn = record.with_suffix(".turn")
+        for suffix in (".ready", ".go", ".end"):
+            turn.with_suffix(suffix).unlink(missing_ok=True)
+        own = ",".join(map(str, gpus))
+        process = bench.start(script, *arguments, "--in-turn", turn, **VLLM_ENVIRONMENT, CUDA_VISIBLE_DEVICES=own)
+        running.append((process, turn, record))
+
+    def wait(process: subprocess.Popen[bytes], path: Path) -> None:
+        while not path.exists():
+            if process.poll() is not None:
+                bench.finish(process)
+            time.sleep(0.2)
+
+    for process, turn, _ in running:
+        wait(process, turn.with_suffix(".ready"))
+    for process, turn, record in running:
+        turn.with_suffix(".go").touch()
+        wait(process, record)
+    for _, turn, _ in running:
+        turn.with_suffix(".end").touch()
+    for process, _, _ in running:
+        bench.finish(process)
+
+
+def questions_command(bench: Bench, model: Path, parallel: int) -> list[object]:
     """Greedy answers of an evaluation."""
-    tag = f"questions-{parallel}"
-    run = ["--model", model, "--tag", tag, "--backend", "vllm", "--tensor-parallel", parallel, "--out", bench.work]
+    run = ["--model", model, "--tag", f"questions-{parallel}", "--backend", "vllm", "--tensor-parallel", parallel]
     run += ["--benchmarks", "tiny_know,tiny_math", "--limit", 4 if bench.tiny else 32, "--temperature", 0]
-    return ["src/eval/vllm_eval8.py", *run], bench.work / f"{tag}.json"
+    return ["src/eval/vllm_eval8.py", *run, "--out", bench.work]
 
 
-def forced_command(bench: Bench, model: Path, parallel: int) -> Command:
+def forced_command(bench: Bench, model: Path, parallel: int, record: Path) -> tuple[str, list[object], Path]:
     """Rates at forced lengths, and the ids of every batch."""
-    record = bench.work / f"forced-{parallel}.json"
     size = ["--batches", "1,2", "--prompt", 16, "--generate", 4] if bench.tiny else VLLM_SIZE
     run = ["--model", model, "--backend", "vllm", "--tensor-parallel", parallel, *size]
-    run += ["--answers", record.with_suffix(".ids"), "--result", record, "--tag", record.stem]
-    return ["src/eval/eval_bench.py", *run], record
-
-
-def beside_each_other(bench: Bench, jobs: Sequence[tuple[Command, int]]) -> None:
-    """Run commands that want some GPUs each, in order, as many at a time as there are GPUs for; on a CPU one at a time. All of
-    a round end before one that failed is reported."""
-    rest = list(jobs)
-    while rest:
-        first, running = 0, []
-        while rest and (first + rest[0][1] <= bench.gpus or not running):
-            (command, _), count = rest.pop(0)
-            own = ",".join(map(str, range(first, first + count))) if bench.gpus else ""
-            running.append(bench.start(*command, **VLLM_ENVIRONMENT, CUDA_VISIBLE_DEVICES=own))
-            first += count
-        for process in running:
-            process.wait()
-        for process in running:
-            bench.finish(process)
+    run += ["--kv-gib", KV_GIB] if bench.gpus else []
+    return (
+        "src/eval/eval_bench.py",
+        [*run, "--answers", record.with_suffix(".ids"), "--result", record, "--tag", record.stem],
+        record,
+    )
 
 
 def compared_questions(logs: Mapping[int, Path]) -> dict[str, Any]:
@@ -562,6 +595,7 @@ def main() -> None:
     gpus = torch.cuda.device_count()
     parser.add_argument("--processes", type=int, default=max(2, gpus), help="GPUs (default: all), or CPU processes")
     parser.add_argument("--vllm-python", default=sys.executable, help="an interpreter that has vLLM, where it stands apart")
+    parser.add_argument("--layers", type=int, default=40, help="of the 35B in part vllm: with 20 all its engines fit at once")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test")
     args = parser.parse_args()
     if args.processes < 2 or gpus and args.processes > gpus:
@@ -571,7 +605,9 @@ def main() -> None:
         print(f"{path}: done before", flush=True)
         return
     work, started = args.work.resolve() / args.part, time.time()
-    bench = Bench(work, args.records, args.part, args.processes, args.processes if gpus else 0, args.tiny, args.vllm_python)
+    bench = Bench(
+        work, args.records, args.part, args.processes, args.processes if gpus else 0, args.tiny, args.vllm_python, args.layers
+    )
     work.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:

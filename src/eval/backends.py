@@ -229,10 +229,10 @@ def vllm_engine(model: str | Path, tensor_parallel: int, **options: Any) -> Any:
         options["additional_config"] = {"gdn_prefill_backend": "triton"}
     from vllm import LLM
 
+    options.setdefault("gpu_memory_utilization", 0.88)
     return LLM(
-        model=str(model), tensor_parallel_size=tensor_parallel, gpu_memory_utilization=0.88, generation_config="vllm",
-        trust_remote_code=False, **options,
-    )  # fmt: skip
+        model=str(model), tensor_parallel_size=tensor_parallel, generation_config="vllm", trust_remote_code=False, **options
+    )
 
 
 class VllmBackend:

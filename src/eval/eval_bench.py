@@ -12,6 +12,7 @@ copy, on as many GPUs as share them. --answers keeps the greedy tokens of every 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,10 +53,35 @@ class ForcedVllm(VllmBackend):
 
     ignore_ends = True
 
-    def __init__(self, model: Path, context: int, sequences: int, tensor_parallel: int, eager: bool) -> None:
-        options = {"enforce_eager": True} if eager else {}
+    def __init__(
+        self, model: Path, context: int, sequences: int, tensor_parallel: int, eager: bool, kv_gib: float | None
+    ) -> None:
+        options: dict[str, Any] = {"enforce_eager": True} if eager else {}
+        if kv_gib:  # vLLM then neither measures what is free nor counts what others take meanwhile
+            options |= {"kv_cache_memory_bytes": int(kv_gib * 2**30), "gpu_memory_utilization": 0.02}
         super().__init__(model, context, sequences, tensor_parallel, enable_prefix_caching=False, **options)
         self.ends = []
+
+
+@contextmanager
+def turn(path: Path | None) -> Iterator[None]:
+    """Between others that share the machine: the block runs when it is this one's turn, and nothing is given back before all
+    had theirs. The caller and we speak through files; when it is gone we end."""
+    if path is None:
+        yield
+        return
+    parent = os.getppid()
+
+    def wait(name: str) -> None:
+        while not path.with_suffix(name).exists():
+            if os.getppid() != parent:
+                raise UserError(f"{path}: who gives the turns is gone")
+            time.sleep(0.1)
+
+    path.with_suffix(".ready").touch()
+    wait(".go")
+    yield
+    wait(".end")
 
 
 @contextmanager
@@ -226,7 +252,7 @@ def vllm_model(args: argparse.Namespace, device: torch.device) -> Engine:
     """The same through vLLM: one engine for batches of any size."""
     config = read_json(args.model / "config.json")
     context = args.prompt + args.generate + PROMPT_ROOM
-    engine = ForcedVllm(args.model, context, max(args.batches), args.tensor_parallel, args.eager)
+    engine = ForcedVllm(args.model, context, max(args.batches), args.tensor_parallel, args.eager, args.kv_gib)
     return (
         lambda batch: engine,
         weights_of_checkpoint(args.model),
@@ -245,6 +271,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--backend", choices=ENGINES, default="hf", help="transformers (hf) or vllm")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads the model over")
     parser.add_argument("--eager", action="store_true", help="vLLM without compilation and graphs, which starts sooner")
+    parser.add_argument(
+        "--kv-gib", type=float, help="vLLM's cache on each GPU, instead of what is free: several engines share one"
+    )
+    parser.add_argument("--in-turn", type=Path, help="touch PATH.ready, measure when PATH.go is there, end when PATH.end is")
     parser.add_argument("--answers", type=Path, help="write the greedy token ids of every prompt to this JSON file")
     add_record_arguments(parser)
     return parser.parse_args()
@@ -266,12 +296,13 @@ def main() -> None:
         torch.cuda.empty_cache()  # the engine takes what is free
     backends, weights, config, described = (vllm_model if args.backend == "vllm" else hf_model)(args, device)
     made = time.time() - started
-    speed, answers = run(backends, weights, config, rate * args.tensor_parallel, args)
-    metrics = {"made_seconds": made, "eval_speed": speed | {"tensor_parallel": args.tensor_parallel}}
-    if args.answers:
-        write_json(args.answers, answers)
-    if args.result:
-        write_result(args.result, kind="bench", tag=args.tag, started=started, model=described, metrics=metrics)
+    with turn(args.in_turn):
+        speed, answers = run(backends, weights, config, rate * args.tensor_parallel, args)
+        metrics = {"made_seconds": made, "eval_speed": speed | {"tensor_parallel": args.tensor_parallel}}
+        if args.answers:
+            write_json(args.answers, answers)
+        if args.result:
+            write_result(args.result, kind="bench", tag=args.tag, started=started, model=described, metrics=metrics)
     print(table(metrics["eval_speed"]), flush=True)
 
 
