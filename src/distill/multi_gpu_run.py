@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import os
 import re
 import shutil
@@ -63,7 +64,8 @@ NEAR = 1e-3  # relative, of losses and norms of gradients that count as equal
 SLICES = (2, 4)  # layers of the 122B
 RANK, ROWS, TOKENS, STEPS = 8, 4, 1024, 4
 FIT_STEPS = 3  # of the largest slice
-PARALLEL = (1, 2, 4, 8)  # GPUs that vLLM divides a layer by
+PARALLEL = (1, 2, 4)  # GPUs that vLLM divides a layer by
+VLLM_TINY = ["--batches", "1,4", "--prompt", 16, "--generate", 16]
 KV_GIB, ENGINE_ROOM = 3, 9e9  # cache of an engine on each GPU; bytes that it needs beside weights
 VLLM_SIZE = ["--batches", "1,16,32", "--prompt", 256, "--generate", 128]
 # no NVLink multicast; on a CPU, cores that others use too
@@ -433,13 +435,10 @@ def vllm_part(bench: Bench) -> dict[str, Any]:
     What a run that was killed has left is not asked for again."""
     small, large = bench.work / "razor-tiny", bench.work / "35b"
     shutil.rmtree(small, ignore_errors=True)
-    (qwen3_5_form if bench.gpus else qwen3_next_form).convert(RAZOR, small)
-    text = read_json(small / "config.json")
-    heads = text.get("text_config", text)["linear_num_key_heads"]  # vLLM divides them
     sizes = [n for n in PARALLEL if n <= bench.processes]
-    few = [n for n in sizes if n <= heads]
+    (qwen3_5_form if bench.gpus else qwen3_next_form).convert(RAZOR, small, sizes[-1])
     if bench.tiny:
-        large, sizes = small, few
+        large = small
     elif not (large / qwen3_5_form.PROCESSOR[0]).exists():
         shutil.rmtree(large, ignore_errors=True)
         synthetic(bench, large, bench.layers, "35b")
@@ -447,12 +446,12 @@ def vllm_part(bench: Bench) -> dict[str, Any]:
     forced = {n: bench.work / f"forced-{n}.json" for n in sizes}
     for round_ in placed([n for n in sizes if not forced[n].exists()], Checkpoint(large).bytes, bench.gpus):
         measured_in_turn(bench, [(*forced_command(bench, large, n, forced[n]), gpus) for n, gpus in round_])
-    for n in few:
+    for n in sizes:
         if not (bench.work / f"questions-{n}.json").exists():
             bench.run(*questions_command(bench, small, n), **VLLM_ENVIRONMENT)
     found = {
-        "layers": bench.layers, "forced": compared_forced(forced),
-        "questions": compared_questions({n: bench.work / f"questions-{n}.samples.jsonl" for n in few}),
+        "layers": 8 if bench.tiny else bench.layers, "forced": compared_forced(forced),
+        "questions": compared_questions({n: bench.work / f"questions-{n}.samples.jsonl" for n in sizes}),
     }  # fmt: skip
     shutil.rmtree(bench.work / "35b", ignore_errors=True)
     return found
@@ -514,7 +513,7 @@ def questions_command(bench: Bench, model: Path, parallel: int) -> list[object]:
 
 def forced_command(bench: Bench, model: Path, parallel: int, record: Path) -> tuple[str, list[object], Path]:
     """Rates at forced lengths, and the ids of every batch."""
-    size = ["--batches", "1,2", "--prompt", 16, "--generate", 4] if bench.tiny else VLLM_SIZE
+    size = VLLM_TINY if bench.tiny else VLLM_SIZE
     run = ["--model", model, "--backend", "vllm", "--tensor-parallel", parallel, *size]
     run += ["--kv-gib", KV_GIB] if bench.gpus else []
     return (
@@ -539,25 +538,28 @@ def compared_questions(logs: Mapping[int, Path]) -> dict[str, Any]:
 
 
 def compared_forced(records: Mapping[int, Path]) -> dict[str, Any]:
-    """Of every number of GPUs: its rates, and how many greedy tokens are those of the first. Where few rows are a part of many,
-    one GPU's answers to them are compared too (``among_more``): what that changes, several GPUs may change."""
+    """Of every number of GPUs: its rates, and how many greedy tokens are those of the first. ``among_more``: how many of a
+    small batch's tokens are those of the same prompts in the largest one; what that changes, several GPUs may change."""
     found, ids = {}, {}
     for parallel, record in records.items():
         ids[parallel] = read_json(record.with_suffix(".ids"))
-        batches = sorted(ids[parallel], key=int)
-        one, own = ([row for batch in batches for row in rows[batch]] for rows in (next(iter(ids.values())), ids[parallel]))
+        one, own = (list(itertools.chain(*rows.values())) for rows in (next(iter(ids.values())), ids[parallel]))
         found[str(parallel)] = read_result(record, "bench")["metrics"] | same_tokens(one, own)
-        few, many = (ids[parallel][batch] for batch in batches[-2:])
-        found[str(parallel)]["among_more"] = same_tokens(few, many[: len(few)])
+        *small, largest = sorted(ids[parallel].values(), key=len)
+        few, many = ([row for part in rows for row in part] for rows in (small, [largest[: len(part)] for part in small]))
+        found[str(parallel)]["among_more"] = same_tokens(few, many)
     return found
 
 
 def same_tokens(one: Sequence[str], two: Sequence[str]) -> dict[str, int]:
-    """Of pairs of texts of token ids: how many tokens are equal up to the first that differs, of how many, and whole texts."""
+    """Of pairs of texts of token ids: how many tokens are equal up to the first that differs, of how many; first tokens and
+    whole texts."""
     pairs = [(a.split(), b.split()) for a, b in zip(one, two, strict=True)]
     prefix = sum(next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))) for a, b in pairs)
-    return {"same_tokens": prefix, "tokens": sum(len(a) for a, _ in pairs), "equal_answers": sum(a == b for a, b in pairs),
-            "answers": len(pairs)}  # fmt: skip
+    return {
+        "same_tokens": prefix, "tokens": sum(len(a) for a, _ in pairs), "answers": len(pairs),
+        "equal_first_tokens": sum(a[:1] == b[:1] for a, b in pairs), "equal_answers": sum(a == b for a, b in pairs),
+    }  # fmt: skip
 
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {

@@ -39,6 +39,7 @@ PIPELINES = (
     ("bench/h100_122b_*", "bench_h100.sh"),
     ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
     ("bench/multi_gpu_eval35b", "multi_gpu.sh eval35b"),
+    ("bench/multi_gpu_vllm", "multi_gpu.sh vllm"),
     ("bench/multi_gpu_*", "multi_gpu.sh"),
     ("bench/h100", "bench.sh --result results/bench/h100.json --tag h100"),
     ("bench/h200", "bench.sh --result results/bench/h200.json --tag h200"),
@@ -326,16 +327,21 @@ def layer_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 def eval_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Tokens a second of evaluations through transformers, one row a batch size."""
+    """Tokens a second of evaluations, one row a batch size."""
     paths = ("tokens_per_s", "decode_tokens_per_s", "limit_decode_tokens_per_s")
     rows = []
     for file, r in found:
-        at = "metrics.eval_speed"
-        for batch in r["metrics"]["eval_speed"]["hf"]:
-            cells = [cite(r, file, f"{at}.hf.{batch}.{path}", 0) for path in paths]
-            rows.append([machine(r), cite(r, file, f"{at}.parameters", 0), f"`{batch}`", *cells])
-    note = "Tokens a second at forced lengths: with the prompt, decoding alone, and what the memory's bandwidth allows."
-    head = ["run", "parameters", "batch", "with the prompt", "decoding", "limit"]
+        at, made = "metrics.eval_speed", r["metrics"]["eval_speed"]
+        for engine in (name for name in ENGINES if name in made):
+            spread = f" on {cite(r, file, f'{at}.tensor_parallel', 0)}" if engine == "vllm" else ""
+            for batch in made[engine]:
+                cells = [cite(r, file, f"{at}.{engine}.{batch}.{path}", 0) for path in paths]
+                rows.append([machine(r), f"`{engine}`{spread}", cite(r, file, f"{at}.parameters", 0), f"`{batch}`", *cells])
+    note = (
+        "Tokens a second at forced lengths, through transformers (`hf`) or vLLM on so many GPUs: with the prompt, decoding, and "
+        "what the memory's bandwidth allows."
+    )
+    head = ["run", "engine", "parameters", "batch", "with the prompt", "decoding", "limit"]
     return ["## Speed of evaluation", "", note, "", *table(head, rows), *commands(found)]
 
 
@@ -445,9 +451,27 @@ def answers_rows(file: str, r: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def vllm_rows(file: str, r: dict[str, Any]) -> list[list[str]]:
+    """Answers of a trained model, then forced lengths: tokens a second with the prompt, for every batch size."""
+    rows = []
+    for n in r["metrics"]["questions"]:
+        at = f"metrics.questions.{n}"
+        counts = [cite(r, file, f"{at}.{path}", 0) for path in ("equal_answers", "answers")]
+        rows.append([f"`razor-tiny` on {n}", "", "", f"{' of '.join(counts)} answers"])
+    for n, made in r["metrics"]["forced"].items():
+        at = f"metrics.forced.{n}"
+        rates = [
+            f"{cite(r, file, f'{at}.eval_speed.vllm.{batch}.tokens_per_s', 0)} at {batch}"
+            for batch in made["eval_speed"]["vllm"]
+        ]
+        counts = [cite(r, file, f"{at}.{path}", 0) for path in ("same_tokens", "tokens")]
+        rows.append([f"random weights on {n}", ", ".join(rates) + " tokens/s", "", f"{' of '.join(counts)} tokens"])
+    return rows
+
+
 SEVERAL = {
     "quantize": quantize_rows, "distill": distill_rows, "train35b": train_rows, "train122b": train_rows, "fit122b": train_rows,
-    "eval": answers_rows, "eval35b": answers_rows,
+    "eval": answers_rows, "eval35b": answers_rows, "vllm": vllm_rows,
 }  # fmt: skip
 
 
@@ -461,6 +485,7 @@ def several_gpus(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 MULTI_GPU = "multi_gpu_"
+ENGINES = ("hf", "vllm")
 SPEEDS = (
     ("grids", quantizer_speed),
     ("ggml", block_type_speed),

@@ -1,7 +1,10 @@
 """A text model of Qwen3.5 in the form that Qwen publishes and vLLM runs: names nested under model.language_model, and with them
 the configuration of a vision tower and of its processor.
 
-    python src/eval/qwen3_5_form.py --model models/razor-tiny --out work/razor-tiny-35
+    python src/eval/qwen3_5_form.py --model models/razor-tiny --out work/razor-tiny-35 [--key-heads 4]
+
+vLLM divides the key heads of Gated DeltaNet among GPUs. A model with fewer gets copies of them (--key-heads), which is the same
+function: a key head serves several value heads, and each copy some of those.
 
 The tower itself has no weights here: with no picture allowed (backends.VllmBackend) vLLM does not build it. A model in one file
 is converted; `complete` gives a synthetic checkpoint, whose names are nested already, what it lacks, in place.
@@ -14,7 +17,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from checkpoint import SINGLE
 from console import UserError, read_json, run_cli, write_json
@@ -45,31 +50,59 @@ def complete(model: Path) -> None:
     write_json(model / "config.json", nested_config(read_json(model / "config.json")))
 
 
+def repeated_key_heads(tensors: dict[str, Tensor], config: dict[str, Any], heads: int) -> dict[str, Tensor]:
+    """Tensors of the same function with ``heads`` key heads in every Gated DeltaNet, each of the model's so many times; head k
+    serves its value heads in order. Raises :class:`UserError` where the numbers do not divide."""
+    own, values, size = (config[f"linear_{key}"] for key in ("num_key_heads", "num_value_heads", "key_head_dim"))
+    if heads % own or values % heads:
+        raise UserError(f"--key-heads {heads}: must be a multiple of {own} that divides the {values} value heads")
+
+    def repeat(rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (own, size)).repeat_interleave(heads // own, 0).flatten(0, 1)
+
+    made = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(("linear_attn.in_proj_qkv.weight", "linear_attn.conv1d.weight")):
+            q, k, v = tensor.split([own * size, own * size, len(tensor) - 2 * own * size])
+            made[name] = torch.cat([repeat(q), repeat(k), v])
+    return made
+
+
+def text_model(model: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config.json, tensors) of a text model in one file."""
+    config = read_json(model / "config.json")
+    if config.get("model_type") != "qwen3_5_moe_text" or not (model / SINGLE).is_file():
+        raise UserError(f"{model}: not a qwen3_5_moe_text model in one file, {SINGLE}")
+    return config, load_file(model / SINGLE)
+
+
 def nested_name(name: str) -> str:
     return name if name.startswith("lm_head.") else "model.language_model." + name.removeprefix("model.")
 
 
-def convert(model: Path, out: Path) -> None:
+def convert(model: Path, out: Path, heads: int | None = None) -> None:
     """Write a text model in the published form to the new directory ``out``."""
-    config = read_json(model / "config.json")
-    if config.get("model_type") != "qwen3_5_moe_text" or not (model / SINGLE).is_file():
-        raise UserError(f"{model}: not a qwen3_5_moe_text model in one file, {SINGLE}")
+    config, tensors = text_model(model)
     if out.exists():
         raise UserError(f"{out}: exists; choose another --out")
+    if heads:
+        tensors = repeated_key_heads(tensors, config, heads)
+        config["linear_num_key_heads"] = heads
     out.mkdir(parents=True)
     for file in TOKENIZER:
         shutil.copyfile(model / file, out / file)
     write_json(out / "config.json", config)
     complete(out)
-    save_file({nested_name(name): tensor for name, tensor in load_file(model / SINGLE).items()}, out / SINGLE, {"format": "pt"})
+    save_file({nested_name(name): tensor for name, tensor in tensors.items()}, out / SINGLE, {"format": "pt"})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="a text model of qwen3_5_moe in one file")
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--key-heads", type=int, help="give it so many, by repeating its own: vLLM divides them among GPUs")
     args = parser.parse_args()
-    convert(args.model, args.out)
+    convert(args.model, args.out, args.key_heads)
     print(f"wrote {args.out}", flush=True)
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import SINGLE
-from console import UserError, read_json, run_cli, write_json
+from console import UserError, run_cli, write_json
+from qwen3_5_form import TOKENIZER, repeated_key_heads, text_model
 
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 RENAMED = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"]}
 
 
@@ -45,29 +45,32 @@ def next_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **RENAMED, **more, "intermediate_size": config["moe_intermediate_size"]}
 
 
-def convert(model: Path, out: Path) -> None:
-    """Write the checkpoint in the other layout to the new directory ``out``."""
-    config = read_json(model / "config.json")
-    if config.get("model_type") != "qwen3_5_moe_text" or not (model / SINGLE).is_file():
-        raise UserError(f"{model}: not a qwen3_5_moe_text model in one file, {SINGLE}")
+def convert(model: Path, out: Path, heads: int | None = None) -> None:
+    """Write the checkpoint in the other layout to the new directory ``out``. ``heads``: with so many key heads
+    (:func:`qwen3_5_form.repeated_key_heads`)."""
+    config, tensors = text_model(model)
     if out.exists():
         raise UserError(f"{out}: exists; choose another --out")
+    if heads:
+        tensors = repeated_key_heads(tensors, config, heads)
+        config["linear_num_key_heads"] = heads
     heads = config["linear_num_key_heads"]
     value = config["linear_value_head_dim"] * config["linear_num_value_heads"] // heads
     out.mkdir(parents=True)
-    for file in FILES:
+    for file in TOKENIZER:
         shutil.copyfile(model / file, out / file)
     write_json(out / "config.json", next_config(config))
-    tensors = as_qwen3_next(load_file(model / SINGLE), heads, config["linear_key_head_dim"], value)
-    save_file(tensors, out / SINGLE, {"format": "pt"})
+    made = as_qwen3_next(tensors, heads, config["linear_key_head_dim"], value)
+    save_file(made, out / SINGLE, {"format": "pt"})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint of qwen3_5_moe")
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--key-heads", type=int, help="give it so many, by repeating its own: vLLM divides them among GPUs")
     args = parser.parse_args()
-    convert(args.model, args.out)
+    convert(args.model, args.out, args.key_heads)
     print(f"wrote {args.out}", flush=True)
 
 

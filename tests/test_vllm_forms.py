@@ -1,0 +1,79 @@
+"""razor-tiny in the forms that vLLM runs, and the arithmetic of its part of multi_gpu.sh."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPO
+
+import multi_gpu_run
+from backends import load_model
+from console import UserError
+from eval_bench import touched_bytes, weights_of_checkpoint, weights_of_model
+from multi_gpu_run import placed, same_tokens
+from qwen3_5_form import convert, repeated_key_heads, text_model
+
+RAZOR = REPO / "models/razor-tiny"
+
+
+def test_published_form_with_more_key_heads_is_the_same_function(tmp_path):
+    convert(RAZOR, tmp_path / "m", heads=4)
+    ids = torch.randint(0, 800, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        one, two = (load_model(path)(ids).logits for path in (RAZOR, tmp_path / "m"))
+    assert (one - two).abs().max() < 1e-3 * one.abs().max()
+    config, tensors = text_model(RAZOR)
+    name = "model.layers.0.linear_attn.in_proj_qkv.weight"
+    assert len(repeated_key_heads(tensors, config, 4)[name]) == len(tensors[name]) + 2 * 2 * 64
+    with pytest.raises(UserError, match="multiple of 2"):
+        repeated_key_heads(tensors, config, 3)
+    with pytest.raises(UserError, match="exists"):
+        convert(RAZOR, tmp_path / "m")
+
+
+def test_the_limit_counts_the_same_weights_from_files_and_in_memory(tmp_path):
+    model, config = load_model(RAZOR).to(torch.bfloat16), {"num_experts": 8, "num_experts_per_tok": 2}
+    convert(RAZOR, tmp_path / "m")
+    for batch in (1, 16):
+        one, two = (touched_bytes(w, config, batch) for w in (weights_of_model(model), weights_of_checkpoint(tmp_path / "m")))
+        assert one == pytest.approx(two, rel=0.01)  # norms of a Gated DeltaNet are float32 in the file
+    assert touched_bytes(weights_of_model(model), config, 1) < 0.5 * touched_bytes(weights_of_model(model), config, 64)
+
+
+def test_engines_are_placed_where_room_is_left(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": 85e9}))
+    assert placed([1, 2, 4], int(35e9), 4) == [[(1, [0]), (2, [1, 2]), (4, [0, 1, 2, 3])]]
+    assert placed([1, 2, 4], int(69e9), 4) == [[(1, [0]), (2, [1, 2])], [(4, [0, 1, 2, 3])]]
+    assert placed([1, 2], 1, 0) == [[(1, [])], [(2, [])]]
+    assert multi_gpu_run.ENGINE_ROOM > multi_gpu_run.KV_GIB * 2**30
+
+
+def test_same_tokens_counts_up_to_the_first_that_differs():
+    found = same_tokens(["1 2 3", "4 5 6", "7 8 9"], ["1 2 3", "4 0 6", "0 8 9"])
+    assert found == {"same_tokens": 4, "tokens": 9, "answers": 3, "equal_first_tokens": 2, "equal_answers": 1}
+
+
+def test_measured_in_turn(tmp_path):
+    """Nothing is measured before the turn, and nothing given back before all had theirs."""
+    turn, record = tmp_path / "m.turn", tmp_path / "m.json"
+    run = [sys.executable, REPO / "src/eval/eval_bench.py", "--model", RAZOR, "--batches", "1", "--prompt", 8, "--generate", 24]
+    run += ["--in-turn", turn, "--result", record, "--tag", "t"]
+    process = subprocess.Popen([str(part) for part in run], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def wait(path):
+        deadline = time.monotonic() + 120
+        while not path.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+
+    wait(turn.with_suffix(".ready"))
+    time.sleep(0.5)
+    assert not record.exists()
+    turn.with_suffix(".go").touch()
+    wait(record)
+    time.sleep(0.5)
+    assert process.poll() is None
+    turn.with_suffix(".end").touch()
+    assert process.wait(60) == 0
