@@ -338,8 +338,8 @@ def eval_speed(found: list[tuple[str, dict[str, Any]]]) -> list[str]:
                 cells = [cite(r, file, f"{at}.{engine}.{batch}.{path}", 0) for path in paths]
                 rows.append([machine(r), f"`{engine}`{spread}", cite(r, file, f"{at}.parameters", 0), f"`{batch}`", *cells])
     note = (
-        "Tokens a second at forced lengths, through transformers (`hf`) or vLLM on so many GPUs: with the prompt, decoding, and "
-        "what the memory's bandwidth allows."
+        "Tokens a second at forced lengths, through transformers (`hf`) or vLLM on so many GPUs: with the prompt, decoding, "
+        "and what the memory's bandwidth allows."
     )
     head = ["run", "engine", "parameters", "batch", "with the prompt", "decoding", "limit"]
     return ["## Speed of evaluation", "", note, "", *table(head, rows), *commands(found)]
