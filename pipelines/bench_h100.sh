@@ -2,7 +2,8 @@
 # Every measurement at the size of the real model, on one or two GPUs:  bash pipelines/bench_h100.sh        (10 to 15 minutes on two)
 # Parts, each with a time limit and a record under $RESULTS/bench (default results/): disk (data-free quantize of 6 layers beside the
 # disk), gptq and ldlq (calibrated layers), gguf (a 48 GiB file in $SHM, decoded on the GPU and with experts on the CPU), eval_tiny
-# and eval_35b (hf tokens/s). A part whose record is there is not run again. PARTS="disk gptq" takes some; TINY=1 runs all of it
+# and eval_35b (hf tokens/s). A part whose record is there is not run again. PARTS="disk gptq" takes some; eval_35b_vllm, which runs
+# only when named, is eval_35b through vLLM (VLLM_PYTHON: an interpreter that has it, where it stands apart). TINY=1 runs all of it
 # small. DISK_DEVICES=cuda:0,cuda:0 keeps two shards at work in part disk (default: four on a GPU).
 # Two lanes run side by side where there are two GPUs: what moves the disk (disk, gptq, ldlq) on the first; gguf, eval on the second,
 # pinned to cores of their own. Without llama.cpp in $LLAMA_CPP the gguf part is left out, and said. HEADERS=DIR holds what
@@ -132,6 +133,15 @@ gguf_lane() {
     fi
     part eval_35b 150 "$results/${name}_eval_35b.json" $PYTHON src/eval/eval_bench.py "${eval_model[@]}" "${evaluation[@]}" \
         --result "$results/${name}_eval_35b.json" --tag "${name}_eval_35b"
+    if wants eval_35b_vllm; then
+        rm -rf "$scratch/eval"
+        part eval_35b_vllm.source 120 - $PYTHON src/quant/synthetic_moe.py "${eval_model[@]}" --out "$scratch/eval/35b" &&
+            part eval_35b_vllm.form 60 - $PYTHON src/eval/qwen3_5_form.py --model "$scratch/eval/35b" --in-place &&
+            part eval_35b_vllm 500 "$results/${name}_eval_35b_vllm.json" ${VLLM_PYTHON:-$PYTHON} src/eval/eval_bench.py \
+                --model "$scratch/eval/35b" --backend vllm "${evaluation[@]}" \
+                --result "$results/${name}_eval_35b_vllm.json" --tag "${name}_eval_35b_vllm"
+        rm -rf "$scratch/eval"
+    fi
 }
 
 [ "${1:-}" = headers ] && { headers "${2:?a directory}"; exit; }

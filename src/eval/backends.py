@@ -220,8 +220,9 @@ class HfBackend:
         return [completion_of(self.tokenizer, row[width:], prompt, self.ends) for row, prompt in rows]
 
 
-def vllm_engine(model: str | Path, tensor_parallel: int, **options: Any) -> Any:
-    """vLLM's offline engine on ``tensor_parallel`` GPUs, with what all engines here have in common (docs/EVAL_PROTOCOL.md)."""
+def vllm_engine(model: str | Path, context: int, tensor_parallel: int, **options: Any) -> tuple[Any, int]:
+    """(vLLM's offline engine on ``tensor_parallel`` GPUs, its context), with what all engines here have in common
+    (docs/EVAL_PROTOCOL.md). The context is the model's own where that is shorter."""
     for key, value in ENGINE_ENVIRONMENT.items():
         os.environ.setdefault(key, value)  # before the import, which reads them
     if not importlib.util.find_spec("flashinfer"):  # vLLM 0.22 takes its kernels on a Hopper card without asking for them
@@ -229,10 +230,16 @@ def vllm_engine(model: str | Path, tensor_parallel: int, **options: Any) -> Any:
         options["additional_config"] = {"gdn_prefill_backend": "triton"}
     from vllm import LLM
 
-    options.setdefault("gpu_memory_utilization", 0.88)
-    return LLM(
-        model=str(model), tensor_parallel_size=tensor_parallel, generation_config="vllm", trust_remote_code=False, **options
-    )
+    config = read_json(Path(model) / "config.json")
+    text = config.get("text_config", config)
+    context = min(context, int(text.get("max_position_embeddings", context)))
+    eager = str(text.get("model_type")).startswith("gemma") or not torch.cuda.is_available()  # a CPU only loses time
+    options = {"enforce_eager": eager, "gpu_memory_utilization": 0.88} | options
+    engine = LLM(
+        model=str(model), max_model_len=context, tensor_parallel_size=tensor_parallel, generation_config="vllm",
+        trust_remote_code=False, **options,
+    )  # fmt: skip
+    return engine, context
 
 
 class VllmBackend:
@@ -247,16 +254,10 @@ class VllmBackend:
     ) -> None:
         self.tokenizer = load_tokenizer(model)
         self.ends = end_token_ids(model, self.tokenizer)
-        config = read_json(Path(model) / "config.json")
-        text = config.get("text_config", config)
-        self.context = min(max_model_len, int(text.get("max_position_embeddings", max_model_len)))
-        eager = str(text.get("model_type")).startswith("gemma") or not torch.cuda.is_available()  # a CPU only loses time
-        options.setdefault("enforce_eager", eager)
-        if "vision_config" in config:
+        if "vision_config" in read_json(Path(model) / "config.json"):
             options["limit_mm_per_prompt"] = {"image": 0, "video": 0}
-        self.engine = vllm_engine(
-            model, tensor_parallel, max_model_len=self.context, max_num_seqs=max_num_seqs, **options
-        ).llm_engine
+        engine, self.context = vllm_engine(model, max_model_len, tensor_parallel, max_num_seqs=max_num_seqs, **options)
+        self.engine = engine.llm_engine
 
     def render(self, messages: list[dict[str, str]]) -> str:
         return render_chat(self.tokenizer, messages)

@@ -44,7 +44,8 @@ def render_messages(processor: Any, messages: Sequence[Mapping[str, Any]]) -> Pr
          [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]}
         for message in messages
     ]  # fmt: skip
-    text = processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False, enable_thinking=True)
+    known = {"enable_thinking": True} if "enable_thinking" in str(processor.chat_template) else {}  # others draw a warning each
+    text = processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False, **known)
     return Prompt(text, pictures_of(messages))
 
 
@@ -115,8 +116,8 @@ class VllmMmBackend:
         self.processor = load_processor(model)
         self.ends = end_token_ids(model, self.processor.tokenizer)
         limits = {"image": images, "video": 0}
-        self.engine = vllm_engine(
-            model, tensor_parallel, max_model_len=max_model_len, max_num_seqs=max_num_seqs, limit_mm_per_prompt=limits
+        self.engine, _ = vllm_engine(
+            model, max_model_len, tensor_parallel, max_num_seqs=max_num_seqs, limit_mm_per_prompt=limits
         )
 
     def render(self, messages: list[dict[str, Any]]) -> Prompt:

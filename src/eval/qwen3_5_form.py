@@ -7,7 +7,7 @@ vLLM divides the key heads of Gated DeltaNet among GPUs. A model with fewer gets
 function: a key head serves several value heads, and each copy some of those.
 
 The tower itself has no weights here: with no picture allowed (backends.VllmBackend) vLLM does not build it. A model in one file
-is converted; `complete` gives a synthetic checkpoint, whose names are nested already, what it lacks, in place.
+is converted; a synthetic checkpoint, whose names are nested already, is given what it lacks: --model DIR --in-place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint import SINGLE
+from checkpoint import SINGLE, Checkpoint
 from console import UserError, read_json, run_cli, write_json
 from results_store import REPO
 
@@ -98,12 +98,19 @@ def convert(model: Path, out: Path, heads: int | None = None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="a text model of qwen3_5_moe in one file")
-    parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--model", type=Path, required=True, help="a text model of qwen3_5_moe: in one file, or nested")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="directory to make")
+    where.add_argument("--in-place", action="store_true", help="only add what a checkpoint of nested names lacks")
     parser.add_argument("--key-heads", type=int, help="give it so many, by repeating its own: vLLM divides them among GPUs")
     args = parser.parse_args()
-    convert(args.model, args.out, args.key_heads)
-    print(f"wrote {args.out}", flush=True)
+    if args.in_place:
+        if not any(name.startswith("model.language_model.") for name in Checkpoint(args.model).tensors):
+            raise UserError(f"{args.model}: its names are not nested under model.language_model; give --out")
+        complete(args.model)
+    else:
+        convert(args.model, args.out, args.key_heads)
+    print(f"wrote {args.out or args.model}", flush=True)
 
 
 if __name__ == "__main__":
