@@ -457,15 +457,15 @@ def vllm_rows(file: str, r: dict[str, Any]) -> list[list[str]]:
     for n in r["metrics"]["questions"]:
         at = f"metrics.questions.{n}"
         counts = [cite(r, file, f"{at}.{path}", 0) for path in ("equal_answers", "answers")]
-        rows.append([f"`razor-tiny` on {n}", "", "", f"{' of '.join(counts)} answers"])
+        rows.append([f"`razor-tiny` on `{n}`", "", "", f"{' of '.join(counts)} answers"])
     for n, made in r["metrics"]["forced"].items():
         at = f"metrics.forced.{n}"
         rates = [
-            f"{cite(r, file, f'{at}.eval_speed.vllm.{batch}.tokens_per_s', 0)} at {batch}"
+            f"{cite(r, file, f'{at}.eval_speed.vllm.{batch}.tokens_per_s', 0)} at `{batch}`"
             for batch in made["eval_speed"]["vllm"]
         ]
         counts = [cite(r, file, f"{at}.{path}", 0) for path in ("same_tokens", "tokens")]
-        rows.append([f"random weights on {n}", ", ".join(rates) + " tokens/s", "", f"{' of '.join(counts)} tokens"])
+        rows.append([f"random weights on `{n}`", ", ".join(rates) + " tokens/s", "", f"{' of '.join(counts)} tokens"])
     return rows
 
 
