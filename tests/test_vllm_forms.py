@@ -10,10 +10,11 @@ from conftest import REPO
 
 import multi_gpu_run
 from backends import load_model
-from console import UserError
+from console import UserError, write_json
 from eval_bench import touched_bytes, weights_of_checkpoint, weights_of_model
-from multi_gpu_run import placed, same_tokens
+from multi_gpu_run import compared_forced, placed, same_tokens
 from qwen3_5_form import convert, repeated_key_heads, text_model
+from results_store import write_result
 
 RAZOR = REPO / "models/razor-tiny"
 
@@ -53,6 +54,18 @@ def test_engines_are_placed_where_room_is_left(monkeypatch):
 def test_same_tokens_counts_up_to_the_first_that_differs():
     found = same_tokens(["1 2 3", "4 5 6", "7 8 9"], ["1 2 3", "4 0 6", "0 8 9"])
     assert found == {"same_tokens": 4, "tokens": 9, "answers": 3, "equal_first_tokens": 2, "equal_answers": 1}
+
+
+def test_engines_are_compared_with_the_first_and_with_themselves(tmp_path):
+    ids = {1: {"1": ["5 6"], "2": ["5 6", "7 8"]}, 2: {"1": ["5 9"], "2": ["5 6", "1 8"]}}
+    for parallel, rows in ids.items():
+        record = tmp_path / f"forced-{parallel}.json"
+        write_json(record.with_suffix(".ids"), rows)
+        write_result(record, kind="bench", tag=record.stem, started=time.time(), metrics={"eval_speed": parallel})
+    found = compared_forced({parallel: tmp_path / f"forced-{parallel}.json" for parallel in ids})
+    assert (found["1"]["same_tokens"], found["1"]["tokens"], found["1"]["among_more"]["same_tokens"]) == (6, 6, 2)
+    assert (found["2"]["same_tokens"], found["2"]["equal_first_tokens"], found["2"]["eval_speed"]) == (3, 2, 2)
+    assert (found["2"]["among_more"]["same_tokens"], found["2"]["among_more"]["tokens"]) == (1, 2)
 
 
 def test_measured_in_turn(tmp_path):

@@ -491,6 +491,7 @@ def measured_in_turn(bench: Bench, engines: Sequence[tuple[str, list[object], Pa
         while not path.exists():
             if process.poll() is not None:
                 bench.finish(process)
+                raise UserError(f"part {bench.part}: an engine ended before {path.name}; the log is {bench.log}")
             time.sleep(0.2)
 
     for process, turn, _ in running:
@@ -516,11 +517,8 @@ def forced_command(bench: Bench, model: Path, parallel: int, record: Path) -> tu
     size = VLLM_TINY if bench.tiny else VLLM_SIZE
     run = ["--model", model, "--backend", "vllm", "--tensor-parallel", parallel, *size]
     run += ["--kv-gib", KV_GIB] if bench.gpus else []
-    return (
-        "src/eval/eval_bench.py",
-        [*run, "--answers", record.with_suffix(".ids"), "--result", record, "--tag", record.stem],
-        record,
-    )
+    run += ["--answers", record.with_suffix(".ids"), "--result", record, "--tag", record.stem]
+    return "src/eval/eval_bench.py", run, record
 
 
 def compared_questions(logs: Mapping[int, Path]) -> dict[str, Any]:
