@@ -45,6 +45,7 @@ from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
 from device_pool import parse_devices
 from distill_run import shared_cores
+from model_layout import text_config
 from opd_budget import Plan, Shape, memory
 from opd_train_fsdp import ADAPTER, ADAPTER_JSON
 from quant_save import RECIPE_FILE
@@ -53,6 +54,7 @@ from results_store import REPO, read_result, read_samples, write_result
 from synthetic_moe import SHAPES, plan_of, prepare
 from synthetic_moe import Shape as ModelShape
 from synthetic_rollouts import give_tokenizer
+from vllm_tokens import common_prefix
 
 RECIPE = ["--expert-bits", 3, "--linear-bits", 4, "--group", 128, "--clip-steps", 16]
 DISTILL = {"TASKS": "tiny_know,tiny_math,tiny_reason", "LIMIT": "32", "STEPS": "40", "ROWS": "16"}
@@ -450,7 +452,7 @@ def vllm_part(bench: Bench) -> dict[str, Any]:
         if not (bench.work / f"questions-{n}.json").exists():
             bench.run(*questions_command(bench, small, n), **VLLM_ENVIRONMENT)
     found = {
-        "layers": 8 if bench.tiny else bench.layers, "forced": compared_forced(forced),
+        "layers": text_config(Checkpoint(large).config)["num_hidden_layers"], "forced": compared_forced(forced),
         "questions": compared_questions({n: bench.work / f"questions-{n}.samples.jsonl" for n in sizes}),
     }  # fmt: skip
     shutil.rmtree(bench.work / "35b", ignore_errors=True)
@@ -553,7 +555,7 @@ def same_tokens(one: Sequence[str], two: Sequence[str]) -> dict[str, int]:
     """Of pairs of texts of token ids: how many tokens are equal up to the first that differs, of how many; first tokens and
     whole texts."""
     pairs = [(a.split(), b.split()) for a, b in zip(one, two, strict=True)]
-    prefix = sum(next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b))) for a, b in pairs)
+    prefix = sum(common_prefix(a, b) for a, b in pairs)
     return {
         "same_tokens": prefix, "tokens": sum(len(a) for a, _ in pairs), "answers": len(pairs),
         "equal_first_tokens": sum(a[:1] == b[:1] for a, b in pairs), "equal_answers": sum(a == b for a, b in pairs),

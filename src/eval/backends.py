@@ -19,6 +19,7 @@ import torch
 from checkpoint import PACKED, Checkpoint
 from console import UserError, read_json
 from device_pool import default_device
+from model_layout import text_config
 
 ENGINE_ENVIRONMENT = {  # vLLM: no plugin that happens to be installed, no report home, no look-up of what is on disk
     "VLLM_PLUGINS": "",
@@ -220,18 +221,24 @@ class HfBackend:
         return [completion_of(self.tokenizer, row[width:], prompt, self.ends) for row, prompt in rows]
 
 
+def set_engine_environment() -> None:
+    """What vLLM reads when it is imported, where it is not set."""
+    for key, value in ENGINE_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    if not importlib.util.find_spec("flashinfer"):  # vLLM 0.22 takes its kernels on a Hopper card without asking for them
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
+
 def vllm_engine(model: str | Path, context: int, tensor_parallel: int, **options: Any) -> tuple[Any, int]:
     """(vLLM's offline engine on ``tensor_parallel`` GPUs, its context), with what all engines here have in common
     (docs/EVAL_PROTOCOL.md). The context is the model's own where that is shorter."""
-    for key, value in ENGINE_ENVIRONMENT.items():
-        os.environ.setdefault(key, value)  # before the import, which reads them
-    if not importlib.util.find_spec("flashinfer"):  # vLLM 0.22 takes its kernels on a Hopper card without asking for them
-        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        options["additional_config"] = {"gdn_prefill_backend": "triton"}
+    set_engine_environment()
     from vllm import LLM
 
-    config = read_json(Path(model) / "config.json")
-    text = config.get("text_config", config)
+    if not importlib.util.find_spec("flashinfer"):  # nor its kernel of a prompt's Gated DeltaNet
+        options["additional_config"] = {"gdn_prefill_backend": "triton"}
+
+    text = text_config(read_json(Path(model) / "config.json"))
     context = min(context, int(text.get("max_position_embeddings", context)))
     eager = str(text.get("model_type")).startswith("gemma") or not torch.cuda.is_available()  # a CPU only loses time
     options = {"enforce_eager": eager, "gpu_memory_utilization": 0.88} | options

@@ -27,6 +27,7 @@ from backends import Backend, Completion, HfBackend, Sampling, VllmBackend, choo
 from checkpoint import Checkpoint
 from console import UserError, progress, read_json, run_cli, write_json
 from gguf_bench import copy_rate, numbers
+from model_layout import text_config
 from results_store import add_record_arguments, check_record_arguments, describe_model, write_result
 from synthetic_moe import SHAPES, config_of, shape_arguments, shape_from
 
@@ -264,7 +265,7 @@ def vllm_model(args: argparse.Namespace, device: torch.device) -> Engine:
     return (
         lambda batch: engine,
         weights_of_checkpoint(args.model),
-        config.get("text_config", config),
+        text_config(config),
         describe_model(args.model),
     )
 

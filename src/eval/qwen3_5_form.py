@@ -23,6 +23,7 @@ from torch import Tensor
 
 from checkpoint import SINGLE, Checkpoint
 from console import UserError, read_json, run_cli, write_json
+from model_layout import text_config
 from results_store import REPO
 
 SEEING = REPO / "models" / "razor-tiny-vl"  # its tower's sizes and its processor stand in
@@ -33,7 +34,7 @@ TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "
 def nested_config(config: dict[str, Any]) -> dict[str, Any]:
     """config.json of the published class around that of a text model (or around its own text_config)."""
     seeing = read_json(SEEING / "config.json")
-    text = config.get("text_config", config)
+    text = text_config(config)
     tower = {**seeing["vision_config"], "out_hidden_size": text["hidden_size"]}
     tokens = {key: value for key, value in seeing.items() if key.endswith("_token_id")}
     return {
@@ -76,12 +77,9 @@ def text_model(model: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, load_file(model / SINGLE)
 
 
-def nested_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else "model.language_model." + name.removeprefix("model.")
-
-
-def convert(model: Path, out: Path, heads: int | None = None) -> None:
-    """Write a text model in the published form to the new directory ``out``."""
+def begin(model: Path, out: Path, heads: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`text_model` reads, with ``heads`` key heads where a number is given; its tokenizer is put into the new
+    directory ``out``."""
     config, tensors = text_model(model)
     if out.exists():
         raise UserError(f"{out}: exists; choose another --out")
@@ -91,6 +89,16 @@ def convert(model: Path, out: Path, heads: int | None = None) -> None:
     out.mkdir(parents=True)
     for file in TOKENIZER:
         shutil.copyfile(model / file, out / file)
+    return config, tensors
+
+
+def nested_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else "model.language_model." + name.removeprefix("model.")
+
+
+def convert(model: Path, out: Path, heads: int | None = None) -> None:
+    """Write a text model in the published form to the new directory ``out``."""
+    config, tensors = begin(model, out, heads)
     write_json(out / "config.json", config)
     complete(out)
     save_file({nested_name(name): tensor for name, tensor in tensors.items()}, out / SINGLE, {"format": "pt"})

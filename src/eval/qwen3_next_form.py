@@ -9,7 +9,6 @@ For small models in one file: the evidence that packed checkpoints and vLLM agre
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import SINGLE
-from console import UserError, run_cli, write_json
-from qwen3_5_form import TOKENIZER, repeated_key_heads, text_model
+from console import run_cli, write_json
+from qwen3_5_form import begin
 
 RENAMED = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"]}
 
@@ -48,17 +47,9 @@ def next_config(config: dict[str, Any]) -> dict[str, Any]:
 def convert(model: Path, out: Path, heads: int | None = None) -> None:
     """Write the checkpoint in the other layout to the new directory ``out``. ``heads``: with so many key heads
     (:func:`qwen3_5_form.repeated_key_heads`)."""
-    config, tensors = text_model(model)
-    if out.exists():
-        raise UserError(f"{out}: exists; choose another --out")
-    if heads:
-        tensors = repeated_key_heads(tensors, config, heads)
-        config["linear_num_key_heads"] = heads
+    config, tensors = begin(model, out, heads)
     heads = config["linear_num_key_heads"]
     value = config["linear_value_head_dim"] * config["linear_num_value_heads"] // heads
-    out.mkdir(parents=True)
-    for file in TOKENIZER:
-        shutil.copyfile(model / file, out / file)
     write_json(out / "config.json", next_config(config))
     made = as_qwen3_next(tensors, heads, config["linear_key_head_dim"], value)
     save_file(made, out / SINGLE, {"format": "pt"})

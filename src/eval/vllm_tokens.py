@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backends import ENGINE_ENVIRONMENT, end_token_ids, load_tokenizer, prompt_ids
+from backends import end_token_ids, load_tokenizer, prompt_ids, set_engine_environment, vllm_engine
 from console import UserError, run_cli, write_json
 from moe_eval import file_texts, tiny_texts
 from recipe import recipe_record
@@ -41,10 +41,9 @@ def texts(args: argparse.Namespace) -> tuple[Ids, Ids, dict[str, Any]]:
 
 def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     """{"likeliest": token at every place, "generated": ids of each greedy continuation, "seconds"} of one checkpoint."""
-    for key, value in ENGINE_ENVIRONMENT.items():
-        os.environ.setdefault(key, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # else the line below would not reach the engine
-    from vllm import LLM, SamplingParams
+    set_engine_environment()
+    from vllm import SamplingParams
 
     if args.unlock_cpu_experts:
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt4
@@ -52,10 +51,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         CPUExpertsInt4._supports_current_device = staticmethod(lambda: True)
     prompts, turns, _ = texts(args)
     length = max(len(a) + max(len(b), args.max_tokens) for a, b in zip(prompts, turns)) + 1
-    engine = LLM(
-        model=str(args.dump_of), max_model_len=length, max_num_seqs=16, enforce_eager=True, dtype="bfloat16",
-        generation_config="vllm", trust_remote_code=False,
-    )  # fmt: skip
+    engine, _ = vllm_engine(args.dump_of, length, 1, max_num_seqs=16, enforce_eager=True, dtype="bfloat16")
     started, greedy = time.time(), {"temperature": 0, "detokenize": False}
     whole = [{"prompt_token_ids": a + b} for a, b in zip(prompts, turns)]
     places = engine.generate(whole, SamplingParams(**greedy, max_tokens=1, prompt_logprobs=1))
@@ -67,7 +63,7 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     return {"likeliest": likeliest, "generated": generated, "seconds": round(time.time() - started, 2)}
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
