@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from answer_letters import extract_letter
-from benchmarks import get_benchmarks
 from code_sandbox import run_many
 from graders import extract_code, extract_math, program_of, split_thinking
 from math_judge import judge_math
-from results_store import read_samples
+from sample_log import read_samples
+from task_list import get_benchmarks
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data"

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from bench8_loaders import MMMLU_LANGUAGES, TEXT_BENCHMARKS, bbeh_match
-from benchmarks import Item, get_benchmarks
-from code_benchmarks import HumanEval
 from console import UserError
 from hub_data import Source, download, stratified
 from livecodebench import decode_tests, same_output, unpickle_str
+from task_list import get_benchmarks
+from task_text import Item
+from tasks_code import HumanEval
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="benchmark files are not part of the repository")
@@ -222,7 +223,7 @@ def test_bbeh_headline(local: Path) -> None:
 
 
 def test_stratified_prefixes() -> None:
-    from benchmarks import Item
+    from task_text import Item
 
     items = [Item(f"{kind}{k}", "", "", {"kind": kind}) for kind, n in (("a", 600), ("b", 300), ("c", 100)) for k in range(n)]
     order = stratified(items, lambda item: item.meta["kind"], "seed")
@@ -318,9 +319,9 @@ CHEATS = {
 
 
 def test_scripts_in_the_sandbox(local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import code_benchmarks
+    import tasks_code
 
-    monkeypatch.setattr(code_benchmarks, "TEST_SECONDS", 2.0)
+    monkeypatch.setattr(tasks_code, "TEST_SECONDS", 2.0)
     lcb = get_benchmarks(["lcb"], local)[0]
     item = next(item for item in lcb.load() if item.id == "lcb-abc1")
     answers = [f"Text\n```python\n{code}\n```" for code in (*SCRIPTS.values(), *CHEATS.values())]

@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from calibrated_pass import CalibratedPass
 from calibration import Calibration, Collector, LayerStream
 from calibration_text import calibration_ids, default_source
-from checkpoint import Checkpoint, CheckpointWriter
+from checkpoint import Checkpoint
 from console import UserError
-from model_layout import roles_of
+from families import roles_of
 from quant_save import quantize_checkpoint
 from recipe import Recipe
+from safetensors_file import CheckpointWriter
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import Checkpoint, CheckpointWriter
+from checkpoint import Checkpoint
 from console import UserError
+from safetensors_file import CheckpointWriter
 
 TENSORS = {
     "a.weight": torch.randn(7, 16).bfloat16(),

@@ -6,15 +6,15 @@ import threading
 import pytest
 import torch
 
-import rounding
+import moe_ptq
 import synthetic_moe
 from calibration import Calibration
-from checkpoint import CheckpointWriter
 from console import UserError
-from device_pool import Stopped, each_device, parse_devices
+from devices import Stopped, each_device, parse_devices
+from moe_ptq import Grid, Statistics, round_weight
 from quant_save import quantize_checkpoint
 from recipe import Recipe
-from rounding import Grid, Statistics, round_weight
+from safetensors_file import CheckpointWriter
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def test_a_killed_run_goes_on_with_another_number_of_devices(random_tiny, tmp_pa
 
 @pytest.mark.parametrize("experts", ((), (("model.layers.1.mlp.experts", (2, 3) * 4),)))
 def test_calibrated_experts_on_several_devices_are_the_same_bytes(random_tiny, tmp_path, monkeypatch, experts):
-    monkeypatch.setitem(rounding.WORKING_BYTES, "cpu", 2e7)  # pieces of three experts at most
+    monkeypatch.setitem(moe_ptq.WORKING_BYTES, "cpu", 2e7)  # pieces of three experts at most
     recipe = Recipe(3, 4, 128, 4, method="gptq_refit", experts=experts)
     ids = torch.randint(0, 800, (4, 48), generator=torch.Generator().manual_seed(0))
     for name, devices in (("one", ()), ("two", (CPU, CPU))):
@@ -77,10 +77,10 @@ def test_every_device_rounds_its_share(monkeypatch):
 
     def noted(weight, grid, statistics):
         seen.setdefault(threading.current_thread().name, []).append(len(weight))
-        return rounding.wclip(weight, grid, statistics)
+        return moe_ptq.wclip(weight, grid, statistics)
 
-    monkeypatch.setitem(rounding.WORKING_BYTES, "cpu", 1)
-    monkeypatch.setitem(rounding.CALIBRATED, "wclip", noted)
+    monkeypatch.setitem(moe_ptq.WORKING_BYTES, "cpu", 1)
+    monkeypatch.setitem(moe_ptq.CALIBRATED, "wclip", noted)
     weight, x = torch.randn(5, 16, 64), torch.randn(5, 200, 64)
     statistics = Statistics(x.transpose(1, 2) @ x, torch.full((5,), 200.0))
     one = round_weight(weight, Grid(3, 32), statistics, "wclip")

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from env_config import read_env_file
 from eval_settings import GateRules
+from settings import read_env_file
 
 DOCUMENTS = sorted([REPO / "README.md", *REPO.glob("docs/*.md"), REPO / "configs/README.md", REPO / "archive/README.md",
                     *REPO.glob("models/*/README.md")])  # fmt: skip

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from backends import HfBackend, Sampling
-from benchmarks import get_benchmarks
-from moe_eval import divergence, summarize_kl
+from backend import Sampling
+from backend_hf import HfBackend
+from kl import divergence, summarize_kl
 from quant_save import quantize_checkpoint
 from recipe import Recipe
+from task_list import get_benchmarks
 
 
 def test_a_batch_generates_what_each_prompt_generates_alone(random_tiny):

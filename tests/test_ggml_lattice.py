@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ggml_types import LATTICE, TYPES, balanced, codec, decode_rows, encode
+from ggml_codecs import balanced, codec, decode_rows, encode
+from ggml_types import LATTICE, TYPES
 
 REPO = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from console import UserError
+from ggml_codecs import balanced, codec, decode_rows, encode
 from ggml_round import SIZES, columns_of, descend, even_rows, ldlq, packed, row_errors, spans, sweep, vector_importance
-from ggml_types import balanced, codec, decode_rows, encode
-from rounding import inverse_factor
+from moe_ptq import inverse_factor
 
 KINDS = [("iq4_nl", 96), ("q4_0", 96), ("q4_K", 512), ("q3_K", 512), ("iq3_xxs", 512), ("iq2_xs", 512)]
 

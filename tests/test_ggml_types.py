@@ -11,20 +11,9 @@ from gguf.quants import dequantize
 
 from checkpoint import Checkpoint
 from console import UserError
+from ggml_codecs import balanced, codec, decode_rows, encode
 from ggml_round import ldlq
-from ggml_types import (
-    CHUNK_WEIGHTS,
-    LATTICE,
-    TYPES,
-    balanced,
-    codec,
-    decode_rows,
-    encode,
-    fallback,
-    half,
-    half_bytes,
-    row_bytes,
-)
+from ggml_types import CHUNK_WEIGHTS, LATTICE, TYPES, fallback, half, half_bytes, row_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 CASTS = ("f32", "f16", "bf16")

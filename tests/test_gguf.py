@@ -15,9 +15,9 @@ from calibration import Calibration
 from calibration_text import calibration_ids
 from checkpoint import Checkpoint
 from console import UserError
-from ggml_types import decode_rows
+from ggml_codecs import decode_rows
 from gguf_dequant import dequantize
-from gguf_file import GgufFile, run_converter
+from gguf_format import GgufFile, run_converter
 from gguf_layout import pieces_of, read_parameter, to_gguf
 from gguf_pack import plan_pack, write_pack
 from gguf_recipe import exact_patterns, read_patterns, types_of

@@ -9,12 +9,12 @@ from calibration import Calibration
 from calibration_text import calibration_ids
 from checkpoint import Checkpoint
 from console import UserError
-from ggml_types import decode_rows, encode
+from families import Role
+from ggml_codecs import decode_rows, encode
 from gguf_alloc import Sensitivities, choose, group_of, options_of
-from gguf_file import padded, tensor_bytes
+from gguf_format import padded, tensor_bytes
 from gguf_layout import Piece, into_parameter, pieces_of, read_parameter, to_gguf
-from model_layout import Role
-from moe_eval import divergence
+from kl import divergence
 
 KINDS = ("iq2_xs", "q4_K", "q8_0")
 

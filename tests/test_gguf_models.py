@@ -10,7 +10,7 @@ import torch
 from conftest import untrained_vl
 
 from checkpoint import Checkpoint
-from gguf_file import GgufFile, run_converter
+from gguf_format import GgufFile, run_converter
 from gguf_pack import plan_pack, write_pack
 from imatrix import read_imatrix
 from llama_cpp import tool

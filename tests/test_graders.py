@@ -2,10 +2,10 @@
 
 import pytest
 
-from backends import Completion
+from backend import Completion
 from bench8_loaders import Gpqa
-from benchmarks import Item
 from graders import extract_boxed, extract_code, extract_letter, grade_integer, opens_thinking, split_thinking
+from task_text import Item
 from vllm_eval8 import graded_rows
 
 

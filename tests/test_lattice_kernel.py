@@ -14,7 +14,7 @@ CHECK = """
 import torch
 import lattice_kernel
 from ggml_lattice import FAR, INDEX_BITS, LAYOUTS, _grid
-from ggml_types import codec
+from ggml_codecs import codec
 device = "cuda" if torch.cuda.is_available() else "cpu"
 if device == "cpu":
     lattice_kernel.VECTORS = 64  # the interpreter wants large pieces
@@ -59,8 +59,8 @@ import ggml_scalar
 import lattice_kernel
 import scalar_kernel
 from ggml_round import Block, columns_of, descend, packed, row_errors, rows_of, sweep
-from ggml_types import balanced, codec, decode_rows
-from rounding import inverse_factor
+from ggml_codecs import balanced, codec, decode_rows
+from moe_ptq import inverse_factor
 from test_ggml_round import problem
 cuda = torch.cuda.is_available()
 device = "cuda" if cuda else "cpu"

@@ -9,7 +9,7 @@ import pytest
 
 import llama_cpp
 from console import UserError
-from env_config import load_config
+from settings import load_config
 
 FAKE_NINJA = """#!/bin/sh
 echo run >>"$CALLS"

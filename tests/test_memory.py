@@ -14,7 +14,7 @@ import sys, torch
 from calibration import Calibration
 from quant_save import quantize_checkpoint
 from recipe import Recipe
-from results_store import peak_rss_mib
+from records import peak_rss_mib
 model, out, method = sys.argv[1:]
 calibration = None
 if method != "absmax":

@@ -8,7 +8,7 @@ import torch
 from conftest import REPO, untrained_vl
 from PIL import Image
 
-from backends import Sampling
+from backend import Sampling
 from bench_mm import MathVision, MedXpert, Mmmu, get_mm_benchmarks, same_phrase, short_answer
 from console import UserError
 from mm_eval import HfMmBackend, render_messages

@@ -198,7 +198,7 @@ def test_digest_and_checkpoint_are_pure():
 
 @pytest.mark.parametrize("name", ["q4_K", "q2_K", "iq4_nl", "iq3_xxs", "iq2_xs"])
 def test_a_ggml_grid_packs_what_it_computed(name):
-    from ggml_types import decode_rows, encode
+    from ggml_codecs import decode_rows, encode
     from target_grid import GgmlGrid
 
     torch.manual_seed(0)
@@ -218,7 +218,7 @@ def test_a_ggml_grid_packs_what_it_computed(name):
 
 
 def test_a_student_on_a_ggml_grid_merges_with_its_blocks(tmp_path):
-    from ggml_types import decode_rows
+    from ggml_codecs import decode_rows
 
     teacher, quantized, model = pair(tmp_path, "qwen3_moe", Recipe(2, 4, 32, 1))
     config = AdapterConfig(rank=4, ggml="iq4_nl")

@@ -86,7 +86,7 @@ def test_the_budget_counts_what_is_trained():
 def test_a_work_directory_remembers_its_settings(tmp_path):
     from console import UserError
     from distill_run import DistillConfig, Run
-    from env_config import load_config
+    from settings import load_config
 
     for name in ("opd_tiny", "opd_r1"):
         config = load_config(DistillConfig, REPO / f"configs/{name}.env", {"WORK": str(tmp_path / name)})

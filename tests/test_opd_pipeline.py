@@ -295,7 +295,7 @@ def test_killed_in_every_phase_ends_with_the_same_bytes(random_tiny, tmp_path):
     small = {"TEACHER": random_tiny, "TASKS": "tiny_know,tiny_math", "LIMIT": 4, "MAX_TOKENS": 12, "CHUNK": 2, "K": 8}
     small |= {"TRAJECTORIES": "student", "FINISHED_ONLY": 0, "BACKEND": "hf", "SCORE_BATCH": 2, "KL_ITEMS": 1, "TAG": "killed"}
     small |= {"STEPS": 4, "ROWS": 4, "MICRO_ROWS": 4, "RANK": 4, "LR": 0.1, "WARMUP": 0, "SAVE_EVERY": 1}
-    code = "from pathlib import Path; import distill_run as d; from env_config import from_environment, load_config\n"
+    code = "from pathlib import Path; import distill_run as d; from settings import from_environment, load_config\n"
     code += "c = load_config(d.DistillConfig, Path('configs/opd_tiny.env'), from_environment(d.DistillConfig))\n"
     code += "d.Run(c, Path(c.work) / 'record.json', d.step).all()"
 

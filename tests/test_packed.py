@@ -12,16 +12,17 @@ from safetensors.torch import load_file, save_file
 
 import packed_layout
 from calibration import Calibration
-from checkpoint import PACKED, Checkpoint
+from checkpoint import Checkpoint
 from console import UserError
-from model_layout import Role
+from families import Role
+from moe_ptq import Grid, Statistics, round_weight
 from moe_quant import dequantize, quantize_group
 from packed_export import check, pack, sizes, unpack
-from packed_int4 import codes_of, pack_codes, unpack_codes, unpacked_values
+from packed_int4 import codes_of, pack_codes
 from packed_layout import plan_container
+from packed_view import PACKED, unpack_codes, unpacked_values
 from quant_save import plan_jobs, quantize_checkpoint
 from recipe import Recipe
-from rounding import Grid, Statistics, round_weight
 
 RECIPE = Recipe(3, 4, 128, 4)
 SHARD = 1 << 20
@@ -174,7 +175,7 @@ def test_what_is_not_packed_is_what_the_config_ignores(random_tiny, tmp_path):
 
 
 def test_a_packed_checkpoint_runs_like_the_plain_one(random_tiny, tmp_path):
-    from backends import load_model
+    from hf_model import load_model
 
     quantize_checkpoint(random_tiny, tmp_path / "plain", RECIPE)
     quantize_checkpoint(random_tiny, tmp_path / "packed", RECIPE, packed=True)
@@ -186,7 +187,7 @@ def test_a_packed_checkpoint_runs_like_the_plain_one(random_tiny, tmp_path):
 def test_a_vision_tower_is_left_alone(tmp_path):
     from transformers import AutoModelForImageTextToText
 
-    from backends import load_weights
+    from hf_model import load_weights
     from tiny_vl_model import build_vl_model, build_vl_tokenizer, vl_config
     from tiny_vl_train import vl_texts
 

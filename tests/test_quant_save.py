@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from checkpoint import Checkpoint
-from model_layout import Role, role_of, roles_of
+from families import Role, role_of, roles_of
 from moe_quant import fake_quant
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
@@ -182,7 +182,7 @@ def test_ctrl_c_leaves_nothing_and_a_killed_run_refuses_other_settings(large, tm
 def test_memory_stays_far_below_the_checkpoint(large, tmp_path):
     code = (
         "import sys\nfrom quant_save import quantize_checkpoint\nfrom recipe import Recipe\n"
-        "from results_store import peak_rss_mib as peak\nbefore = peak()\n"
+        "from records import peak_rss_mib as peak\nbefore = peak()\n"
         "quantize_checkpoint(sys.argv[1], sys.argv[2], Recipe(3, 4, 128, 1), chunk_bytes=8 << 20)\n"
         "print('grown by', peak() - before)"
     )

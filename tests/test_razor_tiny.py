@@ -7,7 +7,7 @@ import sys
 
 from conftest import REPO
 
-from results_store import describe_model, read_result
+from records import describe_model, read_result
 
 MODEL = REPO / "models/razor-tiny"
 

@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import Checkpoint
 from console import UserError
-from env_config import load_config
-from ggml_types import decode_rows
-from gguf_file import GgufFile
+from ggml_codecs import decode_rows
+from gguf_format import GgufFile
 from gguf_layout import pieces_of, read_parameter, to_gguf
 from gguf_pack import Blocks, plan_pack, write_pack
 from merge_adapter import GGML_FILE
 from recovery_study import STUDY, StudyConfig, run_part, stages
+from settings import load_config
 
 
 def test_a_block_type_is_trained_and_packed_byte_for_byte(random_tiny, tmp_path, monkeypatch):

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import vllm_eval8
-from backends import HfBackend, Sampling, load_model, spread_map
-from benchmarks import get_benchmarks
+from backend import Sampling
+from backend_hf import HfBackend
 from console import UserError
+from hf_model import load_model, spread_map
 from replicas import Replicas
+from task_list import get_benchmarks
 
 CPU = torch.device("cpu")
 

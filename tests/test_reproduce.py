@@ -12,9 +12,9 @@ import pytest
 from conftest import REPO
 
 import recovery_study
-from env_config import load_config, read_env_file
 from make_results import PIPELINES, commands, pipeline_of
-from results_store import read_result
+from records import read_result
+from settings import load_config, read_env_file
 
 KINDS = {
     "vllm_eval8": "eval", "mm_eval": "eval", "compare_tags": "compare", "moe_eval": "kl", "mm_kl": "kl", "gguf_kl": "kl",

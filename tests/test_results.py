@@ -12,7 +12,8 @@ from console import UserError
 from gguf_spread import check_pairs, spread
 from make_results import page
 from paired_stats import mcnemar, minimum_detectable, paired_bootstrap, paired_ratio, wilson
-from results_store import SampleLog, public_path, read_samples, write_result
+from records import public_path, write_result
+from sample_log import SampleLog, read_samples
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ KILLER = textwrap.dedent("""
     from calibration_text import calibration_ids
     from quant_save import quantize_checkpoint
     from recipe import Recipe
-    from rounding import CALIBRATED
+    from moe_ptq import CALIBRATED
     import calibrated_pass, transformers.models.qwen3_5_moe.modeling_qwen3_5_moe
 
     model, out, method, kills = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

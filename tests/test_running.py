@@ -9,8 +9,7 @@ import pytest
 from conftest import REPO
 
 import vllm_eval8
-from backends import Completion, Sampling
-from benchmarks import Benchmark, Item
+from backend import Completion, Sampling
 from compare_tags import compare
 from console import UserError
 from eval_plan import answered
@@ -18,8 +17,11 @@ from eval_settings import GateRules, load_settings
 from gate import GATED, NOT_GATED, eval_records, gate_axis, gate_lines, gate_status
 from graders import GRADER_VERSION, split_thinking
 from paired_stats import clustered_interval, clustered_mcnemar, discordance, mcnemar, wilson
+from records import write_result
 from regrade import regrade
-from results_store import SampleLog, WorkClock, read_samples, write_result
+from sample_log import SampleLog, WorkClock, read_samples
+from task import Benchmark
+from task_text import Item
 
 PLAIN = {"sampling": {}, "limit": 2, "grader": "1"}
 
@@ -195,7 +197,7 @@ class Mortal:
 
 
 def test_a_killed_run_asks_nothing_twice(tmp_path, monkeypatch):
-    from benchmarks import get_benchmarks
+    from task_list import get_benchmarks
 
     monkeypatch.setattr(vllm_eval8, "FLUSH_ROWS", 2)
     benchmark = get_benchmarks(["tiny_math"])[0]

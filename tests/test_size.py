@@ -15,10 +15,10 @@ import torch
 from checkpoint import Checkpoint
 from console import UserError
 from cost_model import BEGIN, END, MODELS, Sizes, calibrated_fit, fit, predict, read_records, sizes_of, table
-from model_layout import Role, roles_of
+from families import Role, roles_of
 from quant_save import quantize_checkpoint
 from recipe import Recipe
-from results_store import read_result
+from records import read_result
 from synthetic_moe import SHAPES, config_of, fill_all, fill_shard, plan_of, prepare
 
 REPO = Path(__file__).resolve().parent.parent
@@ -172,7 +172,7 @@ def test_a_large_read_is_that_of_the_library(tmp_path):
 
 
 def test_the_synthetic_gguf_holds_what_is_said(command, tmp_path):
-    from gguf_file import GgufFile
+    from gguf_format import GgufFile
 
     out = tmp_path / "t.gguf"
     done = command("src/quant/synthetic_gguf.py", "--shape", "tiny", "--out", out, "--encode-experts", 4)

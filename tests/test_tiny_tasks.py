@@ -4,11 +4,12 @@ import random
 
 import pytest
 
-from benchmarks import get_benchmarks
 from console import UserError
 from graders import split_thinking
+from task_list import get_benchmarks
+from task_text import split_of
+from tasks_tiny import TINY_TASKS
 from tiny_data import TinyBatches, completion_text, prompt_text
-from tiny_tasks import TINY_TASKS, split_of
 from tiny_tokenizer import build_tokenizer
 
 

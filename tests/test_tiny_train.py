@@ -9,7 +9,7 @@ import torch
 
 from checkpoint import Checkpoint
 from console import UserError
-from env_config import load_config
+from settings import load_config
 from tiny_tokenizer import build_tokenizer
 from tiny_train import Run, TrainConfig, train
 

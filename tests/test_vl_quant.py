@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText
 
 from calibration import Calibration
 from checkpoint import Checkpoint
-from model_layout import Role, roles_of
+from families import Role, roles_of
 from moe_quant import fake_quant
 from pictures import load_processor
 from quant_save import quantize_checkpoint

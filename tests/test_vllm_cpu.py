@@ -14,7 +14,8 @@ from conftest import REPO
 
 from multi_gpu_run import same_tokens
 from qwen3_next_form import convert
-from results_store import read_result, read_samples
+from records import read_result
+from sample_log import read_samples
 
 VENV = Path(os.environ.get("MOE_LOWBIT_VLLM_VENV") or REPO / ".venv-vllm")
 pytestmark = [

@@ -9,12 +9,12 @@ import torch
 from conftest import REPO
 
 import multi_gpu_run
-from backends import load_model
 from console import UserError, write_json
 from eval_bench import touched_bytes, weights_of_checkpoint, weights_of_model
+from hf_model import load_model
 from multi_gpu_run import compared_forced, placed, same_tokens
 from qwen3_5_form import convert, repeated_key_heads, text_model
-from results_store import write_result
+from records import write_result
 
 RAZOR = REPO / "models/razor-tiny"
 

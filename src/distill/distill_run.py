@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError, read_json, run_cli, run_script, write_json
-from env_config import from_environment, load_config
 from opd_data import MANIFEST, PHASE, shown
 from opd_train_fsdp import ADAPTER_JSON
 from recipe import RECIPE_FILE, recipe_record
-from results_store import describe_model, read_result, write_result
+from records import describe_model, read_result, write_result
+from settings import from_environment, load_config
 
 SMOKE = {"LIMIT": "4", "REPEATS": "1", "MAX_TOKENS": "64", "FINISHED_ONLY": "0", "STEPS": "2", "WARMUP": "0", "KL_ITEMS": "2"}
 SMOKE |= {"MICRO_ROWS": "2", "EVAL_LIMIT": "0", "SAVE_EVERY": "1"}

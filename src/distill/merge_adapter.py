@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from calibration import place_of
-from checkpoint import Checkpoint, CheckpointWriter
+from checkpoint import Checkpoint
 from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
 from fsdp_setup import World
 from moe_lora import Adapter, digest, refuse_family
@@ -33,7 +33,8 @@ from opd_student import AdapterConfig, GridMaker
 from opd_train_fsdp import ADAPTER, ADAPTER_JSON
 from quant_save import CHUNK_BYTES, sidecars
 from recipe import RECIPE_FILE
-from staging import check_output, staged_directory
+from run_dir import check_output, staged_directory
+from safetensors_file import CheckpointWriter
 
 GGML_FILE = "ggml.safetensors"
 

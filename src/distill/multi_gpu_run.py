@@ -43,14 +43,15 @@ import qwen3_5_form
 import qwen3_next_form
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
-from device_pool import parse_devices
+from devices import parse_devices
 from distill_run import shared_cores
-from model_layout import text_config
+from families import text_config
 from opd_budget import Plan, Shape, memory
 from opd_train_fsdp import ADAPTER, ADAPTER_JSON
 from quant_save import RECIPE_FILE
 from recipe import Recipe
-from results_store import REPO, read_result, read_samples, write_result
+from records import REPO, read_result, write_result
+from sample_log import read_samples
 from synthetic_moe import SHAPES, plan_of, prepare
 from synthetic_moe import Shape as ModelShape
 from synthetic_rollouts import give_tokenizer
@@ -390,9 +391,10 @@ def eval35b_part(bench: Bench) -> dict[str, Any]:
 
 def answers(bench: Bench, model: Path, limit: int, tokens: int, copies: bool = True) -> dict[str, Any]:
     """The same prompts by each way of using the GPUs."""
-    from backends import HfBackend, Sampling
-    from benchmarks import get_benchmarks
+    from backend import Sampling
+    from backend_hf import HfBackend
     from replicas import Replicas
+    from task_list import get_benchmarks
 
     everything = parse_devices(bench.devices())
     ways: dict[str, Callable[[], Any]] = {"one": lambda: HfBackend(model, 16, parse_devices(bench.one))}

@@ -18,9 +18,9 @@ from typing import Any
 
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli
-from model_layout import text_config
+from families import text_config
 from opd_student import HEAD_CHUNK
-from results_store import REPO
+from records import REPO
 from target_grid import IntGrid
 
 GROUP = 128

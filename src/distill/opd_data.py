@@ -21,7 +21,7 @@ from torch import Tensor
 from checkpoint import Checkpoint
 from console import UserError, file_sha256, read_json, write_json
 from opd_losses import TopK
-from results_store import header_sha256, peak_rss_mib, public_path, sha256_json
+from records import header_sha256, peak_rss_mib, public_path, sha256_json
 
 ROLLOUTS, MANIFEST, INDEX, PHASE = "rollouts.jsonl", "rollouts.json", "index.json", "phase.json"
 FORMAT = 1

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from backends import load_model, load_tokenizer
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, file_sha256, progress, run_cli, write_json
+from hf_model import load_model, load_tokenizer
 from opd_data import (
     FORMAT,
     INDEX,
@@ -34,7 +34,7 @@ from opd_data import (
     write_phase,
 )
 from opd_losses import TopK, top_k_of
-from staging import staged_directory
+from run_dir import staged_directory
 
 
 def load_teacher(path: Path) -> torch.nn.Module:

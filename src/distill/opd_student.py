@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from calibration import LayerStream, Place, place_of
-from checkpoint import Checkpoint, TensorInfo
+from checkpoint import Checkpoint
 from console import UserError, progress
+from families import Role, role_of
 from fsdp_setup import World, own_rows, shard
-from model_layout import Role, role_of
 from moe_lora import MODES, Adapter, adapt_layer, checkpoint_layer, refuse_family
 from opd_data import Batch
 from opd_losses import LOSSES, TopK, position_losses
 from recipe import read_recipe
+from safetensors_file import TensorInfo
 from target_grid import GgmlGrid, IntCells, IntGrid, int_cells
 
 HEAD_CHUNK = 2048  # positions whose logits exist at once

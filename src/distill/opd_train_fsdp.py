@@ -27,9 +27,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from backends import load_tokenizer
 from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
 from fsdp_setup import World, end_world, from_each, full, gathered, gathered_layer, put, release_layer, start_world, summed
+from hf_model import load_tokenizer
 from moe_lora import Adapter, adapters_of, digest, trainable
 from opd_data import (
     FORMAT,

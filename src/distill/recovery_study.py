@@ -24,16 +24,16 @@ import torch
 
 from console import UserError, atomic_path, run_cli
 from distill_run import DistillConfig, Run, summary
-from env_config import from_environment, load_config
 from opd_data import INDEX
 from recipe import RECIPE_FILE
-from tiny_tasks import TINY_TASKS
+from settings import from_environment, load_config
+from task_text import TASK_TEXTS
 from tiny_tokenizer import END_OF_TEXT
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDY, BASE = Path("configs/recovery_study.env"), Path("configs/opd_tiny.env")
 FINISHED = ["--finished-only"]  # of the teacher's texts
-TASKS = ",".join(task.name for task in TINY_TASKS)
+TASKS = ",".join(task.name for task in TASK_TEXTS)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backends import Completion, ids_sha256, load_tokenizer
+from backend import Completion
 from console import UserError, run_cli
+from hf_model import ids_sha256, load_tokenizer
 from opd_gen import Prompt, ungraded_row, write_rollouts
 from opd_score import score_rollouts
-from results_store import REPO
+from records import REPO
 
 WIDTH = 16  # of the random hidden states whose products with a random head are the scores
 HEAD_TOKENS = 4096  # of the vocabulary that can be likely

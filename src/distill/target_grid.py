@@ -151,7 +151,8 @@ class GgmlGrid(nn.Module):
     chunk = {"cpu": 1 << 16, "cuda": 1 << 24}  # the search of a lattice takes many times the memory of its weights
 
     def __init__(self, weight: Tensor, name: str, stored: torch.dtype) -> None:
-        from ggml_types import codec, fit_blocks, row_bytes
+        from ggml_codecs import codec, fit_blocks
+        from ggml_types import row_bytes
 
         super().__init__()
         row_bytes(name, weight.shape[-1])  # its error where the row does not fit

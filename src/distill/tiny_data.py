@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from tiny_tasks import TINY_TASKS, TinyTask, letters_of, option_list
+from task_text import TASK_TEXTS, TaskText, letters_of, option_list
+from task_world import RELATIONS, default_world
 from tiny_tokenizer import END_OF_TEXT, IM_END
-from tiny_world import RELATIONS, default_world
 
 
 def prompt_text(question: str) -> str:
@@ -55,7 +55,7 @@ class TinyBatches(Dataset):
     ) -> None:
         self.tokenizer, self.seed, self.steps, self.rows, self.length = tokenizer, seed, steps, rows, length
         self.prompt_weight = prompt_weight
-        self.tasks: dict[str, TinyTask] = {task.name: task() for task in TINY_TASKS}
+        self.tasks: dict[str, TaskText] = {task.name: task() for task in TASK_TEXTS}
         self.shares = shares
 
     def __len__(self) -> int:

@@ -11,8 +11,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from gguf_convert import QWEN2_PATTERN
-from tiny_tasks import TINY_TASKS
-from tiny_world import default_world
+from task_text import TASK_TEXTS
+from task_world import default_world
 
 VOCAB_SIZE = 832
 END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = SPECIALS = (
@@ -31,7 +31,7 @@ def sample_texts(count: int, seed: int = 0) -> list[str]:
     """Training-split texts of every task and statements of the world, for the BPE trainer."""
     rng, world = random.Random(f"tokenizer:{seed}"), default_world()
     texts = [world.statement(person, rng) for person in rng.sample(world.people, count)]
-    for task in TINY_TASKS:
+    for task in TASK_TEXTS:
         instance = task()
         for _ in range(count):
             item, solution = instance.generate(rng, "train")

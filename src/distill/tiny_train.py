@@ -24,14 +24,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 
 from console import UserError, atomic_path, progress, run_cli
-from env_config import from_environment, load_config
 from moe_quant import fake_quant
-from results_store import describe_model, write_result
+from records import describe_model, write_result
+from settings import from_environment, load_config
+from task_text import GENERATOR_REVISION, TASK_TEXTS
+from task_world import WORLD_SEED
 from tiny_data import TinyBatches, completion_text, prompt_text
 from tiny_model import decoder_layer, init_weights, tiny_config, train_forward
-from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
 from tiny_tokenizer import build_tokenizer
-from tiny_world import WORLD_SEED
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def log(run: Run, loss: float, norm: float, load: torch.Tensor, rate: float | No
 def make_probes(tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """For each task: (ids [count, T] right-padded to a multiple of 64, mask of the completion tokens)."""
     probes = {}
-    for task in TINY_TASKS:
+    for task in TASK_TEXTS:
         rows, starts = [], []
         for item, solution in task().load_with_solutions(count):
             prompt, rest = (tokenizer(text)["input_ids"] for text in (prompt_text(item.question), completion_text(solution)))

@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import Benchmark, Item
-from code_benchmarks import CODE_BENCHMARKS
 from console import UserError
 from graders import extract_letter, extract_math, grade_integer, parse_integer
 from hub_data import HubBenchmark, Row, Source
 from math_judge import judge_math
+from task import Benchmark
+from task_text import Item
+from tasks_code import CODE_BENCHMARKS
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MMMLU_LANGUAGES = tuple("AR_XY BN_BD DE_DE ES_LA FR_FR HI_IN ID_ID IT_IT JA_JP KO_KR PT_BR SW_KE YO_NG ZH_CN".split())

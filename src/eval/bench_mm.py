@@ -14,10 +14,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import Benchmark, Item, check_data_dir, get_benchmarks
 from console import UserError
 from graders import extract_boxed, extract_letter, parse_integer
 from pictures import Picture, image_part, interleave, text_part, unmatched
+from task import Benchmark, check_data_dir
+from task_list import get_benchmarks
+from task_text import Item
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SUBJECTS = (
@@ -325,7 +327,7 @@ GROUPS = {"mmmu_pro": ("mmmu_pro_standard", "mmmu_pro_vision")}  # the official 
 
 def mm_names() -> list[str]:
     """Every multimodal benchmark that a record may hold."""
-    from tiny_vision_tasks import TINY_VISION_TASKS
+    from tasks_tiny_vision import TINY_VISION_TASKS
 
     return [benchmark.name for benchmark in (*MM_BENCHMARKS, *TINY_VISION_TASKS)]
 
@@ -340,7 +342,7 @@ def recorded_benchmarks(names: Sequence[str], data_dir: Path | None = None) -> l
 
 def get_mm_benchmarks(names: Sequence[str], data_dir: Path | None = None) -> list[Benchmark]:
     """Instances of the named benchmarks, or one line that lists the known ones."""
-    from tiny_vision_tasks import TINY_VISION_TASKS
+    from tasks_tiny_vision import TINY_VISION_TASKS
 
     published = {benchmark.name: benchmark for benchmark in MM_BENCHMARKS}
     drawn = {task.name: task for task in TINY_VISION_TASKS}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError, atomic_path, run_cli
-from results_store import read_result
+from records import read_result
 
 CITATION = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.json)#([\w.:-]+)\)")
 FIGURE = re.compile(r"(-?[\d,]+(?:\.(\d+))?)( %| MB| GB|)")

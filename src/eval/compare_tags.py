@@ -20,7 +20,8 @@ from console import UserError, run_cli
 from eval_settings import EvalSettings, load_settings
 from gate import eval_records, gate_axis
 from paired_stats import clustered_mcnemar, discordance, minimum_detectable, paired_bootstrap
-from results_store import data_entry, find_log, read_result, read_samples, write_result
+from records import data_entry, read_result, write_result
+from sample_log import find_log, read_samples
 
 SHOWN = 0.05  # level of the exact test
 COMPARABLE = ("grader",)  # settings that must agree, besides samples and sampling

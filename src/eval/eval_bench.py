@@ -23,13 +23,16 @@ from typing import Any
 
 import torch
 
-from backends import Backend, Completion, HfBackend, Sampling, VllmBackend, choose_backend, load_model, load_tokenizer
+from backend import Backend, Completion, Sampling, choose_backend
+from backend_hf import HfBackend
 from checkpoint import Checkpoint
 from console import UserError, progress, read_json, run_cli, write_json
+from families import text_config
 from gguf_bench import copy_rate, numbers
-from model_layout import text_config
-from results_store import add_record_arguments, check_record_arguments, describe_model, write_result
+from hf_model import load_model, load_tokenizer
+from records import add_record_arguments, check_record_arguments, describe_model, write_result
 from synthetic_moe import SHAPES, config_of, shape_arguments, shape_from
+from vllm_eval import VllmBackend
 
 ENGINES = ("hf", "vllm")
 PROMPT_ROOM = 64  # a prompt's text may have some tokens more when it is read again

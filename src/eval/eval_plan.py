@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backends import Sampling
-from benchmarks import Benchmark
+from backend import Sampling
 from hub_data import HubBenchmark
-from results_store import read_log, sample_key
 from run_plan import RESULTS, Rates, duration, machine, records_of
+from sample_log import read_log, sample_key
+from task import Benchmark
 
 
 def counted(benchmark: Benchmark, limit: int | None) -> int | None:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backends import Sampling
+from backend import Sampling
 from console import UserError
-from env_config import convert, read_env_file
-from model_layout import text_config
-from results_store import REPO
+from families import text_config
+from records import REPO
+from settings import convert, read_env_file
 
 DRAW = {"temperature": float, "top_p": float, "top_k": int}
 GATE = {"GATE_POINTS": "points", "GATE_SHOWN": "shown", "GATE_WIDTH": "width"}

@@ -17,7 +17,7 @@ from typing import Any
 from bench_mm import GROUPS
 from console import UserError, read_json, run_cli
 from eval_settings import EvalSettings, GateRules, load_settings
-from results_store import REPO, is_original, read_result
+from records import REPO, is_original, read_result
 
 GATED, NOT_GATED, NO_TARGET = "gated", "not gated", "no target"
 SAME_SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")

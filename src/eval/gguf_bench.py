@@ -31,7 +31,7 @@ from gguf_info import architecture_value, describe_gguf, gguf_files, open_gguf
 from http_client import in_parallel
 from llama_cpp import tool
 from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
-from results_store import add_record_arguments, check_record_arguments, peak_rss_mib, write_result
+from records import add_record_arguments, check_record_arguments, peak_rss_mib, write_result
 
 GPU_ALL = ("-ngl", "99")
 PLACEMENTS = {"all_on_gpu": GPU_ALL, "experts_on_cpu": (*GPU_ALL, "--n-cpu-moe", "999")}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from console import UserError, files_sha256
-from results_store import public_path
+from records import public_path
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

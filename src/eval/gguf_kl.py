@@ -34,13 +34,13 @@ import numpy as np
 import torch
 from gguf import GGUFReader, TokenType
 
-from backends import load_model, load_tokenizer
 from console import UserError, progress, run_cli, scratch_folder
 from gguf_info import describe_gguf, gguf_files, is_gguf, metadata, open_gguf
+from hf_model import load_model, load_tokenizer
+from kl import summarize_kl, tiny_texts
 from llama_cpp import Incomplete, asked, tool
 from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
-from moe_eval import summarize_kl, tiny_texts
-from results_store import add_tag_arguments, data_entry, describe_model, tagged_record, write_result
+from records import add_tag_arguments, data_entry, describe_model, tagged_record, write_result
 
 MAGIC = b"_logits_"
 DEPTH = 16.0  # nats below the likeliest token that the format resolves

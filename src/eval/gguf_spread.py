@@ -18,7 +18,7 @@ from typing import Any
 
 from console import UserError, progress, run_cli, run_script
 from paired_stats import T95, paired_ratio
-from results_store import add_tag_arguments, describe_model, read_result, tagged_record, write_result
+from records import add_tag_arguments, describe_model, read_result, tagged_record, write_result
 
 SIDES = ("llama", "ours")
 FIGURES = ("mean", "p99", "p99_9")

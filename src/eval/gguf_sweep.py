@@ -25,7 +25,7 @@ from gguf_bench import GPU_ALL, VramWatch, add_bench_arguments, bench_metrics, c
 from gguf_info import gguf_files, metadata, open_gguf
 from llama_cpp import Incomplete, asked, tools
 from llamacpp_eval8 import thread_arguments
-from results_store import check_record_arguments, public_path, write_result
+from records import check_record_arguments, public_path, write_result
 
 # InstinctRazor, one H100, IQ3_XXS of 48.04 GiB (its README): theirs, not measured here.
 PUBLISHED = {

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import Benchmark, Item
 from console import UserError
+from task import Benchmark
+from task_text import Item
 
 Row = dict[str, Any]
 

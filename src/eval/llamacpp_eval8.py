@@ -23,9 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends import Completion, Sampling, ids_sha256, load_tokenizer, render_chat, seed_of
+from backend import Completion, Sampling, seed_of
 from console import UserError
 from gguf_info import architecture_value, gguf_files, metadata, open_gguf, token_text
+from hf_model import ids_sha256, load_tokenizer, render_chat
 from http_client import Client, in_parallel
 from llama_cpp import tool
 

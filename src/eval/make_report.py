@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from bench_mm import recorded_benchmarks
-from benchmarks import Benchmark
 from console import UserError, atomic_path, run_cli
 from eval_settings import EvalSettings, load_settings
 from gate import GATED, NO_TARGET, eval_records, gate_axis
 from make_results import method_of, records
 from pictures import Picture, pictures_of
-from results_store import find_log, is_original, read_samples
+from records import is_original
+from sample_log import find_log, read_samples
 from svg_plot import Point, Series, scatter
-from tiny_tasks import TINY_TASKS
-from tiny_vision_tasks import TINY_VISION_TASKS
+from task import Benchmark
+from tasks_tiny import TINY_TASKS
+from tasks_tiny_vision import TINY_VISION_TASKS
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 SAMPLE_BYTES = 2_000_000  # of all samples on the page; the rest of it is far smaller

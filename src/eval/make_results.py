@@ -18,7 +18,7 @@ from typing import Any
 
 from check_results import lookup, render
 from console import atomic_path, run_cli
-from results_store import read_result
+from records import read_result
 
 HEADER = """# Results
 

@@ -17,21 +17,14 @@ from typing import Any
 
 import torch
 
-from backends import (
-    Completion,
-    Sampling,
-    choose_backend,
-    completion_of,
-    end_token_ids,
-    load_weights,
-    seed_of,
-    vllm_engine,
-)
+from backend import Completion, Sampling, choose_backend, completion_of, seed_of
 from bench_mm import get_mm_benchmarks
 from checkpoint import Checkpoint
 from console import UserError, run_cli
+from hf_model import end_token_ids, load_weights
 from pictures import Prompt, load_processor, pictures_of
-from results_store import describe_model
+from records import describe_model
+from vllm_eval import vllm_engine
 from vllm_eval8 import PROMPT_ROOM, Runner, add_run_arguments, check_args, evaluate, finish, make_plan, start_log
 
 IMAGE_ROOM = 16_384  # vLLM's context beyond budget and text, for the tokens of the images of one prompt

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from console import UserError, progress, run_cli
+from kl import divergence, summarize_kl
 from mm_eval import described, render_messages
-from moe_eval import divergence, summarize_kl
 from pictures import Prompt, load_processor
 from recipe import recipe_record
-from results_store import add_tag_arguments, data_entry, tagged_record, write_result
-from tiny_vision_tasks import TINY_VISION_TASKS, VISION_REVISION
+from records import add_tag_arguments, data_entry, tagged_record, write_result
+from tasks_tiny_vision import TINY_VISION_TASKS, VISION_REVISION
 from vllm_eval8 import item_record
 
 

@@ -16,35 +16,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from backends import load_model, load_tokenizer, render_chat
 from console import UserError, progress, run_cli
+from hf_model import load_model, load_tokenizer
+from kl import batches, divergence, file_texts, summarize_kl, tiny_texts
 from recipe import recipe_record
-from results_store import add_tag_arguments, data_entry, describe_model, tagged_record, write_result
-
-
-def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(KL(reference || model) in nats [N], whether the two agree on the likeliest token [N]) of logits [N, V]."""
-    p, q = F.log_softmax(reference.float(), -1), F.log_softmax(logits.float(), -1)
-    kl = (p.exp() * (p - q)).sum(-1).clamp_min_(0)  # below zero only by rounding
-    return kl, p.argmax(-1) == q.argmax(-1)
-
-
-def summarize_kl(kl: np.ndarray, agree: np.ndarray) -> dict[str, Any]:
-    """Mean with its standard error, upper percentiles, largest value, and top-1 agreement."""
-    p99, p999 = np.quantile(kl, [0.99, 0.999])
-    return {
-        "positions": len(kl),
-        "mean": float(kl.mean()),
-        "standard_error": float(kl.std(ddof=1) / math.sqrt(len(kl))) if len(kl) > 1 else 0.0,
-        "p99": float(p99),
-        "p99_9": float(p999),
-        "max": float(kl.max()),
-        "top1": float(agree.mean()),
-    }
+from records import add_tag_arguments, describe_model, tagged_record, write_result
 
 
 class RouterCounter:
@@ -80,51 +59,6 @@ class RouterCounter:
             "entropy_min": entropy.min().item(),
             "min_load": (shares.min() * shares.shape[-1]).item(),
         }
-
-
-def tiny_texts(tokenizer: Any, count: int, split: str = "test") -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """(prompt, assistant turn) of ``count`` items of every tiny task, held out by default, and their record."""
-    from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
-
-    pairs = []
-    for task in (kind() for kind in TINY_TASKS):
-        for item, solution in task.load_with_solutions(count, split):
-            prompt = render_chat(tokenizer, task.messages(item))
-            turn = solution.removeprefix("<think>\n") + tokenizer.eos_token
-            pairs.append((prompt, turn))
-    name = "tiny_tasks transcripts" if split == "test" else f"tiny_tasks transcripts, {split} split"
-    return pairs, data_entry(name, GENERATOR_REVISION, [list(pair) for pair in pairs])
-
-
-def file_texts(path: Path, count: int) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """The first ``count`` paragraphs (separated by blank lines) of a text file."""
-    try:
-        paragraphs = [p for p in path.read_text(encoding="utf-8").split("\n\n") if p.strip()][:count]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read text ({error})") from None
-    if not paragraphs:
-        raise UserError(f"{path}: holds no text")
-    return [("", p) for p in paragraphs], data_entry(path.name, "file", paragraphs)
-
-
-def batches(tokenizer: Any, pairs: list[tuple[str, str]], size: int, context: int) -> list[tuple[torch.Tensor, ...]]:
-    """(ids, mask of real tokens, mask of assistant tokens), right-padded, in batches of like length."""
-    rows = []
-    for prompt, turn in pairs:
-        head = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
-        rows.append((len(head), (head + tokenizer(turn, add_special_tokens=False)["input_ids"])[:context]))
-    rows.sort(key=lambda row: len(row[1]))
-    result = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        ids = torch.zeros(len(part), max(len(row) for _, row in part), dtype=torch.long)
-        real, answer = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-        for i, (head, row) in enumerate(part):
-            ids[i, : len(row)] = torch.tensor(row)
-            real[i, : len(row)] = True
-            answer[i, head : len(row)] = True
-        result.append((ids, real, answer))
-    return result
 
 
 @torch.inference_mode()

@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 
 from console import UserError, run_cli
-from results_store import pack_log, read_result, read_samples
+from records import read_result
+from sample_log import pack_log, read_samples
 
 END = ".samples.jsonl"
 

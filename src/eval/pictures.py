@@ -139,7 +139,7 @@ def image_only_processor(path: str | Path) -> Any:
     from transformers import AutoImageProcessor, Qwen3VLProcessor
     from transformers.processing_utils import ProcessorMixin
 
-    from backends import load_tokenizer
+    from hf_model import load_tokenizer
 
     class ImageProcessor(Qwen3VLProcessor):
         def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:

@@ -6,7 +6,7 @@ the configuration of a vision tower and of its processor.
 vLLM divides the key heads of Gated DeltaNet among GPUs. A model with fewer gets copies of them (--key-heads), which is the same
 function: a key head serves several value heads, and each copy some of those.
 
-The tower itself has no weights here: with no picture allowed (backends.VllmBackend) vLLM does not build it. A model in one file
+The tower itself has no weights here: with no picture allowed (VllmBackend) vLLM does not build it. A model in one file
 is converted; a synthetic checkpoint, whose names are nested already, is given what it lacks: --model DIR --in-place.
 """
 
@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoint import SINGLE, Checkpoint
+from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
-from model_layout import text_config
-from results_store import REPO
+from families import text_config
+from records import REPO
+from safetensors_file import SINGLE
 
 SEEING = REPO / "models" / "razor-tiny-vl"  # its tower's sizes and its processor stand in
 PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json")

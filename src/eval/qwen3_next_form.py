@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoint import SINGLE
 from console import run_cli, write_json
 from qwen3_5_form import begin
+from safetensors_file import SINGLE
 
 RENAMED = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"]}
 

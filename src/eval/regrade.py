@@ -14,24 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends import load_tokenizer, render_chat
 from bench_mm import recorded_benchmarks
-from benchmarks import Benchmark, Item
 from console import UserError, run_cli
 from graders import GRADER_VERSION
-from results_store import (
-    REPO,
-    code_state,
-    find_log,
-    public_command,
-    read_result,
-    read_samples,
-    sample_key,
-    sha256_json,
-    sha256_text,
-    write_log,
-    write_result,
-)
+from hf_model import load_tokenizer, render_chat
+from records import REPO, code_state, public_command, read_result, sha256_json, sha256_text, write_result
+from sample_log import find_log, read_samples, sample_key, write_log
+from task import Benchmark
+from task_text import Item
 from vllm_eval8 import benchmark_data, benchmark_metrics, extract_answer, table
 
 GENERATION = ("command", "started", "seconds", "hardware", "packages", "peak_rss_mib", "peak_vram_mib", "code")

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from backends import Completion, HfBackend, Sampling, length_batches, load_tokenizer, prompt_ids, render_chat, seed_of
+from backend import Completion, Sampling, length_batches, seed_of
+from backend_hf import HfBackend
 from console import UserError
-from device_pool import on_device
+from devices import on_device
+from hf_model import load_tokenizer, prompt_ids, render_chat
 
 POLL_SECONDS = 2.0  # between looks at whether the other side still lives
 

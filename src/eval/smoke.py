@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from console import UserError, run_cli, run_script
-from env_config import from_environment, load_config
-from results_store import read_result
+from records import read_result
+from settings import from_environment, load_config
 
 
 @dataclass(frozen=True)

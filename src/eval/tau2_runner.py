@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError, read_json, run_cli
-from results_store import add_tag_arguments, tagged_record, write_result
+from records import add_tag_arguments, tagged_record, write_result
 
 DOMAINS = ("retail", "airline", "telecom")
 USER_MODEL = "gpt-4.1"

@@ -20,32 +20,27 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends import Backend, Completion, HfBackend, Sampling, VllmBackend, choose_backend
-from benchmarks import Benchmark, Item, get_benchmarks
+from backend import Backend, Completion, Sampling, choose_backend
+from backend_hf import HfBackend
+from backend_openai import OpenAIBackend, api_key
 from checkpoint import Checkpoint
 from console import UserError, progress, read_json, run_cli
-from device_pool import parse_devices
+from devices import parse_devices
 from eval_settings import EvalSettings, check_sampling, load_settings
 from gate import eval_records, gate_axis, gate_text
 from gguf_info import config_of_gguf, describe_gguf, is_gguf
 from graders import GRADER_VERSION, opens_thinking, split_thinking
 from llamacpp_eval8 import LlamaCppBackend, add_server_arguments
-from openai_eval8 import OpenAIBackend, api_key
 from paired_stats import clustered_interval
 from pictures import pictures_of
 from recipe import recipe_record
+from records import data_entry, describe_model, sha256_json, sha256_text, write_result
 from replicas import Replicas
-from results_store import (
-    SampleLog,
-    WorkClock,
-    data_entry,
-    describe_model,
-    find_log,
-    packed_path,
-    sha256_json,
-    sha256_text,
-    write_result,
-)
+from sample_log import SampleLog, WorkClock, find_log, packed_path
+from task import Benchmark
+from task_list import get_benchmarks
+from task_text import Item
+from vllm_eval import VllmBackend
 
 BUDGETS = {"32k": 32_768, "64k": 65_536, "80k": 81_920}
 PROMPT_ROOM = 1024  # vLLM's context beyond the budget (64k: 66,560)

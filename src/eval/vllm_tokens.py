@@ -22,11 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backends import end_token_ids, load_tokenizer, prompt_ids, set_engine_environment, vllm_engine
 from console import UserError, run_cli, write_json
-from moe_eval import file_texts, tiny_texts
+from hf_model import end_token_ids, load_tokenizer, prompt_ids
+from kl import file_texts, tiny_texts
 from recipe import recipe_record
-from results_store import add_tag_arguments, describe_model, tagged_record, write_result
+from records import add_tag_arguments, describe_model, tagged_record, write_result
+from vllm_eval import set_engine_environment, vllm_engine
 
 Ids = list[list[int]]
 

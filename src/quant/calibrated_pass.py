@@ -20,16 +20,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from calibration import Calibration, Collector, LayerStream, Moments
-from checkpoint import Checkpoint, CheckpointWriter, SourceShards, read_tensor
+from checkpoint import Checkpoint, SourceShards
 from console import UserError, atomic_path, progress, read_json, write_json
-from model_layout import LAYER_PREFIX, Role, text_name
+from families import LAYER_PREFIX, Role, text_name
+from moe_ptq import Grid, Statistics, damped, output_error, round_weight
 from overlap import OneBehind
 from packed_layout import Container, PackedWriter, open_writer
-from quant_save import ErrorLog, Job, Sink
-from recipe import Recipe
+from quant_save import ErrorLog, Sink
+from recipe import Job, Recipe
 from refine import refine_norms
-from rounding import Grid, Statistics, damped, output_error, round_weight
-from staging import RUN
+from run_dir import RUN
+from safetensors_file import CheckpointWriter, read_tensor
 from token_weights import token_weights
 
 LM_HEAD = "lm_head.weight"

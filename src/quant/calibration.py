@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from console import UserError
-from model_layout import LAYER_PREFIX, text_name
-from rounding import Statistics, shrink
+from families import LAYER_PREFIX, text_name
+from moe_ptq import Statistics, shrink
 
 PER_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 MIXTRAL_EXPERT = re.compile(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")

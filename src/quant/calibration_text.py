@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends import render_chat
 from console import UserError
+from hf_model import render_chat
 
 HUB = re.compile(r"hf:(?P<name>[^@:]+)(?:@(?P<revision>[^@:]+))?:(?P<split>[^@:]+)(?::(?P<config>[^@:]+))?")
 TINY = re.compile(r"tiny(:(?P<seed>\d+))?")
@@ -56,8 +56,8 @@ def calibration_ids(source: str | Path | None, model: Path, count: int, length: 
 
     Documents follow one another without padding; a text that is too short is a :class:`UserError`.
     """
-    from backends import load_tokenizer
-    from results_store import data_entry
+    from hf_model import load_tokenizer
+    from records import data_entry
 
     tokenizer = load_tokenizer(model)
     ids: list[int] = []
@@ -141,10 +141,10 @@ def row_text(row: Mapping[str, Any], tokenizer: Any, source: str) -> str:
 
 def tiny_documents(tokenizer: Any, seed: int) -> tuple[Iterable[str], str, str]:
     """Transcripts of the tiny tasks' training split, an equal number of each, in turn, without end."""
-    from tiny_tasks import GENERATOR_REVISION, TINY_TASKS
+    from task_text import GENERATOR_REVISION, TASK_TEXTS
 
     def transcripts() -> Iterator[str]:
-        rng, tasks = random.Random(f"calibration:{seed}"), [task() for task in TINY_TASKS]
+        rng, tasks = random.Random(f"calibration:{seed}"), [task() for task in TASK_TEXTS]
         while True:
             for task in tasks:
                 item, solution = task.generate(rng, "train")

@@ -1,194 +1,25 @@
-"""Read and write safetensors checkpoints tensor by tensor, in bounded memory (plain reads, no mmap).
+"""A checkpoint directory: its config, and its tensors by name, read whole or in chunks.
 
-Not a command. Format: https://github.com/huggingface/safetensors (8 bytes little-endian header length, JSON header,
-data without holes). Every header is checked against its file's size and against the index before anything is read.
+Not a command. `Checkpoint(directory)` reads and checks headers only; `read(name)` is in memory of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import hashlib
-import json
-import math
 import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from console import UserError, files_sha256, read_json, write_json
+from packed_view import PACKED, unpacked_tensors
+from safetensors_file import CheckpointWriter, TensorInfo, open_tensors, read_tensor
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PACKED = "packed.json"  # in a packed checkpoint: what it unpacks to (packed_view.py)
-MAX_HEADER = 100_000_000  # the format's own limit
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-READERS, SLICE_BYTES = 4, 8 << 20  # threads that fill one large read together: one alone neither keeps a fast disk nor a page
-# cache busy, since the memory that it reads into is new and has to be mapped
-
-
-def release(descriptor: int, begin: int, size: int) -> None:
-    """Start writing these bytes of a file to disk and let go of those that are there: what is streamed once should not fill the
-    page cache, nor wait in it for one long flush at the end. ``size`` 0: to the end."""
-    os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_DONTNEED)
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies: ``begin`` and ``end`` are byte offsets from the start of ``file``."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path
-    begin: int
-    end: int
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        return self.end - self.begin
-
-    def read(self, start: int = 0, count: int | None = None) -> Tensor:
-        """The tensor, or ``count`` rows of its first axis from ``start``, in memory of its own."""
-        begin, shape = self.begin, self.shape
-        if count is not None:
-            begin, shape = begin + start * (self.bytes // shape[0]), (count, *shape[1:])
-        with self.file.open("rb") as stream:
-            return _read_bytes(stream, self, begin, shape)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON object hook: json keeps the last of two equal keys without a word, which would hide a broken file."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise UserError(f"{twice} is named twice")
-    return result
-
-
-def _parse_json(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); download the file again") from None
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: not a JSON object; download the file again")
-    return value
-
-
-def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    def natural(values: Any) -> bool:
-        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-    if not isinstance(entry, dict) or not natural(entry.get("shape")) or not natural(entry.get("data_offsets")):
-        raise UserError(f"{file}: the header entry of {name} is malformed; download the file again")
-    if entry.get("dtype") not in DTYPES:
-        raise UserError(f"{file}: tensor {name} has dtype {entry.get('dtype')!r}; known: {', '.join(DTYPES)}")
-    dtype, shape, offsets = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    size = math.prod(shape) * dtype.itemsize
-    if len(offsets) != 2 or offsets[1] - offsets[0] != size:
-        raise UserError(f"{file}: tensor {name} needs {size} bytes but lies at {offsets}; download the file again")
-    return TensorInfo(dtype, shape, file, data_start + offsets[0], data_start + offsets[1])
-
-
-def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file in the order of their bytes. Raises :class:`UserError` on a file that is
-    truncated, too long, or whose tensors overlap or leave a hole."""
-    try:
-        actual = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if actual < 8 or length > MAX_HEADER:
-                raise UserError(f"{file}: not a safetensors file ({actual} bytes); download it again")
-            data = stream.read(length)
-    except OSError as error:
-        raise UserError(f"{file}: cannot read ({error.strerror})") from None
-    if len(data) < length:
-        raise UserError(f"{file}: truncated: expected at least {8 + length} bytes, has {actual}; download it again")
-    header = _parse_json(data, f"{file}: header")
-    header.pop("__metadata__", None)
-    infos = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
-    infos = dict(sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)))
-    expected = 8 + length
-    for name, info in infos.items():
-        if info.begin != expected:
-            fault = "overlaps the tensor before it" if info.begin < expected else "leaves a hole before it"
-            raise UserError(f"{file}: tensor {name} {fault}; download the file again")
-        expected = info.end
-    if actual != expected:
-        fault = "truncated" if actual < expected else "too long"
-        raise UserError(f"{file}: {fault}: expected {expected} bytes, has {actual}; download it again")
-    return infos
-
-
-def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """(shards in order of name, tensor name -> shard name) of an index."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from None
-    weight_map = _parse_json(data, str(path)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path}: has no weight_map; download it again")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(f"{path}: {name} is said to lie in {shard!r}, which is not a file name in this directory")
-    shards = [path.parent / shard for shard in sorted(set(weight_map.values()))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise UserError(f"{path.parent}: {len(missing)} of {len(shards)} shards missing: {missing[0]}; download again")
-    return shards, weight_map
-
-
-def _open_tensors(directory: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
-    single, index = directory / SINGLE, directory / INDEX
-    if single.is_file() and index.is_file():
-        raise UserError(f"{directory}: has both {SINGLE} and {INDEX}; remove the one that does not belong")
-    if single.is_file():
-        return [single], read_header(single)
-    if not index.is_file():
-        raise UserError(f"{directory}: has neither {SINGLE} nor {INDEX}; other weight formats are not read")
-    shards, weight_map = _read_index(index)
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        for name, info in read_header(shard).items():
-            if name in tensors:
-                raise UserError(f"{directory}: tensor {name} is in both {tensors[name].file.name} and {shard.name}")
-            if weight_map.get(name) != shard.name:
-                raise UserError(f"{directory}: {shard.name} holds {name}, which the index places in {weight_map.get(name)}")
-            tensors[name] = info
-    lost = next((name for name in weight_map if name not in tensors), None)
-    if lost:
-        raise UserError(f"{directory}: the index lists {lost} in {weight_map[lost]}, which does not hold it")
-    return shards, tensors
+CONSUMED = "consumed.json"  # in a checkpoint whose weights were given up while it was read: {"out": the output that has them}
 
 
 class Checkpoint:
@@ -207,10 +38,8 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json(self.path / "config.json")
         if not isinstance(self.config, dict):
             raise UserError(f"{self.path / 'config.json'}: not a JSON object")
-        self.files, self.tensors = _open_tensors(self.path)
+        self.files, self.tensors = open_tensors(self.path)
         if self.is_packed:
-            from packed_view import unpacked_tensors  # which imports this module
-
             self.tensors = unpacked_tensors(self.path, self.tensors)
 
     @property
@@ -251,64 +80,6 @@ class Checkpoint:
             yield start, info.read(start, min(step, info.shape[0] - start))
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
-    """The tensor that lies at ``info``, in memory of its own."""
-    return info.read()
-
-
-def _read_bytes(stream: BinaryIO, info: TensorInfo, offset: int, shape: tuple[int, ...]) -> Tensor:
-    size = math.prod(shape) * info.dtype.itemsize
-    if not size:
-        return torch.empty(shape, dtype=info.dtype)
-    buffer = torch.empty(size, dtype=torch.uint8)
-    view, descriptor = memoryview(buffer.numpy()), stream.fileno()
-    parts = [(start, min(start + SLICE_BYTES, size)) for start in range(0, size, SLICE_BYTES)]
-
-    def read(part: tuple[int, int]) -> int:
-        start, stop = part
-        while start < stop and (got := os.preadv(descriptor, [view[start:stop]], offset + start)):
-            start += got
-        return stop - start
-
-    if len(parts) == 1:
-        missing = read(parts[0])
-    else:
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)  # all of it is asked of the disk at once
-        with ThreadPoolExecutor(READERS, "read") as pool:
-            missing = sum(pool.map(read, parts))
-    if missing:
-        raise UserError(f"{info.file}: became shorter while it was read")
-    return buffer.view(info.dtype).view(shape)
-
-
-Plan = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
-
-
-def split_plan(
-    plan: Plan, shard_bytes: int, breaks: Collection[str]
-) -> list[list[tuple[str, torch.dtype, tuple[int, ...], int]]]:
-    """Tensors with their sizes, in plan order, in shards of at most ``shard_bytes`` (a larger tensor has its own); a
-    tensor in ``breaks`` begins a shard."""
-    shards: list[list[tuple[str, torch.dtype, tuple[int, ...], int]]] = [[]]
-    filled = 0
-    for name, dtype, shape in plan:
-        size = math.prod(shape) * dtype.itemsize
-        if shards[-1] and (filled + size > shard_bytes or name in breaks):
-            shards.append([])
-            filled = 0
-        shards[-1].append((name, dtype, tuple(shape), size))
-        filled += size
-    return shards
-
-
-def partial_name(file: Path) -> Path:
-    """The name of a shard while it is being written."""
-    return file.with_name(file.name + ".partial")
-
-
-CONSUMED = "consumed.json"  # in a checkpoint whose weights were given up while it was read: {"out": the output that has them}
-
-
 class SourceShards:
     """The shards of a checkpoint that is consumed: each gives its disk back once all its tensors lie in complete shards of the
     output. Its header and size stay until :meth:`remove`, so that a killed run goes on; the weights then read as zeros."""
@@ -341,164 +112,3 @@ class SourceShards:
         """Delete the shards, when the output is complete."""
         for file in self.checkpoint.files:
             file.unlink()
-
-
-class CheckpointWriter:
-    """Write safetensors from a plan [(name, dtype, shape)]: :meth:`append` tensors, or slices of them along axis 0, in
-    plan order. Use as a context manager: leaving it without an error checks that all of the plan was written and writes
-    the index if there are several shards.
-
-    A shard has the suffix .partial until it is complete and synced, so a file under its own name is whole. Opening a
-    directory that holds complete shards of the same plan resumes: :meth:`is_done` says which tensors need no append.
-    Within a shard wider dtypes lie first, so that every tensor is aligned, whatever the order of the plan.
-
-    ``share`` (n, of): one of several writers at the same time, which has every of-th shard from the n-th on; another writer
-    that finds them complete writes the index.
-    """
-
-    def __init__(
-        self, out_dir: str | Path, plan: Plan, shard_bytes: int, breaks: Collection[str] = (), share: tuple[int, int] = (0, 1)
-    ) -> None:
-        self.out_dir = Path(out_dir)
-        shards = split_plan(plan, shard_bytes, breaks)
-        count = len(shards)
-        self.files = [
-            self.out_dir / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
-            for number in range(1, count + 1)
-        ]
-        self.tensors: dict[str, TensorInfo] = {}
-        self._starts: dict[Path, bytes] = {}
-        for file, shard in zip(self.files, shards, strict=True):
-            self._lay_out(file, shard)
-        if len(self.tensors) != len(plan):
-            raise ValueError("a tensor is planned twice")
-        self._whole = share[1] == 1
-        self._own = set(self.files[share[0] :: share[1]])
-        self._done = {file for file in self.files if file.exists()}
-        self.closed: set[Path] = set()  # shards that this run has completed
-        self._pending = iter([name for name in self.tensors if self.is_own(name) and not self.is_done(name)])
-        self._name = next(self._pending, None)
-        self._written = 0  # bytes of the current tensor
-        self._stream: BinaryIO | None = None
-        self._open: Path | None = None  # the shard that is being written
-        self._skip_empty()
-
-    def is_done(self, name: str) -> bool:
-        """Whether the shard of this tensor was complete when the writer was made."""
-        return self.tensors[name].file in self._done
-
-    def is_own(self, name: str) -> bool:
-        """Whether this writer is the one that writes the tensor."""
-        return self.tensors[name].file in self._own
-
-    def is_complete(self, name: str) -> bool:
-        """Whether the shard of this tensor is whole and on the disk by now."""
-        file = self.tensors[name].file
-        if file not in self._done and file not in self.closed and file not in self._own and file.exists():
-            self.closed.add(file)  # by another writer
-        return file in self._done or file in self.closed
-
-    def write_empty(self) -> None:
-        """Make every shard as its header before a hole that reads as zeros, and the index: a plan that takes no disk."""
-        for file in self.files:
-            with self._explained(file), file.open("wb") as stream:
-                stream.write(self._starts[file])
-                stream.truncate(max(info.end for info in self.tensors.values() if info.file == file))
-        self._write_index()
-
-    def _lay_out(self, file: Path, shard: list[tuple[str, torch.dtype, tuple[int, ...], int]]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, dtype, shape, size in sorted(shard, key=lambda item: -item[1].itemsize):
-            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
-        self._starts[file] = len(text).to_bytes(8, "little") + text
-        for name, dtype, shape, _ in shard:
-            begin, end = (8 + len(text) + value for value in header[name]["data_offsets"])
-            self.tensors[name] = TensorInfo(dtype, shape, file, begin, end)
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            if self._stream:
-                self._stream.close()
-            return
-        self._close_shard()
-        if self._name is not None:
-            raise ValueError(f"{self._name} was planned but not written in full")
-        for file in self.files:  # a shard of empty tensors only has had no append
-            if file in self._own and not file.exists():
-                self._open_shard(file)
-                self._close_shard()
-        if self._whole:
-            self._write_index()
-
-    def _write_index(self) -> None:
-        if len(self.files) > 1:
-            total = sum(info.bytes for info in self.tensors.values())
-            weight_map = {name: info.file.name for name, info in self.tensors.items()}
-            with self._explained(self.out_dir / INDEX):
-                write_json(self.out_dir / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _explained(file: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{file}: cannot write ({error.strerror})") from None
-
-    def _open_shard(self, file: Path) -> None:
-        with self._explained(file):
-            self._stream = partial_name(file).open("wb")
-            self._stream.write(self._starts[file])
-        self._open = file
-
-    def _close_shard(self) -> None:
-        if self._stream and self._open:
-            with self._explained(self._open):
-                with self._stream as stream:
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                    release(stream.fileno(), 0, 0)
-                partial_name(self._open).rename(self._open)
-            self.closed.add(self._open)
-        self._stream = self._open = None
-
-    def _skip_empty(self) -> None:
-        while self._name is not None and not self.tensors[self._name].numel:
-            self._name = next(self._pending, None)
-
-    def encode(self, name: str, value: Tensor) -> Tensor:
-        """What :meth:`append` takes for ``value``: itself. The writer of a packed checkpoint makes codes of it."""
-        return value.cpu()
-
-    def append(self, name: str, tensor: Tensor) -> None:
-        """Write the next rows of ``name``, which must be the plan's current tensor, in its dtype and trailing shape."""
-        info = self.tensors[name]
-        if not info.numel:
-            return
-        if name != self._name or tensor.dtype != info.dtype or tensor.shape[1:] != info.shape[1:]:
-            raise ValueError(f"{name} {tensor.dtype} {list(tensor.shape)} is not next in the plan (next: {self._name})")
-        data = memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        if self._written + len(data) > info.bytes:
-            raise ValueError(f"{name}: more rows than planned")
-        if self._open != info.file:
-            self._close_shard()
-            self._open_shard(info.file)
-        with self._explained(info.file):
-            self._stream.seek(info.begin + self._written)
-            self._stream.write(data)
-            if len(data) >= SLICE_BYTES:
-                self._stream.flush()
-                release(self._stream.fileno(), info.begin + self._written, len(data))
-        self._written += len(data)
-        if self._written == info.bytes:
-            self._name, self._written = next(self._pending, None), 0
-            self._skip_empty()
-            if self._name is None or self.tensors[self._name].file != info.file:
-                self._close_shard()

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from device_pool import numbers_on
+from devices import numbers_on
 
 ROWS, WARPS = 32, 8  # groups a program, and its warps: the fastest of those tried on an H200 (docs/DEVELOPMENT.md)
 

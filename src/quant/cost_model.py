@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError, atomic_path, run_cli
-from model_layout import Role, role_of
+from families import Role, role_of
 from recipe import Recipe
-from results_store import read_result
+from records import read_result
 from synthetic_gguf import TYPES, empty_model, plan
 from synthetic_moe import SHAPES, Shape, layer_plan, plan_of
 

@@ -19,16 +19,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoint import INDEX, Checkpoint
+from checkpoint import Checkpoint
 from console import UserError, atomic_path, read_json, run_cli, write_json
-from env_config import load_config
+from families import Role, roles_of, text_config
 from gguf_pack import plan_pack, report
 from gguf_recipe import read_patterns, type_named
-from model_layout import Role, roles_of, text_config
 from pack_run import PackConfig
 from quant_save import plan_jobs, summarize
 from quantize_run import QuantizeConfig
 from recipe import Recipe
+from safetensors_file import INDEX
+from settings import load_config
 
 REPO = Path(__file__).resolve().parents[2]
 DOCUMENT = REPO / "docs" / "MOE_PIPELINE.md"

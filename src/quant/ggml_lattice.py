@@ -22,7 +22,7 @@ import torch
 from gguf import quants
 from torch import Tensor
 
-from device_pool import numbers_on
+from devices import numbers_on
 from ggml_types import BlockType, Codec, Scales, bytes_half, half, half_bytes, join_bits, split_bits
 
 LEVELS = 16

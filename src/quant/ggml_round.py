@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from console import UserError
-from ggml_types import Codec, Scales, balanced, codec, decode_rows, encode, fit_blocks, row_bytes
-from rounding import WORKING_BYTES, damped, experts_at_once, inverse_factor
+from ggml_codecs import balanced, codec, decode_rows, encode, fit_blocks
+from ggml_types import Codec, Scales, row_bytes
+from moe_ptq import WORKING_BYTES, damped, experts_at_once, inverse_factor
 
 SIZES = (1.0, 0.94, 1.06)  # of the fitted scales, that a sweep tries
 PLAIN_SWEEP = ("q8_0",)  # types so fine that a sweep alone leaves no error worth the descents, which take ten times as long
@@ -308,7 +309,7 @@ def ldlq(
     """Bytes uint8 [E, O, row_bytes] of ``weight`` [E, O, I] rounded for a small output error under ``hessian`` [E, I, I].
 
     ``damping`` of the mean of diag(H) is added to it. ``passes``: of descent, within a block when the sweep is there, and over
-    all blocks afterwards. A row whose plain rounding (:func:`ggml_types.encode` with diag(H)) has a lower error takes that.
+    all blocks afterwards. A row whose plain rounding (:func:`ggml_codecs.encode` with diag(H)) has a lower error takes that.
     """
     size, kind = row_bytes(name, weight.shape[-1]), codec(name)
     experts, outputs, inputs = weight.shape

@@ -11,7 +11,6 @@ The layouts are those of ggml-common.h and ggml-quants.c of llama.cpp; the tests
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 from typing import NamedTuple
 
@@ -163,57 +162,11 @@ def join_bits(fields: Tensor, bits: int, inner: int) -> Tensor:
 # ---------------------------------------------------------------- types without a scale
 
 
-class CastCodec(Codec):
-    """f32, f16 and bf16: a code is the bit pattern of one weight; there is nothing to fit."""
-
-    DTYPES = {"f32": (torch.float32, torch.int32), "f16": (torch.float16, torch.int16), "bf16": (torch.bfloat16, torch.int16)}
-
-    integers = {}
-
-    def __init__(self, block_type: BlockType) -> None:
-        super().__init__(block_type)
-        self.dtype, self.integer = self.DTYPES[block_type.name]
-
-    def fit(self, w: Tensor, importance: Tensor) -> Scales:
-        one = torch.ones_like(w)
-        return Scales(one, torch.zeros_like(w), ())
-
-    def nearest(self, x: Tensor, scale: Tensor, offset: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        codes = x.to(self.dtype).contiguous().view(self.integer).int()
-        return codes, self.units(codes)
-
-    def units(self, codes: Tensor) -> Tensor:
-        return codes.to(self.integer).view(self.dtype).float()
-
-    def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
-        return scales
-
-    def pack(self, scales: Scales, codes: Tensor) -> Tensor:
-        return codes.to(self.integer).contiguous().view(torch.uint8)
-
-    def decode(self, data: Tensor) -> Tensor:
-        return data.contiguous().view(self.dtype).float()
-
-
 # ---------------------------------------------------------------- rows of a tensor
 
 
-@functools.cache
-def codec(name: str) -> Codec:
-    """The codec of a type; :class:`UserError` on a name that is not in TYPES."""
-    block_type = _known(name)
-    if name in LATTICE:
-        from ggml_lattice import lattice_codec
-
-        return lattice_codec(block_type)
-    if name in CastCodec.DTYPES:
-        return CastCodec(block_type)
-    from ggml_scalar import ScalarCodec
-
-    return ScalarCodec(block_type)
-
-
-def _known(name: str) -> BlockType:
+def known(name: str) -> BlockType:
+    """The block type of a name; :class:`UserError` on one that is not in TYPES."""
     if name not in TYPES:
         raise UserError(f"ggml type {name!r} is unknown; known: {', '.join(TYPES)}")
     return TYPES[name]
@@ -221,7 +174,7 @@ def _known(name: str) -> BlockType:
 
 def row_bytes(name: str, inputs: int) -> int:
     """Bytes of a row of ``inputs`` weights; :class:`UserError` where its length is no multiple of the block."""
-    kind = _known(name)
+    kind = known(name)
     if inputs % kind.block:
         raise UserError(f"a row of {inputs} weights is no multiple of the {kind.block} of {name}; use {fallback(name, inputs)}")
     return inputs // kind.block * kind.bytes
@@ -233,69 +186,7 @@ _SMALLER_BLOCK = {"q2_K": "q4_0", "q3_K": "q4_0", "q4_K": "q5_0", "q5_K": "q5_1"
 def fallback(name: str, inputs: int) -> str:
     """The type that llama-quantize takes instead for rows of ``inputs``: the name itself where its block fits, else a type
     with a block of 32, else f16 (tensor_type_fallback in llama-quant.cpp)."""
-    if inputs % _known(name).block == 0:
+    if inputs % known(name).block == 0:
         return name
     other = "iq4_nl" if name in LATTICE else _SMALLER_BLOCK.get(name, name)
     return other if inputs % TYPES[other].block == 0 else "f16"
-
-
-def balanced(importance: Tensor) -> Tensor:
-    """Importance [N, block] divided by the mean of its block, at least 1e-6; ones for a block that has none."""
-    mean = importance.mean(-1, keepdim=True)
-    return torch.where(mean > 0, importance / mean.clamp_min(1e-38), 1.0).clamp_min(1e-6)
-
-
-def fit_blocks(kind: Codec, w: Tensor, importance: Tensor) -> Scales:
-    """:meth:`Codec.fit` of any number of blocks [N, block], in chunks of bounded memory."""
-    parts = [kind.fit(w[part], importance[part]).raw for part in _chunks(w)]
-    return kind.scales_of(*(torch.cat(fields) for fields in zip(*parts)))
-
-
-def encode(weight: Tensor, name: str, importance: Tensor | None = None) -> Tensor:
-    """Bytes uint8 [..., row_bytes] of ``weight`` [..., I], rounded for a small sum of importance * error**2.
-
-    ``importance`` [I], or of a shape that broadcasts to the weight's; None: all weights alike.
-    """
-    size = row_bytes(name, weight.shape[-1])
-    if importance is not None and importance.ndim > 1 and weight.ndim > 2:
-        importance = importance.expand(*weight.shape[: weight.ndim - importance.ndim], *importance.shape)
-        parts = [encode(w, name, importance[e if len(importance) > 1 else 0]) for e, w in enumerate(weight)]
-        return torch.stack(parts)
-    rows = weight.reshape(-1, weight.shape[-1])
-    out = torch.empty(len(rows), size, dtype=torch.uint8, device=weight.device)
-    for part in _chunks(rows):
-        w = rows[part].float()
-        own = torch.ones_like(w) if importance is None else importance.expand_as(rows)[part].to(w)
-        out[part] = _encode_rows(w, codec(name), own)
-    return out.view(*weight.shape[:-1], size)
-
-
-def _encode_rows(w: Tensor, kind: Codec, importance: Tensor) -> Tensor:
-    if not bool(torch.isfinite(w).all()):
-        raise UserError(f"a weight to be written as {kind.type.name} is NaN or infinite")
-    if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
-        raise UserError("an importance is negative, NaN or infinite; compute the imatrix again")
-    blocks = w.reshape(-1, kind.type.block)
-    importance = balanced(importance.reshape(blocks.shape))
-    scales = kind.fit(blocks, importance)
-    codes, _ = kind.block_codes(blocks, scales, importance)
-    return kind.pack(scales, codes).reshape(len(w), -1)
-
-
-def decode_rows(data: Tensor, name: str) -> Tensor:
-    """float32 [..., I] of the bytes uint8 [..., row_bytes] of rows; :class:`UserError` where they are no whole blocks."""
-    kind = codec(name)
-    if data.shape[-1] % kind.type.bytes:
-        raise UserError(f"a row of {data.shape[-1]} bytes is no multiple of the {kind.type.bytes} of a block of {name}")
-    inputs = data.shape[-1] // kind.type.bytes * kind.type.block
-    rows = data.reshape(-1, data.shape[-1])
-    out = torch.empty(len(rows), inputs, device=data.device)
-    for part in _chunks(out):
-        out[part] = kind.decode(rows[part].reshape(-1, kind.type.bytes)).view(-1, inputs)
-    return out.view(*data.shape[:-1], inputs)
-
-
-def _chunks(rows: Tensor) -> list[slice]:
-    """Slices of the rows [R, I] that are worked on together."""
-    count = max(1, CHUNK_WEIGHTS[rows.device.type] // max(1, rows.shape[1]))
-    return [slice(start, start + count) for start in range(0, len(rows), count)]

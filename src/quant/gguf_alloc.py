@@ -28,16 +28,17 @@ from calibration import Calibration, Collector, LayerStream
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, progress, run_cli, scratch_folder
-from ggml_types import decode_rows, fallback
-from gguf_file import make_header, padded, tensor_bytes
+from families import Role
+from ggml_codecs import decode_rows
+from ggml_types import fallback
+from gguf_format import make_header, padded, tensor_bytes
 from gguf_layout import Piece, into_parameter, ordered_hessian, pieces_of, to_gguf
 from gguf_pack import add_rounding_arguments, check_rounding_arguments
 from gguf_pass import DAMPING, encoded, is_quantized, output_error
 from gguf_recipe import chosen_type, exact_patterns, file_type, keeps_float32, read_patterns, type_named
-from model_layout import Role
+from kl import divergence
 from moe_alloc import solve
-from moe_eval import divergence
-from results_store import add_record_arguments, check_record_arguments, describe_model, write_result
+from records import add_record_arguments, check_record_arguments, describe_model, write_result
 from token_weights import token_weights
 
 CANDIDATES = "iq2_xs,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"

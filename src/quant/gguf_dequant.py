@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from calibration import place_of
-from checkpoint import Checkpoint, CheckpointWriter
+from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
-from ggml_types import decode_rows
-from gguf_file import GgufFile
+from families import family_of
+from ggml_codecs import decode_rows
+from gguf_format import GgufFile
 from gguf_layout import Piece, into_parameter, parameter_shape, pieces_of
 from imatrix import ARCHITECTURES
-from model_layout import family_of
 from quant_save import sidecars
-from results_store import DECODED_MARK, header_sha256
-from staging import check_output, staged_directory
+from records import DECODED_MARK, header_sha256
+from run_dir import check_output, staged_directory
+from safetensors_file import CheckpointWriter
 
 
 def check_match(file: GgufFile, checkpoint: Checkpoint, pieces: list[Piece]) -> None:

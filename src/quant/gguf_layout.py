@@ -24,8 +24,8 @@ from torch import Tensor
 from calibration import place_of
 from checkpoint import Checkpoint
 from console import UserError
+from families import LAYER_PREFIX, Role, family_of, roles_of, text_config
 from imatrix import ARCHITECTURES
-from model_layout import LAYER_PREFIX, Role, family_of, roles_of, text_config
 
 FAMILIES = ("qwen3_5_moe", "qwen3_5")
 

@@ -31,17 +31,18 @@ from calibration import Calibration, LayerStream
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, file_sha256, progress, run_cli, write_json
-from ggml_types import TYPES, CastCodec, decode_rows, encode, row_bytes
-from gguf_file import GgufWriter, make_header, padded, run_converter, tensor_bytes
+from families import Role, roles_of
+from ggml_codecs import CastCodec, decode_rows, encode
+from ggml_types import TYPES, row_bytes
+from gguf_format import GgufWriter, make_header, padded, run_converter, tensor_bytes
 from gguf_layout import Piece, pieces_of, read_parameter, to_gguf
 from gguf_pass import DAMPING, METHODS, GgufPass, is_quantized
 from gguf_recipe import NEED_IMPORTANCE, file_type, read_patterns, type_named, types_of
 from imatrix import Entry, read_imatrix
-from model_layout import Role, roles_of
 from overlap import OneBehind
 from recipe import RECIPE_FILE
-from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
-from staging import RUN, check_output, check_resume, staged_directory
+from records import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
+from run_dir import RUN, check_output, check_resume, staged_directory
 from token_weights import kept_bytes, token_weights
 
 STATE, HEADER = "written.json", "header.bin"

@@ -14,8 +14,9 @@ from torch import Tensor
 from calibrated_pass import LM_HEAD, CalibratedPass
 from calibration import Calibration, LayerStream, Moments
 from console import UserError
+from ggml_codecs import decode_rows, encode
 from ggml_round import ldlq
-from ggml_types import TYPES, decode_rows, encode
+from ggml_types import TYPES
 from gguf_layout import Piece, into_parameter, ordered_hessian, read_parameter, to_gguf
 
 METHODS = ("ldlq", "nearest")

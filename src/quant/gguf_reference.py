@@ -21,10 +21,10 @@ import llama_cpp
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, file_sha256, read_json, run_cli, write_json
-from gguf_file import GgufFile, run_converter
+from gguf_format import GgufFile, run_converter
 from gguf_pack import Pack, plan_pack, report, table, write_mmproj
 from gguf_recipe import read_patterns, type_named
-from results_store import add_record_arguments, check_record_arguments, describe_model, sha256_text, write_result
+from records import add_record_arguments, check_record_arguments, describe_model, sha256_text, write_result
 
 STEPS = "steps.json"
 LLAMA_NAMES = {"q3_K": "Q3_K_M", "q4_K": "Q4_K_M", "q5_K": "Q5_K_M"}
@@ -73,7 +73,7 @@ class Steps:
 
 def calibration_text(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """The text of the tokens that the calibrated pass would read, and their record."""
-    from backends import load_tokenizer
+    from hf_model import load_tokenizer
 
     ids, entry = calibration_of(args)
     tokenizer = load_tokenizer(args.model)

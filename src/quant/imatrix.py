@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calibration import Moments
 from console import UserError, atomic_path
-from model_layout import family_of
+from families import family_of
 
 ARCHITECTURES = {
     "qwen3_5_moe": gguf.MODEL_ARCH.QWEN35MOE,

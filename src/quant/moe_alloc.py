@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from backends import load_model, load_tokenizer
 from calibration import Calibration, place_of
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
 from expert_signals import STRATEGIES, bits_by_score, scores
-from moe_eval import batches, divergence, file_texts, tiny_texts
+from hf_model import load_model, load_tokenizer
+from kl import batches, divergence, file_texts, tiny_texts
 from moe_probe import probe
 from moe_quant import fake_quant
-from results_store import add_record_arguments, check_record_arguments, describe_model, read_result, write_result
+from records import add_record_arguments, check_record_arguments, describe_model, read_result, write_result
 
 
 def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:

@@ -25,10 +25,10 @@ from calibration import Calibration, Collector, LayerStream
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli
+from families import text_config
 from gguf_layout import head_order
 from imatrix import Entry, entries_of, write_imatrix
-from model_layout import text_config
-from results_store import add_record_arguments, check_record_arguments, describe_model, write_result
+from records import add_record_arguments, check_record_arguments, describe_model, write_result
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from console import UserError, run_cli
-from env_config import from_environment, load_config
 from quantize_run import calibration_flags, flag, step
+from settings import from_environment, load_config
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import PACKED, Checkpoint, CheckpointWriter, TensorInfo
+from checkpoint import Checkpoint
 from console import UserError, progress, read_json, run_cli, write_json
-from model_layout import roles_of
+from families import roles_of
 from overlap import OneBehind, one_ahead
 from packed_layout import PackedWriter, describe, plan_container, summary
-from packed_view import read_manifest
-from quant_save import CHUNK_BYTES, Job, bits_argument, plan_jobs, sidecars
-from recipe import RECIPE_FILE, Recipe, read_recipe
-from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
-from staging import check_output, staged_directory
+from packed_view import PACKED, read_manifest
+from quant_save import CHUNK_BYTES, bits_argument, plan_jobs, sidecars
+from recipe import RECIPE_FILE, Job, Recipe, read_recipe
+from records import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
+from run_dir import check_output, staged_directory
+from safetensors_file import CheckpointWriter, TensorInfo
 
 
 def copy_tensors(checkpoint: Checkpoint, writer: CheckpointWriter | PackedWriter, label: str) -> None:

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from console import UserError
 from moe_quant import Quantized, inverse_scale
+from packed_view import CHUNK
 
-BITS = 4
-CODES_A_WORD = 32 // BITS
 NEIGHBOURS = (0, 1, -1, 2, -2)  # of a quotient in bfloat16: the stored maximum is rounded, so the scale may lie beside it
-CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # values worked on at once
 
 
 def bfloat16_neighbour(value: Tensor, steps: int) -> Tensor:
@@ -81,21 +79,3 @@ def pack_codes(codes: Tensor) -> Tensor:
     """int8 [..., I] in -8..7, I a multiple of 8 -> int32 [..., I/8]."""
     shifted = (codes + 8).view(torch.uint8)
     return (shifted[..., 0::2] | shifted[..., 1::2] << 4).view(torch.int32)  # a byte holds two codes, the lower one first
-
-
-def unpack_codes(packed: Tensor) -> Tensor:
-    """int32 [..., I/8] -> int8 [..., I] in -8..7."""
-    pairs = packed.contiguous().view(torch.uint8)
-    return (torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2).view(torch.int8)) - 8
-
-
-def unpacked_values(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The values [O, I] of packed [O, I/8] int32 and scale [O, I/G]: code * scale in float32 (exact), rounded once."""
-    rows, groups = scale.shape
-    out = torch.empty(rows, packed.shape[1] * CODES_A_WORD, dtype=dtype, device=packed.device)
-    count = max(1, CHUNK.get(packed.device.type, CHUNK["cpu"]) // max(1, out.shape[1]))
-    for start in range(0, rows, count):
-        piece = slice(start, start + count)
-        codes = unpack_codes(packed[piece])
-        out[piece] = (codes.view(len(codes), groups, -1) * scale[piece].float()[..., None]).flatten(1)
-    return out

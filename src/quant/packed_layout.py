@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPE_NAMES, PACKED, CheckpointWriter, Plan, TensorInfo, split_plan
 from console import UserError, write_json
-from device_pool import default_device
-from model_layout import LAYER_PREFIX, MTP_PREFIX, VISION_PREFIX, Role, text_name
-from packed_int4 import BITS, CODES_A_WORD, codes_of, pack_codes
-from packed_view import FORMAT, matrices_of
+from devices import default_device
+from families import LAYER_PREFIX, MTP_PREFIX, VISION_PREFIX, Role, text_name
+from packed_int4 import codes_of, pack_codes
+from packed_view import BITS, CODES_A_WORD, FORMAT, PACKED, matrices_of
 from recipe import Recipe
+from safetensors_file import DTYPE_NAMES, CheckpointWriter, Plan, TensorInfo, split_plan
 
 if TYPE_CHECKING:
-    from quant_save import Job
+    from recipe import Job
 
 SYMMETRIC = ("absmax", "clip", "wclip", "gptq", "gptq_refit")  # code * scale; other methods shift or rescale
 GROUPS = (32, 64, 128)  # group sizes that vLLM's kernels have

@@ -19,9 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import DTYPES, PACKED, TensorInfo
 from console import UserError, read_json
-from packed_int4 import CODES_A_WORD, unpacked_values
+from safetensors_file import DTYPES, TensorInfo
+
+PACKED = "packed.json"  # in a packed checkpoint: what it unpacks to
+BITS = 4
+CODES_A_WORD = 32 // BITS
+CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # values worked on at once
+
 
 FORMAT = 1
 FUSED = re.compile(r"(.*\.experts)\.(gate_up|down)_proj")
@@ -105,3 +110,21 @@ def unpacked_tensors(directory: Path, stored: Mapping[str, TensorInfo]) -> dict[
     if rest:
         raise UserError(f"{directory}: {min(rest)} is not in {PACKED}; pack the checkpoint again")
     return found
+
+
+def unpack_codes(packed: Tensor) -> Tensor:
+    """int32 [..., I/8] -> int8 [..., I] in -8..7."""
+    pairs = packed.contiguous().view(torch.uint8)
+    return (torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2).view(torch.int8)) - 8
+
+
+def unpacked_values(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The values [O, I] of packed [O, I/8] int32 and scale [O, I/G]: code * scale in float32 (exact), rounded once."""
+    rows, groups = scale.shape
+    out = torch.empty(rows, packed.shape[1] * CODES_A_WORD, dtype=dtype, device=packed.device)
+    count = max(1, CHUNK.get(packed.device.type, CHUNK["cpu"]) // max(1, out.shape[1]))
+    for start in range(0, rows, count):
+        piece = slice(start, start + count)
+        codes = unpack_codes(packed[piece])
+        out[piece] = (codes.view(len(codes), groups, -1) * scale[piece].float()[..., None]).flatten(1)
+    return out

@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import fnmatch
 import json
-import math
 import shutil
 import threading
 import time
@@ -32,18 +31,20 @@ from torch import Tensor
 
 from calibration import Calibration, layer_bytes, place_of
 from calibration_text import add_calibration_arguments, calibration_of
-from checkpoint import CONSUMED, INDEX, PACKED, Checkpoint, CheckpointWriter, SourceShards, TensorInfo
+from checkpoint import CONSUMED, Checkpoint, SourceShards
 from console import UserError, progress, run_cli, write_json
-from device_pool import Stopped, default_device, device_peaks, each_device, on_device, parse_devices
-from model_layout import Role, roles_of
+from devices import Stopped, default_device, device_peaks, each_device, on_device, parse_devices
+from families import Role, roles_of
+from moe_ptq import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
 from moe_quant import average_bits, fake_quant
 from overlap import OneBehind, one_ahead
 from packed_layout import Container, PackedWriter, describe, open_writer, plan_container
 from packed_layout import summary as packed_summary
-from recipe import RECIPE_FILE, Recipe, read_allocation
-from results_store import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
-from rounding import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
-from staging import RUN, check_output, check_resume, staged_directory
+from packed_view import PACKED
+from recipe import RECIPE_FILE, Job, Recipe, read_allocation
+from records import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
+from run_dir import RUN, check_output, check_resume, staged_directory
+from safetensors_file import INDEX, CheckpointWriter
 from synthetic_moe import is_synthetic
 from token_weights import kept_bytes
 
@@ -53,24 +54,6 @@ BASE_BYTES = 600 << 20  # the interpreter with torch
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
 MAX_SIDECAR_BYTES = 64 << 20  # the largest tokenizers are about half of it
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One tensor: quantized to ``bits``, or copied when ``bits`` is None."""
-
-    name: str
-    info: TensorInfo
-    role: Role
-    bits: float | None  # a fraction mixes two grids among the experts of a layer
-    by_expert: tuple[int, ...] = ()  # bits of each expert of a fused tensor, whose mean ``bits`` is
-
-    def packed_bytes(self, recipe: Recipe) -> int:
-        """Bytes of bit-packed codes and 16-bit scales (and zero points), or of the tensor itself when it is copied."""
-        if self.bits is None:
-            return self.info.bytes
-        bits_a_group = 16 + zero_point_bits(recipe.method, int(self.bits))
-        return math.ceil(self.info.numel * self.bits / 8) + math.ceil(self.info.numel * bits_a_group / recipe.group / 8)
 
 
 @dataclasses.dataclass

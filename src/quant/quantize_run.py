@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from console import UserError, run_cli, run_script
-from env_config import from_environment, load_config
 from recipe import Recipe
+from settings import from_environment, load_config
 
 
 @dataclass(frozen=True)

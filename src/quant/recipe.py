@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError, read_json
-from model_layout import Role
+from families import Role
+from moe_ptq import METHODS, zero_point_bits
 from moe_quant import CLIP_LOW
-from rounding import METHODS
+from safetensors_file import TensorInfo
 
 RECIPE_FILE = "recipe.json"
 KEEP = 16  # bits that mean "leave as it is"
@@ -31,7 +32,7 @@ LINEAR_ROLES = (
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """expert_bits and linear_bits: 2..8, or 16 to leave those tensors as they are; a fraction of expert_bits gives that
-    share of each layer's experts one bit more. group: inputs that share a scale. method: see rounding.py. overrides:
+    share of each layer's experts one bit more. group: inputs that share a scale. method: see moe_ptq.py. overrides:
     (pattern, bits) pairs, a pattern as of fnmatch for names of transformers' parameters; the last that matches wins.
     experts: (module, bits of each of its experts) pairs, such as ("model.layers.0.mlp.experts", (2, 3, 4, 3))."""
 
@@ -125,3 +126,21 @@ def read_recipe(checkpoint: str | Path) -> Recipe:
     path = Path(checkpoint) / RECIPE_FILE
     value = read_json(path)
     return from_json(value.get("recipe") if isinstance(value, dict) else None, str(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One tensor: quantized to ``bits``, or copied when ``bits`` is None."""
+
+    name: str
+    info: TensorInfo
+    role: Role
+    bits: float | None  # a fraction mixes two grids among the experts of a layer
+    by_expert: tuple[int, ...] = ()  # bits of each expert of a fused tensor, whose mean ``bits`` is
+
+    def packed_bytes(self, recipe: Recipe) -> int:
+        """Bytes of bit-packed codes and 16-bit scales (and zero points), or of the tensor itself when it is copied."""
+        if self.bits is None:
+            return self.info.bytes
+        bits_a_group = 16 + zero_point_bits(recipe.method, int(self.bits))
+        return math.ceil(self.info.numel * self.bits / 8) + math.ceil(self.info.numel * bits_a_group / recipe.group / 8)

@@ -17,16 +17,16 @@ import torch
 from calibration import Calibration, layer_bytes
 from checkpoint import Checkpoint
 from console import UserError
+from families import Role, roles_of
 from gguf_pack import plan_pack, report
 from gguf_pack import table as pack_table
 from gguf_recipe import read_patterns, type_named
-from model_layout import Role, roles_of
-from quant_save import BASE_BYTES, CHUNK_BYTES, Job, plan_jobs, preflight, sidecars, summarize
+from moe_ptq import CALIBRATED
+from quant_save import BASE_BYTES, CHUNK_BYTES, plan_jobs, preflight, sidecars, summarize
 from quant_save import table as quantize_table
-from recipe import LINEAR_ROLES, Recipe
-from results_store import read_result
-from rounding import CALIBRATED
-from staging import check_output, partial_of
+from recipe import LINEAR_ROLES, Job, Recipe
+from records import read_result
+from run_dir import check_output, partial_of
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 Rates = dict[str, tuple[float, str]]  # machine: (units a second, the record's file)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from device_pool import numbers_on
+from devices import numbers_on
 from ggml_fit import LARGE, SMALL, TINY, Choice
 from ggml_types import HALF_MAX
 

@@ -32,12 +32,13 @@ import torch
 import ggml_lattice
 import ggml_scalar
 from calibration import Calibration
-from checkpoint import Checkpoint, release
+from checkpoint import Checkpoint
 from console import UserError, progress, read_json, run_cli
-from device_pool import default_device
+from devices import default_device
 from quant_save import lanes
 from recipe import Recipe
-from results_store import add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
+from records import add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
+from safetensors_file import release
 from synthetic_moe import MARK, Shape, is_synthetic, plan_of
 
 BLOCK, SMALL_BLOCK = 16 << 20, 1 << 20  # of the disk's measurement; the second for files that the first does not divide well

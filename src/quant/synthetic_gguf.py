@@ -27,14 +27,14 @@ from torch import Tensor
 
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, progress, run_cli
-from ggml_types import encode
-from gguf_file import GgufWriter, make_header
+from families import Role
+from ggml_codecs import encode
+from gguf_format import GgufWriter, make_header
 from gguf_layout import Piece, to_gguf
 from gguf_pack import Pack, cast, plan_pack, report
 from gguf_pass import is_quantized
 from gguf_recipe import file_type, read_patterns, type_named
-from model_layout import Role
-from results_store import add_record_arguments, check_record_arguments, write_result
+from records import add_record_arguments, check_record_arguments, write_result
 from synthetic_moe import Shape, device_at_hand, draw, prepare, shape_arguments, shape_from
 
 ROOT = Path(__file__).resolve().parents[2]

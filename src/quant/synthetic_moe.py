@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoint, CheckpointWriter, Plan, TensorInfo, release
+from checkpoint import Checkpoint
 from console import UserError, progress, read_json, run_cli, write_json
-from device_pool import Stopped, each_device, parse_devices
+from devices import Stopped, each_device, parse_devices
+from safetensors_file import CheckpointWriter, Plan, TensorInfo, release
 
 MARK = "synthetic.json"  # beside config.json: this directory was made here, with this seed, and these shards are empty
 SHARD_BYTES = 4 << 30

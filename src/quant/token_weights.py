@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from calibration import Calibration, LayerStream
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, progress
-from model_layout import text_config
+from families import text_config
+from records import header_sha256
 from refine import output
-from results_store import header_sha256
 
 FILE = "token-weights.st"
 

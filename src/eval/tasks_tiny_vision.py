@@ -13,10 +13,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from benchmarks import Item
 from graders import extract_boxed, extract_letter, grade_integer
 from pictures import Picture, image_part, text_part
-from tiny_tasks import TinyTask, split_of
+from task import Benchmark
+from task_text import Item, TaskText, split_of
 
 SIZE, CELL = 64, 16
 VISION_REVISION = "tiny-vision-2"  # 2: the reference turns of tiny_count name every cell; pictures and questions are those of 1
@@ -53,7 +53,7 @@ def ink(rng: random.Random, name: str | None = None) -> tuple[int, ...]:
     return tuple(max(0, min(255, c + rng.randint(-25, 25))) for c in INKS[name or rng.choice(list(INKS))])
 
 
-class TinyVision(TinyTask):
+class TinyVision(TaskText, Benchmark):
     """Shared part: draw scenes of a split, one item for each key, the picture before the question."""
 
     max_tokens = 64  # the longest reference solution has about 45

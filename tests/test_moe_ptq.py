@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from console import UserError
-from moe_quant import fake_quant
-from rounding import (
+from moe_ptq import (
     METHODS,
     Codes,
     Grid,
@@ -20,6 +19,7 @@ from rounding import (
     round_weight,
     shrink,
 )
+from moe_quant import fake_quant
 
 
 def problem(experts=3, outputs=24, inputs=64, tokens=300, seed=0):

@@ -1,27 +1,16 @@
-"""What a benchmark is: load, prompt, extract, grade. One small class each; a dict maps names to classes.
+"""What a benchmark is: load, prompt, extract, grade. One small class each; task_list maps names to classes.
 
-Not a command. `python src/eval/vllm_eval8.py --benchmarks tiny_math,tiny_know` runs the classes that register here.
+Not a command.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from console import UserError
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question. ``question`` is the user turn; ``gold`` is what the grader compares with."""
-
-    id: str
-    question: str
-    gold: str
-    meta: dict[str, Any] = field(default_factory=dict)
+from task_text import Item
 
 
 class Benchmark:
@@ -74,17 +63,3 @@ class Benchmark:
 def check_data_dir(data_dir: Path | None) -> None:
     if data_dir is not None and not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir}: no such directory")
-
-
-def get_benchmarks(names: Sequence[str], data_dir: Path | None = None) -> list[Benchmark]:
-    """Instances of the named benchmarks, or one line that lists the known ones. ``data_dir``: local rows, see hub_data."""
-    from bench8_loaders import TEXT_BENCHMARKS
-    from tiny_tasks import TINY_TASKS
-
-    check_data_dir(data_dir)
-    known: dict[str, Any] = {task.name: task for task in TINY_TASKS}
-    known |= {task.name: functools.partial(task, data_dir) for task in TEXT_BENCHMARKS}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UserError(f"unknown benchmark {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
-    return [known[name]() for name in names]

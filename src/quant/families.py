@@ -154,9 +154,9 @@ def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | 
     rules, rest = (layer, text[prefix.end() :]) if prefix else (top, text)
     role = next((role for pattern, role in rules if pattern.fullmatch(rest)), None)
     if role is None:
-        raise UserError(f"tensor {name} {list(shape)}: no rule for it in model_type {model_type} (model_layout.py)")
+        raise UserError(f"tensor {name} {list(shape)}: no rule for it in model_type {model_type} (families.py)")
     if len(shape) not in DIMENSIONS.get(role, (len(shape),)):
-        raise UserError(f"tensor {name}: shape {list(shape)} is not that of a {role} (model_layout.py)")
+        raise UserError(f"tensor {name}: shape {list(shape)} is not that of a {role} (families.py)")
     return role
 
 

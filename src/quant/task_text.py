@@ -1,8 +1,8 @@
-"""Four axes of capability for razor-tiny, from a seeded generator: tiny_know, tiny_math, tiny_reason, tiny_code.
+"""The text of the tiny tasks, from a seeded generator: questions, golds and reference solutions on four axes of capability.
 
-Not a command. Same interface as the real benchmarks (benchmarks.Benchmark), plus `generate` and `solution`, which
-training and calibration use. Splits cannot overlap: an item belongs to the split that the hash of its defining
-content says (for tiny_know the hash of the fact asked about), so no seed can put one item in both.
+Not a command. Training, calibration and held-out KL read it; src/eval/tasks_tiny.py grades answers to it. Splits cannot
+overlap: an item belongs to the split that the hash of its defining content says (for tiny_know the hash of the fact asked
+about), so no seed can put one item in both.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from benchmarks import Benchmark, Item
-from code_sandbox import run_many
-from graders import extract_boxed, extract_code, extract_letter, grade_integer
-from tiny_world import FINISHES, RELATIONS, Step, default_world
+from task_world import FINISHES, RELATIONS, Step, default_world
 
 TEST_ITEMS = 1000
 TEST_SHARE = 16  # one key in 16 belongs to the test split
@@ -22,6 +21,16 @@ GENERATOR_REVISION = "tiny-tasks-5"
 PERSONS = (
     "Ada Ben Cleo Dan Eve Finn Gus Hana Ivo Jane Kit Lea Max Nora Otto Pia Quin Rosa Sam Tess Uma Vic Wim Xena Yan Zoe"
 ).split()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. ``question`` is the user turn; ``gold`` is what the grader compares with."""
+
+    id: str
+    question: str
+    gold: str
+    meta: dict[str, Any] = field(default_factory=dict)
 
 
 def split_of(key: str) -> str:
@@ -39,9 +48,10 @@ def option_list(options: Sequence[str]) -> str:
     return "Options: " + ", ".join(marked) + "."
 
 
-class TinyTask(Benchmark):
+class TaskText:
     """Shared part: draw items of a split, de-duplicate the test set, build the training transcript."""
 
+    name: str
     max_tokens = 400  # the longest reference solution has about 210
     revision = GENERATOR_REVISION
 
@@ -71,7 +81,7 @@ class TinyTask(Benchmark):
         return [item for item, _ in self.load_with_solutions(n)]
 
 
-class TinyKnow(TinyTask):
+class KnowText(TaskText):
     """Multiple choice over memorised facts. Every fact is stated in training; the test facts are never asked there."""
 
     name = "tiny_know"
@@ -95,11 +105,8 @@ class TinyKnow(TinyTask):
         solution = f"<think>\n{person}: {relation} {value}({letter}).\n</think>\n\nThe answer is {letter}."
         return f"{person}:{relation}", Item("", question, letter), solution
 
-    def extract(self, item: Item, answer: str) -> str | None:
-        return extract_letter(answer, letters_of(self.options))
 
-
-class TinyMath(TinyTask):
+class MathText(TaskText):
     """A chain of 4 to 10 integer operations on values up to 9999, worked out step by step, answer in a box."""
 
     name = "tiny_math"
@@ -133,14 +140,8 @@ class TinyMath(TinyTask):
             return f"Add {k}.", f"{value} + {k} = {value + k}", value + k
         return f"Subtract {k}.", f"{value} - {k} = {value - k}", value - k
 
-    def extract(self, item: Item, answer: str) -> str | None:
-        return extract_boxed(answer)
 
-    def grade(self, item: Item, extracted: str | None) -> bool:
-        return grade_integer(extracted, int(item.gold))
-
-
-class TinyReason(TinyTask):
+class ReasonText(TaskText):
     """Ages through 3 to 6 shuffled clues (some need inverting) among clues about strangers; multiple choice.
 
     A written step quotes its clue and then calculates with numbers, as in tiny_math.
@@ -197,11 +198,8 @@ class TinyReason(TinyTask):
         options.insert(place, gold)
         return [str(option) for option in options], letters_of(self.options)[place]
 
-    def extract(self, item: Item, answer: str) -> str | None:
-        return extract_letter(answer, letters_of(self.options))
 
-
-class TinyCode(TinyTask):
+class CodeText(TaskText):
     """A short Python function from 2 to 5 list steps, half of them memorised spells, run against three asserts."""
 
     name = "tiny_code"
@@ -227,19 +225,6 @@ class TinyCode(TinyTask):
         tests = [f"assert {name}({xs}) == {value!r}" for xs, value in zip(cases, values, strict=True)]
         return question, Item("", question, program, {"entry_point": name, "tests": tests}), solution
 
-    def extract(self, item: Item, answer: str) -> str | None:
-        return extract_code(answer, item.meta["entry_point"])
-
-    def grade(self, item: Item, extracted: str | None) -> bool:
-        return self.grade_all([item], [extracted])[0]
-
-    def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
-        """Run every program in the sandbox, two at a time; an answer without a program is wrong."""
-        pairs = zip(items, extracted, strict=True)
-        jobs = [(program, item.meta["tests"], item.meta["entry_point"]) for item, program in pairs if program]
-        verdicts = iter(run_many(jobs))
-        return [next(verdicts).passed if program else False for program in extracted]
-
 
 def expected(steps: Sequence[Step], xs: list[int]) -> object:
     """What a program of these steps returns, from the steps themselves and not from the text of the program."""
@@ -249,4 +234,4 @@ def expected(steps: Sequence[Step], xs: list[int]) -> object:
     return value
 
 
-TINY_TASKS = (TinyKnow, TinyMath, TinyReason, TinyCode)
+TASK_TEXTS = (KnowText, MathText, ReasonText, CodeText)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from console import UserError
-from device_pool import Stopped, each_device
+from devices import Stopped, each_device
 from moe_quant import MIN_SCALE, check_grid, clip_factors, fake_quant, inverse_scale
 
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the mean of diag(H); the next is taken where a Cholesky factorization fails

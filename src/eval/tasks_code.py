@@ -11,12 +11,12 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks import Item
 from code_sandbox import run_many, run_python
 from console import UserError, progress
 from graders import extract_code, fenced_blocks, program_of
 from hub_data import HubBenchmark, Row, Source
 from livecodebench import MEMORY_MIB, TEST_SECONDS, problem_tests, sandbox_job, total_seconds
+from task_text import Item
 
 # openai/simple-evals, humaneval_eval.py
 HUMANEVAL_INSTRUCTION = (

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from backends import Completion, Sampling, ids_sha256, load_tokenizer, render_chat, seed_of
+from backend import Completion, Sampling, seed_of
 from console import UserError
+from hf_model import ids_sha256, load_tokenizer, render_chat
 from http_client import Client, in_parallel
 
 

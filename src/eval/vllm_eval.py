@@ -1,0 +1,101 @@
+"""Answers by vLLM's offline engine, on one GPU or several: the settings that all its engines here have in common.
+
+Not a command; `bash pipelines/eval.sh --backend vllm [--tensor-parallel N]` uses it (docs/EVAL_PROTOCOL.md).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backend import Completion, Sampling, completion_of, seed_of
+from console import UserError, read_json
+from families import text_config
+from hf_model import end_token_ids, load_tokenizer, prompt_ids, render_chat
+
+ENGINE_ENVIRONMENT = {  # vLLM: no plugin that happens to be installed, no report home, no look-up of what is on disk
+    "VLLM_PLUGINS": "",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB, read by the CPU engine only
+}
+
+
+def set_engine_environment() -> None:
+    """What vLLM reads when it is imported, where it is not set."""
+    for key, value in ENGINE_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    if not importlib.util.find_spec("flashinfer"):  # vLLM 0.22 takes its kernels on a Hopper card without asking for them
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
+
+def vllm_engine(model: str | Path, context: int, tensor_parallel: int, **options: Any) -> tuple[Any, int]:
+    """(vLLM's offline engine on ``tensor_parallel`` GPUs, its context), with what all engines here have in common
+    (docs/EVAL_PROTOCOL.md). The context is the model's own where that is shorter."""
+    set_engine_environment()
+    from vllm import LLM
+
+    if not importlib.util.find_spec("flashinfer"):  # nor its kernel of a prompt's Gated DeltaNet
+        options["additional_config"] = {"gdn_prefill_backend": "triton"}
+
+    text = text_config(read_json(Path(model) / "config.json"))
+    context = min(context, int(text.get("max_position_embeddings", context)))
+    eager = str(text.get("model_type")).startswith("gemma") or not torch.cuda.is_available()  # a CPU only loses time
+    options = {"enforce_eager": eager, "gpu_memory_utilization": 0.88} | options
+    engine = LLM(
+        model=str(model), max_model_len=context, tensor_parallel_size=tensor_parallel, generation_config="vllm",
+        trust_remote_code=False, **options,
+    )  # fmt: skip
+    return engine, context
+
+
+class VllmBackend:
+    """vLLM's offline engine. Memory and length settings follow docs/EVAL_PROTOCOL (64k: gpu-mem 0.88, 32 sequences).
+    ``options``: more arguments of vLLM's LLM."""
+
+    name = "vllm"
+    ignore_ends = False
+
+    def __init__(
+        self, model: str | Path, max_model_len: int, max_num_seqs: int = 32, tensor_parallel: int = 1, **options: Any
+    ) -> None:
+        self.tokenizer = load_tokenizer(model)
+        self.ends = end_token_ids(model, self.tokenizer)
+        if "vision_config" in read_json(Path(model) / "config.json"):
+            options["limit_mm_per_prompt"] = {"image": 0, "video": 0}
+        engine, self.context = vllm_engine(model, max_model_len, tensor_parallel, max_num_seqs=max_num_seqs, **options)
+        self.engine = engine.llm_engine
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return render_chat(self.tokenizer, messages)
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        """All prompts are queued at once and each is yielded when it is finished, while the others run on."""
+        ids = prompt_ids(self.tokenizer, prompts)
+        for index, (prompt, tokens) in enumerate(zip(prompts, ids, strict=True)):
+            params = self._params(len(tokens), sampling, seed_of(prompt, sampling.seed))
+            self.engine.add_request(str(index), {"prompt_token_ids": tokens}, params)
+        while self.engine.has_unfinished_requests():
+            for request in self.engine.step():
+                if request.finished:
+                    index = int(request.request_id)
+                    if list(request.prompt_token_ids) != ids[index]:
+                        raise RuntimeError(f"vLLM changed the ids of prompt {index}")
+                    new = list(request.outputs[0].token_ids)
+                    yield index, completion_of(self.tokenizer, new, ids[index], self.ends)
+
+    def _params(self, prompt_tokens: int, sampling: Sampling, seed: int) -> Any:
+        from vllm import SamplingParams
+
+        room = min(sampling.max_tokens, self.context - prompt_tokens)
+        if room < 1:
+            raise UserError(f"a prompt has {prompt_tokens} tokens; the engine's context is {self.context}")
+        return SamplingParams(
+            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1, seed=seed,
+            max_tokens=room, stop_token_ids=self.ends, ignore_eos=self.ignore_ends, detokenize=False,
+        )  # fmt: skip
