@@ -118,7 +118,7 @@ def test_dry_runs_plan_and_write_nothing(tmp_path):
 
 def test_rates_are_those_of_the_records(tmp_path):
     from records import write_result
-    from run_plan import duration, recorded_rates, times
+    from size_model import duration, recorded_rates, times
 
     for tag, amount, seconds in (("slow", 100, 10.0), ("fast", 100, 2.0), ("none", 0, 1.0)):
         made = {"kind": "pack", "tag": tag, "started": 0.0, "seconds": seconds, "metrics": {"parameters": amount}}

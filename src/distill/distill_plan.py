@@ -14,8 +14,8 @@ from pathlib import Path
 from console import UserError, run_cli
 from distill_run import SMOKE, DistillConfig, overrides
 from opd_budget import Shape, shape_of
-from run_plan import RESULTS, Rates, duration, machine, records_of
 from settings import load_config
+from size_model import RESULTS, Rates, duration, machine, records_of
 
 DONE = {"opd_gen": "rollouts/rollouts.json", "opd_score": "scores/index.json", "opd_train": "adapter/adapter.json"}
 NAMES = {"opd_gen": "A rollouts", "opd_score": "B scores", "opd_train": "C training"}

@@ -13,8 +13,8 @@ from typing import Any
 
 from backend import Sampling
 from hub_data import HubBenchmark
-from run_plan import RESULTS, Rates, duration, machine, records_of
 from sample_log import read_log, sample_key
+from size_model import RESULTS, Rates, duration, machine, records_of
 from task import Benchmark
 
 

@@ -8,7 +8,7 @@ written, and nothing but headers is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +25,8 @@ from moe_ptq import CALIBRATED
 from quant_save import BASE_BYTES, CHUNK_BYTES, plan_jobs, preflight, sidecars, summarize
 from quant_save import table as quantize_table
 from recipe import LINEAR_ROLES, Job, Recipe
-from records import read_result
 from run_dir import check_output, partial_of
-
-RESULTS = Path(__file__).resolve().parents[2] / "results"
-Rates = dict[str, tuple[float, str]]  # machine: (units a second, the record's file)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: "2.3 h", "4 min", "12 s"."""
-    if seconds >= 5400:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-
-
-def machine(record: Mapping[str, Any]) -> str:
-    hardware = record["hardware"]
-    cores = hardware["cores"]
-    return hardware["gpu"] or f"{hardware['cpu']}, {cores} core{'s' * (cores > 1)}"
-
-
-def records_of(results: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file as a reader finds it, record) of a kind."""
-    for file in sorted((results / kind).glob("*.json")):
-        record = read_result(file)
-        if record["kind"] == kind:
-            yield f"{results.name}/{kind}/{file.name}", record
-
-
-def recorded_rates(results: Path, kind: str, units: Callable[[dict[str, Any]], float]) -> Rates:
-    """The best recorded rate of each machine. ``units``: what a record worked off; 0 for one that does not count."""
-    found: Rates = {}
-    for file, record in records_of(results, kind):
-        amount = units(record)
-        if amount and record["seconds"] > 0:
-            entry = (amount / record["seconds"], file)
-            found[machine(record)] = max(found.get(machine(record), entry), entry)
-    return found
+from size_model import RESULTS, Rates, machine, recorded_rates, records_of, times
 
 
 def bench_rates(results: Path, recipe: Recipe) -> Rates:
@@ -76,13 +41,6 @@ def bench_rates(results: Path, recipe: Recipe) -> Rates:
         elif grid in grids:
             found[machine(record)] = (1e9 * grids[grid], file)
     return found
-
-
-def times(rates: Rates, amount: float, what: str) -> list[str]:
-    """A line for each machine that has a rate."""
-    if not rates:
-        return [f"  no recorded rate for {what}; the run shows its own after a few seconds"]
-    return [f"  {duration(amount / rate):>8}  {name} ({file})" for name, (rate, file) in sorted(rates.items())]
 
 
 def refused(model: Path, out: Path, force: bool, needed: float) -> list[str]:
