@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from allocation import bits_by_score, ranks, scores, solve
 from checkpoint import Checkpoint
 from console import UserError
-from expert_signals import bits_by_score, ranks, scores
-from moe_alloc import expert_norms, solve
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
+from routing_probe import expert_norms
 
 
 def test_the_solver_is_exact():

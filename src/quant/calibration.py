@@ -8,6 +8,7 @@ the layer's output), then the layer is rounded and the activations go on through
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import math
@@ -340,6 +341,22 @@ class LayerStream:
         out = [self.decoder.embed_tokens(ids.to(self.device)).cpu() for ids in parts]
         self.empty(self.decoder.embed_tokens)
         return out
+
+    @contextlib.contextmanager
+    def predictions(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What makes logits of the last layer's output, by the family's own norm, head (maybe the embedding) and cap."""
+        norm, head = self.decoder.norm, self.model.lm_head
+        self.fill(norm, "model.norm.")
+        self.fill(head, "lm_head." if "lm_head.weight" in self.by_parameter else "model.embed_tokens.")
+        cap = getattr(self.decoder.config, "final_logit_softcapping", None)  # gemma2's
+
+        def logits(hidden: Tensor) -> Tensor:
+            found = head(norm(hidden))
+            return found if cap is None else cap * torch.tanh(found / cap)
+
+        yield logits
+        self.empty(norm)
+        self.empty(head)
 
     @torch.no_grad()
     def run(self, layer: nn.Module, batches: Iterable[Tensor], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -389,7 +389,7 @@ def write_mmproj(checkpoint: Checkpoint, directory: Path) -> str | None:
 
 
 def add_rounding_arguments(parser: argparse.ArgumentParser) -> None:
-    """The --method, --token-power and --damping of gguf_pack and gguf_alloc."""
+    """The --method, --token-power and --damping of gguf_pack and moe_alloc."""
     parser.add_argument("--method", default="ldlq", help=f"{', '.join(METHODS)} (default ldlq)")
     shown = "how much of its gradient a token counts in ldlq's second moments; 0: all tokens alike"
     parser.add_argument("--token-power", type=float, default=TOKEN_POWER, help=f"{shown} (default {TOKEN_POWER})")

@@ -11,10 +11,11 @@ from checkpoint import Checkpoint
 from console import UserError
 from families import Role
 from ggml_codecs import decode_rows, encode
-from gguf_alloc import Sensitivities, choose, group_of, options_of
 from gguf_format import padded, tensor_bytes
 from gguf_layout import Piece, into_parameter, pieces_of, read_parameter, to_gguf
 from kl import divergence
+from moe_alloc import choose, options_of
+from sensitivity import group_of, type_losses
 
 KINDS = ("iq2_xs", "q4_K", "q8_0")
 
@@ -50,11 +51,9 @@ def test_nats_are_the_kl_of_a_whole_model_with_that_group_rounded(random_tiny, t
     ids, entry = calibration_ids(None, random_tiny, 2, 64)
     pieces = [p for p in pieces_of(checkpoint) if p.layer in (1, 2) and p.role is Role.LINEAR_ATTENTION]
     pieces = [p for p in pieces if p.shape[0] >= 256]
-    found = Sensitivities(checkpoint, Calibration(ids, entry, device=torch.device("cpu")), pieces, "q2_K", plain)
-    for index in range(4):
-        found.layer(index, options_of(pieces, ["q8_0"]))
-    found.finish()
-    assert set(found.nats) == {(1, "attention"), (2, "attention")}
+    calibration = Calibration(ids, entry, device=torch.device("cpu"))
+    losses, nats = type_losses(checkpoint, calibration, pieces, options_of(pieces, ["q8_0"]), "q2_K", plain)
+    assert set(nats) == {(1, "attention"), (2, "attention")}
     model = AutoModelForCausalLM.from_pretrained(random_tiny, dtype=torch.float32)
     with torch.no_grad():
         expected = model(ids).logits.flatten(0, 1)
@@ -62,6 +61,5 @@ def test_nats_are_the_kl_of_a_whole_model_with_that_group_rounded(random_tiny, t
             value = to_gguf(piece, read_parameter(checkpoint, piece)).float()
             into_parameter(piece, plain(value, "q2_K"), model.get_parameter(piece.parameter).data)
         kl, _ = divergence(expected, model(ids).logits.flatten(0, 1))
-    assert found.nats[1, "attention"] == pytest.approx(kl.double().mean().item(), rel=0.01)
-    losses = found.losses()
-    assert all(0 < losses[p.name]["q8_0"] < 0.05 * found.nats[group_of(p)] for p in pieces)
+    assert nats[1, "attention"] == pytest.approx(kl.double().mean().item(), rel=0.01)
+    assert all(0 < losses[p.name]["q8_0"] < 0.05 * nats[group_of(p)] for p in pieces)

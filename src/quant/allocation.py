@@ -1,7 +1,7 @@
-"""Bits of each expert by a signal of how much it matters: the orders that published studies compare.
+"""Who gets how many bits, from numbers alone: the best choice within a budget, and the orders that published studies compare.
 
-Not a command; `moe_alloc --strategy frequency` uses it. A strategy gives every expert of a layer a score, and the experts with
-the highest scores get the most bits, the same number in every layer:
+Not a command; moe_alloc and moe_study use it. A strategy gives every expert of a layer a score, and the experts with the
+highest scores get the most bits, the same number in every layer:
 
     blind       every expert alike (the uniform recipe)        random      a seeded order
     frequency   share of the tokens routed to it               inverse     the reverse of composite
@@ -15,10 +15,39 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from console import UserError
 
 SIGNALS = ("frequency", "wmass", "asal", "wfro")
 STRATEGIES = ("blind", "random", "inverse", *SIGNALS, "composite")
+
+
+def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """For each item the index of its option so that the summed loss is least and the summed cost at most ``budget``.
+
+    Exact dynamic programming over the cost in units of its greatest common divisor. Raises :class:`UserError` when even
+    the cheapest options cost more.
+    """
+    floor = sum(min(row) for row in costs)
+    if floor > budget:
+        raise UserError(f"the budget of {budget} is below the {floor} of the cheapest choice; raise --expert-bits")
+    unit = int(np.gcd.reduce([cost for row in costs for cost in row]))
+    size = budget // unit + 1
+    best = np.zeros(size)
+    choices = np.zeros((len(costs), size), dtype=np.int8)
+    for index, (row, loss) in enumerate(zip(costs, losses, strict=True)):
+        table = np.full((len(row), size), np.inf)
+        for option, (cost, value) in enumerate(zip(row, loss, strict=True)):
+            step = cost // unit
+            if step < size:
+                table[option, step:] = best[: size - step] + value
+        choices[index], best = table.argmin(0), table.min(0)
+    picked, left = [0] * len(costs), int(best.argmin())
+    for index in reversed(range(len(costs))):
+        picked[index] = int(choices[index, left])
+        left -= costs[index][picked[index]] // unit
+    return picked
 
 
 def ranks(values: Sequence[float]) -> list[float]:
@@ -66,3 +95,15 @@ def bits_by_score(values: Sequence[float], mean: float, options: Sequence[int], 
     for place in best[count - int(lowered) :]:
         bits[place] = low
     return bits
+
+
+def bits_by_signal(
+    strategy: str, signals: Mapping[str, Mapping[str, Sequence[float]]], mean: float, options: Sequence[int],
+    share: float = 0.25, seed: int = 0,
+) -> dict[str, list[int]]:  # fmt: skip
+    """The bits of each expert, by module of experts, from the ``signals`` of every module."""
+    if strategy == "blind":
+        if mean != int(mean):
+            raise UserError(f"strategy blind: {mean:g} bits must be a whole number")
+        return {module: [int(mean)] * len(own[SIGNALS[0]]) for module, own in signals.items()}
+    return {module: bits_by_score(scores(strategy, own, seed), mean, options, share) for module, own in signals.items()}
