@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -22,44 +21,8 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from console import UserError
-from families import LAYER_PREFIX, text_name
+from families import LAYER_PREFIX, place_of
 from moe_ptq import Statistics, shrink
-
-PER_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-MIXTRAL_EXPERT = re.compile(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
-MIXTRAL_PARTS = {"1": "gate", "2": "down", "3": "up"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a tensor of the checkpoint lies in transformers' module tree: a parameter, and for an expert's matrix on disk
-    which expert and which rows ("gate", "up" or "down") of the fused parameter."""
-
-    parameter: str
-    expert: int | None = None
-    part: str | None = None
-
-    def view(self, fused: Tensor) -> Tensor:
-        """The part of the parameter that this tensor is; shares its memory."""
-        if self.expert is None:
-            return fused
-        rows = fused[self.expert]
-        if self.part == "down":
-            return rows
-        half = rows.shape[0] // 2
-        return rows[:half] if self.part == "gate" else rows[half:]
-
-
-def place_of(name: str) -> Place:
-    """The place of a checkpoint tensor, by its name alone."""
-    text = text_name(name)
-    if match := PER_EXPERT.fullmatch(text):
-        prefix, expert, part = match.groups()
-    elif match := MIXTRAL_EXPERT.fullmatch(text):
-        prefix, expert, part = f"{match[1]}.mlp.experts", match[2], MIXTRAL_PARTS[match[3]]
-    else:
-        return Place(text.replace(".block_sparse_moe.gate.", ".mlp.gate."))
-    return Place(f"{prefix}.{'down_proj' if part == 'down' else 'gate_up_proj'}", int(expert), part)
 
 
 @dataclasses.dataclass(frozen=True)

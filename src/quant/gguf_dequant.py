@@ -13,18 +13,15 @@ import hashlib
 import shutil
 from pathlib import Path
 
-import gguf
 import torch
 from torch import Tensor
 
-from calibration import place_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
-from families import family_of
+from families import FAMILIES, family_of, place_of
 from ggml_codecs import decode_rows
 from gguf_format import GgufFile
 from gguf_layout import Piece, into_parameter, parameter_shape, pieces_of
-from imatrix import ARCHITECTURES
 from quant_save import sidecars
 from records import DECODED_MARK, header_sha256
 from run_dir import check_output, staged_directory
@@ -33,7 +30,7 @@ from safetensors_file import CheckpointWriter
 
 def check_match(file: GgufFile, checkpoint: Checkpoint, pieces: list[Piece]) -> None:
     """Raise :class:`UserError` unless the file is one of this model."""
-    expected = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family_of(checkpoint.config["model_type"])]]
+    expected = FAMILIES[family_of(checkpoint.config["model_type"])].ggml
     if file.architecture() != expected:
         raise UserError(f"{file.path}: architecture {file.architecture()}, but {checkpoint.path} is {expected}")
     for piece in pieces:

@@ -35,9 +35,18 @@ from families import Role, roles_of
 from ggml_codecs import CastCodec, decode_rows, encode
 from ggml_types import TYPES, row_bytes
 from gguf_format import GgufWriter, make_header, padded, run_converter, tensor_bytes
-from gguf_layout import Piece, pieces_of, read_parameter, to_gguf
+from gguf_layout import (
+    NEED_IMPORTANCE,
+    Piece,
+    file_type,
+    pieces_of,
+    read_parameter,
+    read_patterns,
+    to_gguf,
+    type_named,
+    types_of,
+)
 from gguf_pass import DAMPING, METHODS, GgufPass, is_quantized
-from gguf_recipe import NEED_IMPORTANCE, file_type, read_patterns, type_named, types_of
 from imatrix import Entry, read_imatrix
 from overlap import OneBehind
 from recipe import RECIPE_FILE

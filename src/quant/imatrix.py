@@ -17,22 +17,7 @@ from torch import Tensor
 
 from calibration import Moments
 from console import UserError, atomic_path
-from families import family_of
-
-ARCHITECTURES = {
-    "qwen3_5_moe": gguf.MODEL_ARCH.QWEN35MOE,
-    "qwen3_5": gguf.MODEL_ARCH.QWEN35,
-    "qwen3_next": gguf.MODEL_ARCH.QWEN3NEXT,
-    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
-    "mixtral": gguf.MODEL_ARCH.LLAMA,
-    "olmoe": gguf.MODEL_ARCH.OLMOE,
-    "deepseek_v3": gguf.MODEL_ARCH.DEEPSEEK2,
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-    "gemma2": gguf.MODEL_ARCH.GEMMA2,
-    "gemma3": gguf.MODEL_ARCH.GEMMA3,
-}
+from gguf_layout import name_map
 
 
 class Entry(NamedTuple):
@@ -44,7 +29,7 @@ class Entry(NamedTuple):
 
 def ggml_names(parameter: str, model_type: str, layers: int) -> list[str]:
     """llama.cpp's names of the weights that a parameter of transformers' module tree becomes."""
-    names = gguf.get_tensor_name_map(ARCHITECTURES[family_of(model_type)], layers)
+    names = name_map(model_type, layers)
     base = parameter.removesuffix(".weight")
     parts = [base]
     if base.endswith("experts.gate_up_proj"):  # stored as two weights with the same inputs

@@ -31,18 +31,17 @@ from typing import Any
 from torch import Tensor
 
 from allocation import STRATEGIES, bits_by_signal, solve
-from calibration import Calibration, place_of
+from calibration import Calibration
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, run_cli, write_json
-from families import Role
+from families import Role, place_of
 from ggml_codecs import decode_rows
 from ggml_types import fallback
 from gguf_format import make_header, padded, tensor_bytes
-from gguf_layout import Piece, pieces_of
+from gguf_layout import Piece, chosen_type, exact_patterns, file_type, keeps_float32, pieces_of, read_patterns, type_named
 from gguf_pack import add_rounding_arguments, check_rounding_arguments
 from gguf_pass import DAMPING, encoded, is_quantized
-from gguf_recipe import chosen_type, exact_patterns, file_type, keeps_float32, read_patterns, type_named
 from hf_model import load_model, load_tokenizer
 from kl import batches, file_texts, tiny_texts
 from records import add_record_arguments, check_record_arguments, describe_model, read_result, write_result

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration import Calibration, Collector, LayerStream, place_of
+from calibration import Calibration, Collector, LayerStream
 from checkpoint import Checkpoint
 from console import UserError, progress
-from families import text_config
+from families import place_of, text_config
 from gguf_layout import head_order
 from imatrix import Entry, entries_of
 
