@@ -107,6 +107,15 @@ def name_map(model_type: str, layers: int) -> Any:
     return gguf.get_tensor_name_map(ARCHITECTURES[FAMILIES[family_of(model_type)].ggml], layers)
 
 
+def ggml_names(parameter: str, model_type: str, layers: int) -> list[str]:
+    """llama.cpp's names of the weights that a parameter of transformers' module tree becomes."""
+    names, base = name_map(model_type, layers), parameter.removesuffix(".weight")
+    parts = [base]
+    if base.endswith("experts.gate_up_proj"):  # stored as two weights with the same inputs
+        parts = [base.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")]
+    return [f"{name}.weight" for part in parts if (name := names.get_name(part))]
+
+
 def pieces_of(checkpoint: Checkpoint) -> list[Piece]:
     """Every tensor of the GGUF, in the order of the decoder. Vision and multi-token prediction are not among them."""
     family = family_of(str(checkpoint.config.get("model_type")))

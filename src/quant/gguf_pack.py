@@ -34,7 +34,7 @@ from console import UserError, file_sha256, progress, run_cli, write_json
 from families import Role, roles_of
 from ggml_codecs import CastCodec, decode_rows, encode
 from ggml_types import TYPES, row_bytes
-from gguf_format import GgufWriter, make_header, padded, run_converter, tensor_bytes
+from gguf_format import Entry, GgufWriter, make_header, padded, read_imatrix, run_converter, tensor_bytes
 from gguf_layout import (
     NEED_IMPORTANCE,
     Piece,
@@ -47,7 +47,6 @@ from gguf_layout import (
     types_of,
 )
 from gguf_pass import DAMPING, METHODS, GgufPass, is_quantized
-from imatrix import Entry, read_imatrix
 from overlap import OneBehind
 from recipe import RECIPE_FILE
 from records import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result

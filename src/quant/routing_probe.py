@@ -6,17 +6,18 @@ Not a command; moe_probe prints it, moe_alloc and moe_study order the experts by
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calibration import Calibration, Collector, LayerStream
+from calibration import Calibration, Collector, LayerStream, Moments
 from checkpoint import Checkpoint
 from console import UserError, progress
 from families import place_of, text_config
-from gguf_layout import head_order
-from imatrix import Entry, entries_of
+from gguf_format import Entry
+from gguf_layout import ggml_names, head_order
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
@@ -44,6 +45,19 @@ def layer_report(routed: Tensor, mass: Tensor, energy: Tensor, tokens: Tensor, i
         "mass": [round(value, 6) for value in mass.tolist()],
         "salience": [round(value, 6) for value in salience.tolist()],
     }
+
+
+def entries_of(moments: Mapping[str, Moments], model_type: str, layers: int, order: Tensor | None = None) -> dict[str, Entry]:
+    """The entries of calibration statistics, by llama.cpp's names; ``order``: where each input of linear_attn.out_proj lies
+    for ggml (head_order), None for its own place."""
+    entries = {}
+    for parameter, value in moments.items():
+        sums = value.total.diagonal(dim1=1, dim2=2).float().cpu().numpy()
+        if order is not None and parameter.endswith("linear_attn.out_proj.weight"):
+            sums = sums[:, order.numpy()]
+        for name in ggml_names(parameter, model_type, layers):
+            entries[name] = Entry(sums, value.weight.float().cpu().numpy())
+    return entries
 
 
 @torch.no_grad()
