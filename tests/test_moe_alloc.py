@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from allocation import bits_by_score, ranks, scores, solve
+from allocation import bits_by_score, scores, solve
 from checkpoint import Checkpoint
 from console import UserError
 from quant_save import quantize_checkpoint
@@ -69,7 +69,6 @@ def test_an_override_that_cannot_be_is_an_error(random_tiny, tmp_path, overrides
 
 def test_scores_and_bits_of_experts():
     signals = {"frequency": [4, 1, 3, 2], "wmass": [4, 1, 3, 2], "asal": [4, 1, 2, 3], "wfro": [1, 1, 1, 1]}
-    assert ranks([5, 7, 5]) == [0.5, 2, 0.5]
     composite = scores("composite", signals)
     assert composite == [10.5, 1.5, 6.5, 5.5] and scores("inverse", signals) == [-v for v in composite]
     assert sorted(scores("random", signals)) == [0, 1, 2, 3] and scores("asal", signals) == [4, 1, 2, 3]

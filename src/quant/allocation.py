@@ -16,6 +16,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.stats import rankdata
 
 from console import UserError
 
@@ -50,13 +51,6 @@ def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bud
     return picked
 
 
-def ranks(values: Sequence[float]) -> list[float]:
-    """The rank of each value, 0 for the smallest; equal values share the mean of their ranks."""
-    order = sorted(values)
-    first = {value: order.index(value) for value in set(values)}
-    return [first[value] + (order.count(value) - 1) / 2 for value in values]
-
-
 def scores(strategy: str, signals: Mapping[str, Sequence[float]], seed: int = 0) -> list[float]:
     """A score for each expert of one layer from its ``signals`` (those of :data:`SIGNALS`); more is more important."""
     count = len(signals[SIGNALS[0]])
@@ -64,7 +58,8 @@ def scores(strategy: str, signals: Mapping[str, Sequence[float]], seed: int = 0)
         return random.Random(seed).sample([float(i) for i in range(count)], count)
     if strategy in SIGNALS:
         return list(signals[strategy])
-    together = [sum(each) for each in zip(*(ranks(signals[name]) for name in SIGNALS))]
+    ranks = [rankdata(signals[name]) - 1 for name in SIGNALS]  # equal ones share the mean of their ranks
+    together = [float(sum(each)) for each in zip(*ranks)]
     if strategy == "composite":
         return together
     if strategy == "inverse":
