@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from allocation import bits_by_score, scores, solve
 from checkpoint import Checkpoint
 from console import UserError
+from expert_signals import bits_by_score, expert_norms, scores
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
 from records import read_result
-from routing_probe import expert_norms
+from sensitivity import solve
 
 
 def test_the_solver_is_exact():

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from allocation import STRATEGIES
 from console import atomic_path, run_cli
+from expert_signals import STRATEGIES
 from make_results import cite, records, table
 
 HEADER = """# The bit ladder

@@ -183,6 +183,12 @@ class Collector:
             handle.remove()
 
 
+def output(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """What a decoder layer makes of its input [B, T, H]."""
+    out = layer(hidden, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: notes the keyword arguments that the model gives it and passes its input on."""
 
@@ -325,5 +331,4 @@ class LayerStream:
     def run(self, layer: nn.Module, batches: Iterable[Tensor], kwargs: dict[str, Any]) -> Iterator[Tensor]:
         """Each batch [B, T, H] through a filled decoder layer."""
         for hidden in batches:
-            out = layer(hidden.to(self.device), **kwargs)
-            yield out[0] if isinstance(out, tuple) else out
+            yield output(layer, hidden.to(self.device), kwargs)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from console import UserError
 from hf_model import render_chat
@@ -98,11 +99,8 @@ def batches(tokenizer: Any, pairs: list[tuple[str, str]], size: int, context: in
     result = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        ids = torch.zeros(len(part), max(len(row) for _, row in part), dtype=torch.long)
-        real, answer = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-        for i, (head, row) in enumerate(part):
-            ids[i, : len(row)] = torch.tensor(row)
-            real[i, : len(row)] = True
-            answer[i, head : len(row)] = True
-        result.append((ids, real, answer))
+        ids = pad_sequence([torch.tensor(row) for _, row in part], batch_first=True)
+        heads, lengths = torch.tensor([[head, len(row)] for head, row in part]).t()[:, :, None]
+        place = torch.arange(ids.shape[1])
+        result.append((ids, place < lengths, (place >= heads) & (place < lengths)))
     return result

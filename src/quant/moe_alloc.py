@@ -10,7 +10,7 @@
 
 --expert-bits: bits of the routed experts, for quant_save. The KL of rounding each layer's gate_up or down matrices to each of
 --options is measured on training transcripts or --text, with the model loaded whole; the bits are those of least summed KL
-whose size is at most that of --expert-bits everywhere. With another --strategy than budget (allocation.py) every layer's
+whose size is at most that of --expert-bits everywhere. With another --strategy than budget (expert_signals.py) every layer's
 experts are ordered by a signal, and the best get more of the --options; one decoder layer is in memory at a time.
 --target-gib: types of all matrices, for gguf_pack. OUT is a file of PATTERN=TYPE lines; what --tensor-types names is fixed.
 What each of --candidates costs each tensor is measured (sensitivity.py), rounded by the method that the file will be rounded
@@ -30,11 +30,11 @@ from typing import Any
 
 from torch import Tensor
 
-from allocation import STRATEGIES, bits_by_signal, solve
 from calibration import Calibration
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, run_cli, write_json
+from expert_signals import STRATEGIES, bits_by_signal, signals_of
 from families import Role, place_of
 from ggml_codecs import decode_rows
 from ggml_types import fallback
@@ -45,8 +45,7 @@ from gguf_pass import DAMPING, encoded, is_quantized
 from hf_model import load_model, load_tokenizer
 from kl import batches, file_texts, tiny_texts
 from records import add_record_arguments, check_record_arguments, describe_model, read_result, write_result
-from routing_probe import signals_of
-from sensitivity import grid_losses, type_losses
+from sensitivity import grid_losses, solve, type_losses
 
 CANDIDATES = "iq2_xs,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
 PROBE, PROBE_SEQUENCES = "q3_K", 32

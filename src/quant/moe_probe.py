@@ -21,9 +21,9 @@ from calibration import Calibration
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, run_cli
+from expert_signals import probe
 from gguf_format import write_imatrix
 from records import add_record_arguments, check_record_arguments, describe_model, write_result
-from routing_probe import probe
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:

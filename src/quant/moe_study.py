@@ -3,10 +3,10 @@
     python src/quant/moe_study.py --model models/razor-tiny --name razor_tiny [--expert-bits 3] [--methods clip,gptq_refit]
         [--strategies random,inverse,frequency,wmass,asal,wfro,composite] [--work work]
 
-The signals are measured once (routing_probe.py). For each strategy (allocation.py) and rounding method a checkpoint of the
-same size is made in WORK/TAG, TAG being NAME_int3STRATEGY_int4_METHOD, and recorded as results/quantize/TAG.json; its KL to the
-model on held-out transcripts is results/kl/TAG.json. What has its records is not done again, so a killed run goes on. The last
-lines are the table, the least KL first.
+The signals are measured once; expert_signals.py says what the strategies are. For each of them and each rounding method a
+checkpoint of the same size is made in WORK/TAG, TAG being NAME_int3STRATEGY_int4_METHOD, and recorded in
+results/quantize/TAG.json; its KL to the model on held-out transcripts is in results/kl/TAG.json. What has its records is not
+done again, so a killed run goes on. The last lines are the table, the least KL first.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allocation import STRATEGIES, bits_by_signal
 from calibration import Calibration
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
+from expert_signals import STRATEGIES, bits_by_signal, signals_of
 from hf_model import load_model, load_tokenizer
 from kl import batches, measured, tiny_texts
 from moe_ptq import CALIBRATED, METHODS
 from quant_save import quantize_checkpoint
 from recipe import RECIPE_FILE, Recipe
 from records import describe_model, read_result, write_result
-from routing_probe import signals_of
 
 CLIP_STEPS = 16
 BATCH = 16  # texts at once

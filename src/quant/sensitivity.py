@@ -1,6 +1,6 @@
-"""What rounding a matrix costs in KL: to each number of bits in a model held whole, to each ggml type layer by layer.
+"""What rounding a matrix costs in KL, to each number of bits or to each ggml type, and the choice of least cost in a budget.
 
-Not a command; moe_alloc spends a budget by it.
+Not a command; moe_alloc drives it.
 
 `grid_losses` rounds the experts' gate_up or down matrices of one layer alone (clip search), all else stays as it is, and takes
 the mean KL to the model on text. `type_losses` streams the checkpoint once. There the cost of a type for a tensor is the error
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,33 @@ from token_weights import token_weights
 SAMPLE_EXPERTS, SAMPLE_ROWS = 8, 32
 Group = tuple[int, str]
 Rounded = Callable[[Tensor, str, Tensor], Tensor]  # a value [E, O, I] as a type gives it back, second moments [E, I, I] given
+
+
+def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """For each item the index of its option so that the summed loss is least and the summed cost at most ``budget``.
+
+    Exact dynamic programming over the cost in units of its greatest common divisor. Raises :class:`UserError` when even
+    the cheapest options cost more.
+    """
+    floor = sum(min(row) for row in costs)
+    if floor > budget:
+        raise UserError(f"the budget of {budget} is below the {floor} of the cheapest choice; raise --expert-bits")
+    unit = int(np.gcd.reduce([cost for row in costs for cost in row]))
+    size = budget // unit + 1
+    best = np.zeros(size)
+    choices = np.zeros((len(costs), size), dtype=np.int8)
+    for index, (row, loss) in enumerate(zip(costs, losses, strict=True)):
+        table = np.full((len(row), size), np.inf)
+        for option, (cost, value) in enumerate(zip(row, loss, strict=True)):
+            step = cost // unit
+            if step < size:
+                table[option, step:] = best[: size - step] + value
+        choices[index], best = table.argmin(0), table.min(0)
+    picked, left = [0] * len(costs), int(best.argmin())
+    for index in reversed(range(len(costs))):
+        picked[index] = int(choices[index, left])
+        left -= costs[index][picked[index]] // unit
+    return picked
 
 
 @torch.no_grad()

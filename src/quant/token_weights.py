@@ -21,12 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calibration import Calibration, LayerStream
+from calibration import Calibration, LayerStream, output
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, progress
 from families import text_config
 from records import header_sha256
-from refine import output
 
 FILE = "token-weights.st"
 
