@@ -25,6 +25,7 @@ from calibration import Calibration
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
+from devices import default_device, device_peaks
 from expert_signals import STRATEGIES, bits_by_signal, signals_of
 from hf_model import load_model, load_tokenizer
 from kl import batches, measured, tiny_texts
@@ -49,11 +50,12 @@ def quantized(args: argparse.Namespace, tag: str, recipe: Recipe, calibration: C
     out, record, started = args.work / tag, args.results / "quantize" / f"{tag}.json", time.time()
     if (out / RECIPE_FILE).exists() and record.exists():
         return out
-    given = calibration if recipe.method in CALIBRATED else None
-    report = quantize_checkpoint(args.model, out, recipe, force=True, calibration=given)
+    given, device = calibration if recipe.method in CALIBRATED else None, default_device()
+    report = quantize_checkpoint(args.model, out, recipe, force=True, calibration=given, devices=(device,))
     write_result(
         record, kind="quantize", tag=tag, started=started, model=describe_model(args.model), recipe=recipe.to_json(),
-        data=[given.record] if given else [], metrics=report.to_json(), extra={"output": describe_model(out)},
+        data=[given.record] if given else [], metrics=report.to_json(),
+        extra={"output": describe_model(out), "devices": [str(device)], "device_peak_mib": device_peaks([device])},
     )  # fmt: skip
     return out
 
