@@ -225,7 +225,9 @@ class LayerStream:
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         self.decoder = self.model.model
-        self._move_buffers()
+        for module in self.decoder.modules():
+            made = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and not buffer.is_meta}
+            module._buffers.update({name: buffer.to(self.device) for name, buffer in made.items()})
         self.layers = list(self.decoder.layers)
         self.places = {name: place_of(name) for name in checkpoint.tensors}
         self.ahead = device.type == "cuda" if ahead is None else ahead
@@ -234,12 +236,6 @@ class LayerStream:
         self.by_parameter: dict[str, list[str]] = {}
         for name, place in self.places.items():
             self.by_parameter.setdefault(place.parameter, []).append(name)
-
-    def _move_buffers(self) -> None:
-        for module in self.decoder.modules():
-            for name, buffer in list(module._buffers.items()):
-                if buffer is not None and buffer.device.type != "meta":
-                    module._buffers[name] = buffer.to(self.device)
 
     def fill(self, module: nn.Module, prefix: str, values: Mapping[str, Tensor] | None = None) -> None:
         """Give ``module`` its parameters and persistent buffers from the checkpoint (or from ``values``, by checkpoint
@@ -256,12 +252,9 @@ class LayerStream:
             for source in self.by_parameter[parameter]:
                 value = values[source] if values and source in values else self._read(source)
                 self.places[source].view(full).copy_(value.view_as(self.places[source].view(full)))
-            owner = module.get_submodule(name.rpartition(".")[0])
-            leaf = name.rpartition(".")[2]
-            if isinstance(tensor, nn.Parameter):
-                owner._parameters[leaf] = nn.Parameter(full, requires_grad=False)
-            else:
-                owner._buffers[leaf] = full
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(full, requires_grad=False) if isinstance(tensor, nn.Parameter) else full
+            setattr(module.get_submodule(owner), leaf, value)
 
     def read_ahead(self, index: int) -> None:
         """Begin to read what :meth:`fill` will ask for decoder layer ``index``, where there is one, while the device works."""
