@@ -70,7 +70,7 @@ def calibration_ids(source: str | Path | None, model: Path, count: int, length: 
             break
     if len(ids) < count * length:
         raise UserError(f"{source}: {len(ids)} tokens; {count} sequences of {length} need {count * length}")
-    name, revision = ("; ".join(dict.fromkeys(part[place] for part in opened)) for place in (1, 2))
+    name, revision = ("; ".join(dict.fromkeys(each)) for each in ([n for _, n, _ in opened], [r for _, _, r in opened]))
     return torch.tensor(ids[: count * length]).view(count, length), data_entry(name, revision, used)
 
 

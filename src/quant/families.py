@@ -152,8 +152,8 @@ NESTINGS = ((r"^model\.language_model\.", "model."), (r"^language_model\.(model\
 
 
 @functools.cache
-def _compiled(family: str) -> tuple[list[tuple[re.Pattern[str], Role]], list[tuple[re.Pattern[str], Role]]]:
-    return tuple([(re.compile(pattern), role) for pattern, role in rules] for rules in (TOP, FAMILIES[family].layer))
+def _compiled(rules: Rules) -> list[tuple[re.Pattern[str], Role]]:
+    return [(re.compile(pattern), role) for pattern, role in rules]
 
 
 def family_of(model_type: str) -> str:
@@ -200,7 +200,7 @@ def place_of(name: str) -> Place:
 def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | None = None) -> Role:
     """The role of tensor ``name``. A decoder layer at or past ``num_layers`` is multi-token prediction (deepseek_v3
     stores it there). Raises :class:`UserError` on an unknown model_type, tensor, or number of dimensions."""
-    top, layer = _compiled(family_of(model_type))
+    family = FAMILIES[family_of(model_type)]
     if VISION_PREFIX.match(name):
         return Role.VISION
     if MTP_PREFIX.match(name):
@@ -209,8 +209,8 @@ def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | 
     prefix = LAYER_PREFIX.match(text)
     if prefix and num_layers is not None and int(prefix[1]) >= num_layers:
         return Role.MTP
-    rules, rest = (layer, text[prefix.end() :]) if prefix else (top, text)
-    role = next((role for pattern, role in rules if pattern.fullmatch(rest)), None)
+    rules, rest = (family.layer, text[prefix.end() :]) if prefix else (TOP, text)
+    role = next((role for pattern, role in _compiled(rules) if pattern.fullmatch(rest)), None)
     if role is None:
         raise UserError(f"tensor {name} {list(shape)}: no rule for it in model_type {model_type} (families.py)")
     if len(shape) not in DIMENSIONS.get(role, (len(shape),)):

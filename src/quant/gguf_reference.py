@@ -55,7 +55,7 @@ class Steps:
         if not self.made and any(out.iterdir()):
             raise UserError(f"{out}: not an output of this command (no {STEPS}); choose another")
 
-    def step(self, name: str, settings: dict[str, Any], make: Callable[[Path], None]) -> Path:
+    def step(self, name: str, settings: dict[str, Any], make: Callable[[Path], object]) -> Path:
         """The file ``name``, made by ``make(temporary name)`` unless it is there."""
         path, before = self.out / name, self.made.get(name)
         if path.exists() and before == settings:

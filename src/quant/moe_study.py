@@ -132,9 +132,8 @@ def main() -> None:
         for strategy, method in missing:
             experts = bits_by_signal(strategy, signals, args.expert_bits, options, args.share)
             write_json(args.work / f"{args.name}_{strategy}.json", {"experts": experts})
-            recipe = Recipe(
-                args.expert_bits, args.linear_bits, 128, CLIP_STEPS, method=method, experts=tuple(experts.items())
-            )  # fmt: skip
+            each = tuple((module, tuple(bits)) for module, bits in experts.items())
+            recipe = Recipe(args.expert_bits, args.linear_bits, 128, CLIP_STEPS, method=method, experts=each)
             made = quantized(args, tags[strategy, method], recipe, calibration)
             judged(args, tags[strategy, method], recipe, made, reference)
     print(table({key: read_result(file, "kl") for key, file in files.items()}), flush=True)
