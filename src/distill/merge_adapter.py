@@ -23,9 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calibration import place_of
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
+from families import place_of
 from fsdp_setup import World
 from moe_lora import Adapter, digest, refuse_family
 from opd_data import FORMAT, model_identity, same_model, write_phase

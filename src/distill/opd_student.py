@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calibration import LayerStream, Place, place_of
+from calibration import LayerStream
 from checkpoint import Checkpoint
 from console import UserError, progress
-from families import Role, role_of
+from families import Place, Role, place_of, role_of
 from fsdp_setup import World, own_rows, shard
 from moe_lora import MODES, Adapter, adapt_layer, checkpoint_layer, refuse_family
 from opd_data import Batch

@@ -30,7 +30,7 @@ from quant_save import ErrorLog, Sink
 from recipe import Job, Recipe
 from refine import refine_norms
 from run_dir import RUN
-from safetensors_file import CheckpointWriter, read_tensor
+from safetensors_file import CheckpointWriter
 from token_weights import token_weights
 
 LM_HEAD = "lm_head.weight"
@@ -289,7 +289,7 @@ def calibrated_stream(
         first = _resume(work, writer, parts, out)
         if first == 0:
             embedded = [job for job in parts[0] if job.role is Role.EMBEDDING]
-            work.embed({job.name: read_tensor(writer.tensors[job.name]) for job in embedded})  # their shard is complete
+            work.embed({job.name: writer.tensors[job.name].read() for job in embedded})  # their shard is complete
         for index, part in enumerate(parts[1:-1]):
             if index < first:
                 bar.update(sum(job.info.bytes for job in part))

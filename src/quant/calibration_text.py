@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from console import UserError
-from hf_model import render_chat
+from hf_model import load_tokenizer, render_chat
+from records import data_entry
+from task_text import GENERATOR_REVISION, TASK_TEXTS
 
 HUB = re.compile(r"hf:(?P<name>[^@:]+)(?:@(?P<revision>[^@:]+))?:(?P<split>[^@:]+)(?::(?P<config>[^@:]+))?")
 TINY = re.compile(r"tiny(:(?P<seed>\d+))?")
@@ -56,9 +58,6 @@ def calibration_ids(source: str | Path | None, model: Path, count: int, length: 
 
     Documents follow one another without padding; a text that is too short is a :class:`UserError`.
     """
-    from hf_model import load_tokenizer
-    from records import data_entry
-
     tokenizer = load_tokenizer(model)
     ids: list[int] = []
     used: list[str] = []
@@ -71,7 +70,7 @@ def calibration_ids(source: str | Path | None, model: Path, count: int, length: 
             break
     if len(ids) < count * length:
         raise UserError(f"{source}: {len(ids)} tokens; {count} sequences of {length} need {count * length}")
-    name, revision = ("; ".join(dict.fromkeys(part[place] for part in opened)) for place in (1, 2))
+    name, revision = ("; ".join(dict.fromkeys(each)) for each in ([n for _, n, _ in opened], [r for _, _, r in opened]))
     return torch.tensor(ids[: count * length]).view(count, length), data_entry(name, revision, used)
 
 
@@ -141,7 +140,6 @@ def row_text(row: Mapping[str, Any], tokenizer: Any, source: str) -> str:
 
 def tiny_documents(tokenizer: Any, seed: int) -> tuple[Iterable[str], str, str]:
     """Transcripts of the tiny tasks' training split, an equal number of each, in turn, without end."""
-    from task_text import GENERATOR_REVISION, TASK_TEXTS
 
     def transcripts() -> Iterator[str]:
         rng, tasks = random.Random(f"calibration:{seed}"), [task() for task in TASK_TEXTS]

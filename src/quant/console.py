@@ -91,6 +91,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk, or one that cannot be written, is a :class:`UserError` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror})") from None
+
+
+@contextlib.contextmanager
 def scratch_folder() -> Iterator[Path]:
     """Yield a new folder in $SCRATCH (made if missing; unset: in the system's temporary folder), then remove it."""
     scratch = os.environ.get("SCRATCH")

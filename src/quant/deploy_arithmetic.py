@@ -22,8 +22,8 @@ from typing import Any
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, read_json, run_cli, write_json
 from families import Role, roles_of, text_config
+from gguf_layout import read_patterns, type_named
 from gguf_pack import plan_pack, report
-from gguf_recipe import read_patterns, type_named
 from pack_run import PackConfig
 from quant_save import plan_jobs, summarize
 from quantize_run import QuantizeConfig

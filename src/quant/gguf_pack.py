@@ -34,11 +34,19 @@ from console import UserError, file_sha256, progress, run_cli, write_json
 from families import Role, roles_of
 from ggml_codecs import CastCodec, decode_rows, encode
 from ggml_types import TYPES, row_bytes
-from gguf_format import GgufWriter, make_header, padded, run_converter, tensor_bytes
-from gguf_layout import Piece, pieces_of, read_parameter, to_gguf
+from gguf_format import Entry, GgufWriter, make_header, padded, read_imatrix, run_converter, tensor_bytes
+from gguf_layout import (
+    NEED_IMPORTANCE,
+    Piece,
+    file_type,
+    pieces_of,
+    read_parameter,
+    read_patterns,
+    to_gguf,
+    type_named,
+    types_of,
+)
 from gguf_pass import DAMPING, METHODS, GgufPass, is_quantized
-from gguf_recipe import NEED_IMPORTANCE, file_type, read_patterns, type_named, types_of
-from imatrix import Entry, read_imatrix
 from overlap import OneBehind
 from recipe import RECIPE_FILE
 from records import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
@@ -389,7 +397,7 @@ def write_mmproj(checkpoint: Checkpoint, directory: Path) -> str | None:
 
 
 def add_rounding_arguments(parser: argparse.ArgumentParser) -> None:
-    """The --method, --token-power and --damping of gguf_pack and gguf_alloc."""
+    """The --method, --token-power and --damping of gguf_pack and moe_alloc."""
     parser.add_argument("--method", default="ldlq", help=f"{', '.join(METHODS)} (default ldlq)")
     shown = "how much of its gradient a token counts in ldlq's second moments; 0: all tokens alike"
     parser.add_argument("--token-power", type=float, default=TOKEN_POWER, help=f"{shown} (default {TOKEN_POWER})")

@@ -1,4 +1,4 @@
-"""What pipelines/pack_gguf.sh runs: a configs/*.env file with overrides from the environment -> gguf_alloc, gguf_pack.
+"""What pipelines/pack_gguf.sh runs: a configs/*.env file with overrides from the environment -> moe_alloc, gguf_pack.
 
     METHOD=nearest OUT=work/near python src/quant/pack_run.py --config configs/gguf_iq3.env
 
@@ -50,7 +50,7 @@ def allocated(config: PackConfig) -> str:
     flags = ["--model", config.model, *calibration_flags(config.calib, config.calib_length, config.calib_sequences)]
     flags += [*protected, *rounding_flags(config)]
     flags += ["--target-gib", config.target_gib, "--out", types]
-    step("src/quant/gguf_alloc.py", *flags, *(["--force"] if flag("FORCE") else []))
+    step("src/quant/moe_alloc.py", *flags, *(["--force"] if flag("FORCE") else []))
     return types
 
 

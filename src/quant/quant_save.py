@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibration import Calibration, layer_bytes, place_of
+from calibration import Calibration, layer_bytes
 from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import CONSUMED, Checkpoint, SourceShards
 from console import UserError, progress, run_cli, write_json
 from devices import Stopped, default_device, device_peaks, each_device, on_device, parse_devices
-from families import Role, roles_of
+from families import Role, place_of, roles_of
 from moe_ptq import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
 from moe_quant import average_bits, fake_quant
 from overlap import OneBehind, one_ahead

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from calibration import output
+
 NORM = re.compile(r"(.*\.)?\w*norm\.weight")
 RATE = 1e-3
 
@@ -21,11 +23,6 @@ RATE = 1e-3
 def norm_names(layer: nn.Module) -> list[str]:
     """The norm weights of a decoder layer, by their names in it."""
     return [name for name, parameter in layer.named_parameters() if NORM.fullmatch(name) and parameter.ndim == 1]
-
-
-def output(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    out = layer(hidden, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
 
 
 @torch.no_grad()

@@ -18,9 +18,9 @@ from calibration import Calibration, layer_bytes
 from checkpoint import Checkpoint
 from console import UserError
 from families import Role, roles_of
+from gguf_layout import read_patterns, type_named
 from gguf_pack import plan_pack, report
 from gguf_pack import table as pack_table
-from gguf_recipe import read_patterns, type_named
 from moe_ptq import CALIBRATED
 from quant_save import BASE_BYTES, CHUNK_BYTES, plan_jobs, preflight, sidecars, summarize
 from quant_save import table as quantize_table

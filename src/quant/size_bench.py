@@ -288,8 +288,8 @@ def run_method(method: str, model: Path, out: Path, calibration: Calibration, he
 def compile_kernels(device: torch.device) -> None:
     """Round a little in every type that the file has: kernels are compiled once a machine, not once a layer."""
     from ggml_round import ldlq
+    from gguf_layout import read_patterns, type_named
     from gguf_pass import is_quantized
-    from gguf_recipe import read_patterns, type_named
     from synthetic_gguf import TYPES
 
     for name in sorted({"iq3_xxs", *(type_named(kind, str(TYPES)) for _, kind in read_patterns(TYPES))}):

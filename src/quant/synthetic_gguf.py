@@ -30,10 +30,9 @@ from console import UserError, atomic_path, progress, run_cli
 from families import Role
 from ggml_codecs import encode
 from gguf_format import GgufWriter, make_header
-from gguf_layout import Piece, to_gguf
+from gguf_layout import Piece, file_type, read_patterns, to_gguf, type_named
 from gguf_pack import Pack, cast, plan_pack, report
 from gguf_pass import is_quantized
-from gguf_recipe import file_type, read_patterns, type_named
 from records import add_record_arguments, check_record_arguments, write_result
 from synthetic_moe import Shape, device_at_hand, draw, prepare, shape_arguments, shape_from
 
