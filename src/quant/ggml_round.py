@@ -93,12 +93,13 @@ def sweep_block(
     group, vector = kind.type.group, kind.type.vector
     values, errors = torch.empty_like(block), torch.empty_like(block)
     codes = torch.empty(experts * outputs, size // vector, dtype=torch.int32, device=block.device)
-    kernels = kind.group_kernels(block)
-    code_group = kernels.sweep_group if kernels else sweep_group
     for index, outer in enumerate(spans(size, group)):
-        own = (block[:, outer], values[:, outer], errors[:, outer], codes[:, outer.start // vector : outer.stop // vector])
-        scale, offset = scales.scale[:, index, None], scales.offset[:, index, None]
-        code_group(*own, scale, offset, factor[:, outer, outer], importance[:, outer], kind)
+        own = (
+            block[:, outer], values[:, outer], errors[:, outer], codes[:, outer.start // vector : outer.stop // vector],
+            scales.scale[:, index, None], scales.offset[:, index, None], factor[:, outer, outer], importance[:, outer],
+        )  # fmt: skip
+        if not kind.sweep_group(*own):
+            sweep_group(*own, kind)
         behind = slice(outer.stop, size)
         block[:, behind].baddbmm_(factor[:, outer, behind].transpose(1, 2), errors[:, outer], alpha=-1)
     return codes, values, errors
@@ -130,7 +131,7 @@ def forward_error(own: Tensor, difference: Tensor) -> Tensor:
 
 
 def sweep(wt: Tensor, factor: Tensor, kind: Codec, passes: int, sizes: tuple[float, ...] = SIZES) -> Rounded:
-    """Round ``wt`` [E, I, O] with error feedback along the inputs; ``factor`` is U of :func:`rounding.inverse_factor`.
+    """Round ``wt`` [E, I, O] with error feedback along the inputs; ``factor`` is U of :func:`moe_ptq.inverse_factor`.
 
     A block is improved ``passes`` times before its errors go on, under the metric of its loss, (U_bb^T U_bb)^-1.
     """
@@ -198,10 +199,13 @@ class Block:
         of the groups behind it as it was."""
         self.rescale()
         raw = tuple(part.clone() for part in self.scales.raw)
-        kernels = self.kind.group_kernels(self.values)
-        improve_group = kernels.descend_group if kernels else Block.improve_group
         for index, group in enumerate(spans(self.values.shape[1], self.kind.type.group)):
-            moved = improve_group(self, raw, index, group)
+            vectors = slice(group.start // self.vector, group.stop // self.vector)
+            inverses = None if self.inverses is None else self.inverses[:, vectors]
+            own = (self.values[:, group], self.residual[:, group], self.codes[:, vectors], self.metric[:, group, group])
+            moved = self.kind.improve_group(*own, inverses, raw, index)
+            if moved is None:
+                moved = self.improve_group(raw, index, group)
             self.residual[:, group.stop :].baddbmm_(self.metric[:, group.stop :, group], moved, alpha=-1)
         self.scales = self.kind.scales_of(*raw)
 
@@ -230,7 +234,7 @@ class Block:
         image = torch.bmm(self.metric, self.values)
         factor = 1 + (self.values * self.residual).sum(1) / (self.values * image).sum(1).clamp_min(1e-30)
         trial = self.kind.rescaled(self.scales, factor.reshape(-1))
-        values = block_values(self.codes, trial, self.kind)
+        values = self.kind.block_values(self.codes, trial)
         better, change = self.accept(slice(None), columns_of(values, len(self.values)))
         self.scales = pick_scales(better.view(-1, 1), trial, self.scales, self.kind)
         self.residual = self.residual.baddbmm(self.metric, change, alpha=-1)
@@ -272,12 +276,6 @@ class Block:
 def one_group(raw: tuple[Tensor, ...], index: int) -> tuple[Tensor, ...]:
     """The stored fields of one group of every block."""
     return tuple(part[:, index, None] if part.ndim > 1 else part for part in raw)
-
-
-def block_values(codes: Tensor, scales: Scales, kind: Codec) -> Tensor:
-    """The values [R, B] of a block, as decoded."""
-    units = kind.units(codes).view(len(codes), -1, kind.type.group)
-    return (units * scales.scale[..., None] - scales.offset[..., None]).view(len(codes), -1)
 
 
 def descend(wt: Tensor, state: Rounded, hessian: Tensor, kind: Codec) -> Rounded:

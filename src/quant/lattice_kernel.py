@@ -11,23 +11,36 @@ not always in the index.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ggml_lattice import FAR, INDEX_BITS, LatticeCodec
-
-if TYPE_CHECKING:
-    from ggml_round import Block
-
 VECTORS, POINTS, WARPS = 16, 256, 4  # of a program: vectors, points at once
 # Of a program that goes through a group. One warp: with more, the search for eight inputs would be done by each of them again.
 GROUP_ROWS, GROUP_POINTS, GROUP_WARPS = 16, 64, 1
 # A column of a block's scales or codes begins at any address: one compilation serves all.
 ANYWHERE = ("codes", "scales", "levels")
+
+
+class Points(NamedTuple):
+    """A grid: ``table`` [16 / parts, P], squares above sizes; ``parts``: points of a vector; ``even``: as many signs are minus;
+    ``far``: the largest |x| / scale; ``bits`` of an index in a code."""
+
+    table: Tensor
+    parts: int
+    even: bool
+    far: float
+    bits: int
+
+    def constants(self, vectors: int, points: int, warps: int) -> dict[str, int | bool]:
+        """What kernels are compiled for."""
+        return {
+            "PARTS": self.parts, "WIDTH": 8 // self.parts, "EVEN": self.even, "COUNT": self.table.shape[1], "BITS": self.bits,
+            "VECTORS": vectors, "POINTS": min(points, self.table.shape[1]), "num_warps": warps,
+        }  # fmt: skip
 
 
 @triton.jit
@@ -348,10 +361,8 @@ def _descent_kernel(
     tl.store(levels + row * level_step, level, mask=real)
 
 
-def nearest(
-    x: Tensor, scale: Tensor, importance: Tensor, table: Tensor, parts: int, even: bool, far: float, bits: int
-) -> tuple[Tensor, Tensor]:
-    """Codes int32 [R, S/8] and values [R, S] for x, importance [R, S] and scale [R, 1]; ``table`` [16 / parts, P]."""
+def nearest(x: Tensor, scale: Tensor, importance: Tensor, points: Points) -> tuple[Tensor, Tensor]:
+    """Codes int32 [R, S/8] and values [R, S] for x, importance [R, S] and scale [R, 1]."""
     x, importance, scale = x.contiguous(), importance.contiguous(), scale.contiguous()
     codes = x.new_empty(len(x), x.shape[1] // 8, dtype=torch.int32)
     values = x.new_empty(x.shape)
@@ -360,11 +371,11 @@ def nearest(
         own, pull = torch.empty_like(x), torch.empty_like(x)
         many = 8 * VECTORS
         _prepare_kernel[(triton.cdiv(count, many),)](
-            x, scale, importance, own, pull, count, codes.shape[1], far, VECTORS=many, num_warps=WARPS
+            x, scale, importance, own, pull, count, codes.shape[1], points.far, VECTORS=many, num_warps=WARPS
         )
         _nearest_kernel[(triton.cdiv(count, VECTORS),)](
-            x, scale, own, pull, table, codes, values, count, codes.shape[1], PARTS=parts, WIDTH=8 // parts, EVEN=even,
-            COUNT=table.shape[1], BITS=bits, VECTORS=VECTORS, POINTS=min(POINTS, table.shape[1]), num_warps=WARPS,
+            x, scale, own, pull, points.table, codes, values, count, codes.shape[1],
+            **points.constants(VECTORS, POINTS, WARPS),
         )  # fmt: skip
     return codes, values
 
@@ -381,41 +392,32 @@ def scores(features: Tensor, tables: Tensor) -> Tensor:
     return out
 
 
-def _options(kind: LatticeCodec, device: torch.device) -> tuple[Tensor, dict[str, object]]:
-    """The table of a type and the constants of the kernels."""
-    table, layout = kind.grid(device).table, kind.layout
-    return table, {
-        "PARTS": layout.parts, "WIDTH": kind.width, "EVEN": layout.even, "COUNT": table.shape[1], "BITS": INDEX_BITS,
-        "GROUP": kind.type.group, "VECTORS": GROUP_ROWS, "POINTS": min(GROUP_POINTS, table.shape[1]),
-        "num_warps": GROUP_WARPS,
-    }  # fmt: skip
-
-
 def sweep_group(
-    block: Tensor, values: Tensor, errors: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, factor: Tensor,
-    importance: Tensor, kind: LatticeCodec,
+    block: Tensor, values: Tensor, errors: Tensor, codes: Tensor, scale: Tensor, factor: Tensor, importance: Tensor,
+    points: Points,
 ) -> None:  # fmt: skip
-    """:func:`ggml_round.sweep_group`, but for ``block``, which stays as it was."""
-    experts, _, outputs = block.shape
-    table, options = _options(kind, block.device)
+    """Code a group ``block`` [E, S, O] vector by vector: see Codec.sweep_group."""
+    experts, size, outputs = block.shape
     _sweep_kernel[(triton.cdiv(outputs, GROUP_ROWS), experts)](
-        block, values, errors, codes, scale, importance, factor, table, outputs, FAR, block.stride(0), values.stride(0),
-        codes.stride(0), scale.stride(0), *importance.stride(), *factor.stride(), **options,
+        block, values, errors, codes, scale, importance, factor, points.table, outputs, points.far, block.stride(0),
+        values.stride(0), codes.stride(0), scale.stride(0), *importance.stride(), *factor.stride(), GROUP=size,
+        **points.constants(GROUP_ROWS, GROUP_POINTS, GROUP_WARPS),
     )  # fmt: skip
 
 
-def descend_group(block: Block, raw: tuple[Tensor, ...], index: int, group: slice) -> Tensor:
-    """:meth:`ggml_round.Block.improve_group`, but for the residual, which stays as it was."""
-    kind, vectors = block.kind, slice(group.start // 8, group.stop // 8)
-    values, residual, codes = block.values[:, group], block.residual[:, group], block.codes[:, vectors]
-    metric, inverses = block.metric[:, group, group], block.inverses[:, vectors].contiguous()
+def improve_group(
+    values: Tensor, residual: Tensor, codes: Tensor, metric: Tensor, inverses: Tensor, d: Tensor, level: Tensor,
+    limits: tuple[float, int, int], points: Points,
+) -> Tensor:  # fmt: skip
+    """A better level and codes for a group [E, S, O]; returns the change of its values: see Codec.improve_group.
+
+    d, level [R]; ``limits``: a scale is the first times d (2 level + 1), a level between the other two."""
     experts, size, outputs = values.shape
+    inverses, (step, *levels) = inverses.contiguous(), limits
     moved = torch.empty(experts, size, outputs, dtype=values.dtype, device=values.device)
-    d, level = raw
-    table, options = _options(kind, values.device)
     _descent_kernel[(triton.cdiv(outputs, GROUP_ROWS), experts)](
-        values, residual, codes, moved, d, level[:, index], metric, inverses, table, outputs, FAR, kind.layout.step,
-        values.stride(0), residual.stride(0), codes.stride(0), level.stride(0), *metric.stride(), inverses.stride(0),
-        *kind.integers[1], **options,
+        values, residual, codes, moved, d, level, metric, inverses, points.table, outputs, points.far, step, values.stride(0),
+        residual.stride(0), codes.stride(0), level.stride(0), *metric.stride(), inverses.stride(0), *levels, GROUP=size,
+        **points.constants(GROUP_ROWS, GROUP_POINTS, GROUP_WARPS),
     )  # fmt: skip
     return moved
