@@ -135,14 +135,20 @@ class LatticeCodec(Codec):
     # ------------------------------------------------------------ codes
 
     def nearest(self, x: Tensor, scale: Tensor, offset: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        if kernels := self.kernels(x):
-            return kernels.nearest(x, scale, importance, self.kernel_points(x.device))
-        grid = self.grid(x.device)
         t = (x * inverse_scale(scale)).clamp_(-FAR, FAR).reshape(-1, 8).contiguous()
         w = importance.reshape(-1, 8)
         w = (w / w.amax(1, keepdim=True).clamp_min(1e-30)).contiguous()
         pull = w * t.abs()
-        minus = t < 0
+        if kernels := self.kernels(x):
+            codes = kernels.nearest(t, w, pull, self.kernel_points(x.device))
+        else:
+            codes = self._codes(t < 0, w, pull)
+        codes = codes.view(len(x), x.shape[1] // 8)
+        return codes, scale * self.units(codes)
+
+    def _codes(self, minus: Tensor, w: Tensor, pull: Tensor) -> Tensor:
+        """The code int32 [M] of vectors of signs ``minus`` (which may change), importance w and pull w t, [M, 8]."""
+        grid = self.grid(w.device)
         score, index = _lowest(w.view(-1, self.width), pull.view(-1, self.width), grid)
         index = index.view(-1, self.layout.parts)
         if self.layout.even:
@@ -150,10 +156,8 @@ class LatticeCodec(Codec):
             place, part, point = self._flips(w[odd], pull[odd], score.view(index.shape)[odd], index[odd], grid)
             minus[odd, place] ^= True
             index[odd, part] = point
-        bits = 1 << torch.arange(8, dtype=torch.int32, device=x.device)
-        codes = self._joined((minus.int() * bits).sum(1, dtype=torch.int32), index.int())
-        codes = codes.view(len(x), x.shape[1] // 8)
-        return codes, scale * self.units(codes)
+        bits = 1 << torch.arange(8, dtype=torch.int32, device=w.device)
+        return self._joined((minus.int() * bits).sum(1, dtype=torch.int32), index.int())
 
     def _flips(self, w: Tensor, pull: Tensor, score: Tensor, index: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """The one sign to flip in each of M vectors, for the least error with points chosen anew.

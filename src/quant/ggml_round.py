@@ -200,10 +200,9 @@ class Block:
         self.rescale()
         raw = tuple(part.clone() for part in self.scales.raw)
         for index, group in enumerate(spans(self.values.shape[1], self.kind.type.group)):
-            vectors = slice(group.start // self.vector, group.stop // self.vector)
-            inverses = None if self.inverses is None else self.inverses[:, vectors]
-            own = (self.values[:, group], self.residual[:, group], self.codes[:, vectors], self.metric[:, group, group])
-            moved = self.kind.improve_group(*own, inverses, raw, index)
+            inverses = None if self.inverses is None else self.inverses[:, self.places(group)]
+            own = (self.values[:, group], self.residual[:, group], self.codes[:, self.places(group)])
+            moved = self.kind.improve_group(*own, self.metric[:, group, group], inverses, raw, index)
             if moved is None:
                 moved = self.improve_group(raw, index, group)
             self.residual[:, group.stop :].baddbmm_(self.metric[:, group.stop :, group], moved, alpha=-1)
@@ -216,9 +215,13 @@ class Block:
             for step in (1, -1):
                 self.step_integer(raw, index, group, place, step)
         own = self.kind.scales_of(*one_group(raw, index))
-        for vector in self.vectors[group.start // self.vector : group.stop // self.vector]:
+        for vector in self.vectors[self.places(group)]:
             self.recode(vector, group, own)
         return self.values[:, group] - before
+
+    def places(self, part: slice) -> slice:
+        """The vectors of the inputs ``part``."""
+        return slice(part.start // self.vector, part.stop // self.vector)
 
     def accept(self, part: slice, value: Tensor) -> tuple[Tensor, Tensor]:
         """Move the inputs ``part`` to ``value`` [E, P, O] where that lowers the form: which rows [E, 1, O], and the change."""
@@ -244,11 +247,7 @@ class Block:
         own = list(one_group(raw, index))
         own[place] = (own[place] + step).clamp(*self.kind.integers[place])
         target = self.values[:, group] + self.residual[:, group] / self.diagonal[:, group, None]
-        code, value = self.nearest(target, group, self.kind.scales_of(*own))
-        better, change = self.accept(group, value)
-        self.residual[:, group].baddbmm_(self.metric[:, group, group], change, alpha=-1)
-        row, codes = better.view(-1, 1), self.codes[:, group.start // self.vector : group.stop // self.vector]
-        codes.copy_(torch.where(row, code, codes))
+        row = self.take_nearest(target, group, group, self.kind.scales_of(*own))
         raw[place][:, index] = torch.where(row, own[place], raw[place][:, index, None])[:, 0]
 
     def recode(self, part: slice, group: slice, scales: Scales) -> None:
@@ -260,17 +259,18 @@ class Block:
                 step = torch.bmm(self.inverses[:, part.start // self.vector], pull)
             else:
                 step = pull / self.diagonal[:, part, None]
-            code, value = self.nearest(self.values[:, part] + step, part, scales)
-            better, change = self.accept(part, value)
-            self.residual[:, inner].baddbmm_(self.metric[:, inner, part], change, alpha=-1)
-            codes = self.codes[:, part.start // self.vector : part.stop // self.vector]
-            codes.copy_(torch.where(better.view(-1, 1), code, codes))
+            self.take_nearest(self.values[:, part] + step, part, inner, scales)
 
-    def nearest(self, target: Tensor, part: slice, scales: Scales) -> tuple[Tensor, Tensor]:
-        """Codes [R, P/V] and values [E, P, O] near ``target`` [E, P, O] for the scales of one group."""
+    def take_nearest(self, target: Tensor, part: slice, inner: slice, scales: Scales) -> Tensor:
+        """Move the inputs ``part`` near ``target`` [E, P, O], for the scales of their group, where that lowers the form; the
+        residual of the inputs ``inner`` follows. Which rows, [R, 1]."""
         importance = per_row(self.diagonal[:, part], target.shape[2])
         code, value = self.kind.nearest(rows_of(target), scales.scale, scales.offset, importance)
-        return code, columns_of(value, len(target))
+        better, change = self.accept(part, columns_of(value, len(target)))
+        self.residual[:, inner].baddbmm_(self.metric[:, inner, part], change, alpha=-1)
+        row, codes = better.view(-1, 1), self.codes[:, self.places(part)]
+        codes.copy_(torch.where(row, code, codes))
+        return row
 
 
 def one_group(raw: tuple[Tensor, ...], index: int) -> tuple[Tensor, ...]:

@@ -22,20 +22,7 @@ from gguf.quants import IQ4_NL
 from torch import Tensor
 
 from devices import numbers_on
-from ggml_types import (
-    LARGE,
-    SMALL,
-    TINY,
-    BlockType,
-    Codec,
-    Field,
-    Run,
-    Scales,
-    half,
-    join_fields,
-    run,
-    split_fields,
-)
+from ggml_types import LARGE, SMALL, TINY, BlockType, Codec, Field, Run, Scales, half, join_fields, run, split_fields
 
 if TYPE_CHECKING:
     import scalar_kernel
@@ -455,7 +442,7 @@ class ScalarCodec(Codec):
         from scalar_kernel import Units
 
         if (table := self.layout.table) is None:
-            return Units(*map(float, self.range), self.layout.zero, None)
+            return Units(*map(float, self.range), self.layout.zero, numbers_on((0,), device))
         steps = [b - a for a, b in zip(table, table[1:])]
         return Units(float(table[0]), float(table[-1]), 0, numbers_on((*self.midpoints, 0, *steps, 0), device))
 

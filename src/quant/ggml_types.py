@@ -160,15 +160,15 @@ class Codec:
         self, block: Tensor, values: Tensor, errors: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, factor: Tensor,
         importance: Tensor,
     ) -> bool:  # fmt: skip
-        """:func:`ggml_round.sweep_group` in one launch, but for ``block``, which stays as it was; False: there is no kernel."""
+        """What :func:`ggml_round.sweep_group` does, by one kernel that leaves ``block`` as it was; False: there is none."""
         return False
 
     def improve_group(
         self, values: Tensor, residual: Tensor, codes: Tensor, metric: Tensor, inverses: Tensor | None,
         raw: tuple[Tensor, ...], index: int,
     ) -> Tensor | None:  # fmt: skip
-        """:meth:`ggml_round.Block.improve_group` in one launch, but for ``residual``, which stays as it was; None: there is no
-        kernel."""
+        """What :meth:`ggml_round.Block.improve_group` does, by one kernel that leaves ``residual`` as it was; None: there is
+        none. ``inverses``: of the metric of each vector; ``raw``: stored fields of the block, ``index``: which group it is."""
         return None
 
 

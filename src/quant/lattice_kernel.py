@@ -1,10 +1,10 @@
 """Codes of the lattice types as Triton kernels for NVIDIA GPUs: every point, and every sign to flip, tried in registers.
 
-Not a command; ggml_lattice and ggml_round call it for weights on a GPU. `nearest` and `scores` do what LatticeCodec.nearest
-and the scores of search_scales do, without the matrix of scores (256 to 1,024 floats for every four or eight weights), the
-lists of vectors with an odd number of signs, and the waits for their lengths. `sweep_group` and `descend_group` do what
-ggml_round does with a group of inputs in one launch; the rows of an expert share the importance of its inputs there, so the
-squares of a point are weighted once for all, and a flipped sign is one more product. Sums run in the order of the inputs in
+Not a command; ggml_lattice calls it for weights on a GPU. `nearest` and `scores` do what its searches for points and for scales
+do, without the matrix of scores (256 to 1,024 floats for every four or eight weights), the lists of vectors with an odd number
+of signs, and the waits for their lengths. `sweep_group` and `improve_group` do what ggml_round does with a group of inputs in
+one launch; the rows of an expert share the importance of its inputs there, so the squares of a point are weighted once for all,
+and a flipped sign is one more product. Sums run in the order of the inputs in
 float32; where two points cost the same to the last bits a matrix product may choose the other, so the results agree in cost,
 not always in the index.
 """
@@ -44,23 +44,6 @@ class Points(NamedTuple):
 
 
 @triton.jit
-def _prepare_kernel(
-    x, scales, weights, own, pull, count, a_row, far, VECTORS: tl.constexpr
-):  # fmt: skip
-    """Weights over the largest of their vector, and those times |x / scale|."""
-    row = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
-    at = row[:, None] * 8 + tl.arange(0, 8)[None, :]
-    inside = (row < count)[:, None]
-    scale = tl.load(scales + row // a_row, mask=row < count, other=0.0)
-    inverse = tl.where(scale > 0, tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), 0.0)
-    w = tl.load(weights + at, mask=inside, other=0.0)
-    w = tl.div_rn(w, tl.broadcast_to(tl.maximum(tl.max(w, 1), 1e-30)[:, None], (VECTORS, 8)))
-    t = tl.minimum(tl.abs(tl.load(x + at, mask=inside, other=0.0) * inverse[:, None]), far)
-    tl.store(own + at, w, mask=inside)
-    tl.store(pull + at, w * t, mask=inside)
-
-
-@triton.jit
 def _best(
     own, pull, table, row, inside, flip, PART: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, VECTORS: tl.constexpr,
     POINTS: tl.constexpr,
@@ -87,52 +70,33 @@ def _best(
 
 @triton.jit
 def _nearest_kernel(
-    x, scales, own, pull, table, codes, values, count, a_row, PARTS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
-    COUNT: tl.constexpr, BITS: tl.constexpr, VECTORS: tl.constexpr, POINTS: tl.constexpr,
+    scaled, own, pull, table, codes, count, PARTS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, COUNT: tl.constexpr,
+    BITS: tl.constexpr, VECTORS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
     inside = row < count
-    scale = tl.load(scales + row // a_row, mask=inside, other=0.0)
-    inverse = tl.where(scale > 0, tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), 0.0)
-    signs = tl.zeros((VECTORS,), tl.int32)
-    odd = tl.zeros((VECTORS,), tl.int32)
+    signs, odd = tl.zeros((VECTORS,), tl.int32), tl.zeros((VECTORS,), tl.int32)
     for column in tl.static_range(8):
-        minus = (tl.load(x + row * 8 + column, mask=inside, other=0.0) * inverse < 0).to(tl.int32)
+        minus = (tl.load(scaled + row * 8 + column, mask=inside, other=0.0) < 0).to(tl.int32)
         signs |= minus << column
         odd ^= minus
-    score, index = _best(own, pull, table, row, inside, -1, 0, WIDTH, COUNT, VECTORS, POINTS)
-    other_score, other = score, index
-    if PARTS == 2:
-        other_score, other = _best(own, pull, table, row, inside, -1, 1, WIDTH, COUNT, VECTORS, POINTS)
+    least = tl.full((VECTORS,), float("inf"), tl.float32)
+    place, chosen = tl.zeros((VECTORS,), tl.int32), tl.zeros((VECTORS,), tl.int32)
+    code = tl.zeros((VECTORS,), tl.int32)
+    for part in tl.static_range(PARTS):
+        score, index = _best(own, pull, table, row, inside, -1, part, WIDTH, COUNT, VECTORS, POINTS)
+        code |= index << (8 + BITS * part)
+        if EVEN:
+            for flip in range(part * WIDTH, part * WIDTH + WIDTH):
+                cost, point = _best(own, pull, table, row, inside, flip, part, WIDTH, COUNT, VECTORS, POINTS)
+                better = cost - score < least
+                least = tl.where(better, cost - score, least)
+                place = tl.where(better, flip, place)
+                chosen = tl.where(better, (point ^ index) << (8 + BITS * part), chosen)
     if EVEN:
-        least = tl.full((VECTORS,), float("inf"), tl.float32)
-        place = tl.zeros((VECTORS,), tl.int32)
-        chosen = tl.zeros((VECTORS,), tl.int32)
-        for flip in range(0, WIDTH):
-            cost, point = _best(own, pull, table, row, inside, flip, 0, WIDTH, COUNT, VECTORS, POINTS)
-            better = cost - score < least
-            least = tl.where(better, cost - score, least)
-            place, chosen = tl.where(better, flip, place), tl.where(better, point, chosen)
-        if PARTS == 2:
-            for flip in range(WIDTH, 8):
-                cost, point = _best(own, pull, table, row, inside, flip, 1, WIDTH, COUNT, VECTORS, POINTS)
-                better = cost - other_score < least
-                least = tl.where(better, cost - other_score, least)
-                place, chosen = tl.where(better, flip, place), tl.where(better, point, chosen)
         signs = tl.where(odd == 1, signs ^ (1 << place), signs)
-        index = tl.where((odd == 1) & (place < WIDTH), chosen, index)
-        other = tl.where((odd == 1) & (place >= WIDTH), chosen, other)
-    code = signs | (index << 8)
-    if PARTS == 2:
-        code |= other << (8 + BITS)
-    tl.store(codes + row, code, mask=inside)
-    for column in tl.static_range(8):
-        point = index
-        if PARTS == 2 and column >= WIDTH:
-            point = other
-        unit = tl.load(table + (WIDTH + column % WIDTH) * COUNT + point)
-        value = scale * tl.where((signs >> column) & 1 == 1, -unit, unit)
-        tl.store(values + row * 8 + column, value, mask=inside)
+        code = tl.where(odd == 1, code ^ chosen, code)
+    tl.store(codes + row, code | signs, mask=inside)
 
 
 @triton.jit
@@ -361,23 +325,14 @@ def _descent_kernel(
     tl.store(levels + row * level_step, level, mask=real)
 
 
-def nearest(x: Tensor, scale: Tensor, importance: Tensor, points: Points) -> tuple[Tensor, Tensor]:
-    """Codes int32 [R, S/8] and values [R, S] for x, importance [R, S] and scale [R, 1]."""
-    x, importance, scale = x.contiguous(), importance.contiguous(), scale.contiguous()
-    codes = x.new_empty(len(x), x.shape[1] // 8, dtype=torch.int32)
-    values = x.new_empty(x.shape)
-    count = codes.numel()
-    if count:
-        own, pull = torch.empty_like(x), torch.empty_like(x)
-        many = 8 * VECTORS
-        _prepare_kernel[(triton.cdiv(count, many),)](
-            x, scale, importance, own, pull, count, codes.shape[1], points.far, VECTORS=many, num_warps=WARPS
+def nearest(scaled: Tensor, own: Tensor, pull: Tensor, points: Points) -> Tensor:
+    """Codes int32 [M] of vectors [M, 8]: weights over their scale, importance, and that times the size."""
+    codes = torch.empty(len(scaled), dtype=torch.int32, device=scaled.device)
+    if len(codes):
+        _nearest_kernel[(triton.cdiv(len(codes), VECTORS),)](
+            scaled, own, pull, points.table, codes, len(codes), **points.constants(VECTORS, POINTS, WARPS)
         )
-        _nearest_kernel[(triton.cdiv(count, VECTORS),)](
-            x, scale, own, pull, points.table, codes, values, count, codes.shape[1],
-            **points.constants(VECTORS, POINTS, WARPS),
-        )  # fmt: skip
-    return codes, values
+    return codes
 
 
 def scores(features: Tensor, tables: Tensor) -> Tensor:

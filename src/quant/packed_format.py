@@ -33,7 +33,7 @@ from moe_ptq import SYMMETRIC
 from moe_quant import Quantized, inverse_scale, pieces
 from packed_view import BITS, CHUNK, CODES_A_WORD, FORMAT, PACKED, matrices_of
 from recipe import Job, Recipe
-from safetensors_file import DTYPE_NAMES, CheckpointWriter, Plan, TensorInfo, split_plan
+from safetensors_file import DTYPE_NAMES, CheckpointWriter, Plan, split_plan
 
 GROUPS = (32, 64, 128)  # group sizes that vLLM's kernels have
 ENCODED_AT_ONCE = 1 << 25  # weights
@@ -131,29 +131,22 @@ def unit_of(name: str) -> str:
     return next((pattern.sub(unit, module) for pattern, unit in FUSIONS if pattern.fullmatch(module)), module)
 
 
-def shape_fault(name: str, shape: tuple[int, ...]) -> str | None:
-    """Why no 4-bit kernel of vLLM takes the matrices of this tensor; None if one does."""
-    rows, inputs = matrices_of(name, shape)[0][1], shape[-1]
-    if rows % OUTPUTS or inputs % INPUTS:
-        return f"no kernel takes {rows} outputs by {inputs} inputs (multiples of {OUTPUTS} and {INPUTS})"
-    return None
-
-
 def _fault(job: Job, experts: bool) -> str | None:
-    """Why a tensor is not packed, whatever it is fused with."""
+    """Why a tensor is not packed, whatever it is fused with; None if nothing speaks against it."""
     if job.bits is None:
         return "not quantized"
     if job.role is Role.ROUTED_EXPERT and not experts:
         return "routed experts, kept by --keep-experts"
-    if job.role is Role.EMBEDDING:
-        return "vLLM reads embeddings in BF16"
-    if job.role is Role.LM_HEAD:
-        return "vLLM reads the head in BF16"
+    if job.role in (Role.EMBEDDING, Role.LM_HEAD):
+        return f"vLLM reads {'embeddings' if job.role is Role.EMBEDDING else 'the head'} in BF16"
     if FEW_OUTPUTS.fullmatch(job.name):
         return "too few outputs to gain from it"
     if max(job.by_expert, default=job.bits) > BITS:
         return f"more than {BITS} bits"
-    return shape_fault(job.name, job.info.shape)
+    rows, inputs = matrices_of(job.name, job.info.shape)[0][1], job.info.shape[-1]
+    if rows % OUTPUTS or inputs % INPUTS:
+        return f"no kernel takes {rows} outputs by {inputs} inputs (multiples of {OUTPUTS} and {INPUTS})"
+    return None
 
 
 def plan_container(jobs: Sequence[Job], recipe: Recipe, experts: bool = True) -> Container:
@@ -251,17 +244,18 @@ def ignored(jobs: Sequence[Job], packed: Collection[str]) -> list[str]:
 
 def quantization_config(jobs: Sequence[Job], packed: Collection[str], group: int) -> dict[str, Any]:
     """What config.json says: one group of 4-bit symmetric linears, and what it leaves out."""
-    weights = {"num_bits": BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
-    scheme = {"targets": ["Linear"], "weights": weights | {"dynamic": False, "actorder": None}, "input_activations": None,
-              "output_activations": None, "format": "pack-quantized"}  # fmt: skip
-    return {
-        "quant_method": "compressed-tensors",
+    weights = {
+        "num_bits": BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": group, "dynamic": False,
+        "actorder": None,
+    }  # fmt: skip
+    scheme = {
+        "targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None,
         "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
-        "ignore": ignored(jobs, packed),
-        "kv_cache_scheme": None,
-    }
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme}, "ignore": ignored(jobs, packed), "kv_cache_scheme": None,
+    }  # fmt: skip
 
 
 class PackedWriter:
@@ -284,6 +278,7 @@ class PackedWriter:
         stored = [tensor for tensors in self._stored.values() for tensor in tensors]
         starts = {self._stored[name][0][0] for name in self._starts(shard_bytes, breaks)}
         self._writer = CheckpointWriter(out, stored, 1 << 62, starts, share)
+        self.tensors, self.closed = self._writer.tensors, self._writer.closed
         self._matrices: collections.deque[tuple[str, int]] = collections.deque()  # of this tensor, each with its rows to come
         self._scales: list[Tensor] = []  # of the matrix that is being written
         self.device = default_device()
@@ -297,14 +292,6 @@ class PackedWriter:
                 yield name
                 filled = 0
             filled += size
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return self._writer.tensors
-
-    @property
-    def closed(self) -> set[Path]:
-        return self._writer.closed
 
     def __enter__(self) -> PackedWriter:
         self._writer.__enter__()

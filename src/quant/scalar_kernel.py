@@ -28,16 +28,17 @@ _SMALL, _LARGE, _TINY, _HALF_MAX = (tl.constexpr(value) for value in (SMALL, LAR
 
 class Units(NamedTuple):
     """The units of a type: ``low`` to ``high`` with code = unit + ``zero``, or those of ``table`` [2 L]: the midpoints between
-    neighbours (one fewer than units, then padding) and the steps from each unit to the next; the first unit is ``low``."""
+    neighbours (one fewer than units, then padding) and the steps from each unit to the next; the first unit is ``low``. A
+    table of one number is none."""
 
     low: float
     high: float
     zero: int
-    table: Tensor | None
+    table: Tensor
 
     @property
     def levels(self) -> int:
-        return 0 if self.table is None else len(self.table) // 2
+        return len(self.table) // 2
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -219,9 +220,9 @@ def sweep_group(
     """Code a group ``block`` [E, S, O] column by column: see Codec.sweep_group."""
     experts, group, outputs = block.shape
     _sweep_kernel[(triton.cdiv(outputs, SWEEP_ROWS), experts)](
-        block, values, errors, codes, scale, offset, factor, block if units.table is None else units.table, outputs,
-        block.stride(0), values.stride(0), codes.stride(0), scale.stride(0), *factor.stride(), units.low, units.high,
-        units.zero, LEVELS=units.levels, GROUP=group, ROWS=SWEEP_ROWS, num_warps=WARPS, enable_fp_fusion=False,
+        block, values, errors, codes, scale, offset, factor, units.table, outputs, block.stride(0), values.stride(0),
+        codes.stride(0), scale.stride(0), *factor.stride(), units.low, units.high, units.zero, LEVELS=units.levels, GROUP=group,
+        ROWS=SWEEP_ROWS, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -234,11 +235,10 @@ def improve_group(
     experts, size, outputs = values.shape
     moved = torch.empty(experts, size, outputs, dtype=values.dtype, device=values.device)
     _descent_kernel[(triton.cdiv(outputs, DESCENT_ROWS), experts)](
-        values, residual, codes, moved, d, multiplier[:, index], m, minimum[:, index], metric,
-        values if units.table is None else units.table, outputs, values.stride(0), residual.stride(0), codes.stride(0),
-        multiplier.stride(0), *metric.stride(), units.low, units.high, units.zero, *integers.get(1, (0, 0)),
-        FIRST=1 in integers, SECOND=3 in integers, LEVELS=units.levels, GROUP=size, ROWS=DESCENT_ROWS, num_warps=WARPS,
-        enable_fp_fusion=False,
+        values, residual, codes, moved, d, multiplier[:, index], m, minimum[:, index], metric, units.table, outputs,
+        values.stride(0), residual.stride(0), codes.stride(0), multiplier.stride(0), *metric.stride(), units.low, units.high,
+        units.zero, *integers.get(1, (0, 0)), FIRST=1 in integers, SECOND=3 in integers, LEVELS=units.levels, GROUP=size,
+        ROWS=DESCENT_ROWS, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return moved
 
@@ -351,10 +351,10 @@ def fit_symmetric(
     blocks = max(1, FIT_WEIGHTS // size)
     if count:
         _fit_symmetric_kernel[(triton.cdiv(count, blocks),)](
-            w, importance, numbers_on(tuple(tops), w.device), numbers_on(tuple(block_tops) or (0.0,), w.device),
-            w if units.table is None else units.table, d, multiplier, count, len(tops), len(block_tops), units.low, units.high,
-            float(low), float(high), SPREAD=bool(block_tops), LEVELS=units.levels, GROUPS=size // group, GROUP=group,
-            BLOCKS=blocks, num_warps=FIT_WARPS, enable_fp_fusion=False,
+            w, importance, numbers_on(tuple(tops), w.device), numbers_on(tuple(block_tops) or (0.0,), w.device), units.table, d,
+            multiplier, count, len(tops), len(block_tops), units.low, units.high, float(low), float(high),
+            SPREAD=bool(block_tops), LEVELS=units.levels, GROUPS=size // group, GROUP=group, BLOCKS=blocks,
+            num_warps=FIT_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return d, multiplier, torch.zeros_like(d), torch.zeros_like(multiplier)
 
