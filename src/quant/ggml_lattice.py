@@ -59,13 +59,13 @@ def _spread(low: float, high: float, count: int) -> tuple[float, ...]:
 
 
 IQ3, IQ2 = _spread(1.0, 2.1, 12), _spread(0.75, 1.9, 9)
-WORDS = Field("sign", 7, count=4), Field("level", 4)
+WORDS = Field("sign", 7, repeat=4), Field("level", 4)
 LAYOUTS = {
     "iq3_s": Layout(1.0, 2, False, IQ3, (run(64, "index", 8), run(8, "index", 1, 8), run(32, "sign", 8), run(4, "level", 4))),
     "iq3_xxs": Layout(0.25, 2, True, IQ3, (run(64, "index", 8), Run(32, WORDS, size=4))),
     "iq2_s": Layout(0.125, 1, False, IQ2, (run(32, "index", 8), run(32, "sign", 8), run(8, "index", 2, 8), run(8, "level", 4))),
     "iq2_xs": Layout(0.125, 1, True, IQ2, (Run(64, (Field("index", 9), Field("sign", 7)), size=2), run(8, "level", 4))),
-    "iq2_xxs": Layout(0.125, 1, True, IQ2, (Run(64, (Field("index", 8, count=4), *WORDS), size=8),)),
+    "iq2_xxs": Layout(0.125, 1, True, IQ2, (Run(64, (Field("index", 8, repeat=4), *WORDS), size=8),)),
 }
 
 
@@ -197,10 +197,11 @@ class LatticeCodec(Codec):
 
     # ------------------------------------------------------------ scales
 
-    def scales_of(self, d: Tensor, level: Tensor) -> Scales:
+    def scales_of(self, *raw: Tensor) -> Scales:
         """d [N] float32 that a half float holds, level [N, G]. The products are exact, as are those with a grid point."""
+        d, level = raw
         scale = d[:, None] * ((2.0 * level + 1) * self.layout.step)
-        return Scales(scale, torch.zeros_like(scale), (d, level))
+        return Scales(scale, torch.zeros_like(scale), raw)
 
     def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
         d, level = scales.raw

@@ -13,6 +13,7 @@ rounded to v has the output error  (w - v) H (w - v)^T, which depends on no othe
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -142,11 +143,9 @@ def sweep(wt: Tensor, factor: Tensor, kind: Codec, passes: int, sizes: tuple[flo
     for part in spans(wt.shape[1], kind.type.block):
         x, own = work[:, part], factor[:, part, part]
         fitted = fit_blocks(kind, rows_of(x), balanced(per_row(importance[:, part], outputs)))
-        best = None
-        for size in sizes:
-            trial = fitted if size == 1 else kind.rescaled(fitted, torch.full_like(x[:, 0], size).view(-1))
-            best = better_block(best, (*sweep_block(x.clone(), trial, own, importance[:, part], kind), trial), kind)
-        code, values[:, part], errors, scale = best
+        trials = (fitted if size == 1 else kind.rescaled(fitted, torch.full_like(x[:, 0], size).view(-1)) for size in sizes)
+        found = ((*sweep_block(x.clone(), trial, own, importance[:, part], kind), trial) for trial in trials)
+        code, values[:, part], errors, scale = functools.reduce(functools.partial(better_block, kind), found)
         if passes:
             metric = torch.cholesky_inverse(own, upper=True)
             for _ in range(passes):
@@ -160,10 +159,8 @@ def sweep(wt: Tensor, factor: Tensor, kind: Codec, passes: int, sizes: tuple[flo
     return Rounded(values, torch.cat(codes, 1), scales)
 
 
-def better_block(old: tuple | None, new: tuple, kind: Codec) -> tuple:
+def better_block(kind: Codec, old: tuple, new: tuple) -> tuple:
     """Of two (codes, values, errors, scales) of a block, row by row the one of smaller loss."""
-    if old is None:
-        return new
     better = new[2].square().sum(1) < old[2].square().sum(1)  # [E, O]
     row = better.reshape(-1, 1)
     values, errors = (torch.where(better[:, None], n, o) for n, o in zip(new[1:3], old[1:3]))

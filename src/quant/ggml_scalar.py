@@ -158,9 +158,9 @@ def fit_symmetric(p: Problem, tops: list[float], block_tops: list[float], low: i
             b, a = (p.linear * units).sum(0), units.square_().mul_(p.weight).sum(0)
             return p.per_block(error), multiplier, p.per_block(b / a.clamp_min(TINY)), p.per_block(a)
 
-        error, multiplier, *wanted = cheapest(map(moved, (0, -1, 1) if block_tops else (0,)))
+        error, multiplier, scale, curve = cheapest(map(moved, (0, -1, 1) if block_tops else (0,)))
         choice = choice._replace(multiplier=multiplier)
-        return choice, error.sum(1), choice._replace(d=refit_symmetric(multiplier, *wanted, choice.d))
+        return choice, error.sum(1), choice._replace(d=refit_symmetric(multiplier, scale, curve, choice.d))
 
     return best_round(p, Choice(d, multiplier, torch.zeros_like(d), none), step, code_symmetric)
 
@@ -255,7 +255,7 @@ def fit_minimum(p: Problem, tries: list[tuple[float, float]], block_tops: list[f
         one = torch.ones_like(scale)
         choice = Choice(half(scale[:, 0]), one, half(offset[:, 0]), one)
 
-    def coded(choice: Choice) -> tuple[Tensor, ...]:
+    def coded(choice: Choice) -> Sequence[Tensor]:
         units, error = code_minimum(p, choice)
         return p.per_block(error), choice.multiplier, choice.minimum, *map(p.per_block, form(p, units))
 
@@ -353,11 +353,12 @@ class ScalarCodec(Codec):
             # The nearest unit of the table for every half step from -128 to 128: midpoints are multiples of a half.
             self.lookup = tuple(min(table, key=lambda unit: abs(k / 2 + 0.25 - unit)) for k in range(-256, 256))  # noqa: B023
 
-    def scales_of(self, d: Tensor, multiplier: Tensor, m: Tensor, minimum: Tensor) -> Scales:
+    def scales_of(self, *raw: Tensor) -> Scales:
         """The decoded scales of the fields of a :class:`Choice`, by the same float32 products as llama.cpp."""
+        d, multiplier, m, minimum = raw
         scale = d[:, None] * multiplier.float()
         offset = m[:, None] * minimum.float()
-        return Scales(scale, offset, (d, multiplier, m, minimum))
+        return Scales(scale, offset, raw)
 
     def rescaled(self, scales: Scales, factor: Tensor) -> Scales:
         d, multiplier, m, minimum = scales.raw
@@ -368,7 +369,7 @@ class ScalarCodec(Codec):
     def fit(self, w: Tensor, importance: Tensor) -> Scales:
         layout, group = self.layout, self.type.group
         low, high = self.integers.get(1, (1, 1))
-        how = (self._tops(), self._block_tops(low, high), low, high)
+        how: tuple = (self._tops(), self._block_tops(low, high), low, high)
         if layout.has_minimum:
             top = high if self.integers else 0
             how = (self._tries(), [top * (0.8 + 0.3 * k / 11) for k in range(12)], top)
@@ -442,7 +443,7 @@ class ScalarCodec(Codec):
         from scalar_kernel import Units
 
         if (table := self.layout.table) is None:
-            return Units(*map(float, self.range), self.layout.zero, numbers_on((0,), device))
+            return Units(float(self.range[0]), float(self.range[1]), self.layout.zero, numbers_on((0,), device))
         steps = [b - a for a, b in zip(table, table[1:])]
         return Units(float(table[0]), float(table[-1]), 0, numbers_on((*self.midpoints, 0, *steps, 0), device))
 

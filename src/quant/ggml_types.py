@@ -10,6 +10,7 @@ The layouts are those of ggml-common.h and ggml-quants.c of llama.cpp; the tests
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -186,13 +187,13 @@ def half_bytes(values: Tensor) -> Tensor:
 
 
 class Field(NamedTuple):
-    """``count`` numbers of one name in a word: ``bits`` bits of each, from its bit ``shift`` on. All words of a run hold
+    """``repeat`` numbers of one name in a word: ``bits`` bits of each, from its bit ``shift`` on. All words of a run hold
     the numbers from ``first`` on."""
 
     name: str
     bits: int
     shift: int = 0
-    count: int = 1
+    repeat: int = 1
     first: int = 0
 
 
@@ -206,7 +207,7 @@ class Run(NamedTuple):
     size: int = 1
 
     def numbers(self, field: Field) -> slice:
-        return slice(field.first, field.first + self.bytes // self.size * field.count)
+        return slice(field.first, field.first + self.bytes // self.size * field.repeat)
 
 
 def run(size: int, name: str, bits: int, shift: int = 0, inner: int = 1) -> Run:
@@ -221,14 +222,13 @@ def join_fields(values: Mapping[str, Tensor], layout: Sequence[str | Run]) -> Te
         if isinstance(part, str):
             parts.append(half_bytes(values[part]))
             continue
-        word, offset = None, 0
+        terms, offset = [], 0
         for field in part.fields:
             own = (values[field.name][:, part.numbers(field)] >> field.shift) & (2**field.bits - 1)
-            own = own.to(torch.uint8 if part.size == 1 else torch.long).reshape(len(own), -1, field.count, part.inner)
-            for k in range(field.count):
-                shifted = own[:, :, k] << offset
-                word = shifted if word is None else word | shifted
-                offset += field.bits
+            own = own.to(torch.uint8 if part.size == 1 else torch.long).reshape(len(own), -1, field.repeat, part.inner)
+            terms += [own[:, :, k] << (offset + k * field.bits) for k in range(field.repeat)]
+            offset += field.repeat * field.bits
+        word = functools.reduce(torch.bitwise_or, terms)
         if part.size > 1:
             word = (word[..., None] >> 8 * torch.arange(part.size, device=word.device) & 255).to(torch.uint8)
         parts.append(word.flatten(1))
@@ -237,7 +237,8 @@ def join_fields(values: Mapping[str, Tensor], layout: Sequence[str | Run]) -> Te
 
 def split_fields(data: Tensor, layout: Sequence[str | Run], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """The inverse of :func:`join_fields`; ``counts``: how many numbers int32 a block has of each name."""
-    found, at = {}, 0
+    found: dict[str, Tensor] = {}
+    at = 0
     for part in layout:
         size = 2 if isinstance(part, str) else part.bytes
         own = data[:, at : at + size]
@@ -251,18 +252,18 @@ def split_fields(data: Tensor, layout: Sequence[str | Run], counts: Mapping[str,
         else:
             word = (word.long() << 8 * torch.arange(part.size, device=data.device)).sum(-1)
         for field in part.fields:
-            shifts = offset  # of one field; else [count, 1]
-            if field.count > 1:
-                last = offset + field.bits * field.count
-                shifts = torch.arange(offset, last, field.bits, dtype=word.dtype, device=data.device)[:, None]
-            numbers = (word >> shifts & (2**field.bits - 1)).flatten(1).int()
+            shifted = word >> offset
+            if field.repeat > 1:
+                last = field.bits * field.repeat
+                shifted = shifted >> torch.arange(0, last, field.bits, dtype=word.dtype, device=data.device)[:, None]
+            numbers = (shifted & (2**field.bits - 1)).flatten(1).int()
             numbers = numbers << field.shift if field.shift else numbers
             if field.name not in found and numbers.shape[1] == counts[field.name]:
                 found[field.name] = numbers
             else:
                 whole = found.setdefault(field.name, numbers.new_zeros(len(data), counts[field.name]))
                 whole[:, part.numbers(field)] |= numbers
-            offset += field.bits * field.count
+            offset += field.bits * field.repeat
     for name in counts.keys() - found.keys():
         found[name] = torch.zeros(len(data), counts[name], dtype=torch.int32, device=data.device)
     return found
