@@ -419,31 +419,26 @@ def _refit_minimum(d, k, m, n, a, b, q, x, w):
 
 
 @triton.jit
-def _spread_minimum(scale, a, b, q, x, w, factors, factor_count, top, BLOCKS: tl.constexpr, GROUPS: tl.constexpr):
-    """d, m [N, 1] and integers [N, G] for wanted scales."""
-    peak = tl.max(scale, 1, keep_dims=True)
-    cheapest = tl.full((BLOCKS, 1), float("inf"), tl.float32)
-    d, m = tl.zeros((BLOCKS, 1), tl.float32), tl.zeros((BLOCKS, 1), tl.float32)
-    k, n = tl.zeros((BLOCKS, GROUPS), tl.float32), tl.zeros((BLOCKS, GROUPS), tl.float32)
+def _spread(
+    wanted, s, a, b, q, x, w, factors, factor_count, top, SCALES: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """The half float [N, 1] and the integers [N, G] whose products, near what is ``wanted``, cost least: as SCALES with the
+    offset that each would like, else as offsets for the scales s."""
+    peak = tl.max(wanted, 1, keep_dims=True)
+    cheapest, half = tl.full((BLOCKS, 1), float("inf"), tl.float32), tl.zeros((BLOCKS, 1), tl.float32)
+    integers = tl.zeros((BLOCKS, GROUPS), tl.float32)
     for t in range(factor_count):
         trial = _half(_divided(peak, tl.load(factors + t)))
-        near = _round(scale * _inverse(trial), 0.0, top)
-        s = trial * near
-        cost = tl.sum(_cost(s, _offset(s, q, x, w), a, b, q, x, w), 1, keep_dims=True)
-        better = cost < cheapest
-        cheapest, d, k = tl.where(better, cost, cheapest), tl.where(better, trial, d), tl.where(better, near, k)
-    s = d * k
-    wanted = _offset(s, q, x, w)
-    deepest = tl.max(wanted, 1, keep_dims=True)
-    cheapest = tl.full((BLOCKS, 1), float("inf"), tl.float32)
-    for t in range(factor_count):
-        trial = _half(_divided(deepest, tl.load(factors + t)))
         near = _round(wanted * _inverse(trial), 0.0, top)
-        cost = tl.sum(_cost(s, trial * near, a, b, q, x, w), 1, keep_dims=True)
+        own = trial * near
+        if SCALES:
+            cost = tl.sum(_cost(own, _offset(own, q, x, w), a, b, q, x, w), 1, keep_dims=True)
+        else:
+            cost = tl.sum(_cost(s, own, a, b, q, x, w), 1, keep_dims=True)
         better = cost < cheapest
-        cheapest, m, n = tl.where(better, cost, cheapest), tl.where(better, trial, m), tl.where(better, near, n)
-    d, m = _refit_minimum(d, k, m, n, a, b, q, x, w)
-    return d, k, m, n
+        cheapest, half = tl.where(better, cost, cheapest), tl.where(better, trial, half)
+        integers = tl.where(better, near, integers)
+    return half, integers
 
 
 @triton.jit
@@ -469,7 +464,10 @@ def _fit_minimum_kernel(
         best, scale, offset = tl.where(better, cost, best), tl.where(better, s, scale), tl.where(better, o, offset)
         a, b, q = tl.where(better, own_a, a), tl.where(better, own_b, b), tl.where(better, own_q, q)
     if SPREAD:
-        d, k, m, n = _spread_minimum(scale, a, b, q, all_x, all_w, factors, factor_count, top, BLOCKS, GROUPS)
+        d, k = _spread(scale, scale, a, b, q, all_x, all_w, factors, factor_count, top, True, BLOCKS, GROUPS)
+        wanted = _offset(d * k, q, all_x, all_w)
+        m, n = _spread(wanted, d * k, a, b, q, all_x, all_w, factors, factor_count, top, False, BLOCKS, GROUPS)
+        d, m = _refit_minimum(d, k, m, n, a, b, q, all_x, all_w)
     else:
         d, m = _half(tl.max(scale, 1, keep_dims=True)), _half(tl.max(offset, 1, keep_dims=True))
         k, n = tl.full((BLOCKS, GROUPS), 1.0, tl.float32), tl.full((BLOCKS, GROUPS), 1.0, tl.float32)
