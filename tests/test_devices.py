@@ -80,7 +80,7 @@ def test_every_device_rounds_its_share(monkeypatch):
         return moe_ptq.wclip(weight, grid, statistics)
 
     monkeypatch.setitem(moe_ptq.WORKING_BYTES, "cpu", 1)
-    monkeypatch.setitem(moe_ptq.CALIBRATED, "wclip", noted)
+    monkeypatch.setitem(moe_ptq.METHODS, "wclip", moe_ptq.Method(noted, calibrated=True))
     weight, x = torch.randn(5, 16, 64), torch.randn(5, 200, 64)
     statistics = Statistics(x.transpose(1, 2) @ x, torch.full((5,), 200.0))
     one = round_weight(weight, Grid(3, 32), statistics, "wclip")

@@ -10,7 +10,7 @@ import torch
 from conftest import REPO
 from safetensors.torch import load_file, save_file
 
-import packed_layout
+import packed_format
 from calibration import Calibration
 from checkpoint import Checkpoint
 from console import UserError
@@ -18,8 +18,7 @@ from families import Role
 from moe_ptq import Grid, Statistics, round_weight
 from moe_quant import dequantize, quantize_group
 from packed_export import check, pack, sizes, unpack
-from packed_int4 import codes_of, pack_codes
-from packed_layout import plan_container
+from packed_format import codes_of, pack_codes, plan_container
 from packed_view import PACKED, unpack_codes, unpacked_values
 from quant_save import plan_jobs, quantize_checkpoint
 from recipe import Recipe
@@ -125,7 +124,7 @@ def test_fused_experts_lie_one_by_one_and_come_back_fused(fused, random_tiny, tm
 
 
 def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(fused, tmp_path, monkeypatch):
-    put, puts = packed_layout.PackedWriter._put, []
+    put, puts = packed_format.PackedWriter._put, []
 
     def cut(self, name, value):
         if name == kill["at"]:
@@ -133,7 +132,7 @@ def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(fused, tmp_path, mon
         puts.append(name)
         put(self, name, value)
 
-    monkeypatch.setattr(packed_layout.PackedWriter, "_put", cut)
+    monkeypatch.setattr(packed_format.PackedWriter, "_put", cut)
     kill = {"at": None}
     quantize_checkpoint(fused, tmp_path / "alone", RECIPE, shard_bytes=SHARD // 4, packed=True)
     expected = contents(tmp_path / "alone")

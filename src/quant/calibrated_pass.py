@@ -25,7 +25,7 @@ from console import UserError, atomic_path, progress, read_json, write_json
 from families import LAYER_PREFIX, Role, text_name
 from moe_ptq import Grid, Statistics, damped, output_error, round_weight
 from overlap import OneBehind
-from packed_layout import Container, PackedWriter, open_writer
+from packed_format import Container, PackedWriter, open_writer
 from quant_save import ErrorLog, Sink
 from recipe import Job, Recipe
 from refine import refine_norms

@@ -38,8 +38,8 @@ from families import Role, place_of, roles_of
 from moe_ptq import CALIBRATED, DATA_FREE, METHODS, Grid, round_weight, zero_point_bits
 from moe_quant import average_bits, fake_quant
 from overlap import OneBehind, one_ahead
-from packed_layout import Container, PackedWriter, describe, open_writer, plan_container
-from packed_layout import summary as packed_summary
+from packed_format import Container, PackedWriter, describe, open_writer, plan_container
+from packed_format import summary as packed_summary
 from packed_view import PACKED
 from recipe import RECIPE_FILE, Job, Recipe, read_allocation
 from records import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
