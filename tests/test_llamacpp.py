@@ -21,7 +21,7 @@ import torch
 
 from backend import Sampling
 from backend_hf import HfBackend
-from backend_openai import OpenAIBackend
+from backend_openai import Client, OpenAIBackend, in_parallel
 from console import UserError
 from eval_settings import load_settings
 from gguf_bench import active_bytes
@@ -29,7 +29,6 @@ from gguf_format import run_converter
 from gguf_info import config_of_gguf, describe_gguf, open_gguf
 from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, read_logprobs, write_logprobs
 from hf_model import load_tokenizer, render_chat
-from http_client import Client, in_parallel
 from llama_cpp import tool
 from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, free_port
 from task_list import get_benchmarks

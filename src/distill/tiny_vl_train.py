@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from console import UserError, progress, run_cli
 from settings import from_environment, load_config
-from tasks_tiny_vision import TINY_VISION_TASKS, VISION_REVISION, Scene, TinyBars, TinyCount, TinyDigits, TinyVision
+from tasks_tiny import TINY_VISION_TASKS, VISION_REVISION, Scene, TinyBars, TinyCount, TinyDigits, TinyVision
 from tiny_data import completion_text
 from tiny_model import decoder_layer
 from tiny_train import Run, Schedule, add_training_arguments, log, token_loss, write_training

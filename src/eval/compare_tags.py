@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError, run_cli
-from eval_settings import EvalSettings, load_settings
-from gate import eval_records, gate_axis
-from paired_stats import clustered_mcnemar, discordance, minimum_detectable, paired_bootstrap
+from eval_settings import EvalSettings, eval_records, gate_axis, load_settings
+from intervals import clustered_mcnemar, discordance, minimum_detectable, paired_bootstrap
 from records import data_entry, read_result, write_result
 from sample_log import find_log, read_samples
 

@@ -7,7 +7,6 @@ all backends. llama_cpp.py finds or builds the server.
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import ctypes
 import os
@@ -24,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from backend import Completion, Sampling, seed_of
+from backend_openai import Client, in_parallel
 from console import UserError
 from gguf_info import architecture_value, gguf_files, metadata, open_gguf, token_text
 from hf_model import ids_sha256, load_tokenizer, render_chat
-from http_client import Client, in_parallel
 from llama_cpp import tool
 
 PR_SET_PDEATHSIG = 1
@@ -251,15 +250,3 @@ class LlamaCppBackend:
             raise UserError(f"llama-server read {read} prompt tokens of {len(ids)} and stopped by {stop!r}")
         text = self.tokenizer.decode(new[:-1] if stop == "eos" else new)
         return Completion(text, len(new), len(ids), STOPS[stop], ids_sha256(ids))
-
-
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the two backends that talk to a server."""
-    group = parser.add_argument_group("a GGUF file, or a server (--backend openai)")
-    group.add_argument("--tokenizer", type=Path, help="directory of tokenizer and chat template (default: those of the GGUF)")
-    group.add_argument("--parallel", type=int, default=4, help="requests at once; slots of llama-server (default 4)")
-    group.add_argument("--server-args", default="", help='further options of llama-server, as "-ngl 99 --cpu-moe"')
-    group.add_argument("--base-url", help="server of --backend openai, as http://localhost:8000/v1")
-    group.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
-    group.add_argument("--prompt-text", action="store_true", help="send text, not token ids (openai)")
-    group.add_argument("--plain-fields", action="store_true", help="send only the fields of OpenAI's own API (openai)")

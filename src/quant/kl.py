@@ -7,6 +7,7 @@ studies all call it. Text: transcripts of the tiny tasks (prompt and reference t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,29 @@ def summarize_kl(kl: np.ndarray, agree: np.ndarray) -> dict[str, Any]:
         "max": float(kl.max()),
         "top1": float(agree.mean()),
     }
+
+
+def measured(parts: Iterable[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+    """Metrics over all parts of (logits [N, V], the reference's or None, next tokens [N], mask [N] of the assistant's turn);
+    ``answer`` in their names: over its positions only."""
+    kls, agrees, answers, losses = [], [], [], []
+    for logits, expected, target, answer in parts:
+        losses.append(F.cross_entropy(logits.float(), target, reduction="none").cpu())
+        answers.append(answer)
+        if expected is not None:
+            kl, agree = divergence(expected, logits)
+            kls.append(kl.cpu())
+            agrees.append(agree.cpu())
+    loss, answer = torch.cat(losses), torch.cat(answers)
+    metrics: dict[str, Any] = {
+        "tokens": len(loss),
+        "ppl": loss.mean().exp().item(),
+        "ppl_answer": loss[answer].mean().exp().item(),
+    }
+    if kls:
+        kl, agree, answer = torch.cat(kls).double().numpy(), torch.cat(agrees).numpy(), answer.numpy()
+        metrics |= {"kl": summarize_kl(kl, agree), "kl_answer": summarize_kl(kl[answer], agree[answer])}
+    return metrics
 
 
 def tiny_texts(tokenizer: Any, count: int, split: str = "test") -> tuple[list[tuple[str, str]], dict[str, Any]]:
