@@ -13,7 +13,6 @@ import runner as runs
 from backend import Completion, Sampling
 from compare_tags import compare
 from console import UserError
-from eval_plan import answered
 from eval_settings import GATED, NOT_GATED, GateRules, eval_records, gate_axis, gate_status, load_settings
 from gate import gate_lines
 from graders import GRADER_VERSION, split_thinking
@@ -453,4 +452,4 @@ def test_the_plan_of_a_killed_run_counts_what_it_left(tmp_path):
     path = tmp_path / "a.samples.jsonl"
     SampleLog(path, PLAIN).append([{"benchmark": "tiny_know", "id": "1"}, {"benchmark": "tiny_know", "id": "2"}])
     path.write_bytes(path.read_bytes()[:-5])
-    assert answered(path) == {"tiny_know": 1}
+    assert runs.answered(path) == {"tiny_know": 1}

@@ -18,10 +18,9 @@ from typing import Any
 from backend import choose_backend
 from backend_hf import HfMmBackend
 from console import UserError, run_cli
-from eval_plan import add_run_arguments, check_args, make_plan, plan_text
 from pictures import config_with_eyes, pictures_of
 from records import public_path
-from runner import Runner, describe_checkpoint, evaluate, finish, start_log
+from runner import Runner, add_run_arguments, check_args, describe_checkpoint, evaluate, finish, make_plan, plan_text, start_log
 from task_list import get_benchmarks
 from vllm_eval import VllmMmBackend
 

@@ -24,11 +24,10 @@ from backend_openai import OpenAIBackend, api_key
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli
 from devices import parse_devices
-from eval_plan import add_run_arguments, check_args, make_plan, plan_text
 from gguf_info import config_of_gguf, describe_gguf, is_gguf
 from llamacpp_eval8 import LlamaCppBackend
 from records import public_path
-from runner import Runner, describe_checkpoint, evaluate, finish, start_log
+from runner import Runner, add_run_arguments, check_args, describe_checkpoint, evaluate, finish, make_plan, plan_text, start_log
 from task_list import get_benchmarks
 from vllm_eval import VllmBackend
 
