@@ -129,7 +129,31 @@ def api_key(name: str | None) -> str | None:
     return os.environ[name]
 
 
-class OpenAIBackend:
+class ServerBackend:
+    """Prompts rendered here, as many requests at once as ``parallel``. A subclass sends one in ``_complete``."""
+
+    tokenizer: Any
+    parallel: int
+    context: int
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return render_chat(self.tokenizer, messages)
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        return in_parallel(lambda index: self._complete(prompts[index], sampling), len(prompts), self.parallel)
+
+    def _complete(self, prompt: str, sampling: Sampling) -> Completion:
+        raise TypeError(f"{type(self).__name__} does not define _complete")
+
+    def _room(self, ids: Sequence[int], sampling: Sampling) -> int:
+        """How many tokens may follow."""
+        room = min(sampling.max_tokens, self.context - len(ids))
+        if room < 1:
+            raise UserError(f"a prompt has {len(ids)} tokens; the server's context is {self.context}")
+        return room
+
+
+class OpenAIBackend(ServerBackend):
     """``plain`` leaves out the fields that OpenAI's own API does not know; then its defaults for top-k and min-p hold, and
     special tokens such as </think> may be missing from the text."""
 
@@ -144,25 +168,15 @@ class OpenAIBackend:
         self.model, self.parallel, self.context = model, parallel, context
         self.send_text, self.plain = send_text, plain
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        return render_chat(self.tokenizer, messages)
-
-    def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
-        return in_parallel(lambda index: self._complete(prompts[index], sampling), len(prompts), self.parallel)
-
-    def _fields(self, prompt: str, ids: list[int], sampling: Sampling) -> dict[str, Any]:
-        room = min(sampling.max_tokens, self.context - len(ids))
-        if room < 1:
-            raise UserError(f"a prompt has {len(ids)} tokens; the context is {self.context}")
-        fields = {
-            "model": self.model, "prompt": prompt if self.send_text else ids, "max_tokens": room,
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed_of(prompt, sampling.seed) & 0x7FFFFFFF,
-        }  # fmt: skip
-        return fields if self.plain else fields | {"top_k": sampling.top_k, "min_p": 0.0, "skip_special_tokens": False}
-
     def _complete(self, prompt: str, sampling: Sampling) -> Completion:
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        answer = self.client.call("/completions", self._fields(prompt, ids, sampling))
+        fields = {
+            "model": self.model, "prompt": prompt if self.send_text else ids, "max_tokens": self._room(ids, sampling),
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed_of(prompt, sampling.seed) & 0x7FFFFFFF,
+        }  # fmt: skip
+        if not self.plain:
+            fields |= {"top_k": sampling.top_k, "min_p": 0.0, "skip_special_tokens": False}
+        answer = self.client.call("/completions", fields)
         try:
             choice, usage = answer["choices"][0], answer["usage"]
             text, reason = choice["text"], choice["finish_reason"]
