@@ -231,7 +231,7 @@ def main() -> None:
     print(shares, flush=True)
     export(run, tokenizer, args.out)
     write_training(
-        args, run, started, {"name": "tasks_tiny_vision", "revision": VISION_REVISION},
+        args, run, started, {"name": "tiny_vision_tasks", "revision": VISION_REVISION},
         {"steps": run.step, "pictures": run.step * config.rows, "exact_match": shares},
     )  # fmt: skip
 

@@ -6,30 +6,29 @@ Prints one table and `SMOKE OK`; a step that fails stops the run with its exit c
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from console import UserError, run_cli, run_script
 from records import read_result
-from settings import from_environment, load_config
+from settings import parse_settings, setting
 
 
 @dataclass(frozen=True)
 class SmokeConfig:
     """The keys of configs/smoke_tiny.env."""
 
-    model: str
-    expert_bits: int
-    linear_bits: int
-    group: int
-    clip_steps: int
-    benchmarks: str
-    limit: int
-    kl_items: int
-    backend: str
-    budget: str
+    model: str = setting(help="checkpoint directory, or a hub id, which is downloaded once")
+    expert_bits: int = setting(help="bits of the experts' weights")
+    linear_bits: int = setting(help="bits of the other linear weights")
+    group: int = setting(help="weights that share a scale")
+    clip_steps: int = setting(help="steps of the search for the clip")
+    benchmarks: str = setting(help="comma-separated names of benchmarks")
+    limit: int = setting(help="first N items of each")
+    kl_items: int = setting(help="held-out transcripts of each tiny task for the KL")
+    backend: str = setting(help="engine of the evaluation: auto, vllm or hf")
+    budget: str = setting(help="tokens a sample may generate: 32k, 64k or 80k")
 
 
 def find_model(name: str) -> Path:
@@ -84,11 +83,9 @@ def run(config: SmokeConfig, work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", type=Path, required=True, help="settings, as configs/smoke_tiny.env")
-    parser.add_argument("--work", type=Path, required=True, help="directory for the quantized model and the records")
-    args = parser.parse_args()
-    run(load_config(SmokeConfig, args.config, from_environment(SmokeConfig)), args.work)
+    work = {"type": Path, "required": True, "help": "directory for the quantized model and the records"}
+    config, args = parse_settings(SmokeConfig, __doc__, lambda parser: parser.add_argument("--work", **work))
+    run(config, args.work)
 
 
 if __name__ == "__main__":
