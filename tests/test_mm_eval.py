@@ -179,6 +179,13 @@ def test_the_command_logs_resumes_and_records(model, tmp_path, command):
     assert json.loads((tmp_path / "t.json").read_text())["metrics"] == record["metrics"]
 
 
+def test_a_dry_run_stops_after_the_plan(model, tmp_path, command):
+    run = ["src/eval/mm_eval.py", "--model", model, "--tag", "t", "--limit", 2, "--out", tmp_path / "eval", "--dry-run"]
+    done = command(*run)
+    assert done.returncode == 0 and "tiny_bars              2" in done.stdout, (done.stdout, done.stderr)
+    assert done.stdout.endswith("dry run: nothing was written\n") and not (tmp_path / "eval").exists()
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [

@@ -164,6 +164,8 @@ def test_a_packed_log_is_the_same_log(tmp_path, command):
         read_samples(log)
     done = command("src/eval/regrade.py", "--pack", "c", "--results", tmp_path)
     assert done.returncode == 2 and "holds no plain log of c" in done.stderr
+    done = command("src/eval/regrade.py", "--results", tmp_path)
+    assert done.returncode == 2 and "name the evaluations" in done.stderr
 
 
 def test_seconds_are_the_sum_over_the_parts_of_a_run(tmp_path):

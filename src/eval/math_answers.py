@@ -14,13 +14,13 @@ import select
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from queue import SimpleQueue
 
 import console
-from console import UserError, progress
+from code_sandbox import side_by_side
+from console import UserError
 from sandbox_child import enter_jail, read_frame, write_frame
 
 START_SECONDS = 60.0  # sympy loads in about a second; on a busy machine in ten
@@ -344,15 +344,10 @@ def judge_math(
             idle.put(worker)
 
     try:
-        with ThreadPoolExecutor(max(1, len(crew))) as pool, progress(len(pairs), "math answers", "answer") as bar:
-            verdicts = []
-            for verdict in pool.map(one, pairs):
-                verdicts.append(verdict)
-                bar.update()
+        return side_by_side(one, pairs, name="math answers", unit="answer", workers=max(1, len(crew)))
     finally:
         for worker in crew:
             worker.stop()
-    return verdicts
 
 
 def judge_open(verdicts: list[bool], pairs: Mapping[int, tuple[str | None, str]]) -> list[bool]:

@@ -16,12 +16,11 @@ import json
 import pickletools
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from code_sandbox import run_many, run_python
-from console import UserError, progress
+from code_sandbox import run_many, run_python, side_by_side
+from console import UserError
 from graders import extract_code, fenced_blocks, program_of
 from task import HubBenchmark, Row, Source
 from task_text import Item
@@ -224,12 +223,7 @@ class LiveCodeBench(CodeBenchmark):
 
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
         """Tests are decoded one problem at a time: together they may be gigabytes."""
-        with progress(len(items), "lcb", "program") as bar, ThreadPoolExecutor(2) as pool:
-            verdicts = []
-            for passed in pool.map(self.passes, items, extracted):
-                verdicts.append(passed)
-                bar.update()
-        return verdicts
+        return side_by_side(self.passes, items, extracted, name="lcb", unit="program")
 
     def passes(self, item: Item, code: str | None) -> bool:
         if not code:
