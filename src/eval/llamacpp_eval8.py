@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from backend import Completion, Sampling, seed_of
 from backend_openai import Client, ServerBackend
@@ -189,16 +188,6 @@ def check_same_ids(prompt: str, ours: list[int], servers: list[int]) -> None:
     )
 
 
-def sampling_fields(sampling: Sampling, prompt: str) -> dict[str, Any]:
-    """The fields of /completion for our sampling: temperature first as transformers and vLLM have it, no filter of the
-    server's defaults (top-k 40, top-p 0.95, min-p 0.05)."""
-    return {
-        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": 0.0,
-        "repeat_penalty": 1.0, "samplers": ["temperature", "top_k", "top_p"],
-        "seed": seed_of(prompt, sampling.seed) & 0x7FFFFFFF,  # the highest 32-bit value would mean "random"
-    }  # fmt: skip
-
-
 class LlamaCppBackend(ServerBackend):
     """A GGUF file in llama-server; as many requests at once as the server has slots."""
 
@@ -221,8 +210,13 @@ class LlamaCppBackend(ServerBackend):
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if self.tokenizer is not self.own:
             check_same_ids(prompt, ids, self.own(prompt)["input_ids"])
-        fields = {"prompt": ids, "n_predict": self._room(ids, sampling), "cache_prompt": False, "return_tokens": True}
-        answer = self.server.client.call("/completion", fields | sampling_fields(sampling, prompt))
+        # temperature first, as transformers and vLLM have it; no filter of the server's defaults (top-k 40, min-p 0.05)
+        answer = self.server.client.call("/completion", {
+            "prompt": ids, "n_predict": self._room(ids, sampling), "cache_prompt": False, "return_tokens": True,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": 0.0,
+            "repeat_penalty": 1.0, "samplers": ["temperature", "top_k", "top_p"],
+            "seed": seed_of(prompt, sampling.seed) & 0x7FFFFFFF,  # the highest 32-bit value would mean "random"
+        })  # fmt: skip
         new, stop, read = answer["tokens"], answer["stop_type"], answer["tokens_evaluated"]
         if read != len(ids) or stop not in STOPS:
             raise UserError(f"llama-server read {read} prompt tokens of {len(ids)} and stopped by {stop!r}")

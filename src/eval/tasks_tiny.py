@@ -43,22 +43,25 @@ class BoxedInteger(Benchmark):
         return grade_integer(answer, int(item.gold))
 
 
-class TinyKnow(KnowText, Benchmark):
-    """The letter of the memorised fact."""
+class OptionLetter(Benchmark):
+    """The answer is the letter of one of so many options."""
+
+    options: int
 
     def extract(self, item: Item, answer: str) -> str | None:
         return extract_letter(answer, letters_of(self.options))
+
+
+class TinyKnow(KnowText, OptionLetter):
+    """The letter of the memorised fact."""
 
 
 class TinyMath(MathText, BoxedInteger):
     """The integer in the box."""
 
 
-class TinyReason(ReasonText, Benchmark):
+class TinyReason(ReasonText, OptionLetter):
     """The letter of the age."""
-
-    def extract(self, item: Item, answer: str) -> str | None:
-        return extract_letter(answer, letters_of(self.options))
 
 
 class TinyCode(CodeText, Benchmark):
@@ -193,11 +196,11 @@ class TinyDigits(BoxedInteger, TinyVision):
             draw.line((x + x0 * width, y + y0 * half, x + x1 * width, y + y1 * half), fill=tone, width=2)
 
 
-class TinyBars(TinyVision):
+class TinyBars(OptionLetter, TinyVision):
     """Four bars of different heights: which is the tallest, the shortest. Thinking reads the heights, 1 to 9."""
 
     name = "tiny_bars"
-    letters = "ABCD"
+    options = 4
 
     def scene(self, rng: random.Random) -> Scene:
         image, draw = canvas(rng)
@@ -208,13 +211,10 @@ class TinyBars(TinyVision):
             draw.rectangle((x, SIZE - 2 - height * 6 - rng.randint(0, 1), x + width, SIZE - 2), fill=ink(rng))
         word = rng.choice(("tallest", "shortest"))
         pick = max if word == "tallest" else min
-        gold = self.letters[heights.index(pick(heights))]
+        gold = letters_of(self.options)[heights.index(pick(heights))]
         written = "".join(map(str, heights))
         solution = f"<think>\n{written}\n</think>\n\nThe answer is {gold}."
         return Scene(f"{written}:{word}", image, f"Which bar is {word}: A, B, C or D?", gold, solution)
-
-    def extract(self, item: Item, answer: str) -> str | None:
-        return extract_letter(answer, self.letters)
 
 
 TINY_TASKS = (TinyKnow, TinyMath, TinyReason, TinyCode)
