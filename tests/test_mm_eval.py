@@ -64,7 +64,8 @@ def test_rows_of_the_published_columns_become_prompts(tmp_path):
     options, choice = "['<image 2>', 'two']", {"question_type": "multiple-choice"}
     write_rows(tmp_path / "mmmu.jsonl", [
         base | {"question": "<image 1> What?", "options": options, "image_2": column("blue")} | choice,
-        base | {"question": "How much in <image 1>?", "options": "[]", "answer": "['8.0', 'eight']", "question_type": "open"},
+        base | {"id": "v_2", "question": "How much in <image 1>?", "options": "[]", "answer": "['8.0', 'eight']"}
+        | {"question_type": "open"},
     ])  # fmt: skip
     write_rows(tmp_path / "mmmu_pro_standard.jsonl", [base | {"question": "So <image 1>?", "options": "['x', 'y', 'z']"}])
     vision = {"id": "p", "options": "['x', 'y']", "answer": "B", "image": column("red")}
