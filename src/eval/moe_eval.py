@@ -99,8 +99,7 @@ def main() -> None:
     if min(args.items, args.batch) < 1:
         raise UserError("--items and --batch must be at least 1")
     result = tagged_record(args)
-    described = describe_model(args.model)
-    reference_described = describe_model(args.reference) if args.reference else None
+    described, other = (describe_model(path) if path else None for path in (args.model, args.reference))
     started = time.time()
     tokenizer = load_tokenizer(args.reference or args.model)
     pairs, entry = file_texts(args.text, args.items) if args.text else tiny_texts(tokenizer, args.items)
@@ -112,7 +111,7 @@ def main() -> None:
     metrics = measure(model, reference, batches(tokenizer, pairs, args.batch, min(context, 4096)))
     write_result(
         result, kind="kl", tag=args.tag, started=started, model=described, recipe=recipe_record(args.model), data=[entry],
-        metrics=metrics, extra={"reference": reference_described},
+        metrics=metrics, extra={"reference": other},
     )  # fmt: skip
     shown = f"ppl {metrics['ppl']:.4f}"
     if "kl" in metrics:

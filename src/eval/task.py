@@ -157,8 +157,8 @@ def stratified(items: Sequence[Item], stratum: Callable[[Item], str], seed: str)
 
 class HubBenchmark(Benchmark):
     """A published benchmark. Subclasses set ``name``, ``source`` and ``columns`` (those that they read), and write ``item``.
-    ``configs``: each has a local file of its own, NAME_CONFIG, unless ``one_file``. ``order_by_stratum``: --limit takes a
-    stratified sample instead of the first rows."""
+    ``revision``: the pinned commit, or the digests of the local files that were read. ``configs``: each has a local file of its
+    own, NAME_CONFIG, unless ``one_file``. ``order_by_stratum``: --limit takes a stratified sample, not the first rows."""
 
     source: Source
     columns: tuple[str, ...]
@@ -170,13 +170,7 @@ class HubBenchmark(Benchmark):
     def __init__(self, data_dir: Path | None = None) -> None:
         super().__init__(data_dir)
         self.local: dict[str, str] = {}  # file name -> sha256, of what was read locally
-
-    @property
-    def revision(self) -> str:  # type: ignore[override]
-        """Where the rows come from: the pinned commit, or the digests of the local files that were read."""
-        if self.data_dir is None:
-            return f"{self.source.repository}@{self.source.revision}"
-        return "local " + ", ".join(f"{name} sha256:{digest}" for name, digest in sorted(self.local.items()))
+        self.revision = f"{self.source.repository}@{self.source.revision}" if data_dir is None else "local"
 
     def rows(self, config: str | None = None, split: str | None = None, suffix: str = "") -> Iterator[Row]:
         """The checked rows of one configuration; ``suffix`` names the local file of another split or configuration."""
@@ -187,6 +181,7 @@ class HubBenchmark(Benchmark):
             path = local_file(self.data_dir, (self.local_name or self.name) + suffix)
             rows, where = read_rows(path), str(path)
             self.local[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            self.revision = "local " + ", ".join(f"{name} sha256:{digest}" for name, digest in sorted(self.local.items()))
         number = 0
         for number, row in enumerate(rows, 1):
             if missing := [column for column in self.columns if not isinstance(row, dict) or column not in row]:
