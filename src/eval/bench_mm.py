@@ -117,7 +117,7 @@ def short_answer(answer: str) -> str | None:
 
 def same_phrase(answer: str, gold: str) -> bool:
     """MMMU's open questions: numbers to two decimals, else the same words without case and outer punctuation."""
-    numbers = []
+    numbers: list[float | None] = []
     for text in (answer, gold):
         plain = text.replace(",", "").replace("\\%", "%").strip(" $%.")
         try:

@@ -56,7 +56,7 @@ class EvalSettings:
     def sampling_for(self, family: str | None, config: Mapping[str, Any]) -> tuple[dict[str, float], str]:
         """(keys of Sampling that the vendor recommends, where that stands) for a model; greedy when nothing is known."""
         model_type = str(text_config(config).get("model_type", "")).upper()
-        for name in (family, model_type):
+        for name in (family or "", model_type):
             if name in self.sampling:
                 return dict(self.sampling[name]), f"{self.source}: SAMPLING__{name}"
         return {}, f"greedy: {self.source} has no SAMPLING__{model_type}"

@@ -45,7 +45,7 @@ def load(path: Path) -> torch.nn.Module:
     return AutoModelForImageTextToText.from_pretrained(str(path), dtype=dtype, local_files_only=True).to(device).eval()
 
 
-def inputs_of(processor: Any, pairs: list[tuple[Prompt, str]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def inputs_of(processor: Any, pairs: list[tuple[Prompt, str]]) -> tuple[Any, torch.Tensor]:
     """(model inputs padded on the right, mask [N, T] of the tokens of the assistant's turn)."""
     pictures = [[picture.open() for picture in prompt.pictures] for prompt, _ in pairs]
     common = {"images": pictures, "padding": True, "add_special_tokens": False, "return_tensors": "pt"}
@@ -61,7 +61,7 @@ def measure(
 ) -> dict[str, Any]:
     """Metrics over all pairs; the last position of a row predicts nothing and is left out."""
 
-    def parts() -> Iterator[tuple[torch.Tensor, ...]]:
+    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
         with progress(len(pairs), "kl", "picture") as bar:
             for start in range(0, len(pairs), batch):
                 part = pairs[start : start + batch]

@@ -25,7 +25,7 @@ from graders import GRADER_VERSION
 from hf_model import load_tokenizer, render_chat
 from records import REPO, code_state, public_command, read_result, sha256_json, sha256_text, write_result
 from runner import benchmark_data, benchmark_metrics, extract_answer, table
-from sample_log import find_log, pack_log, read_samples, sample_key, write_log
+from sample_log import Key, find_log, pack_log, read_samples, sample_key, write_log
 from task import Benchmark
 from task_list import recorded_benchmarks
 from task_text import Item
@@ -96,7 +96,8 @@ def regrade(directory: Path, tag: str, data_dir: Path | None, tokenizer: Path | 
     log = find_log(directory / old["samples"])
     settings, rows = read_samples(log)
     render = lazy_render(settings["model"], tokenizer)
-    metrics, data, new = {}, [], {}
+    metrics, data = {}, []
+    new: dict[Key, dict[str, Any]] = {}
     for benchmark in recorded_benchmarks(list(old["metrics"]), data_dir):
         items = benchmark.load(settings["limit"])
         own = regraded_rows(benchmark, items, [r for r in rows if r["benchmark"] == benchmark.name], render, str(log))

@@ -6,6 +6,7 @@ Prints one table and `SMOKE OK`; a step that fails stops the run with its exit c
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def find_model(name: str) -> Path:
         raise UserError(f"{name}: cannot be downloaded ({reason}); give MODEL a directory in the config") from None
 
 
-def step(title: str, script: str, *arguments: str | Path) -> None:
+def step(title: str, script: str, *arguments: object) -> None:
     print(f"== {title}", flush=True)
     run_script(script, *arguments)
 
@@ -75,16 +76,19 @@ def run(config: SmokeConfig, work: Path) -> None:
     step("quantize", "src/quant/quant_save.py", "--model", model, *bits, *grid, *record)
     items = ["--items", str(config.kl_items), "--out", work / "kl", "--tag", "quantized", "--force"]
     step("KL to the original", "src/eval/moe_eval.py", "--model", quantized, "--reference", model, *items)
-    evaluate = ["--benchmarks", config.benchmarks, "--limit", str(config.limit), "--backend", config.backend]
+    evaluate: list[object] = ["--benchmarks", config.benchmarks, "--limit", str(config.limit), "--backend", config.backend]
     evaluate += ["--budget", config.budget, "--out", work / "eval", "--force"]
     for tag, path in (("original", model), ("quantized", quantized)):
         step(f"evaluate the {tag} model", "src/eval/vllm_eval8.py", "--model", path, "--tag", tag, *evaluate)
     print(f"\n{comparison(work, config.benchmarks.split(','))}\n{time.monotonic() - started:.0f} s\nSMOKE OK", flush=True)
 
 
+def add_work(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--work", type=Path, required=True, help="directory for the quantized model and the records")
+
+
 def main() -> None:
-    work = {"type": Path, "required": True, "help": "directory for the quantized model and the records"}
-    config, args = parse_settings(SmokeConfig, __doc__, lambda parser: parser.add_argument("--work", **work))
+    config, args = parse_settings(SmokeConfig, __doc__, add_work)
     run(config, args.work)
 
 

@@ -205,7 +205,7 @@ class HubBenchmark(Benchmark):
         raise TypeError(f"{type(self).__name__} does not define item")
 
     def load(self, n: int | None = None) -> list[Item]:
-        kept = (pair for pair in self.all_rows() if self.keep(pair[1]))
+        kept: Iterator[tuple[str | None, Row]] = (pair for pair in self.all_rows() if self.keep(pair[1]))
         if not self.order_by_stratum:
             kept = itertools.islice(kept, n)
         items = [self.item(row, number, config) for number, (config, row) in enumerate(kept)]
