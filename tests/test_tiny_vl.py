@@ -13,7 +13,7 @@ from console import UserError
 from pictures import load_processor
 from settings import load_config
 from task_text import split_of
-from tasks_tiny_vision import TINY_VISION_TASKS
+from tasks_tiny import TINY_VISION_TASKS
 from tiny_data import completion_text
 from tiny_vl_model import build_vl_tokenizer, patches_of, save_processor, vision_forward, vision_tables, vl_forward
 from tiny_vl_train import VlBatches, VlRun, VlTrainConfig, cpu_layer, encode_scenes, export, train, vl_prompt, vl_texts

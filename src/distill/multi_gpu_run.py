@@ -392,8 +392,7 @@ def eval35b_part(bench: Bench) -> dict[str, Any]:
 def answers(bench: Bench, model: Path, limit: int, tokens: int, copies: bool = True) -> dict[str, Any]:
     """The same prompts by each way of using the GPUs."""
     from backend import Sampling
-    from backend_hf import HfBackend
-    from replicas import Replicas
+    from backend_hf import HfBackend, Replicas
     from task_list import get_benchmarks
 
     everything = parse_devices(bench.devices())

@@ -20,19 +20,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backend import Backend, Completion, Sampling, choose_backend
+from backend import PROMPT_ROOM, Backend, Completion, Sampling, choose_backend
 from backend_hf import HfBackend
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
 from graders import GRADER_VERSION
 from opd_data import MANIFEST, ROLLOUTS, shown, write_phase
 from records import sha256_json, sha256_text
+from runner import graded_rows
 from sample_log import SampleLog, sample_key
 from task import Benchmark
 from task_list import get_benchmarks
 from task_text import Item
 from vllm_eval import VllmBackend
-from vllm_eval8 import PROMPT_ROOM, graded_rows
 
 CHUNK = 64  # prompts generated together, whole or not at all: a resumed run must make the same batches (--chunk)
 

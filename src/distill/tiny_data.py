@@ -12,8 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from task_text import TASK_TEXTS, TaskText, letters_of, option_list
-from task_world import RELATIONS, default_world
+from task_text import RELATIONS, TASK_TEXTS, TaskText, default_world, letters_of, option_list
 from tiny_tokenizer import END_OF_TEXT, IM_END
 
 

@@ -11,8 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from gguf_convert import QWEN2_PATTERN
-from task_text import TASK_TEXTS
-from task_world import default_world
+from task_text import TASK_TEXTS, default_world
 
 VOCAB_SIZE = 832
 END_OF_TEXT, IM_START, IM_END, THINK, END_THINK = SPECIALS = (

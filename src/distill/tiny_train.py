@@ -27,8 +27,7 @@ from console import UserError, atomic_path, progress, run_cli
 from moe_quant import fake_quant
 from records import describe_model, write_result
 from settings import from_environment, load_config
-from task_text import GENERATOR_REVISION, TASK_TEXTS
-from task_world import WORLD_SEED
+from task_text import GENERATOR_REVISION, TASK_TEXTS, WORLD_SEED
 from tiny_data import TinyBatches, completion_text, prompt_text
 from tiny_model import decoder_layer, init_weights, tiny_config, train_forward
 from tiny_tokenizer import build_tokenizer

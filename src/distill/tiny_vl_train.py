@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from console import UserError, progress, run_cli
 from settings import from_environment, load_config
-from tasks_tiny_vision import TINY_VISION_TASKS, VISION_REVISION, Scene, TinyBars, TinyCount, TinyDigits, TinyVision
+from tasks_tiny import TINY_VISION_TASKS, VISION_REVISION, Scene, TinyBars, TinyCount, TinyDigits, TinyVision
 from tiny_data import completion_text
 from tiny_model import decoder_layer
 from tiny_train import Run, Schedule, add_training_arguments, log, token_loss, write_training
@@ -231,7 +231,7 @@ def main() -> None:
     print(shares, flush=True)
     export(run, tokenizer, args.out)
     write_training(
-        args, run, started, {"name": "tasks_tiny_vision", "revision": VISION_REVISION},
+        args, run, started, {"name": "tiny_vision_tasks", "revision": VISION_REVISION},
         {"steps": run.step, "pictures": run.step * config.rows, "exact_match": shares},
     )  # fmt: skip
 

@@ -17,18 +17,16 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from bench_mm import recorded_benchmarks
 from console import UserError, atomic_path, run_cli
-from eval_settings import EvalSettings, load_settings
-from gate import GATED, NO_TARGET, eval_records, gate_axis
+from eval_settings import GATED, NO_TARGET, EvalSettings, eval_records, gate_axis, load_settings
 from make_results import method_of, records
 from pictures import Picture, pictures_of
 from records import is_original
 from sample_log import find_log, read_samples
 from svg_plot import Point, Series, scatter
 from task import Benchmark
-from tasks_tiny import TINY_TASKS
-from tasks_tiny_vision import TINY_VISION_TASKS
+from task_list import recorded_benchmarks
+from tasks_tiny import TINY_TASKS, TINY_VISION_TASKS
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 SAMPLE_BYTES = 2_000_000  # of all samples on the page; the rest of it is far smaller
