@@ -9,8 +9,7 @@ from graders import split_thinking
 from task_list import get_benchmarks
 from task_text import split_of
 from tasks_tiny import TINY_TASKS
-from tiny_data import TinyBatches, completion_text, prompt_text
-from tiny_tokenizer import build_tokenizer
+from tiny_data import TinyBatches, build_tokenizer, completion_text, prompt_text
 
 
 @pytest.fixture(scope="module")

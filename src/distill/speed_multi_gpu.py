@@ -1,6 +1,6 @@
 """What pipelines/multi_gpu.sh runs: everything that claims to work on several GPUs, beside the same on one.
 
-    python src/distill/multi_gpu_run.py --part quantize --work /dev/shm/multi --records results/bench [--processes 2] [--tiny]
+    python src/distill/speed_multi_gpu.py --part quantize --work /dev/shm/multi --records results/bench [--processes 2] [--tiny]
 
     quantize   quant_save on one device and on all: the same bytes, data-free and calibrated; seconds
     distill    distill.sh --smoke, then a recovery of razor-tiny by one process, by one again and by N from the same rollouts:
@@ -23,6 +23,7 @@ import dataclasses
 import gc
 import itertools
 import os
+import random
 import re
 import shutil
 import signal
@@ -35,27 +36,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-import qwen3_5_form
-import qwen3_next_form
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
 from devices import parse_devices
-from distill_run import shared_cores
 from families import text_config
-from opd_budget import Plan, Shape, memory
-from opd_train_fsdp import ADAPTER, ADAPTER_JSON
-from quant_save import RECIPE_FILE
-from recipe import Recipe
+from fsdp_setup import shared_cores
+from hf_model import load_tokenizer
+from opd_budget import budget
+from opd_data import ADAPTER, ADAPTER_JSON, write_rollouts
+from opd_score import score_rollouts
+from opd_settings import Scoring
+from recipe import RECIPE_FILE, Recipe
 from records import REPO, read_result, write_result
 from sample_log import read_samples
 from synthetic_moe import SHAPES, plan_of, prepare
 from synthetic_moe import Shape as ModelShape
-from synthetic_rollouts import give_tokenizer
-from vllm_tokens import common_prefix
 
 RECIPE = ["--expert-bits", 3, "--linear-bits", 4, "--group", 128, "--clip-steps", 16]
 DISTILL = {"TASKS": "tiny_know,tiny_math,tiny_reason", "LIMIT": "32", "STEPS": "40", "ROWS": "16"}
@@ -73,6 +72,8 @@ KV_GIB, ENGINE_ROOM = 3, 9e9  # cache of an engine on each GPU; bytes that it ne
 VLLM_SIZE = ["--batches", "1,16,32", "--prompt", 256, "--generate", 128]
 # no NVLink multicast; on a CPU, cores that others use too
 VLLM_ENVIRONMENT = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+NOISE_WIDTH = 16  # of the random hidden states whose products with a random head are the scores
+NOISE_TOKENS = 4096  # of the vocabulary that can be likely
 RAZOR = REPO / "models/razor-tiny"
 VOCABULARY = 32768  # of the quantized layers: the experts are what is measured
 # in a log that ends with torchrun's own summary
@@ -145,20 +146,60 @@ class Bench:
         return round(time.monotonic() - started, 2)
 
 
-def same_bytes(a: Path, b: Path) -> bool:
-    """Whether two files are equal; read in pieces of 64 MiB."""
-    if a.stat().st_size != b.stat().st_size:
-        return False
-    one, two = (np.memmap(path, dtype=np.uint8, mode="r") for path in (a, b))
-    pieces = (slice(start, start + (1 << 26)) for start in range(0, len(one), 1 << 26))
-    return all(np.array_equal(one[piece], two[piece]) for piece in pieces)
+def same_files(a: Path, *others: Path) -> bool:
+    """Whether checkpoints have the same shards with the same bytes."""
+    found = [([file.name for file in made.files], made.sha256()) for made in map(Checkpoint, (a, *others))]
+    return all(other == found[0] for other in found)
 
 
-def same_files(a: Path, b: Path) -> bool:
-    """Whether two checkpoints have the same shards with the same bytes."""
-    one, two = Checkpoint(a), Checkpoint(b)
-    with ThreadPoolExecutor() as pool:
-        return [f.name for f in one.files] == [f.name for f in two.files] and all(pool.map(same_bytes, one.files, two.files))
+def random_rollouts(teacher: Path, out: Path, count: int, tokens: int, prompt: int = 32, seed: int = 0) -> float:
+    """Rollouts of random tokens and random scores of them, in the formats of phases A and B: to try phase C at a size, whose
+    losses then mean nothing. They belong to the teacher as its own would, with razor-tiny's tokenizer where it has none: fewer
+    tokens than its vocabulary has, which changes no size that matters. Returns the seconds; works on the CPU alone."""
+    started = time.monotonic()
+    give_tokenizer(teacher)
+    tokenizer, draw = load_tokenizer(teacher), random.Random(seed)
+    words = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    rows = []
+    for number in range(count):
+        asked, said = (tokenizer.decode(draw.choices(words, k=length)) for length in (prompt, tokens))
+        made = len(tokenizer(said, add_special_tokens=False)["input_ids"])
+        rows.append({"benchmark": "random", "id": f"{number:06d}", "prompt": asked, "text": said, "tokens": made})
+        rows[-1] |= {"finish_reason": "length", "correct": None}  # it ran out of tokens
+    settings = {"model": "random tokens", "seed": seed, "tokens": tokens, "prompt": prompt}
+    choice, total = {"finished_only": False, "correct_only": False}, sum(row["tokens"] for row in rows)
+    write_rollouts(out / "rollouts", rows, rows, settings, choice, time.monotonic() - started, total)
+    scoring = Scoring(score_batch=4)
+    score_rollouts(scoring, teacher, out / "rollouts", out / "scores", lambda _: RandomTeacher(len(tokenizer), seed))
+    return round(time.monotonic() - started, 2)
+
+
+class RandomTeacher(nn.Module):
+    """What opd_score asks of a model: a decoder and a head, here noise of a small width."""
+
+    def __init__(self, vocabulary: int, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.head = nn.Linear(NOISE_WIDTH, min(vocabulary, NOISE_TOKENS), bias=False)
+        self.head.weight.data.normal_(generator=self.generator)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.head
+
+    get_output_embeddings = get_input_embeddings
+
+    def get_decoder(self) -> Any:
+        return self.hidden
+
+    def hidden(self, input_ids: Tensor, **_: Any) -> tuple[Tensor]:
+        return (torch.randn(*input_ids.shape, NOISE_WIDTH, generator=self.generator),)
+
+
+def give_tokenizer(teacher: Path) -> None:
+    """razor-tiny's tokenizer for a checkpoint that has none."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if not (teacher / name).exists() and (RAZOR / name).exists():
+            shutil.copyfile(RAZOR / name, teacher / name)
 
 
 # ---------------------------------------------------------------- quantize
@@ -183,7 +224,7 @@ def quantize_part(bench: Bench) -> dict[str, Any]:
     for name in ("one", "all"):
         found["calibrated"][name] = quantized(bench, source, f"gptq-{name}", runs[name], 4, "gptq", *calibration)
     outputs = [bench.work / name for name in runs]
-    found["data_free"]["same_bytes"] = all(same_files(outputs[0], other) for other in outputs[1:])
+    found["data_free"]["same_bytes"] = same_files(*outputs)
     found["calibrated"]["same_bytes"] = same_files(bench.work / "gptq-one", bench.work / "gptq-all")
     if not found["calibrated"]["same_bytes"]:  # does one GPU repeat itself?
         quantized(bench, source, "gptq-again", bench.one, 4, "gptq", *calibration)
@@ -310,14 +351,16 @@ def trained(bench: Bench, shape: str, layers: int, keep: bool = False) -> dict[s
             shutil.rmtree(path, ignore_errors=True)
         found["synthetic_seconds"] = synthetic(bench, teacher, layers, shape)
         tokens = 40 if bench.tiny else TOKENS
-        rollouts = ["--teacher", teacher, "--out", data, "--rollouts", 2 * bench.rows, "--tokens", tokens]
-        making = bench.start("src/distill/synthetic_rollouts.py", *rollouts, CUDA_VISIBLE_DEVICES="")
         paths = ["--model", teacher, "--out", student, "--devices", bench.devices(1 if bench.tiny else 4), "--shard-gib", 2]
-        found["quantize_seconds"] = bench.run("src/quant/quant_save.py", *paths, *RECIPE)
-        bench.finish(making)
+        with ThreadPoolExecutor(1) as pool:
+            making = pool.submit(random_rollouts, teacher, data, 2 * bench.rows, tokens)
+            found["quantize_seconds"] = bench.run("src/quant/quant_save.py", *paths, *RECIPE)
+            making.result()
     found["parameters"] = sum(info.numel for info in Checkpoint(student).tensors.values())
     found |= fitted(bench, student, teacher, data, out, ["--base", "teacher"])
-    found["predicted_gpu_gb"] = predicted(bench, shape, layers, found["parameters"])
+    size = {"gpus": bench.processes, "rank": RANK, "rows": bench.rows, "micro_rows": 1, "tokens": TOKENS}
+    parts = {name: round(size / 1e9, 2) for name, size in budget(student, **size)["gpu"].items()}
+    found["predicted_gpu_gb"] = parts | {"total": round(sum(parts.values()), 2)}
     shutil.rmtree(teacher)
     shutil.rmtree(out)
     if not keep:
@@ -334,15 +377,6 @@ def fitted(
     total = bench.run("src/distill/opd_train_fsdp.py", *paths, "--out", out, *size, *more, processes=bench.processes)
     train, curve = read_json(out / "phase.json"), read_json(out / ADAPTER_JSON)["curve"]
     return {"seconds": total, "train": train, "curve": curve, "steps": steps, "rows": bench.rows, "rank": RANK}
-
-
-def predicted(bench: Bench, shape: str, layers: int, parameters: int) -> dict[str, float]:
-    """What opd_budget says of a GPU's memory for the same run."""
-    own = SHAPES[shape]
-    sizes = Shape(layers, own.experts, own.top_k, own.hidden, own.inner, own.vocab, parameters, parameters)
-    plan = Plan(bench.processes, RANK, bench.rows, 1, TOKENS, STEPS, 2 * bench.rows, 32, 4e14, 2.98e12, 3e11, 1.0)
-    parts = {name: round(size / 1e9, 2) for name, size in memory(sizes, plan).items()}
-    return parts | {"total": round(sum(parts.values()), 2)}
 
 
 def fitting_layers(work: Path, shape: ModelShape) -> int:
@@ -366,8 +400,7 @@ def fit122b_part(bench: Bench) -> dict[str, Any]:
     give_tokenizer(student)
     write_json(student / RECIPE_FILE, {"recipe": Recipe(3, 4, 128, 16).to_json()})
     tokens = 40 if bench.tiny else TOKENS
-    rollouts = ["--teacher", student, "--out", data, "--rollouts", 2 * bench.rows, "--tokens", tokens]
-    made = bench.run("src/distill/synthetic_rollouts.py", *rollouts, CUDA_VISIBLE_DEVICES="")
+    made = random_rollouts(student, data, 2 * bench.rows, tokens)
     found = fitted(bench, student, student, data, base / "adapter", ["--base", "codes"], FIT_STEPS)
     parameters = sum(info.numel for info in Checkpoint(student).tensors.values())
     shutil.rmtree(base)
@@ -440,13 +473,14 @@ def vllm_part(bench: Bench) -> dict[str, Any]:
     small, large = bench.work / "razor-tiny", bench.work / "35b"
     shutil.rmtree(small, ignore_errors=True)
     sizes = [n for n in PARALLEL if n <= bench.processes]
-    (qwen3_5_form if bench.gpus else qwen3_next_form).convert(RAZOR, small, sizes[-1])
+    form = "src/eval/qwen3_5_form.py"
+    bench.run(form if bench.gpus else "src/eval/qwen3_next_form.py", "--model", RAZOR, "--out", small, "--key-heads", sizes[-1])
     if bench.tiny:
         large = small
-    elif not (large / qwen3_5_form.PROCESSOR[0]).exists():
+    elif not (large / "preprocessor_config.json").exists():
         shutil.rmtree(large, ignore_errors=True)
         synthetic(bench, large, bench.layers, "35b")
-        qwen3_5_form.complete(large)
+        bench.run(form, "--model", large, "--in-place")
     forced = {n: bench.work / f"forced-{n}.json" for n in sizes}
     for round_ in placed([n for n in sizes if not forced[n].exists()], Checkpoint(large).bytes, bench.gpus):
         measured_in_turn(bench, [(*forced_command(bench, large, n, forced[n]), gpus) for n, gpus in round_])
@@ -557,7 +591,7 @@ def same_tokens(one: Sequence[str], two: Sequence[str]) -> dict[str, int]:
     """Of pairs of texts of token ids: how many tokens are equal up to the first that differs, of how many; first tokens and
     whole texts."""
     pairs = [(a.split(), b.split()) for a, b in zip(one, two, strict=True)]
-    prefix = sum(common_prefix(a, b) for a, b in pairs)
+    prefix = sum(len(os.path.commonprefix(pair)) for pair in pairs)
     return {
         "same_tokens": prefix, "tokens": sum(len(a) for a, _ in pairs), "answers": len(pairs),
         "equal_first_tokens": sum(a[:1] == b[:1] for a, b in pairs), "equal_answers": sum(a == b for a, b in pairs),
@@ -568,27 +602,6 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "quantize": quantize_part, "distill": distill_part, "train35b": train35b_part, "train122b": train122b_part,
     "fit122b": fit122b_part, "eval": eval_part, "eval35b": eval35b_part, "vllm": vllm_part,
 }  # fmt: skip
-
-
-def headline(part: str, metrics: dict[str, Any]) -> str:
-    """One line of a part's record."""
-    if part == "quantize":
-        free = metrics["data_free"]
-        same = free["same_bytes"] and metrics["calibrated"]["same_bytes"]
-        return f"same bytes: {same}; GB/s {', '.join(str(free[name]['gb_per_second']) for name in ('one', 'all', 'all_twice'))}"
-    if part == "distill":
-        equal = {tag: found["equal_steps"] for tag, found in metrics["apart"].items()}
-        return f"KL after {metrics['kl_after']}, equal steps {equal}, {metrics['speedup']:.2f} times as fast"
-    if part in ("train35b", "fit122b"):
-        return f"{metrics['layers']} layers, {metrics['train']['median_step_seconds']} s a step, {metrics['train']['ranks']}"
-    if part == "train122b":
-        return f"{metrics['mib_a_layer']:.0f} MiB a layer and process; fit: {metrics.get('layers_that_fit')}"
-    if part == "vllm":
-        equal = [f"{m['equal_answers']} of {m['answers']}" for m in metrics["questions"].values()]
-        rates = [f"{n} {max(m['decode_tokens_per_s'] for m in made['eval_speed']['vllm'].values()):.0f} tokens/s, "
-                 f"{made['same_tokens']} of {made['tokens']} tokens" for n, made in metrics["forced"].items()]  # fmt: skip
-        return f"equal answers {', '.join(equal)}; {'; '.join(rates)}"
-    return ", ".join(f"{way} {m['tokens_per_second']} tokens/s" for way, m in metrics.items())
 
 
 def main() -> None:
@@ -620,7 +633,7 @@ def main() -> None:
         bench.stop()
     extra = {"gpus": bench.gpus, "processes": bench.processes}
     write_result(path, kind="bench", tag=f"multi_gpu_{args.part}", started=started, metrics=metrics, extra=extra)
-    print(f"{args.part}: {headline(args.part, metrics)}; {time.time() - started:.0f} s; {path}", flush=True)
+    print(f"{args.part}: {time.time() - started:.0f} s; {path}", flush=True)
 
 
 if __name__ == "__main__":
