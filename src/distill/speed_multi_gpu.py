@@ -18,7 +18,6 @@ their place. --tiny: the same with sizes for a test. The commands are those of t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import itertools
@@ -40,6 +39,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from backend import Sampling
+from backend_hf import HfBackend
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
 from devices import parse_devices
@@ -52,9 +53,12 @@ from opd_score import score_rollouts
 from opd_settings import Scoring
 from recipe import RECIPE_FILE, Recipe
 from records import REPO, read_result, write_result
+from replicas import Replicas
 from sample_log import read_samples
+from settings import parse_settings, setting
 from synthetic_moe import SHAPES, plan_of, prepare
 from synthetic_moe import Shape as ModelShape
+from task_list import get_benchmarks
 
 RECIPE = ["--expert-bits", 3, "--linear-bits", 4, "--group", 128, "--clip-steps", 16]
 DISTILL = {"TASKS": "tiny_know,tiny_math,tiny_reason", "LIMIT": "32", "STEPS": "40", "ROWS": "16"}
@@ -64,7 +68,7 @@ DISTILL_TINY |= {"FINISHED_ONLY": "0", "MAX_TOKENS": "12", "TASKS": "tiny_know,t
 RUNS = ("one", "again", "many")
 NEAR = 1e-3  # relative, of losses and norms of gradients that count as equal
 SLICES = (2, 4)  # layers of the 122B
-RANK, ROWS, TOKENS, STEPS = 8, 4, 1024, 4
+RANK, ROWS, PROMPT, TOKENS, STEPS = 8, 4, 32, 1024, 4
 FIT_STEPS = 3  # of the largest slice
 PARALLEL = (1, 2, 4)  # GPUs that vLLM divides a layer by
 VLLM_TINY = ["--batches", "1,4", "--prompt", 16, "--generate", 16]
@@ -81,18 +85,18 @@ ERROR = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception)\b: ).*")
 FREE_GB = 3.0  # of a GPU, for the CUDA context and NCCL
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Where a part works, and on what. ``gpus``: 0 where processes on the CPU stand in."""
+    """What is measured, where and on what."""
 
-    work: Path
-    records: Path
-    part: str
-    processes: int
-    gpus: int
-    tiny: bool
-    vllm_python: str = sys.executable
-    layers: int = 40
+    part: str = setting(help="what to measure")
+    work: Path = setting(help="large files; for the 35B 140 GB, in memory best (/dev/shm)")
+    records: Path = setting(help="directory of multi_gpu_PART.json")
+    processes: int = setting(0, "GPUs, or CPU processes; 0: all, at least 2")
+    vllm_python: str = setting(sys.executable, "an interpreter that has vLLM, where it stands apart")
+    layers: int = setting(40, "of the 35B in part vllm: with 20 all its engines fit at once")
+    tiny: bool = setting(False, "sizes for a test")
+    gpus: int = 0  # 0 where processes on the CPU stand in
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def devices(self, each: int = 1) -> str:
@@ -152,25 +156,25 @@ def same_files(a: Path, *others: Path) -> bool:
     return all(other == found[0] for other in found)
 
 
-def random_rollouts(teacher: Path, out: Path, count: int, tokens: int, prompt: int = 32, seed: int = 0) -> float:
+def random_rollouts(bench: Bench, teacher: Path, out: Path) -> float:
     """Rollouts of random tokens and random scores of them, in the formats of phases A and B: to try phase C at a size, whose
     losses then mean nothing. They belong to the teacher as its own would, with razor-tiny's tokenizer where it has none: fewer
     tokens than its vocabulary has, which changes no size that matters. Returns the seconds; works on the CPU alone."""
     started = time.monotonic()
     give_tokenizer(teacher)
-    tokenizer, draw = load_tokenizer(teacher), random.Random(seed)
+    tokenizer, draw, tokens = load_tokenizer(teacher), random.Random(0), 40 if bench.tiny else TOKENS
     words = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     rows = []
-    for number in range(count):
-        asked, said = (tokenizer.decode(draw.choices(words, k=length)) for length in (prompt, tokens))
+    for number in range(2 * bench.rows):
+        asked, said = (tokenizer.decode(draw.choices(words, k=length)) for length in (PROMPT, tokens))
         made = len(tokenizer(said, add_special_tokens=False)["input_ids"])
         rows.append({"benchmark": "random", "id": f"{number:06d}", "prompt": asked, "text": said, "tokens": made})
         rows[-1] |= {"finish_reason": "length", "correct": None}  # it ran out of tokens
-    settings = {"model": "random tokens", "seed": seed, "tokens": tokens, "prompt": prompt}
+    settings = {"model": "random tokens", "seed": 0, "tokens": tokens, "prompt": PROMPT}
     choice, total = {"finished_only": False, "correct_only": False}, sum(row["tokens"] for row in rows)
     write_rollouts(out / "rollouts", rows, rows, settings, choice, time.monotonic() - started, total)
     scoring = Scoring(score_batch=4)
-    score_rollouts(scoring, teacher, out / "rollouts", out / "scores", lambda _: RandomTeacher(len(tokenizer), seed))
+    score_rollouts(scoring, teacher, out / "rollouts", out / "scores", lambda _: RandomTeacher(len(tokenizer), 0))
     return round(time.monotonic() - started, 2)
 
 
@@ -267,20 +271,16 @@ def distill_part(bench: Bench) -> dict[str, Any]:
     bench.run(*command, "--smoke", **base, WORK=str(bench.work / "opd"), PROCESSES=many)
     one = bench.work / "one"
     bench.run(*command, **base, WORK=str(one), TAG="one", PROCESSES="1")
-    found: dict[str, Any] = {"smoke": smoke_facts(bench.work / "opd-smoke/distill/smoke.json")}
     same = {"STUDENT": str(one / "student"), "CACHE": str(one / "teacher")}
     for tag, processes in (("again", "1"), ("many", many)):
         (bench.work / tag / "kl").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(one / "kl/before.json", bench.work / tag / "kl/before.json")
         bench.run(*command, **base, **same, WORK=str(bench.work / tag), TAG=tag, PROCESSES=processes)
+    metrics = read_result(bench.work / "opd-smoke/distill/smoke.json", "distill")["metrics"]
+    kl = {f"kl_{state}": metrics[f"kl_{state}"]["mean"] for state in ("before", "after")}
+    found: dict[str, Any] = {"smoke": kl | {"train": metrics["phases"]["opd_train"]}}
     base["TEACHER"] = Path(base["TEACHER"]).name
     return found | {"settings": base, "seconds": round(time.monotonic() - started, 1)} | compared(bench)
-
-
-def smoke_facts(record: Path) -> dict[str, Any]:
-    metrics = read_result(record, "distill")["metrics"]
-    return {"kl_before": metrics["kl_before"]["mean"], "kl_after": metrics["kl_after"]["mean"],
-            "train": metrics["phases"]["opd_train"]}  # fmt: skip
 
 
 def compared(bench: Bench) -> dict[str, Any]:
@@ -350,16 +350,15 @@ def trained(bench: Bench, shape: str, layers: int, keep: bool = False) -> dict[s
         for path in (teacher, student, data):  # of a run that was killed
             shutil.rmtree(path, ignore_errors=True)
         found["synthetic_seconds"] = synthetic(bench, teacher, layers, shape)
-        tokens = 40 if bench.tiny else TOKENS
         paths = ["--model", teacher, "--out", student, "--devices", bench.devices(1 if bench.tiny else 4), "--shard-gib", 2]
         with ThreadPoolExecutor(1) as pool:
-            making = pool.submit(random_rollouts, teacher, data, 2 * bench.rows, tokens)
+            making = pool.submit(random_rollouts, bench, teacher, data)
             found["quantize_seconds"] = bench.run("src/quant/quant_save.py", *paths, *RECIPE)
             making.result()
     found["parameters"] = sum(info.numel for info in Checkpoint(student).tensors.values())
-    found |= fitted(bench, student, teacher, data, out, ["--base", "teacher"])
-    size = {"gpus": bench.processes, "rank": RANK, "rows": bench.rows, "micro_rows": 1, "tokens": TOKENS}
-    parts = {name: round(size / 1e9, 2) for name, size in budget(student, **size)["gpu"].items()}
+    found |= fitted(bench, student, teacher, data, out)
+    needs = budget(student, gpus=bench.processes, rank=RANK, rows=bench.rows, micro_rows=1, tokens=TOKENS)["gpu"]
+    parts = {name: round(size / 1e9, 2) for name, size in needs.items()}
     found["predicted_gpu_gb"] = parts | {"total": round(sum(parts.values()), 2)}
     shutil.rmtree(teacher)
     shutil.rmtree(out)
@@ -369,12 +368,13 @@ def trained(bench: Bench, shape: str, layers: int, keep: bool = False) -> dict[s
 
 
 def fitted(
-    bench: Bench, student: Path, teacher: Path, data: Path, out: Path, more: Sequence[object], steps: int = STEPS
+    bench: Bench, student: Path, teacher: Path, data: Path, out: Path, base: str = "teacher", steps: int = STEPS
 ) -> dict[str, Any]:
     """Phase C by all processes: seconds in all, its own account, the losses."""
     paths = ["--student", student, "--teacher", teacher, "--rollouts", data / "rollouts", "--scores", data / "scores"]
     size = ["--steps", steps, "--rows", bench.rows, "--micro-rows", 1, "--rank", RANK, "--save-every", steps, "--warmup", 0]
-    total = bench.run("src/distill/opd_train_fsdp.py", *paths, "--out", out, *size, *more, processes=bench.processes)
+    arguments = [*paths, "--out", out, *size, "--base", base]
+    total = bench.run("src/distill/opd_train_fsdp.py", *arguments, processes=bench.processes)
     train, curve = read_json(out / "phase.json"), read_json(out / ADAPTER_JSON)["curve"]
     return {"seconds": total, "train": train, "curve": curve, "steps": steps, "rows": bench.rows, "rank": RANK}
 
@@ -399,9 +399,8 @@ def fit122b_part(bench: Bench) -> dict[str, Any]:
     prepare(student, dataclasses.replace(SHAPES["tiny" if bench.tiny else "122b"], layers=layers), 0)
     give_tokenizer(student)
     write_json(student / RECIPE_FILE, {"recipe": Recipe(3, 4, 128, 16).to_json()})
-    tokens = 40 if bench.tiny else TOKENS
-    made = random_rollouts(student, data, 2 * bench.rows, tokens)
-    found = fitted(bench, student, student, data, base / "adapter", ["--base", "codes"], FIT_STEPS)
+    made = random_rollouts(bench, student, data)
+    found = fitted(bench, student, student, data, base / "adapter", "codes", FIT_STEPS)
     parameters = sum(info.numel for info in Checkpoint(student).tensors.values())
     shutil.rmtree(base)
     return {"layers": layers, "parameters": parameters, "rollouts_seconds": made, **found}
@@ -424,11 +423,6 @@ def eval35b_part(bench: Bench) -> dict[str, Any]:
 
 def answers(bench: Bench, model: Path, limit: int, tokens: int, copies: bool = True) -> dict[str, Any]:
     """The same prompts by each way of using the GPUs."""
-    from backend import Sampling
-    from backend_hf import HfBackend
-    from replicas import Replicas
-    from task_list import get_benchmarks
-
     everything = parse_devices(bench.devices())
     ways: dict[str, Callable[[], Any]] = {"one": lambda: HfBackend(model, 16, parse_devices(bench.one))}
     if copies:
@@ -605,35 +599,27 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--part", choices=PARTS, required=True, help="what to measure")
-    parser.add_argument("--work", type=Path, required=True, help="large files; for the 35B 140 GB, in memory best (/dev/shm)")
-    parser.add_argument("--records", type=Path, required=True, help="directory of multi_gpu_PART.json")
-    gpus = torch.cuda.device_count()
-    parser.add_argument("--processes", type=int, default=max(2, gpus), help="GPUs (default: all), or CPU processes")
-    parser.add_argument("--vllm-python", default=sys.executable, help="an interpreter that has vLLM, where it stands apart")
-    parser.add_argument("--layers", type=int, default=40, help="of the 35B in part vllm: with 20 all its engines fit at once")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a test")
-    args = parser.parse_args()
-    if args.processes < 2 or gpus and args.processes > gpus:
-        raise UserError(f"--processes {args.processes}: several, and not more than there are GPUs ({gpus})")
-    path = args.records / f"multi_gpu_{args.part}.json"
+    bench, _ = parse_settings(Bench, __doc__)
+    if bench.part not in PARTS:
+        raise UserError(f"--part {bench.part}: expected one of {', '.join(PARTS)}")
+    gpus, work = torch.cuda.device_count(), bench.work.resolve() / bench.part
+    processes = bench.processes or max(2, gpus)
+    if processes < 2 or gpus and processes > gpus:
+        raise UserError(f"--processes {processes}: several, and not more than there are GPUs ({gpus})")
+    bench = dataclasses.replace(bench, work=work, processes=processes, gpus=processes if gpus else 0)
+    path, started = bench.records / f"multi_gpu_{bench.part}.json", time.time()
     if path.exists():
         print(f"{path}: done before", flush=True)
         return
-    work, started = args.work.resolve() / args.part, time.time()
-    bench = Bench(
-        work, args.records, args.part, args.processes, args.processes if gpus else 0, args.tiny, args.vllm_python, args.layers
-    )
     work.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:
-        metrics = PARTS[args.part](bench)
+        metrics = PARTS[bench.part](bench)
     finally:
         bench.stop()
-    extra = {"gpus": bench.gpus, "processes": bench.processes}
-    write_result(path, kind="bench", tag=f"multi_gpu_{args.part}", started=started, metrics=metrics, extra=extra)
-    print(f"{args.part}: {time.time() - started:.0f} s; {path}", flush=True)
+    extra = {"gpus": bench.gpus, "processes": processes}
+    write_result(path, kind="bench", tag=path.stem, started=started, metrics=metrics, extra=extra)
+    print(f"{bench.part}: {time.time() - started:.0f} s; {path}", flush=True)
 
 
 if __name__ == "__main__":

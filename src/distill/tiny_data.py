@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,6 +123,27 @@ def completion_text(solution: str) -> str:
     return solution.removeprefix("<think>\n") + IM_END + "\n"
 
 
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]], size: int | None = None,
+    prompt_weight: float = 0.0, skipped: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(ids [N, size] right-padded, loss weights) of (prompt, solution) pairs, a row each: the solution counts 1, the prompt
+    ``prompt_weight`` after its ``skipped`` first tokens. Without a ``size``: one more than a multiple of 64."""
+    parts = encoded(tokenizer, [text for prompt, solution in pairs for text in (prompt, completion_text(solution))])
+    # without the newline after the end of turn: generation stops before it
+    rows = [(prompt, prompt + rest[:-1]) for prompt, rest in zip(parts[::2], parts[1::2], strict=True)]
+    longest = max(len(row) for _, row in rows)
+    size = size or -(-longest // 64) * 64 + 1
+    if longest > size:
+        raise UserError(f"LENGTH: an item has {longest} tokens; {size} fit")
+    ids, weights = torch.full((len(rows), size), tokenizer.pad_token_id), torch.zeros(len(rows), size)
+    for i, (prompt, row) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        weights[i, skipped : len(prompt)] = prompt_weight
+        weights[i, len(prompt) : len(row)] = 1.0
+    return ids, weights
+
+
 def options_drill(rng: random.Random) -> tuple[str, str]:
     """(prompt, completion): a list of 4 to 8 options, and the same options with their letters in another order.
 
@@ -135,24 +157,40 @@ def options_drill(rng: random.Random) -> tuple[str, str]:
     return option_list(options) + "\n", answer + "." + END_OF_TEXT
 
 
-class TinyBatches(Dataset):
-    """Item ``step`` is one batch: (token ids [rows, length + 1], loss weights [rows, length + 1])."""
+class Batches(Dataset):
+    """Item ``step`` is one batch, drawn by ``batch``: (token ids [rows, length + 1], loss weights of the same shape, ...)."""
+
+    name: str  # of the random numbers
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, rows: int, length: int, shares: dict[str, float],
-        prompt_weight: float,
-    ) -> None:  # fmt: skip
+        self, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, rows: int, length: int, prompt_weight: float
+    ) -> None:
         self.tokenizer, self.seed, self.steps, self.rows, self.length = tokenizer, seed, steps, rows, length
-        self.shares, self.prompt_weight = shares, prompt_weight
-        self.tasks: dict[str, TaskText] = {task.name: task() for task in TASK_TEXTS}
+        self.prompt_weight = prompt_weight
 
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
         if not 0 <= step < self.steps:
             raise IndexError(step)
-        rng = random.Random(f"batch:{self.seed}:{step}")
+        return self.batch(random.Random(f"{self.name}:{self.seed}:{step}"))
+
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, ...]:
+        raise TypeError(f"{type(self).__name__} does not define batch")
+
+
+class TinyBatches(Batches):
+    """Of razor-tiny: rows packed with documents in the given ``shares``."""
+
+    name = "batch"
+
+    def __init__(self, *args: Any, shares: dict[str, float]) -> None:
+        super().__init__(*args)
+        self.shares = shares
+        self.tasks: dict[str, TaskText] = {task.name: task() for task in TASK_TEXTS}
+
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, ...]:
         size = self.length + 1
         documents, filler = self.documents(rng), self.filler(rng)
         ids, weights = [], []
@@ -211,25 +249,18 @@ def vl_prompt(question: str, tokens: int) -> str:
     return prompt_text(VISION_START + IMAGE * tokens + VISION_END + question)
 
 
-class VlBatches(Dataset):
-    """Item ``step`` is one batch: (ids [rows, length + 1], loss weights of the same shape, pictures uint8 [rows, S, S, 3])."""
+class VlBatches(Batches):
+    """Of razor-tiny-vl, a scene a row; third the pictures, uint8 [rows, S, S, 3]."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, rows: int, length: int, prompt_weight: float
-    ) -> None:
-        if length % 16:
-            raise UserError(f"LENGTH={length}: the gated delta rule takes chunks of 16 tokens; give a multiple of it")
-        self.tokenizer, self.seed, self.steps, self.rows, self.length = tokenizer, seed, steps, rows, length
-        self.prompt_weight = prompt_weight
+    name = "vl-batch"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self.length % 16:
+            raise UserError(f"LENGTH={self.length}: the gated delta rule takes chunks of 16 tokens; give a multiple of it")
         self.tasks: list[TinyVision] = [task() for task in VL_MIX]
 
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if not 0 <= step < self.steps:
-            raise IndexError(step)
-        rng = random.Random(f"vl-batch:{self.seed}:{step}")
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, ...]:
         scenes = [self.tasks[row % len(self.tasks)].scene_of(rng, "train") for row in range(self.rows)]
         return encode_scenes(self.tokenizer, scenes, self.length + 1, self.prompt_weight)
 
@@ -238,16 +269,7 @@ def encode_scenes(
     tokenizer: PreTrainedTokenizerFast, scenes: list[Scene], size: int, prompt_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Scenes as ids, loss weights (padding and the picture's tokens 0) and pictures."""
-    ids = torch.full((len(scenes), size), tokenizer.pad_token_id)
-    weights = torch.zeros(len(scenes), size)
     pixels = torch.from_numpy(np.stack([np.asarray(scene.image, dtype=np.uint8) for scene in scenes]))
     tokens = (pixels.shape[1] // (PATCH * MERGE)) ** 2
-    parts = encoded(tokenizer, [t for s in scenes for t in (vl_prompt(s.question, tokens), completion_text(s.solution))])
-    for row, (prompt, rest) in enumerate(zip(parts[::2], parts[1::2], strict=True)):
-        rest = rest[:-1]  # without the newline after the end of turn: generation stops before it
-        if len(prompt) + len(rest) > size:
-            raise UserError(f"LENGTH: an item has {len(prompt) + len(rest)} tokens; {size} fit")
-        ids[row, : len(prompt) + len(rest)] = torch.tensor(prompt + rest)
-        weights[row, tokens + 5 : len(prompt)] = prompt_weight  # after the picture
-        weights[row, len(prompt) : len(prompt) + len(rest)] = 1.0
-    return ids, weights, pixels
+    pairs = [(vl_prompt(scene.question, tokens), scene.solution) for scene in scenes]
+    return *encode_pairs(tokenizer, pairs, size, prompt_weight, tokens + 5), pixels

@@ -39,7 +39,7 @@ from tiny_data import (
     VlBatches,
     build_tokenizer,
     build_vl_tokenizer,
-    completion_text,
+    encode_pairs,
     encode_scenes,
     prompt_text,
     vl_texts,
@@ -146,7 +146,7 @@ class Run:
 
     def batches(self) -> Dataset:
         c = self.config
-        return TinyBatches(self.tokenizer, c.seed, c.steps, c.rows, c.length, c.shares(), c.prompt_weight)
+        return TinyBatches(self.tokenizer, c.seed, c.steps, c.rows, c.length, c.prompt_weight, shares=c.shares())
 
     @property
     def layer(self) -> Callable[..., Forward]:
@@ -197,23 +197,11 @@ class Run:
 
     def probe(self, items: int) -> dict[str, Any]:
         """Exact match of each task for round-to-nearest recipes (g128)."""
-        probes = {task.name: self.probe_rows(task().load_with_solutions(items)) for task in TASK_TEXTS}
+        probes = {}
+        for task in TASK_TEXTS:
+            pairs = [(prompt_text(item.question), solution) for item, solution in task().load_with_solutions(items)]
+            probes[task.name] = encode_pairs(self.tokenizer, pairs)
         return under_recipes(self.model, lambda: {name: self.exact_match(*rows) for name, rows in probes.items()})
-
-    def probe_rows(self, pairs: list[Any]) -> Batch:
-        """(ids [N, T] right-padded to a multiple of 64, weights that are 0 outside of the completion)."""
-        rows, starts = [], []
-        for item, solution in pairs:
-            texts = prompt_text(item.question), completion_text(solution)
-            prompt, rest = (self.tokenizer(text)["input_ids"] for text in texts)
-            rows.append(prompt + rest[:-1])  # without the newline after the end of turn: generation stops before it
-            starts.append(len(prompt))
-        width = -(-max(map(len, rows)) // 64) * 64 + 1
-        ids, weights = torch.full((len(rows), width), self.tokenizer.pad_token_id), torch.zeros(len(rows), width)
-        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            ids[i, : len(row)] = torch.tensor(row)
-            weights[i, start : len(row)] = 1.0
-        return ids, weights
 
     @torch.no_grad()
     def exact_match(self, ids: torch.Tensor, weights: torch.Tensor, *pictures: torch.Tensor) -> float:
