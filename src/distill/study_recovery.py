@@ -73,8 +73,9 @@ class StudySettings:
         return self.work / f"int{bits}"
 
     @property
-    def scoring(self) -> dict[str, int]:
-        return {"k": 32, "score_batch": min(256, self.chunk)}
+    def scoring(self) -> list[object]:
+        """Of the teacher's texts."""
+        return ["--k", 32, "--score-batch", min(256, self.chunk)]
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,6 @@ def make_students(study: StudySettings) -> None:
             temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def scoring(study: StudySettings) -> list[object]:
-    return ["--k", study.scoring["k"], "--score-batch", study.scoring["score_batch"]]
-
-
 def teacher_texts(study: StudySettings, name: str, limit: int, prompts: str, free: int) -> None:
     """The teacher's texts in the directory ``name`` of WORK, scored in the answers."""
     if (study.work / name / "scores" / INDEX).exists():
@@ -167,7 +164,7 @@ def teacher_texts(study: StudySettings, name: str, limit: int, prompts: str, fre
     sampling = ["--temperature", 1.0, "--max-tokens", study.max_tokens, "--backend", "hf", *FINISHED]
     source = ["--tasks", TASKS, "--limit", limit, *(["--prompts", study.work / prompts] if free else [])]
     made = ["--teacher", study.teacher, "--out", study.work / name, *source, "--chunk", study.chunk]
-    inside("src/distill/cache_teacher.py", *made, *sampling, *scoring(study))
+    inside("src/distill/cache_teacher.py", *made, *sampling, *study.scoring)
 
 
 def make_cache(study: StudySettings) -> None:
@@ -176,7 +173,7 @@ def make_cache(study: StudySettings) -> None:
     rollouts, whole = study.work / "cache/rollouts", study.work / "cache_whole"
     if not (whole / "scores" / INDEX).exists():
         paths = ["--teacher", study.teacher, "--rollouts", rollouts, "--out", whole / "scores"]
-        inside("src/distill/opd_score.py", *paths, *scoring(study), "--score-prompts")
+        inside("src/distill/opd_score.py", *paths, *study.scoring, "--score-prompts")
         (whole / "rollouts").unlink(missing_ok=True)
         (whole / "rollouts").symlink_to(rollouts.resolve())
 
@@ -191,8 +188,16 @@ def run_stage(study: StudySettings, stage: Stage) -> None:
     result, work = study.results / f"distill/{stage.tag}.json", study.work / stage.tag
     if not result.exists():
         base, _ = parse_settings(DistillSettings, "", argv=["--config", str(BASE)])
-        changes = {name: getattr(study, name) for name in SHARED} | {"micro_rows": study.rows, **study.scoring}
-        changes |= {"work": work, "tag": stage.tag, "backend": "hf", "save_every": 100, "eval_limit": 0, "tasks": TASKS}
+        changes = {name: getattr(study, name) for name in SHARED} | {"micro_rows": study.rows}
+        changes |= {
+            "score_batch": min(256, study.chunk),
+            "work": work,
+            "tag": stage.tag,
+            "backend": "hf",
+            "save_every": 100,
+            "eval_limit": 0,
+            "tasks": TASKS,
+        }
         changes |= {"prompts": study.work / "free.jsonl" if study.free else None} | stage.changes
         recover(dataclasses.replace(base, **changes), result, inside)
     if stage.evaluate:

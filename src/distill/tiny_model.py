@@ -237,13 +237,20 @@ def train_forward(
     positions = torch.arange(ids.shape[1], device=ids.device)
     frequencies = torch.cat([positions[:, None].float() * model.model.rotary_emb.inv_freq] * 2, -1)
     cos, sin = frequencies.cos().to(dtype), frequencies.sin().to(dtype)
+    return through_layers(model.model, config, x, cos, sin, layer_fn)
+
+
+def through_layers(
+    text: torch.nn.Module, config: Qwen3_5MoeTextConfig, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    layer_fn: Callable,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Embeddings [B, T, H] through all layers and the final norm."""
     balances, loads = [], []
-    for layer in model.model.layers:
+    for layer in text.layers:
         x, balance, load = layer_fn(layer, x, cos, sin, config.rms_norm_eps, config.num_experts_per_tok)
         balances.append(balance)
         loads.append(load)
-    x = rms_norm(x, 1 + model.model.norm.weight, config.rms_norm_eps)
-    return x, torch.stack(balances).mean(), torch.stack(loads)
+    return rms_norm(x, 1 + text.norm.weight, config.rms_norm_eps), torch.stack(balances).mean(), torch.stack(loads)
 
 
 # ---------------------------------------------------------------- pictures
@@ -402,9 +409,4 @@ def vl_forward(
     cos, sin = layout.cos.to(dtype), layout.sin.to(dtype)
     x = F.embedding(ids, text.embed_tokens.weight).to(dtype)
     x = torch.cat([x[:, : layout.start], tokens, x[:, layout.start + layout.count :]], 1)
-    balances, loads = [], []
-    for layer in text.layers:
-        x, balance, load = layer_fn(layer, x, cos, sin, config.rms_norm_eps, config.num_experts_per_tok)
-        balances.append(balance)
-        loads.append(load)
-    return rms_norm(x, 1 + text.norm.weight, config.rms_norm_eps), torch.stack(balances).mean(), torch.stack(loads)
+    return through_layers(text, config, x, cos, sin, layer_fn)
