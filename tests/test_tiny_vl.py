@@ -16,7 +16,7 @@ from task_text import split_of
 from tasks_tiny_vision import TINY_VISION_TASKS
 from tiny_data import build_vl_tokenizer, completion_text, encode_scenes, vl_prompt, vl_texts
 from tiny_model import patches_of, save_processor, vision_forward, vision_tables, vl_forward
-from tiny_train import TrainSettings, VlRun, sparse_layer, token_loss, train
+from tiny_train import TrainSettings, VlRun, token_loss, train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/make_tiny_vl.env"
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_training_forward_equals_transformers_through_the_processor(saved, token
         assert torch.allclose(batch["pixel_values"], own, atol=1e-6)
         with torch.no_grad():
             expected = model(**batch).logits[0]
-            hidden, _, load = vl_forward(run.model, row[None], own[None], torch.float32, sparse_layer)
+            hidden, _, load = vl_forward(run.model, row[None], own[None], torch.float32)
         torch.testing.assert_close(run.model.lm_head(hidden)[0, :length], expected, atol=2e-4, rtol=1e-3)
         assert load.shape == (2, 8)
 
@@ -136,7 +136,7 @@ def test_training_resumes_to_the_same_weights_and_the_loss_falls(tokenizer, tmp_
     ids, weights, pixels = whole.batches()[0]
     patches, losses = patches_of(pixels), []
     for _ in range(15):
-        hidden, _, _ = vl_forward(whole.model, ids[:, :-1], patches, torch.float32, sparse_layer)
+        hidden, _, _ = vl_forward(whole.model, ids[:, :-1], patches, torch.float32)
         loss = token_loss(whole.model, hidden, ids[:, 1:], weights[:, 1:])
         loss.backward()
         whole.optimizer.step()

@@ -212,16 +212,15 @@ def mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.
 
 
 def decoder_layer(
-    layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, top_k: int,
-    mix: Callable = mixture,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One layer on [B, T, H]: (output, load balance loss, expert load [E]). Compiled alone it serves all layers of a
     kind: two graphs instead of one of the whole model, a quarter of the compilation time."""
     normed = rms_norm(x, 1 + layer.input_layernorm.weight, eps)
     mixer = getattr(layer, "linear_attn", None)
     x = x + (delta_net(mixer, normed) if mixer is not None else attention(layer.self_attn, normed, cos, sin))
     normed = rms_norm(x, 1 + layer.post_attention_layernorm.weight, eps)
-    out, balance, load = mix(layer.mlp, normed.flatten(0, 1), top_k)
+    out, balance, load = mixture(layer.mlp, normed.flatten(0, 1), top_k)
     return x + out.view_as(x), balance, load
 
 
@@ -348,28 +347,6 @@ def vision_attention(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor,
     q, k = (y * cos + torch.cat([-y.chunk(2, -1)[1], y.chunk(2, -1)[0]], -1) * sin for y in (q, k))
     out = F.scaled_dot_product_attention(q, k, v)
     return linear(layer.proj, out.transpose(1, 2).reshape(batch, count, -1))
-
-
-def sparse_mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """mixture with only the chosen experts computed: what a CPU wants."""
-    experts = block.experts
-    count = experts.num_experts
-    probs = F.linear(x, block.gate.weight.to(x.dtype)).softmax(-1, dtype=torch.float32)
-    weight, chosen = probs.topk(top_k, -1)
-    weight = (weight / weight.sum(-1, keepdim=True)).to(x.dtype)
-    load = torch.bincount(chosen.flatten(), minlength=count).float() / chosen.numel()
-    balance = count * (load * probs.mean(0)).sum()
-    order = chosen.flatten().argsort(stable=True)
-    rows, parts = order // top_k, torch.bincount(chosen.flatten(), minlength=count).tolist()
-    done = []
-    for expert, own in enumerate(x[rows].split(parts)):
-        gate, up = F.linear(own, experts.gate_up_proj[expert].to(x.dtype)).chunk(2, -1)
-        done.append(F.linear(F.silu(gate) * up, experts.down_proj[expert].to(x.dtype)))
-    routed = torch.zeros_like(x).index_add(0, rows, torch.cat(done) * weight.flatten()[order, None])
-    shared = block.shared_expert
-    inner = F.silu(F.linear(x, shared.gate_proj.weight.to(x.dtype))) * F.linear(x, shared.up_proj.weight.to(x.dtype))
-    own = F.linear(inner, shared.down_proj.weight.to(x.dtype))
-    return routed + own * F.linear(x, block.shared_expert_gate.weight.to(x.dtype)).sigmoid(), balance, load
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,6 @@ from tiny_model import (
     init_weights,
     patches_of,
     save_processor,
-    sparse_mixture,
     tiny_config,
     train_forward,
     vision_forward,
@@ -148,11 +147,6 @@ class Run:
         c = self.config
         return TinyBatches(self.tokenizer, c.seed, c.steps, c.rows, c.length, c.prompt_weight, shares=c.shares())
 
-    @property
-    def layer(self) -> Callable[..., Forward]:
-        """The function of a decoder layer, before it is compiled."""
-        return decoder_layer
-
     def forward(self, inputs: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor]) -> Forward:
         """Of ids [B, T] (and pictures)."""
         return train_forward(self.model, *inputs, self.dtype, layer_fn)
@@ -209,7 +203,7 @@ class Run:
         right, head = 0, self.model.lm_head.weight.to(self.dtype)
         for rows, kept, *seen in zip(*(part.split(64) for part in (ids, weights, *pictures)), strict=True):
             inputs = tuple(part.to(self.device) for part in (rows[:, :-1], *seen))
-            hidden, _, _ = self.forward(inputs, self.layer, vision_forward)
+            hidden, _, _ = self.forward(inputs, decoder_layer, vision_forward)
             guess = F.linear(hidden, head).argmax(-1).cpu()
             right += ((guess == rows[:, 1:]) | (kept[:, 1:] == 0)).all(1).sum().item()
         return right / len(ids)
@@ -225,10 +219,6 @@ class Run:
         self.tokenizer.save_pretrained(out)
 
 
-def cpu_layer(*args: torch.Tensor) -> Forward:
-    return decoder_layer(*args, mix=sparse_mixture)
-
-
 class VlRun(Run):
     """The same of razor-tiny-vl."""
 
@@ -242,10 +232,6 @@ class VlRun(Run):
     def batches(self) -> Dataset:
         c = self.config
         return VlBatches(self.tokenizer, c.seed, c.steps, c.rows, c.length, c.prompt_weight)
-
-    @property
-    def layer(self) -> Callable[..., Forward]:
-        return sparse_layer if self.device.type == "cpu" else decoder_layer
 
     def forward(self, inputs: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor]) -> Forward:
         ids, patches = inputs[0], patches_of(inputs[1])
@@ -265,10 +251,6 @@ class VlRun(Run):
         """The checkpoint in BF16 with its processor."""
         self.model.to("cpu", torch.bfloat16).save_pretrained(out)
         save_processor(self.tokenizer, out)
-
-
-def sparse_layer(*args: torch.Tensor) -> Forward:
-    return decoder_layer(*args, mix=sparse_mixture)
 
 
 @torch.no_grad()
@@ -298,7 +280,7 @@ def train(run: Run, workers: int, save_every: int, probe_every: int = 1, probe_i
         run.batches(), batch_size=None, sampler=range(run.step, stop or config.steps), num_workers=workers,
         prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    layer_fn, vision_fn, loss_fn = run.layer, vision_forward, token_loss
+    layer_fn, vision_fn, loss_fn = decoder_layer, vision_forward, token_loss
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         layer_fn, vision_fn, loss_fn = (torch.compile(f, dynamic=False) for f in (layer_fn, vision_fn, loss_fn))
