@@ -18,8 +18,8 @@ def random_tiny(tmp_path_factory):
     """A checkpoint of razor-tiny's architecture and tokenizer with untrained weights and four layers instead of eight."""
     from transformers import Qwen3_5MoeForCausalLM
 
+    from tiny_data import build_tokenizer
     from tiny_model import init_weights, tiny_config
-    from tiny_tokenizer import build_tokenizer
 
     path = tmp_path_factory.mktemp("models") / "random-tiny"
     tokenizer = build_tokenizer()
@@ -32,8 +32,8 @@ def random_tiny(tmp_path_factory):
 
 def untrained_vl(path, texts, layers):
     """An untrained Qwen3_5MoeForConditionalGeneration with its processor, as transformers writes it; returns ``path``."""
-    from tiny_vl_model import build_vl_model, build_vl_tokenizer, save_processor, vl_config
-    from tiny_vl_train import vl_texts
+    from tiny_data import build_vl_tokenizer, vl_texts
+    from tiny_model import build_vl_model, save_processor, vl_config
 
     tokenizer = build_vl_tokenizer(vl_texts(texts))
     build_vl_model(vl_config(tokenizer, layers, 1), 0).bfloat16().save_pretrained(path)

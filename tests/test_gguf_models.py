@@ -22,8 +22,8 @@ def dense(tmp_path_factory):
     """An untrained dense Qwen3.5 with razor-tiny's tokenizer."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
+    from tiny_data import build_tokenizer
     from tiny_model import tiny_config
-    from tiny_tokenizer import build_tokenizer
 
     path = tmp_path_factory.mktemp("dense") / "dense-tiny"
     tokenizer = build_tokenizer()

@@ -11,8 +11,8 @@ from conftest import REPO
 
 from check_results import check_text
 from make_results import page
+from speed_multi_gpu import RandomTeacher
 from synthetic_moe import SHAPES
-from synthetic_rollouts import RandomTeacher
 
 
 def pipeline(tmp_path, *parts, **environment):

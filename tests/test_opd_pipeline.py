@@ -22,7 +22,8 @@ from console import UserError, file_sha256
 from fsdp_setup import World, own_rows
 from opd_budget import Plan, memory, shape_of
 from opd_data import ScoredRollouts, read_rollouts
-from opd_student import AdapterConfig, build_student
+from opd_settings import AdapterSettings
+from opd_student import build_student
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
 
@@ -280,12 +281,12 @@ def test_prompts_are_scored_where_that_is_asked_for(cached, random_tiny, tmp_pat
 
 def test_the_budget_counts_the_bytes_of_a_student(cached, random_tiny):
     world = World(0, 1, torch.device("cpu"))
-    student = build_student(cached / "q", random_tiny, AdapterConfig(4), world, "forward_kl", 1.0, False)
+    student = build_student(cached / "q", random_tiny, AdapterSettings(rank=4), world, "forward_kl", 1.0, False)
     held = {True: 0, False: 0}
     for parameter in student.parameters():
         size = 2 if parameter.dtype is torch.float32 and not parameter.requires_grad else parameter.element_size()
         held[parameter.requires_grad] += parameter.numel() * size  # what is not on a grid is bfloat16 on a GPU
-    plan = Plan(1, 4, 4, 4, 64, 5, 8, 20, 4e14, 2.98e12, 3e11, 2000.0)
+    plan = Plan(gpus=1, rank=4)
     frozen, adapters = list(memory(shape_of(random_tiny), plan).values())[:2]
     assert (held[False], 4 * held[True]) == (frozen, adapters)  # value, gradient and two moments
 
@@ -295,9 +296,9 @@ def test_killed_in_every_phase_ends_with_the_same_bytes(random_tiny, tmp_path):
     small = {"TEACHER": random_tiny, "TASKS": "tiny_know,tiny_math", "LIMIT": 4, "MAX_TOKENS": 12, "CHUNK": 2, "K": 8}
     small |= {"TRAJECTORIES": "student", "FINISHED_ONLY": 0, "BACKEND": "hf", "SCORE_BATCH": 2, "KL_ITEMS": 1, "TAG": "killed"}
     small |= {"STEPS": 4, "ROWS": 4, "MICRO_ROWS": 4, "RANK": 4, "LR": 0.1, "WARMUP": 0, "SAVE_EVERY": 1}
-    code = "from pathlib import Path; import distill_run as d; from settings import from_environment, load_config\n"
-    code += "c = load_config(d.DistillConfig, Path('configs/opd_tiny.env'), from_environment(d.DistillConfig))\n"
-    code += "d.Run(c, Path(c.work) / 'record.json', d.step).all()"
+    code = "import distill_run as d; from settings import parse_settings\n"
+    code += "c, _ = parse_settings(d.DistillSettings, '', argv=['--config', 'configs/opd_tiny.env'])\n"
+    code += "d.recover(c, c.work / 'record.json')"
 
     def start(work):
         environment = ONE_THREAD | {key: str(value) for key, value in (small | {"WORK": work}).items()}

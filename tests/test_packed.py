@@ -187,8 +187,8 @@ def test_a_vision_tower_is_left_alone(tmp_path):
     from transformers import AutoModelForImageTextToText
 
     from hf_model import load_weights
-    from tiny_vl_model import build_vl_model, build_vl_tokenizer, vl_config
-    from tiny_vl_train import vl_texts
+    from tiny_data import build_vl_tokenizer, vl_texts
+    from tiny_model import build_vl_model, vl_config
 
     build_vl_model(vl_config(build_vl_tokenizer(vl_texts(100)), 2, 1), 0).bfloat16().save_pretrained(tmp_path / "m")
     quantize_checkpoint(tmp_path / "m", tmp_path / "plain", RECIPE)

@@ -8,10 +8,8 @@ the rates named in the output (`assumed`), which are arguments; measured is only
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +19,18 @@ from console import UserError, read_json, run_cli
 from families import text_config
 from opd_student import HEAD_CHUNK
 from records import REPO
+from settings import parse_settings, setting
 from target_grid import IntGrid
 
 GROUP = 128
 GRID_BYTES = 96  # traffic of a weight each time: what two more layers of the 122B took (results/bench/multi_gpu_train122b.json)
 FLOAT_COPIES = 4  # float32 tensors of a chunk that the grid holds at once: position, codes, product, gradient
+SIZES = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A mixture of experts. ``parameters`` and ``active``: all, and those that one token meets."""
+    """A mixture of experts whose layers all have them. ``parameters`` and ``active``: all, and those that one token meets."""
 
     layers: int
     experts: int
@@ -51,42 +51,34 @@ class Shape:
         return self.layers * self.experts * rank * ((2 * self.inner + self.hidden) + (self.hidden + self.inner))
 
 
-def shape_of_config(config: Mapping[str, Any], parameters: float, active: float) -> Shape:
-    """The shape that a config.json gives a model whose layers all have experts."""
-    config = text_config(config)
-    keys = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size", "vocab_size")
-    return Shape(*(config[key] for key in keys), parameters, active)
-
-
-def qwen_122b() -> Shape:
-    """Qwen3.5-122B-A10B, its parameters as its name rounds them."""
-    return shape_of_config(read_json(REPO / "configs/shape_122b.json"), 122e9, 10e9)
-
-
-def shape_of(model: Path) -> Shape:
-    """The shape of a checkpoint whose layers all have experts."""
+def shape_of(model: Path | None) -> Shape:
+    """The shape of a checkpoint; without one that of Qwen3.5-122B-A10B, its parameters as its name rounds them."""
+    if model is None:
+        config = text_config(read_json(REPO / "configs/shape_122b.json"))
+        return Shape(*(config[key] for key in SIZES), 122e9, 10e9)
     checkpoint = Checkpoint(model)
+    config = text_config(checkpoint.config)
     total = sum(info.numel for info in checkpoint.tensors.values())
-    shape = shape_of_config(checkpoint.config, total, total)
+    shape = Shape(*(config[key] for key in SIZES), total, total)
     return dataclasses.replace(shape, active=total - shape.routed * (1 - shape.top_k / shape.experts))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run, and the rates that hours are computed with."""
 
-    gpus: int
-    rank: int
-    rows: int
-    micro_rows: int
-    tokens: int  # of a rollout, prompt included
-    steps: int
-    rollouts: int
-    k: int
-    flops: float  # of a GPU in BF16 matrix products, as achieved
-    bandwidth: float  # bytes a second of a GPU's memory, as achieved
-    link: float  # bytes a second that a GPU receives from the others
-    generated: float  # tokens a second of the student's rollouts on all GPUs
+    gpus: int = setting(4, "how many")
+    rank: int = setting(8, "of the adapters")
+    rows: int = setting(16, "rollouts of a step")
+    micro_rows: int = setting(1, "of them at once on a GPU")
+    tokens: int = setting(8192, "of a rollout, prompt included")
+    steps: int = setting(200, "of training")
+    rollouts: int = setting(2000, "how many")
+    k: int = setting(64, "scores kept of a token")
+    flops: float = setting(4e14, "of a GPU in BF16 matrix products, as achieved")
+    bandwidth: float = setting(2.98e12, "bytes a second of a GPU's memory, as achieved")
+    link: float = setting(3e11, "bytes a second that a GPU receives from the others")
+    generated: float = setting(2000.0, "tokens a second of the student's rollouts on all GPUs")
 
 
 def memory(shape: Shape, plan: Plan) -> dict[str, float]:
@@ -139,31 +131,29 @@ def disk(shape: Shape, plan: Plan) -> dict[str, float]:
     }
 
 
-def budget(shape: Shape, plan: Plan) -> dict[str, Any]:
-    """Everything, in GB and hours."""
-    parts = {name: round(size / 1e9, 3) for name, size in memory(shape, plan).items()}
+def budget(model: Path | None, **plan: Any) -> dict[str, Any]:
+    """Everything, in bytes and hours. ``plan``: what differs from the defaults of :class:`Plan`."""
+    own, shape = Plan(**plan), shape_of(model)
     return {
         "shape": dataclasses.asdict(shape) | {"routed": shape.routed},
-        "assumed": dataclasses.asdict(plan),
-        "adapter_parameters": shape.adapter_parameters(plan.rank),
-        "gpu_gb": parts | {"total": round(sum(parts.values()), 3)},
-        "hours": {name: round(value, 3) for name, value in hours(shape, plan).items()},
-        "disk_gb": {name: round(size / 1e9, 3) for name, size in disk(shape, plan).items()},
+        "assumed": dataclasses.asdict(own),
+        "adapter_parameters": shape.adapter_parameters(own.rank),
+        "gpu": memory(shape, own),
+        "hours": hours(shape, own),
+        "disk": disk(shape, own),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, help="checkpoint whose shape is taken")
-    defaults = Plan(4, 8, 16, 1, 8192, 200, 2000, 64, 4e14, 2.98e12, 3e11, 2000.0)
-    for field in dataclasses.fields(Plan):
-        value = getattr(defaults, field.name)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(value), default=value)
-    args = vars(parser.parse_args())
-    model = args.pop("model")
-    if min(args.values()) <= 0 or args["rows"] % (args["micro_rows"] * args["gpus"]):
+    plan, args = parse_settings(Plan, __doc__, lambda p: p.add_argument("--model", type=Path, help="whose shape is taken"))
+    values = dataclasses.asdict(plan)
+    if min(values.values()) <= 0 or plan.rows % (plan.micro_rows * plan.gpus):
         raise UserError("every number must be above 0, and --rows a multiple of --micro-rows x --gpus")
-    print(json.dumps(budget(shape_of(model) if model else qwen_122b(), Plan(**args)), indent=2), flush=True)
+    found = budget(args.model, **values)
+    for kind, shown, unit in (("gpu", "gpu_gb", 1e9), ("hours", "hours", 1), ("disk", "disk_gb", 1e9)):
+        found[shown] = {name: round(value / unit, 3) for name, value in found.pop(kind).items()}
+    found["gpu_gb"]["total"] = round(sum(found["gpu_gb"].values()), 3)
+    print(json.dumps(found, indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ that are there: remove the one to make again. In minutes, for the KL of a row:
 # What makes a record from nothing, by its kind and tag; the first pattern that fits.
 PIPELINES = (
     ("train/razor_tiny", "make_tiny.sh"),
-    ("train/razor_tiny_vl", "make_tiny_vl.sh"),
+    ("train/razor_tiny_vl", "make_tiny.sh vl"),
     ("distill/opd_tiny", "distill.sh"),
     ("bench/h100_122b_*", "bench_h100.sh"),
     ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
@@ -48,10 +48,10 @@ PIPELINES = (
     ("quantize/razor_tiny_*_packed", "packed_results.sh"),
     ("spread/razor_tiny_gguf_*", "gguf_spread.sh"),
     ("*/*razor_tiny_gguf_*", "gguf_results.sh"),
-    ("*/*recovery_gguf_iq2_xs_*", "recovery_gguf.sh"),
-    ("eval/recovery_iq2_xs_*", "recovery_gguf.sh"),
-    ("compare/recovery_iq2_xs_*", "recovery_gguf.sh"),
-    ("*/recovery_*", "recovery_study.sh"),
+    ("*/*recovery_gguf_iq2_xs_*", "recovery.sh gguf"),
+    ("eval/recovery_iq2_xs_*", "recovery.sh gguf"),
+    ("compare/recovery_iq2_xs_*", "recovery.sh gguf"),
+    ("*/recovery_*", "recovery.sh"),
     ("*/razor_tiny_bf16", "tiny_results.sh"),
     ("*/*razor_tiny_int4", "tiny_results.sh"),
     ("*/*razor_tiny_int3_int4_clip16", "tiny_results.sh"),
