@@ -11,6 +11,7 @@ SOURCES = [str(REPO / "src" / folder) for folder in ("quant", "eval", "distill")
 sys.path[:0] = SOURCES
 os.environ["PYTHONPATH"] = os.pathsep.join([*SOURCES, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported: waiting threads give the core to other workers
 
 
 @pytest.fixture(scope="session")
