@@ -1,5 +1,6 @@
 """Puts the three source folders on the import path, for the tests and for the processes that they start."""
 
+import atexit
 import contextlib
 import os
 import runpy
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import unittest.mock
 import warnings
 from pathlib import Path
 
@@ -50,8 +52,14 @@ def untrained_vl(path, texts, layers):
 
 @contextlib.contextmanager
 def as_a_process(script, arguments, cwd, streams):
-    """What a new process would have of its own, and give back: arguments, folder, environment, output, seed."""
-    argv, environment, where = sys.argv, dict(os.environ), os.getcwd()
+    """What a new process would have of its own, and give back: arguments, folder, environment, output, seed, exit handlers."""
+    argv, environment, where, ends, register = sys.argv, dict(os.environ), os.getcwd(), [], atexit.register
+
+    def at_end(end, *given, **named):
+        ours = str(REPO / "src") in (getattr(sys.modules.get(end.__module__), "__file__", None) or "")
+        ends.append(end) if ours else register(end, *given, **named)
+        return end
+
     kept = [os.dup(descriptor) for descriptor in (1, 2)]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -65,6 +73,7 @@ def as_a_process(script, arguments, cwd, streams):
         os.fdopen(2, "w", buffering=1, closefd=False) as err,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
+        unittest.mock.patch("atexit.register", at_end),
     ):
         if torch:
             torch.manual_seed(0)
@@ -73,6 +82,8 @@ def as_a_process(script, arguments, cwd, streams):
             os.chdir(cwd)
             yield
         finally:
+            for end in ends:
+                end()
             sys.argv = argv
             os.chdir(where)
             os.environ.clear()
