@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -291,34 +292,44 @@ def test_the_budget_counts_the_bytes_of_a_student(cached, random_tiny):
     assert (held[False], 4 * held[True]) == (frozen, adapters)  # value, gradient and two moments
 
 
+PHASES = textwrap.dedent("""
+    # The phases in forks of one process: each attempt costs what it computes, not the start of five processes.
+    import os, runpy, sys
+    from pathlib import Path
+    from killer import attempt
+    import distill_run as d, merge_adapter, moe_eval, opd_gen, opd_score, opd_train_fsdp, quant_save
+    import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe
+    from settings import parse_settings
+
+    def step(script, *arguments, processes=1):
+        sys.argv = [script, *map(str, arguments)]
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, script
+
+    def run(name, mark=None):
+        os.environ["WORK"] = str(work := Path(sys.argv[1]) / name)
+        config, _ = parse_settings(d.DistillSettings, "", argv=["--config", "configs/opd_tiny.env"])
+        act = lambda: d.recover(config, work / "record.json", step)
+        return attempt(act, work, mark and (lambda number: any(work.glob(mark))))[0]
+
+    for mark in sys.argv[2:]:
+        assert not run("cut", mark) and not (Path(sys.argv[1]) / "cut/recovered").exists(), mark
+    assert run("cut") and run("whole")
+""")
+
+
 @pytest.mark.slow
 def test_killed_in_every_phase_ends_with_the_same_bytes(random_tiny, tmp_path):
     small = {"TEACHER": random_tiny, "TASKS": "tiny_know,tiny_math", "LIMIT": 4, "MAX_TOKENS": 12, "CHUNK": 2, "K": 8}
     small |= {"TRAJECTORIES": "student", "FINISHED_ONLY": 0, "BACKEND": "hf", "SCORE_BATCH": 2, "KL_ITEMS": 1, "TAG": "killed"}
     small |= {"STEPS": 4, "ROWS": 4, "MICRO_ROWS": 4, "RANK": 4, "LR": 0.1, "WARMUP": 0, "SAVE_EVERY": 1}
-    code = "import distill_run as d; from settings import parse_settings\n"
-    code += "c, _ = parse_settings(d.DistillSettings, '', argv=['--config', 'configs/opd_tiny.env'])\n"
-    code += "d.recover(c, c.work / 'record.json')"
-
-    def start(work):
-        environment = ONE_THREAD | {key: str(value) for key, value in (small | {"WORK": work}).items()}
-        return subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=REPO, start_new_session=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
-
-    cut = tmp_path / "cut"
     marks = ("rollouts/samples.jsonl", ".scores.partial/job.json", "adapter/state.safetensors", ".recovered.partial/job.json")
-    for part in marks:
-        process = start(cut)
-        while not any(cut.glob(part)) and process.poll() is None:
-            time.sleep(0.002)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, (part, errors[-2000:])
-        assert not (cut / "recovered").exists()
-    for work in (cut, tmp_path / "whole"):
-        process = start(work)
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors[-2000:]
+    environment = ONE_THREAD | {key: str(value) for key, value in small.items()}
+    environment["PYTHONPATH"] += os.pathsep + str(REPO / "tests")
+    process = subprocess.run([sys.executable, "-c", PHASES, tmp_path, *marks], env=environment, cwd=REPO, capture_output=True,
+                             text=True, timeout=400)  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
     for name in ("rollouts/rollouts.jsonl", "adapter/adapter.safetensors", "recovered/model.safetensors"):
-        assert file_sha256(cut / name) == file_sha256(tmp_path / "whole" / name), name
+        assert file_sha256(tmp_path / "cut" / name) == file_sha256(tmp_path / "whole" / name), name
