@@ -101,6 +101,14 @@ def test_links_lead_somewhere(document):
             assert (document.parent / target.partition("#")[0]).exists(), f"{document.name}: {target}"
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_lines_are_short(document):
+    """At most 120 characters, but for tables and for what a command printed."""
+    text = FENCE.sub(lambda block: "" if block[1].startswith("$ ") else block[0], document.read_text())
+    long = [line for line in text.splitlines() if len(line) > 120 and not line.lstrip().startswith("|")]
+    assert not long, f"{document.name}: {long}"
+
+
 def shown_runs():
     """(document, command, its output) of the blocks that begin with "$ command"."""
     for document in DOCUMENTS:
