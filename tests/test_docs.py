@@ -31,6 +31,7 @@ ids = [str(document.relative_to(REPO)) for document in DOCUMENTS]
 
 def commands(text):
     """The commands of a document: lines of fenced or indented blocks, and code spans, that begin with one."""
+    text = text.replace("\\\n", " ")  # a command over several lines
     prose = FENCE.sub("", text)
     lines = [line for block in FENCE.findall(text) for line in block.splitlines()]
     lines += [line[4:] for line in prose.splitlines() if line.startswith("    ")]
