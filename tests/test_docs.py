@@ -31,6 +31,7 @@ ids = [str(document.relative_to(REPO)) for document in DOCUMENTS]
 
 def commands(text):
     """The commands of a document: lines of fenced or indented blocks, and code spans, that begin with one."""
+    text = text.replace("\\\n", " ")  # a command over several lines
     prose = FENCE.sub("", text)
     lines = [line for block in FENCE.findall(text) for line in block.splitlines()]
     lines += [line[4:] for line in prose.splitlines() if line.startswith("    ")]
@@ -99,6 +100,14 @@ def test_links_lead_somewhere(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", document.read_text())):
         if not target.startswith(("http://", "https://", "#")):
             assert (document.parent / target.partition("#")[0]).exists(), f"{document.name}: {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_lines_are_short(document):
+    """At most 120 characters, but for tables and for what a command printed."""
+    text = FENCE.sub(lambda block: "" if block[1].startswith("$ ") else block[0], document.read_text())
+    long = [line for line in text.splitlines() if len(line) > 120 and not line.lstrip().startswith("|")]
+    assert not long, f"{document.name}: {long}"
 
 
 def shown_runs():

@@ -1,7 +1,7 @@
 """The record of a run: one JSON, written by `write_result` after success and never by hand; per-sample logs beside it.
 
-Not a command. Schema 1; kinds: quantize, eval, kl, compare, distill, pack, bench, train. A record names no directory
-outside the repository: models and commands are given relative to it, other paths by their last part.
+Not a command. KINDS names the kinds. A record names no directory outside the repository: models and commands are given
+relative to it, other paths by their last part.
 """
 
 from __future__ import annotations
