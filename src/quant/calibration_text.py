@@ -15,6 +15,7 @@ calibrating on what a benchmark asks would make its score worth nothing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import re
@@ -27,12 +28,38 @@ from torch import Tensor
 
 from console import UserError
 from hf_model import render_chat
+from settings import setting
 
 HUB = re.compile(r"hf:(?P<name>[^@:]+)(?:@(?P<revision>[^@:]+))?:(?P<split>[^@:]+)(?::(?P<config>[^@:]+))?")
 TINY = re.compile(r"tiny(:(?P<seed>\d+))?")
 DEFAULT = "hf:HuggingFaceH4/ultrachat_200k@8049631c405ae6576f93f445c6b8166f76f5505a:train_sft"
 RAZOR_TINY = Path(__file__).resolve().parents[2] / "models/razor-tiny/tokenizer.json"
 COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationSettings:
+    """The text that a calibrated method reads."""
+
+    calib: str | None = setting(
+        None,
+        "the text of a calibrated method: a file, `hf:REPOSITORY@COMMIT:SPLIT[:CONFIG]`, or several joined by `+`; empty: the "
+        "training split of the tiny tasks for razor-tiny, else `DEFAULT` of calibration_text.py",
+    )
+    calib_sequences: int = setting(128, "how much of it is used: sequences")
+    calib_length: int = setting(512, "and the tokens of each")
+
+    def __post_init__(self) -> None:
+        if min(self.calib_sequences, self.calib_length) < 1:
+            raise UserError("--calib-sequences and --calib-length must be at least 1")
+
+    def ids(self, model: Path) -> tuple[Tensor, dict[str, Any]]:
+        """:func:`calibration_ids` of the settings."""
+        return calibration_ids(self.calib, model, self.calib_sequences, self.calib_length)
+
+    def size(self) -> tuple[Tensor, dict[str, Any]]:
+        """Ids and a record of the same size, for a plan that reads no text."""
+        return torch.zeros(self.calib_sequences, self.calib_length, dtype=torch.long), {}
 
 
 def add_calibration_arguments(parser: argparse.ArgumentParser, sequences: int = 128) -> None:

@@ -33,12 +33,12 @@ from ggml_codecs import decode_rows
 from ggml_types import fallback
 from gguf_format import make_header, padded, tensor_bytes
 from gguf_layout import Piece, into_parameter, ordered_hessian, pieces_of, to_gguf
-from gguf_pack import add_rounding_arguments, check_rounding_arguments
-from gguf_pass import DAMPING, encoded, is_quantized, output_error
 from gguf_recipe import chosen_type, exact_patterns, file_type, keeps_float32, read_patterns, type_named
 from kl import divergence
 from moe_alloc import solve
 from records import add_record_arguments, check_record_arguments, describe_model, write_result
+from round_ggml import DAMPING, RoundingSettings, encoded, is_quantized, output_error
+from settings import add_settings, settings_of
 from token_weights import token_weights
 
 CANDIDATES = "iq2_xs,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
@@ -206,7 +206,7 @@ def parse_arguments() -> argparse.Namespace:
     shown = "of the calibration sequences, on how many KL is taken (default 32)"
     parser.add_argument("--probe-sequences", type=int, default=32, help=shown)
     add_calibration_arguments(parser)
-    add_rounding_arguments(parser)
+    add_settings(parser, RoundingSettings)
     parser.add_argument("--force", action="store_true", help="replace an earlier output")
     add_record_arguments(parser, force=False)
     return parser.parse_args()
@@ -215,7 +215,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     check_record_arguments(args)
-    check_rounding_arguments(args)
+    how = settings_of(RoundingSettings, args)
     if args.probe_sequences < 1:
         raise UserError("--probe-sequences must be at least 1")
     if args.out.exists() and not args.force:
@@ -238,10 +238,10 @@ def main() -> None:
     budget = int(args.target_gib * 2**30) - taken
     choose(open_pieces, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now
     ids, entry = calibration_of(args)
-    calibration = Calibration(ids, entry, token_power=0.0 if args.method == "nearest" else args.token_power)
-    rounding = Rounding(args.method, args.damping)
+    calibration = Calibration(ids, entry, token_power=0.0 if how.method == "nearest" else how.moments.token_power)
+    rounding = Rounding(how.method, how.moments.damping)
     probe = type_named(args.probe, "--probe")
-    found = Sensitivities(checkpoint, calibration, open_pieces, probe, rounding, args.token_weights, args.probe_sequences)
+    found = Sensitivities(checkpoint, calibration, open_pieces, probe, rounding, how.token_weights, args.probe_sequences)
     with progress(len(found.stream.layers), "sensitivity", "layer") as bar:
         for index in range(len(found.stream.layers)):
             found.layer(index, options)

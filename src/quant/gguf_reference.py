@@ -22,8 +22,8 @@ from calibration_text import add_calibration_arguments, calibration_of
 from checkpoint import Checkpoint
 from console import UserError, file_sha256, read_json, run_cli, write_json
 from gguf_format import GgufFile, run_converter
-from gguf_pack import Pack, plan_pack, report, table, write_mmproj
 from gguf_recipe import read_patterns, type_named
+from pack_plan import Pack, plan_pack, report, table, write_mmproj
 from records import add_record_arguments, check_record_arguments, describe_model, sha256_text, write_result
 
 STEPS = "steps.json"
