@@ -11,8 +11,10 @@ from conftest import untrained_vl
 
 from checkpoint import Checkpoint
 from gguf_format import GgufFile, read_imatrix, run_converter
-from gguf_pack import plan_pack, write_pack
+from gguf_pack import write_pack
 from llama_cpp import tool
+from pack_plan import plan_pack
+from tiny_data import build_tokenizer
 
 TEXT = "Sam is 30. Tess is 4 older than Sam. How old is Tess?\n" * 40
 
@@ -22,7 +24,6 @@ def dense(tmp_path_factory):
     """An untrained dense Qwen3.5 with razor-tiny's tokenizer."""
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-    from tiny_data import build_tokenizer
     from tiny_model import tiny_config
 
     path = tmp_path_factory.mktemp("dense") / "dense-tiny"

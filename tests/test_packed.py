@@ -20,7 +20,8 @@ from moe_quant import dequantize, quantize_group
 from packed_export import check, pack, sizes, unpack
 from packed_format import codes_of, pack_codes, plan_container
 from packed_view import PACKED, unpack_codes, unpacked_values
-from quant_save import plan_jobs, quantize_checkpoint
+from plans import plan_jobs
+from quant_save import quantize_checkpoint
 from recipe import Recipe
 
 RECIPE = Recipe(3, 4, 128, 4)

@@ -31,7 +31,7 @@ from moe_lora import Adapter, digest, refuse_family
 from opd_data import ADAPTER, ADAPTER_JSON, FORMAT, model_identity, same_model, write_phase
 from opd_settings import AdapterSettings
 from opd_student import GridMaker
-from quant_save import CHUNK_BYTES, sidecars
+from plans import CHUNK_BYTES, sidecars
 from recipe import RECIPE_FILE
 from run_dir import check_output, staged_directory
 from safetensors_file import CheckpointWriter

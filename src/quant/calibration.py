@@ -30,10 +30,9 @@ class Calibration:
     """Token ids [sequences, length] and how they are used. ``record``: the data's entry for results and for resuming.
 
     ``floor``: effective tokens below which an expert's statistics are shrunk, as a share of its inputs. ``propagate``:
-    'quantized' sends the activations through the rounded layers, 'bf16' through the original ones. ``refine``: passes over
-    the activations that train a rounded layer's norms (refine.py); 0 leaves them as they are. ``token_power``: of the squared
-    gradient that a token's weight in the second moments is (token_weights.py); 0 counts all tokens alike. ``damping``: of the
-    mean second moment, added to each before anything is rounded: what the text hardly uses keeps some worth.
+    'quantized' sends the activations through the rounded layers, 'bf16' through the original ones. ``token_power``: of
+    the squared gradient that a token's weight in the second moments is (token_weights.py); 0 counts all tokens alike.
+    ``damping``: of the mean second moment, added to each before anything is rounded: what the text hardly uses keeps some worth.
     """
 
     ids: Tensor
@@ -41,7 +40,6 @@ class Calibration:
     batch: int = 8
     floor: float = 1.0
     propagate: str = "quantized"
-    refine: int = 0
     token_power: float = 0.0
     damping: float = 0.0
     device: torch.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,7 +55,7 @@ class Calibration:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, for recipe.json and for resuming."""
-        fields = {"batch": self.batch, "floor": self.floor, "propagate": self.propagate, "refine": self.refine}
+        fields = {"batch": self.batch, "floor": self.floor, "propagate": self.propagate}
         return {"data": self.record, "shape": list(self.ids.shape), **fields, **self.weighting(), "dtype": str(self.dtype)}
 
     def weighting(self) -> dict[str, float]:

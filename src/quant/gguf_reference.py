@@ -10,7 +10,6 @@ reuses the conversion and the imatrix. A step with other settings than its file 
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -19,14 +18,12 @@ from typing import Any
 
 import llama_cpp
 from calibration import Calibration
-from calibration_text import add_calibration_arguments, calibration_of
-from checkpoint import Checkpoint
-from console import UserError, file_sha256, read_json, run_cli, write_json
+from console import UserError, file_sha256, read_json, write_json
 from gguf_format import GgufFile, run_converter
-from gguf_layout import Patterns, file_name, read_patterns, type_named
-from gguf_pack import Pack, plan_pack, report, table, write_mmproj
+from gguf_layout import Patterns, file_name
 from hf_model import load_tokenizer
-from records import add_record_arguments, check_record_arguments, describe_model, sha256_text, write_result
+from pack_plan import Pack, report, table, write_mmproj
+from records import sha256_text
 
 STEPS = "steps.json"
 
@@ -117,38 +114,3 @@ def check_types(file: GgufFile, pack: Pack) -> None:
     for piece in pack.pieces:
         if file.kind(piece.name) != pack.types[piece.name]:
             raise UserError(f"{file.path}: {piece.name} is {file.kind(piece.name)}, expected {pack.types[piece.name]}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
-    parser.add_argument("--out", required=True, type=Path, help="directory for the files")
-    parser.add_argument("--base-type", required=True, help="of what --tensor-types does not name")
-    parser.add_argument("--tensor-types", type=Path, help="file of PATTERN=TYPE lines")
-    add_calibration_arguments(parser)
-    parser.add_argument("--force", action="store_true", help="make files again that have other settings")
-    add_record_arguments(parser, force=False)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_arguments()
-    check_record_arguments(args)
-    started = time.time()
-    patterns = read_patterns(args.tensor_types) if args.tensor_types else []
-    base = type_named(args.base_type, "--base-type")
-    pack, notes = plan_pack(Checkpoint(args.model), base, patterns, "nearest")
-    print("\n".join(notes), end="\n" if notes else "", flush=True)
-    ids, entry = calibration_of(args)
-    made = make_reference(pack, Calibration(ids, entry), args.out, patterns, args.force)
-    if args.result:
-        recipe = pack.recipe() | {"method": "llama-quantize"}
-        write_result(
-            args.result, kind="pack", tag=args.tag, started=started, model=describe_model(args.model), recipe=recipe,
-            data=[entry], metrics=made,
-        )  # fmt: skip
-    print(f"wrote {args.out / pack.file_name} in {time.time() - started:.1f} s", flush=True)
-
-
-if __name__ == "__main__":
-    run_cli(main)

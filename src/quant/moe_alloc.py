@@ -20,8 +20,8 @@ Both choices are exact for the summed KL: dynamic programming over all of them.
 
 from __future__ import annotations
 
-import argparse
 import collections
+import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ from typing import Any
 from torch import Tensor
 
 from calibration import Calibration
-from calibration_text import add_calibration_arguments, calibration_of
+from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, run_cli, write_json
 from expert_signals import STRATEGIES, bits_by_signal, signals_of
@@ -40,12 +40,15 @@ from ggml_codecs import decode_rows
 from ggml_types import fallback
 from gguf_format import make_header, padded, tensor_bytes
 from gguf_layout import Piece, chosen_type, exact_patterns, file_type, keeps_float32, pieces_of, read_patterns, type_named
-from gguf_pack import add_rounding_arguments, check_rounding_arguments
-from gguf_pass import DAMPING, encoded, is_quantized
 from hf_model import load_model, load_tokenizer
 from kl import batches, file_texts, tiny_texts
-from records import add_record_arguments, check_record_arguments, describe_model, read_result, write_result
+from pack_plan import SizeSettings, TypeSettings
+from plans import RecordSettings
+from recipe import Recipe
+from records import describe_model, read_result, write_result
+from round_ggml import DAMPING, RoundingSettings, encoded, is_quantized
 from sensitivity import grid_losses, solve, type_losses
+from settings import parse_settings, part, same, setting
 
 CANDIDATES = "iq2_xs,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
 PROBE, PROBE_SEQUENCES = "q3_K", 32
@@ -128,126 +131,130 @@ def allocate_types(
     return types, metrics
 
 
-def types_for_size(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metrics, data entry) of --target-gib."""
-    check_rounding_arguments(args)
-    if args.probe_sequences < 1:
-        raise UserError("--probe-sequences must be at least 1")
-    candidates = [type_named(text, "--candidates") for text in args.candidates.split(",")]
-    patterns = read_patterns(args.tensor_types) if args.tensor_types else []
-    checkpoint, probe = Checkpoint(args.model), type_named(args.probe, "--probe")
-    ids, entry = calibration_of(args)
-    calibration = Calibration(ids, entry, token_power=0.0 if args.method == "nearest" else args.token_power)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllocSettings:
+    """--expert-bits: bits of the experts, at most the size of this everywhere; or --target-gib: types of a GGUF."""
+
+    model: Path = setting(help="checkpoint directory")
+    out: Path = setting(help="JSON for quant_save --allocation, or types for gguf_pack")
+    expert_bits: float | None = same(Recipe, "expert_bits", None)
+    target_gib: float | None = same(SizeSettings, "target_gib")
+    calibration: CalibrationSettings = part(CalibrationSettings)
+    options: str = setting("2,3,4", "of the experts: bits to choose from")
+    group: int = same(Recipe, "group")
+    clip_steps: int = same(Recipe, "clip_steps")
+    items: int = setting(8, "of the experts: training transcripts a task, or paragraphs of --text")
+    text: Path | None = setting(None, "of the experts: measure on this text file instead")
+    strategy: str = setting("budget", "of the experts: how", ("budget", *STRATEGIES))
+    share: float = setting(0.25, "of three options: the experts raised, and lowered")
+    seed: int = setting(0, "of --strategy random")
+    measured: Path | None = setting(None, "record of an earlier run: take its sensitivities, another budget")
+    tensor_types: Path | None = same(TypeSettings, "tensor_types")
+    candidates: str = setting(CANDIDATES, "of a GGUF: types to choose from")
+    probe: str = setting(PROBE, "of a GGUF: type at which the KL of a group is measured")
+    probe_sequences: int = setting(PROBE_SEQUENCES, "of the calibration sequences, on how many KL is taken")
+    rounding: RoundingSettings = part(RoundingSettings)
+    record: RecordSettings = part(RecordSettings)
+
+    def __post_init__(self) -> None:
+        if (self.expert_bits is None) == (self.target_gib is None):
+            raise UserError("give --expert-bits or --target-gib, one of the two")
+        if min(self.probe_sequences, self.items) < 1:
+            raise UserError("--probe-sequences and --items must be at least 1")
+        if self.out.exists() and not self.record.force:
+            raise UserError(f"{self.out}: exists; give another --out, or --force to replace it")
+
+    @property
+    def choices(self) -> list[int]:
+        """The bits that an expert may have."""
+        try:
+            found = sorted({int(text) for text in self.options.split(",")})
+        except ValueError:
+            raise UserError(f"--options {self.options}: expected whole numbers separated by commas") from None
+        if found[0] < 2 or found[-1] > 8:
+            raise UserError(f"--options {self.options}: expected 2..8")
+        return found
+
+
+Found = tuple[dict[str, Any], dict[str, Any]]  # metrics, data entry
+
+
+def types_for_size(settings: AllocSettings, target_gib: float) -> Found:
+    """Types by measured KL whose file is at most so large."""
+    rounding, checkpoint = settings.rounding, Checkpoint(settings.model)
+    candidates = [type_named(text, "--candidates") for text in settings.candidates.split(",")]
+    patterns = read_patterns(settings.tensor_types) if settings.tensor_types else []
+    probe = type_named(settings.probe, "--probe")
+    ids, entry = settings.calibration.ids(settings.model)
+    calibration = Calibration(ids, entry, token_power=0.0 if rounding.method == "nearest" else rounding.moments.token_power)
     _, metrics = allocate_types(
-        checkpoint, calibration, args.target_gib, args.out, patterns, method=args.method, damping=args.damping,
-        weights_file=args.token_weights, candidates=candidates, probe=probe, probe_sequences=args.probe_sequences,
+        checkpoint, calibration, target_gib, settings.out, patterns, method=rounding.method, damping=rounding.moments.damping,
+        weights_file=rounding.token_weights, candidates=candidates, probe=probe, probe_sequences=settings.probe_sequences,
     )  # fmt: skip
     return metrics, entry
 
 
-def bits_for_signal(args: argparse.Namespace, options: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metrics, data entry) of --expert-bits by a strategy that orders the experts."""
-    ids, entry = calibration_of(args)
-    signals = signals_of(Checkpoint(args.model), Calibration(ids, entry))
-    experts = bits_by_signal(args.strategy, signals, args.expert_bits, options, args.share, args.seed)
-    write_json(args.out, {"experts": experts})
+def bits_for_signal(settings: AllocSettings, expert_bits: float) -> Found:
+    """Bits by a strategy that orders the experts."""
+    ids, entry = settings.calibration.ids(settings.model)
+    signals = signals_of(Checkpoint(settings.model), Calibration(ids, entry))
+    experts = bits_by_signal(settings.strategy, signals, expert_bits, settings.choices, settings.share, settings.seed)
+    write_json(settings.out, {"experts": experts})
     each = [bits for row in experts.values() for bits in row]
     print("\n".join(f"{module}: {' '.join(map(str, bits))}" for module, bits in experts.items()))
     print(f"{sum(each) / len(each):.4f} bits an expert", flush=True)
-    return {"strategy": args.strategy, "experts": experts, "mean_bits": sum(each) / len(each)}, entry
+    return {"strategy": settings.strategy, "experts": experts, "mean_bits": sum(each) / len(each)}, entry
 
 
-def measured(args: argparse.Namespace, options: list[int]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+def measured(settings: AllocSettings) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """(KL by parameter and option, data entry), taken now or from an earlier record with the same options."""
-    if args.measured:
-        record = read_result(args.measured, "probe")
-        if record["metrics"].get("options") != options:
-            raise UserError(f"{args.measured}: measured for options {record['metrics'].get('options')}, not {options}")
-        return record["metrics"]["sensitivity"], record["data"][0]
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
-    pairs, entry = file_texts(args.text, args.items) if args.text else tiny_texts(tokenizer, args.items, "train")
+    if settings.measured:
+        metrics = (record := read_result(settings.measured, "probe"))["metrics"]
+        if metrics.get("options") != settings.choices:
+            raise UserError(f"{settings.measured}: measured for options {metrics.get('options')}, not {settings.choices}")
+        return metrics["sensitivity"], record["data"][0]
+    model, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
+    text = settings.text
+    pairs, entry = file_texts(text, settings.items) if text else tiny_texts(tokenizer, settings.items, "train")
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
     data = batches(tokenizer, pairs, 16, min(context, 4096))
-    return grid_losses(model, data, options, args.group, args.clip_steps), entry
+    return grid_losses(model, data, settings.choices, settings.group, settings.clip_steps), entry
 
 
-def bits_for_budget(args: argparse.Namespace, options: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metrics, data entry) of --expert-bits by measured KL."""
+def bits_for_budget(settings: AllocSettings, expert_bits: float) -> Found:
+    """Bits by measured KL."""
+    options = settings.choices
     counts: collections.Counter[str] = collections.Counter()
-    for name, info in Checkpoint(args.model).tensors.items():
+    for name, info in Checkpoint(settings.model).tensors.items():
         counts[place_of(name).parameter] += info.numel
-    sensitivity, entry = measured(args, options)
+    sensitivity, entry = measured(settings)
     if not sensitivity:
-        raise UserError(f"{args.model}: has no routed experts to allocate bits to")
+        raise UserError(f"{settings.model}: has no routed experts to allocate bits to")
     costs = [[bits * counts[name] for bits in options] for name in sensitivity]
     total = sum(counts[name] for name in sensitivity)
-    picked = solve(costs, list(sensitivity.values()), int(args.expert_bits * total))
+    picked = solve(costs, list(sensitivity.values()), int(expert_bits * total))
     overrides = {name: options[index] for name, index in zip(sensitivity, picked, strict=True)}
     spent = sum(row[index] for row, index in zip(costs, picked, strict=True)) / total
     predicted = sum(row[index] for row, index in zip(sensitivity.values(), picked, strict=True))
-    write_json(args.out, {"overrides": overrides})
+    write_json(settings.out, {"overrides": overrides})
     print("\n".join(f"{bits} bits  {name}" for name, bits in overrides.items()))
     print(f"{spent:.4f} bits an expert weight, predicted KL {predicted:.5f}", flush=True)
     found = {"options": options, "sensitivity": sensitivity, "overrides": overrides}
     return found | {"bits_spent": spent, "predicted_kl": predicted}, entry
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
-    parser.add_argument("--out", required=True, type=Path, help="JSON for quant_save --allocation, or types for gguf_pack")
-    budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--expert-bits", type=float, help="bits of the experts: at most the size of this everywhere")
-    budget.add_argument("--target-gib", type=float, help="types of a GGUF: size of the whole file, at most")
-    add_calibration_arguments(parser)
-    bits = parser.add_argument_group("with --expert-bits")
-    bits.add_argument("--options", default="2,3,4", help="bits to choose from")
-    bits.add_argument("--group", type=int, default=128, help="inputs that share a scale (default 128)")
-    bits.add_argument("--clip-steps", type=int, default=16, help="ratios tried by the clip search (default 16)")
-    bits.add_argument("--items", type=int, default=8, help="training transcripts a task, or paragraphs of --text")
-    bits.add_argument("--text", type=Path, help="measure on this text file instead")
-    bits.add_argument("--strategy", default="budget", choices=("budget", *STRATEGIES), help="how (default: budget)")
-    bits.add_argument("--share", type=float, default=0.25, help="of three options: the experts raised, and lowered")
-    bits.add_argument("--seed", type=int, default=0, help="of --strategy random")
-    bits.add_argument("--measured", type=Path, help="record of an earlier run: take its sensitivities, another budget")
-    types = parser.add_argument_group("with --target-gib")
-    types.add_argument("--tensor-types", type=Path, help="PATTERN=TYPE lines of tensors whose types are fixed")
-    types.add_argument("--candidates", default=CANDIDATES, help=f"types to choose from (default {CANDIDATES})")
-    types.add_argument("--probe", default=PROBE, help=f"type at which the KL of a group is measured (default {PROBE})")
-    shown = f"of the calibration sequences, on how many KL is taken (default {PROBE_SEQUENCES})"
-    types.add_argument("--probe-sequences", type=int, default=PROBE_SEQUENCES, help=shown)
-    add_rounding_arguments(types)
-    parser.add_argument("--force", action="store_true", help="replace an earlier output")
-    add_record_arguments(parser, force=False)
-    return parser.parse_args()
-
-
-def bit_options(args: argparse.Namespace) -> list[int]:
-    try:
-        options = sorted({int(text) for text in args.options.split(",")})
-    except ValueError:
-        raise UserError(f"--options {args.options}: expected whole numbers separated by commas") from None
-    if options[0] < 2 or options[-1] > 8 or args.items < 1:
-        raise UserError(f"--options {args.options}: 2..8; --items {args.items}: at least 1")
-    return options
-
-
 def main() -> None:
-    args, started = parse_args(), time.time()
-    check_record_arguments(args)
-    if args.out.exists() and not args.force:
-        raise UserError(f"{args.out}: exists; give another --out, or --force to replace it")
-    if args.target_gib is not None:
-        metrics, entry = types_for_size(args)
-    elif args.strategy == "budget":
-        metrics, entry = bits_for_budget(args, bit_options(args))
+    settings, _ = parse_settings(AllocSettings, __doc__)
+    result, started = settings.record.file("probe"), time.time()
+    if settings.target_gib is not None:
+        metrics, entry = types_for_size(settings, settings.target_gib)
+    elif settings.expert_bits is not None and settings.strategy == "budget":
+        metrics, entry = bits_for_budget(settings, settings.expert_bits)
     else:
-        metrics, entry = bits_for_signal(args, bit_options(args))
-    if args.result:
-        write_result(
-            args.result, kind="probe", tag=args.tag, started=started, model=describe_model(args.model), data=[entry],
-            metrics=metrics,
-        )  # fmt: skip
+        metrics, entry = bits_for_signal(settings, settings.expert_bits or 0)
+    if result:
+        model = describe_model(settings.model)
+        write_result(result, kind="probe", tag=settings.record.tag, started=started, model=model, data=[entry], metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -12,18 +12,20 @@ mean, experts never routed to and experts with fewer effective tokens than input
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
 
 from calibration import Calibration
-from calibration_text import add_calibration_arguments, calibration_of
+from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
 from console import UserError, run_cli
 from expert_signals import probe
 from gguf_format import write_imatrix
-from records import add_record_arguments, check_record_arguments, describe_model, write_result
+from plans import RecordSettings
+from records import describe_model, write_result
+from settings import parse_settings, part, setting
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:
@@ -49,21 +51,25 @@ def probe_model(model: Path, calibration: Calibration, imatrix: Path | None = No
     return {"layers": reports, "tokens": calibration.ids.numel()}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeSettings:
+    """What is probed, and on which text."""
+
+    model: Path = setting(help="checkpoint directory")
+    text: CalibrationSettings = part(CalibrationSettings)
+    imatrix: Path | None = setting(None, "write llama.cpp's importance matrix here")
+    record: RecordSettings = part(RecordSettings)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
-    add_calibration_arguments(parser)
-    parser.add_argument("--imatrix", type=Path, help="write llama.cpp's importance matrix here")
-    add_record_arguments(parser)
-    args = parser.parse_args()
-    check_record_arguments(args)
-    Checkpoint(args.model)  # its errors first: they are clearer than a tokenizer's
-    started = time.time()
-    ids, entry = calibration_of(args)
-    metrics = probe_model(args.model, Calibration(ids, entry), args.imatrix)
-    if args.result:
-        model = describe_model(args.model)
-        write_result(args.result, kind="probe", tag=args.tag, started=started, model=model, data=[entry], metrics=metrics)
+    settings, _ = parse_settings(ProbeSettings, __doc__)
+    result, started = settings.record.file("probe"), time.time()
+    Checkpoint(settings.model)  # its errors first: they are clearer than a tokenizer's
+    ids, entry = settings.text.ids(settings.model)
+    metrics = probe_model(settings.model, Calibration(ids, entry), settings.imatrix)
+    if result:
+        model = describe_model(settings.model)
+        write_result(result, kind="probe", tag=settings.record.tag, started=started, model=model, data=[entry], metrics=metrics)
 
 
 if __name__ == "__main__":

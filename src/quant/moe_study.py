@@ -11,7 +11,7 @@ done again, so a killed run goes on. The last lines are the table, the least KL 
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from calibration import Calibration
-from calibration_text import add_calibration_arguments, calibration_of
+from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
 from devices import default_device, device_peaks
@@ -33,6 +33,7 @@ from moe_ptq import CALIBRATED, METHODS
 from quant_save import quantize_checkpoint
 from recipe import RECIPE_FILE, Recipe
 from records import describe_model, read_result, write_result
+from settings import parse_settings, part, same, setting
 
 CLIP_STEPS = 16
 BATCH = 16  # texts at once
@@ -45,15 +46,15 @@ def names_of(text: str, known: Sequence[str], option: str) -> list[str]:
     return text.split(",")
 
 
-def quantized(args: argparse.Namespace, tag: str, recipe: Recipe, calibration: Calibration) -> Path:
+def quantized(settings: StudySettings, tag: str, recipe: Recipe, calibration: Calibration) -> Path:
     """The checkpoint of a tag, made and recorded unless it was."""
-    out, record, started = args.work / tag, args.results / "quantize" / f"{tag}.json", time.time()
+    out, record, started = settings.work / tag, settings.results / "quantize" / f"{tag}.json", time.time()
     if (out / RECIPE_FILE).exists() and record.exists():
         return out
     given, device = calibration if recipe.method in CALIBRATED else None, default_device()
-    report = quantize_checkpoint(args.model, out, recipe, force=True, calibration=given, devices=(device,))
+    report = quantize_checkpoint(settings.model, out, recipe, force=True, calibration=given, devices=(device,))
     write_result(
-        record, kind="quantize", tag=tag, started=started, model=describe_model(args.model), recipe=recipe.to_json(),
+        record, kind="quantize", tag=tag, started=started, model=describe_model(settings.model), recipe=recipe.to_json(),
         data=[given.record] if given else [], metrics=report.to_json(),
         extra={"output": describe_model(out), "devices": [str(device)], "device_peak_mib": device_peaks([device])},
     )  # fmt: skip
@@ -61,10 +62,10 @@ def quantized(args: argparse.Namespace, tag: str, recipe: Recipe, calibration: C
 
 
 @torch.inference_mode()
-def judged(args: argparse.Namespace, tag: str, recipe: Recipe, made: Path, reference: torch.nn.Module) -> dict[str, Any]:
+def judged(settings: StudySettings, tag: str, recipe: Recipe, made: Path, reference: torch.nn.Module) -> dict[str, Any]:
     """The record of a checkpoint's KL to the model, as moe_eval takes it."""
-    started, tokenizer, model = time.time(), load_tokenizer(args.model), load_model(made)
-    pairs, entry = tiny_texts(tokenizer, args.items)
+    started, tokenizer, model = time.time(), load_tokenizer(settings.model), load_model(made)
+    pairs, entry = tiny_texts(tokenizer, settings.items)
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
     data = batches(tokenizer, pairs, BATCH, min(context, 4096))
 
@@ -80,8 +81,8 @@ def judged(args: argparse.Namespace, tag: str, recipe: Recipe, made: Path, refer
                 bar.update()
 
     return write_result(
-        args.results / "kl" / f"{tag}.json", kind="kl", tag=tag, started=started, model=describe_model(made),
-        recipe=recipe.to_json(), data=[entry], metrics=measured(parts()), extra={"reference": describe_model(args.model)},
+        settings.results / "kl" / f"{tag}.json", kind="kl", tag=tag, started=started, model=describe_model(made),
+        recipe=recipe.to_json(), data=[entry], metrics=measured(parts()), extra={"reference": describe_model(settings.model)},
     )  # fmt: skip
 
 
@@ -94,48 +95,47 @@ def table(records: dict[tuple[str, str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
-    parser.add_argument("--name", required=True, help="what the tags of the records begin with")
-    parser.add_argument("--expert-bits", type=float, default=3, help="mean bits of the experts (default 3)")
-    parser.add_argument("--linear-bits", type=int, default=4, help="bits of every other matrix (default 4)")
-    parser.add_argument("--options", default="2,3,4", help="bits that an expert may have (default 2,3,4)")
-    parser.add_argument("--share", type=float, default=0.25, help="of three options: the experts raised, and lowered")
-    shown = ",".join(name for name in STRATEGIES if name != "blind")
-    parser.add_argument("--strategies", default=shown, help=f"orders of the experts (default {shown})")
-    parser.add_argument("--methods", default="clip,gptq_refit", help="rounding methods (default clip,gptq_refit)")
-    parser.add_argument("--items", type=int, default=64, help="held-out transcripts of each tiny task (default 64)")
-    work = Path(os.environ.get("SCRATCH", "work"))
-    parser.add_argument("--work", type=Path, default=work, help="directory of the checkpoints (default $SCRATCH, or work)")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="directory of the records (default results)")
-    add_calibration_arguments(parser)
-    return parser.parse_args()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """Which orders of the experts are compared, rounded how."""
+
+    model: Path = setting(help="checkpoint directory")
+    name: str = setting(help="what the tags of the records begin with")
+    expert_bits: float = same(Recipe, "expert_bits", 3)
+    linear_bits: int = same(Recipe, "linear_bits", 4)
+    options: str = setting("2,3,4", "bits that an expert may have")
+    share: float = setting(0.25, "of three options: the experts raised, and lowered")
+    strategies: str = setting(",".join(name for name in STRATEGIES if name != "blind"), "orders of the experts")
+    methods: str = setting("clip,gptq_refit", "rounding methods")
+    items: int = setting(64, "held-out transcripts of each tiny task")
+    work: Path = setting(Path(os.environ.get("SCRATCH", "work")), "directory of the checkpoints")
+    results: Path = setting(Path("results"), "directory of the records")
+    text: CalibrationSettings = part(CalibrationSettings)
 
 
 def main() -> None:
-    args = parse_args()
-    strategies = names_of(args.strategies, STRATEGIES, "--strategies")
-    methods = names_of(args.methods, METHODS, "--methods")
-    options = sorted(int(bits) for bits in names_of(args.options, [str(bits) for bits in range(2, 9)], "--options"))
-    checkpoint = Checkpoint(args.model)
+    settings, _ = parse_settings(StudySettings, __doc__)
+    strategies = names_of(settings.strategies, STRATEGIES, "--strategies")
+    methods = names_of(settings.methods, METHODS, "--methods")
+    options = sorted(int(bits) for bits in names_of(settings.options, [str(bits) for bits in range(2, 9)], "--options"))
+    checkpoint = Checkpoint(settings.model)
     tags = {
-        (strategy, method): f"{args.name}_int{args.expert_bits:g}{strategy}_int{args.linear_bits}_{method}"
+        (strategy, method): f"{settings.name}_int{settings.expert_bits:g}{strategy}_int{settings.linear_bits}_{method}"
         for strategy in strategies
         for method in methods
     }
-    files = {key: args.results / "kl" / f"{tag}.json" for key, tag in tags.items()}
+    files = {key: settings.results / "kl" / f"{tag}.json" for key, tag in tags.items()}
     if missing := [key for key, file in files.items() if not file.exists()]:
-        ids, entry = calibration_of(args)
-        calibration, reference = Calibration(ids, entry), load_model(args.model)
+        ids, entry = settings.text.ids(settings.model)
+        calibration, reference = Calibration(ids, entry), load_model(settings.model)
         signals = signals_of(checkpoint, calibration)
         for strategy, method in missing:
-            experts = bits_by_signal(strategy, signals, args.expert_bits, options, args.share)
-            write_json(args.work / f"{args.name}_{strategy}.json", {"experts": experts})
+            experts = bits_by_signal(strategy, signals, settings.expert_bits, options, settings.share)
+            write_json(settings.work / f"{settings.name}_{strategy}.json", {"experts": experts})
             each = tuple((module, tuple(bits)) for module, bits in experts.items())
-            recipe = Recipe(args.expert_bits, args.linear_bits, 128, CLIP_STEPS, method=method, experts=each)
-            made = quantized(args, tags[strategy, method], recipe, calibration)
-            judged(args, tags[strategy, method], recipe, made, reference)
+            recipe = Recipe(settings.expert_bits, settings.linear_bits, 128, CLIP_STEPS, method=method, experts=each)
+            made = quantized(settings, tags[strategy, method], recipe, calibration)
+            judged(settings, tags[strategy, method], recipe, made, reference)
     print(table({key: read_result(file, "kl") for key, file in files.items()}), flush=True)
 
 
