@@ -24,7 +24,7 @@ def study_of(changes):
     return dataclasses.replace(study, **{name.lower(): value for name, value in changes.items()})
 
 
-def test_a_block_type_is_trained_and_packed_byte_for_byte(random_tiny, tmp_path, monkeypatch):
+def test_a_block_type_is_trained_and_packed_byte_for_byte(random_tiny, tmp_path):
     small = {
         "TEACHER": random_tiny,
         "WORK": tmp_path / "w",
@@ -36,7 +36,7 @@ def test_a_block_type_is_trained_and_packed_byte_for_byte(random_tiny, tmp_path,
         "LONG_FREE": 1,
     }
     small |= {"MAX_TOKENS": 8, "CHUNK": 4, "RANK": 4, "KL_ITEMS": 1, "EVAL_LIMIT": 0, "WARMUP": 0, "FINE_LR": 0.5}
-    monkeypatch.setattr("study_recovery.FINISHED", [])  # an untrained teacher ends nothing
+    small |= {"FINISHED_ONLY": False, "SCORE_BATCH": 4}  # an untrained teacher ends nothing
     study = study_of(small)
     for part in ("students", "cache", "iq2_xs"):
         run_part(study, part)

@@ -16,13 +16,13 @@ from opd_data import INDEX
 from opd_gen import make_rollouts
 from opd_score import score_rollouts
 from opd_settings import Generation, Scoring, batch_option
-from settings import parse_settings, setting
+from settings import parse_settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Generation, Scoring):
-    teacher: Path = setting(help="the original checkpoint")
-    out: Path = setting(help="directory of the rollouts and the scores")
+    teacher: Path
+    out: Path
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ the rates named in the output (`assumed`), which are arguments; measured is only
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from console import UserError, read_json, run_cli
 from families import text_config
 from opd_student import HEAD_CHUNK
 from records import REPO
-from settings import parse_settings, setting
 from target_grid import IntGrid
 
 GROUP = 128
@@ -63,22 +63,22 @@ def shape_of(model: Path | None) -> Shape:
     return dataclasses.replace(shape, active=total - shape.routed * (1 - shape.top_k / shape.experts))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Plan:
     """A run, and the rates that hours are computed with."""
 
-    gpus: int = setting(4, "how many")
-    rank: int = setting(8, "of the adapters")
-    rows: int = setting(16, "rollouts of a step")
-    micro_rows: int = setting(1, "of them at once on a GPU")
-    tokens: int = setting(8192, "of a rollout, prompt included")
-    steps: int = setting(200, "of training")
-    rollouts: int = setting(2000, "how many")
-    k: int = setting(64, "scores kept of a token")
-    flops: float = setting(4e14, "of a GPU in BF16 matrix products, as achieved")
-    bandwidth: float = setting(2.98e12, "bytes a second of a GPU's memory, as achieved")
-    link: float = setting(3e11, "bytes a second that a GPU receives from the others")
-    generated: float = setting(2000.0, "tokens a second of the student's rollouts on all GPUs")
+    gpus: int = 4
+    rank: int = 8
+    rows: int = 16
+    micro_rows: int = 1
+    tokens: int = 8192  # of a rollout, prompt included
+    steps: int = 200
+    rollouts: int = 2000
+    k: int = 64
+    flops: float = 4e14  # of a GPU in BF16 matrix products, as achieved
+    bandwidth: float = 2.98e12  # bytes a second of a GPU's memory, as achieved
+    link: float = 3e11  # bytes a second that a GPU receives from the others
+    generated: float = 2000.0  # tokens a second of the student's rollouts on all GPUs
 
 
 def memory(shape: Shape, plan: Plan) -> dict[str, float]:
@@ -145,11 +145,15 @@ def budget(model: Path | None, **plan: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    plan, args = parse_settings(Plan, __doc__, lambda p: p.add_argument("--model", type=Path, help="whose shape is taken"))
-    values = dataclasses.asdict(plan)
-    if min(values.values()) <= 0 or plan.rows % (plan.micro_rows * plan.gpus):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", type=Path, help="checkpoint whose shape is taken")
+    for field in dataclasses.fields(Plan):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    values = vars(parser.parse_args())
+    model = values.pop("model")
+    if min(values.values()) <= 0 or values["rows"] % (values["micro_rows"] * values["gpus"]):
         raise UserError("every number must be above 0, and --rows a multiple of --micro-rows x --gpus")
-    found = budget(args.model, **values)
+    found = budget(model, **values)
     for kind, shown, unit in (("gpu", "gpu_gb", 1e9), ("hours", "hours", 1), ("disk", "disk_gb", 1e9)):
         found[shown] = {name: round(value / unit, 3) for name, value in found.pop(kind).items()}
     found["gpu_gb"]["total"] = round(sum(found["gpu_gb"].values()), 3)

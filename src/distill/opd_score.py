@@ -34,7 +34,7 @@ from opd_data import (
 from opd_losses import TopK, top_k_of
 from opd_settings import Scoring, batch_option
 from run_dir import staged_directory
-from settings import parse_settings, setting
+from settings import parse_settings
 
 
 def load_teacher(path: Path) -> torch.nn.Module:
@@ -133,9 +133,9 @@ def write_shard(path: Path, model: torch.nn.Module, rows: Sequence[tuple[list[in
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Scoring):
-    teacher: Path = setting(help="the original checkpoint")
-    rollouts: Path = setting(help="directory of opd_gen")
-    out: Path = setting(help="directory of the scores")
+    teacher: Path
+    rollouts: Path  # the output of opd_gen
+    out: Path
 
 
 def main() -> None:

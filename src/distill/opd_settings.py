@@ -138,21 +138,27 @@ class TrainSettings(AdapterSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSettings(Generation, Scoring, TrainSettings):
-    """All phases, as the keys of configs/opd_tiny.env."""
+class AllPhases(Generation, Scoring, TrainSettings):
+    """Phases A to C, and how the result is judged."""
 
     teacher: Path = setting(help="the original checkpoint")
+    work: Path = setting(help="directory of all phases' output")
+    kl_items: int = setting(32, "transcripts of each task that the KL before and after is measured on")
+    eval_limit: int = setting(0, "test items of each task before and after; 0: no accuracy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(AllPhases):
+    """One run, as the keys of configs/opd_tiny.env."""
+
     student: Path | None = setting(None, "a checkpoint of quant_save; empty: quantize the teacher into WORK/student")
     recipe: Recipe = part(Recipe)
     method: str = setting("clip", "of the rounding")
-    work: Path = setting(help="directory of all phases' output")
     tag: str = setting(help="name of the record, results/distill/TAG.json")
     cache: Path | None = setting(None, "rollouts/ and scores/ of another run instead of phases A and B")
     trajectories: str = setting("student", "whose texts: on-policy, or the teacher's own", choices=("student", "teacher"))
     rollout_model: Path | None = setting(None, "what generates, when it is not the student's checkpoint: its GGUF")
     processes: int = setting(1, "of torchrun: GPUs")
-    kl_items: int = setting(32, "transcripts of each task that the KL before and after is measured on")
-    eval_limit: int = setting(0, "test items of each task before and after; 0: no accuracy")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,7 +48,7 @@ from opd_data import (
 )
 from opd_settings import TrainSettings
 from opd_student import Student, build_student
-from settings import parse_settings, setting
+from settings import parse_settings
 
 DIGEST_THREADS = 8  # baked parameters in memory while they are digested, over all processes
 STATE = "state.safetensors"
@@ -56,11 +56,11 @@ STATE = "state.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainSettings):
-    student: Path = setting(help="a checkpoint of quant_save")
-    teacher: Path = setting(help="the original checkpoint")
-    rollouts: Path = setting(help="directory of opd_gen")
-    scores: Path = setting(help="directory of opd_score")
-    out: Path = setting(help="directory of the adapter")
+    student: Path  # a checkpoint of quant_save
+    teacher: Path
+    rollouts: Path  # the outputs of opd_gen and opd_score
+    scores: Path
+    out: Path
 
 
 class Trainer:

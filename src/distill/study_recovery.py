@@ -2,9 +2,9 @@
 
     python src/distill/study_recovery.py --part NAME [--list]
 
-Keys: configs/recovery_study.env, or the environment. Every run of a part is configs/opd_tiny.env with a few changes, in a WORK
-of its own under WORK, and leaves results/distill/TAG.json; where it is evaluated also results/eval/TAG.json. The commands run
-in this process, which saves their starts. What exists is kept: a killed part goes on with the same command.
+Keys: configs/recovery_study.env, or the environment. Every run of a part is one of distill_run, in a WORK of its own under
+WORK, and leaves results/distill/TAG.json; where it is evaluated also results/eval/TAG.json. The commands run in this process,
+which saves their starts. What exists is kept: a killed part goes on with the same command.
 """
 
 from __future__ import annotations
@@ -26,40 +26,23 @@ import torch
 from console import UserError, atomic_path, run_cli
 from distill_run import recover
 from opd_data import INDEX
-from opd_settings import DistillSettings
-from recipe import RECIPE_FILE
+from opd_settings import AllPhases, DistillSettings, Generation, Scoring, options
+from recipe import RECIPE_FILE, read_recipe
 from records import REPO
 from settings import parse_settings, setting
-from task_text import TASK_TEXTS
 from tiny_data import END_OF_TEXT
 
-STUDY, BASE = Path("configs/recovery_study.env"), Path("configs/opd_tiny.env")
-FINISHED = ["--finished-only"]  # of the teacher's texts
-TASKS = ",".join(task.name for task in TASK_TEXTS)
-SHARED = ("teacher", "steps", "rows", "limit", "max_tokens", "chunk", "rank", "mode", "lr", "warmup", "kl_items")
+STUDY = Path("configs/recovery_study.env")
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudySettings:
-    """The keys of configs/recovery_study.env; SHARED ones mean what they mean in configs/opd_tiny.env."""
+class StudySettings(AllPhases):
+    """The keys of configs/recovery_study.env: what all runs share, and how they differ."""
 
-    teacher: Path
-    work: Path
     results: Path = setting(help="distill/TAG.json and eval/TAG.json")
-    steps: int = setting(help="of every run; a run of two stages takes half of them in each")
-    rows: int
-    limit: int
     free: int = setting(help="texts of the teacher from an empty prompt")
-    max_tokens: int
-    chunk: int
-    rank: int
-    mode: str
-    lr: float
     second_lr: float = setting(help="of the second stage")
     fine_lr: float = setting(help="of int3 and the block types, which start close to the teacher")
-    warmup: int
-    kl_items: int
-    eval_limit: int = setting(help="test items of each task")
     grid: int = setting(help="bits of the experts in the table of stages")
     wait: int = setting(help="seconds that a part waits for what another part makes")
     long_steps: int = setting(help="of part long")
@@ -73,9 +56,8 @@ class StudySettings:
         return self.work / f"int{bits}"
 
     @property
-    def scoring(self) -> list[object]:
-        """Of the teacher's texts."""
-        return ["--k", 32, "--score-batch", min(256, self.chunk)]
+    def free_prompts(self) -> Path | None:
+        return self.work / "free.jsonl" if self.free else None
 
 
 @dataclass(frozen=True)
@@ -99,7 +81,7 @@ def stages(study: StudySettings) -> dict[str, list[Stage]]:
     second = own | {"steps": study.steps - half, "init": warm / "adapter", "rollout_model": warm / "recovered"}
     second["lr"] = study.second_lr
     long = student | {"cache": study.work / "cache_long", "loss": "forward_kl"}
-    long |= {"rank": study.long_rank, "rows": study.long_rows, "micro_rows": study.long_rows}
+    long |= {"rank": study.long_rank, "rows": study.long_rows}
     blocks = whole | {"mode": "lora", "lr": study.fine_lr, "student": study.student(3)}
     return {
         "policy": [
@@ -157,23 +139,22 @@ def make_students(study: StudySettings) -> None:
             temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def teacher_texts(study: StudySettings, name: str, limit: int, prompts: str, free: int) -> None:
+def teacher_texts(study: StudySettings, name: str, limit: int, prompts: Path | None) -> None:
     """The teacher's texts in the directory ``name`` of WORK, scored in the answers."""
-    if (study.work / name / "scores" / INDEX).exists():
-        return
-    sampling = ["--temperature", 1.0, "--max-tokens", study.max_tokens, "--backend", "hf", *FINISHED]
-    source = ["--tasks", TASKS, "--limit", limit, *(["--prompts", study.work / prompts] if free else [])]
-    made = ["--teacher", study.teacher, "--out", study.work / name, *source, "--chunk", study.chunk]
-    inside("src/distill/cache_teacher.py", *made, *sampling, *study.scoring)
+    if not (study.work / name / "scores" / INDEX).exists():
+        own = dataclasses.replace(study, limit=limit, prompts=prompts)
+        made = ["--teacher", study.teacher, "--out", study.work / name, *options(Generation, own), *options(Scoring, own)]
+        inside("src/distill/cache_teacher.py", *made)
 
 
 def make_cache(study: StudySettings) -> None:
     """The teacher's texts, scored once in the answers and once in all tokens."""
-    teacher_texts(study, "cache", study.limit, "free.jsonl", study.free)
+    teacher_texts(study, "cache", study.limit, study.free_prompts)
     rollouts, whole = study.work / "cache/rollouts", study.work / "cache_whole"
     if not (whole / "scores" / INDEX).exists():
         paths = ["--teacher", study.teacher, "--rollouts", rollouts, "--out", whole / "scores"]
-        inside("src/distill/opd_score.py", *paths, *study.scoring, "--score-prompts")
+        own = dataclasses.replace(study, score_prompts=True)
+        inside("src/distill/opd_score.py", *paths, *options(Scoring, own))
         (whole / "rollouts").unlink(missing_ok=True)
         (whole / "rollouts").symlink_to(rollouts.resolve())
 
@@ -187,19 +168,10 @@ def evaluate(study: StudySettings, model: Path, tag: str) -> None:
 def run_stage(study: StudySettings, stage: Stage) -> None:
     result, work = study.results / f"distill/{stage.tag}.json", study.work / stage.tag
     if not result.exists():
-        base, _ = parse_settings(DistillSettings, "", argv=["--config", str(BASE)])
-        changes = {name: getattr(study, name) for name in SHARED} | {"micro_rows": study.rows}
-        changes |= {
-            "score_batch": min(256, study.chunk),
-            "work": work,
-            "tag": stage.tag,
-            "backend": "hf",
-            "save_every": 100,
-            "eval_limit": 0,
-            "tasks": TASKS,
-        }
-        changes |= {"prompts": study.work / "free.jsonl" if study.free else None} | stage.changes
-        recover(dataclasses.replace(base, **changes), result, inside)
+        own = {field.name: getattr(study, field.name) for field in dataclasses.fields(AllPhases)}
+        own |= {"prompts": study.free_prompts, "trajectories": "teacher"} | stage.changes
+        own |= {"work": work, "tag": stage.tag, "eval_limit": 0, "recipe": read_recipe(own["student"])}
+        recover(DistillSettings(**own | {"micro_rows": own["rows"]}), result, inside)
     if stage.evaluate:
         evaluate(study, work / "recovered", stage.tag)
 
@@ -210,9 +182,9 @@ def compare(study: StudySettings) -> None:
     first = f"{tiny}_teacher"
     pairs = [(f"{tiny}_before", first), (first, f"{tiny}_policy"), (first, f"{tiny}_cross_entropy")]
     tags = [f"{tiny}_before", *(stage.tag for part in stages(study).values() for stage in part if stage.evaluate)]
-    for base, other, options in [(teacher, tag, []) for tag in tags] + [(*pair, ["--teacher", teacher]) for pair in pairs]:
+    for base, other, more in [(teacher, tag, []) for tag in tags] + [(*pair, ["--teacher", teacher]) for pair in pairs]:
         if all((study.results / f"eval/{tag}.json").exists() for tag in (teacher, base, other)):
-            inside("src/eval/compare_tags.py", "--results", study.results, base, other, *options)
+            inside("src/eval/compare_tags.py", "--results", study.results, base, other, *more)
 
 
 def run_part(study: StudySettings, part: str) -> None:
@@ -221,7 +193,7 @@ def run_part(study: StudySettings, part: str) -> None:
     elif part == "cache":
         make_cache(study)
     elif part == "cache_long":
-        teacher_texts(study, "cache_long", study.long_limit, "free_long.jsonl", study.long_free)
+        teacher_texts(study, "cache_long", study.long_limit, study.work / "free_long.jsonl" if study.long_free else None)
     elif part == "before":
         evaluate(study, study.student(study.grid), f"recovery_int{study.grid}_before")
         evaluate(study, study.teacher, "recovery_bf16")

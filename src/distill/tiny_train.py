@@ -69,8 +69,8 @@ class TrainSettings:
 
     seed: int
     steps: int
-    rows: int = setting(help="sequences a step")
-    length: int = setting(help="tokens a sequence")
+    rows: int  # sequences a step
+    length: int  # tokens a sequence
     learning_rate: float
     warmup: int
     decay_from: float = setting(help="share of the run after which the rate falls linearly to 2 % of its peak")
