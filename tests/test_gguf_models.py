@@ -11,8 +11,9 @@ from conftest import untrained_vl
 
 from checkpoint import Checkpoint
 from gguf_format import GgufFile, read_imatrix, run_converter
-from gguf_pack import plan_pack, write_pack
+from gguf_pack import write_pack
 from llama_cpp import tool
+from pack_plan import plan_pack
 
 TEXT = "Sam is 30. Tess is 4 older than Sam. How old is Tess?\n" * 40
 

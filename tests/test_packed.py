@@ -21,7 +21,8 @@ from packed_export import check, pack, sizes, unpack
 from packed_int4 import codes_of, pack_codes
 from packed_layout import plan_container
 from packed_view import PACKED, unpack_codes, unpacked_values
-from quant_save import plan_jobs, quantize_checkpoint
+from plans import plan_jobs
+from quant_save import quantize_checkpoint
 from recipe import Recipe
 
 RECIPE = Recipe(3, 4, 128, 4)

@@ -11,8 +11,9 @@ from console import UserError
 from ggml_codecs import decode_rows
 from gguf_format import GgufFile
 from gguf_layout import pieces_of, read_parameter, to_gguf
-from gguf_pack import Blocks, plan_pack, write_pack
+from gguf_pack import write_pack
 from merge_adapter import GGML_FILE
+from pack_plan import Blocks, plan_pack
 from recovery_study import STUDY, StudyConfig, run_part, stages
 from settings import load_config
 

@@ -19,7 +19,7 @@ from settings import load_config, read_env_file
 KINDS = {
     "vllm_eval8": "eval", "mm_eval": "eval", "compare_tags": "compare", "moe_eval": "kl", "mm_kl": "kl", "gguf_kl": "kl",
     "gguf_spread": "spread",
-    "quant_save": "quantize", "packed_export": "quantize", "pack_run": "pack", "moe_alloc": "probe", "vllm_tokens": "probe",
+    "quant_save": "quantize", "packed_export": "quantize", "gguf_pack": "pack", "moe_alloc": "probe", "vllm_tokens": "probe",
     "gguf_bench": "bench", "gguf_sweep": "bench", "size_bench": "bench", "eval_bench": "bench", "quant_bench": "bench",
     "multi_gpu_run": "bench", "tiny_train": "train", "tiny_vl_train": "train", "distill_run": "distill",
 }  # fmt: skip

@@ -31,7 +31,7 @@ from moe_lora import Adapter, digest, refuse_family
 from opd_data import FORMAT, model_identity, same_model, write_phase
 from opd_student import AdapterConfig, GridMaker
 from opd_train_fsdp import ADAPTER, ADAPTER_JSON
-from quant_save import CHUNK_BYTES, sidecars
+from plans import CHUNK_BYTES, sidecars
 from recipe import RECIPE_FILE
 from run_dir import check_output, staged_directory
 from safetensors_file import CheckpointWriter

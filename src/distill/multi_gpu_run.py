@@ -48,8 +48,7 @@ from distill_run import shared_cores
 from families import text_config
 from opd_budget import Plan, Shape, memory
 from opd_train_fsdp import ADAPTER, ADAPTER_JSON
-from quant_save import RECIPE_FILE
-from recipe import Recipe
+from recipe import RECIPE_FILE, Recipe
 from records import REPO, read_result, write_result
 from sample_log import read_samples
 from synthetic_moe import SHAPES, plan_of, prepare

@@ -126,7 +126,7 @@ def fit(records: Mapping[str, Any], at: Sizes) -> dict[str, Any]:
     if peaks := [entry["peak_vram_mib"] for entry in made if entry["peak_vram_mib"]]:
         found["vram"] = max(peaks) * 2**20 / layer_bytes(at)
     if made:
-        from quant_save import BASE_BYTES
+        from plans import BASE_BYTES
 
         found["base"] = BASE_BYTES
         found["ram"] = max(0.0, max(entry["peak_rss_mib"] for entry in made) * 2**20 - BASE_BYTES) / (2 * at.layer)

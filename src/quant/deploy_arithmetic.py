@@ -22,14 +22,12 @@ from typing import Any
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, read_json, run_cli, write_json
 from families import Role, roles_of, text_config
-from gguf_layout import read_patterns, type_named
-from gguf_pack import plan_pack, report
-from pack_run import PackConfig
-from quant_save import plan_jobs, summarize
-from quantize_run import QuantizeConfig
+from gguf_layout import read_patterns
+from pack_plan import TypeSettings, plan_pack, report
+from plans import plan_jobs, summarize
 from recipe import Recipe
 from safetensors_file import INDEX
-from settings import load_config
+from settings import read_part
 
 REPO = Path(__file__).resolve().parents[2]
 DOCUMENT = REPO / "docs" / "MOE_PIPELINE.md"
@@ -108,14 +106,12 @@ def shape_table(checkpoint: Checkpoint) -> list[str]:
 
 def size_table(checkpoint: Checkpoint) -> tuple[list[str], dict[str, Any]]:
     """Sizes of the two published recipes, from the plans of the builders; also the report of the GGUF's plan."""
-    keys = load_config(QuantizeConfig, REPO / "configs/clip_122b.env")
-    recipe = Recipe(keys.expert_bits, keys.linear_bits, keys.group, keys.clip_steps, method=keys.method)
+    recipe = read_part(Recipe, REPO / "configs/clip_122b.env")
     packed = summarize(plan_jobs(checkpoint, recipe), recipe)
     experts = packed.roles[str(Role.ROUTED_EXPERT)]
     codes = experts.parameters * (experts.bits or 16) / 8
-    pack = load_config(PackConfig, REPO / "configs/gguf_iq3.env")
-    types = read_patterns(REPO / pack.tensor_types)
-    plan, _ = plan_pack(checkpoint, type_named(pack.base_type, "BASE_TYPE"), types, pack.method)
+    pack = read_part(TypeSettings, REPO / "configs/gguf_iq3.env")
+    plan, _ = plan_pack(checkpoint, pack.base, read_patterns(REPO / str(pack.tensor_types)), "ldlq")
     file = report(plan, plan.data_bytes)
     gguf_experts = file["roles"][str(Role.ROUTED_EXPERT)]["bytes"]
     integer, base = f"int{recipe.expert_bits:g} experts, int{recipe.linear_bits} rest, group {recipe.group}", pack.base_type

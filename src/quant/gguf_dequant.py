@@ -23,7 +23,7 @@ from families import FAMILIES, family_of, place_of
 from ggml_codecs import decode_rows
 from gguf_format import GgufFile
 from gguf_layout import Piece, into_parameter, parameter_shape, pieces_of
-from quant_save import sidecars
+from plans import sidecars
 from records import DECODED_MARK, header_sha256
 from run_dir import check_output, staged_directory
 from safetensors_file import CheckpointWriter

@@ -19,14 +19,15 @@ from typing import Any
 
 import llama_cpp
 from calibration import Calibration
-from calibration_text import add_calibration_arguments, calibration_of
+from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
 from console import UserError, file_sha256, read_json, run_cli, write_json
 from gguf_format import GgufFile, run_converter
 from gguf_layout import Patterns, file_name, read_patterns, type_named
-from gguf_pack import Pack, plan_pack, report, table, write_mmproj
 from hf_model import load_tokenizer
+from pack_plan import Pack, plan_pack, report, table, write_mmproj
 from records import add_record_arguments, check_record_arguments, describe_model, sha256_text, write_result
+from settings import add_settings, settings_of
 
 STEPS = "steps.json"
 
@@ -125,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="directory for the files")
     parser.add_argument("--base-type", required=True, help="of what --tensor-types does not name")
     parser.add_argument("--tensor-types", type=Path, help="file of PATTERN=TYPE lines")
-    add_calibration_arguments(parser)
+    add_settings(parser, CalibrationSettings)
     parser.add_argument("--force", action="store_true", help="make files again that have other settings")
     add_record_arguments(parser, force=False)
     return parser.parse_args()
@@ -139,7 +140,7 @@ def main() -> None:
     base = type_named(args.base_type, "--base-type")
     pack, notes = plan_pack(Checkpoint(args.model), base, patterns, "nearest")
     print("\n".join(notes), end="\n" if notes else "", flush=True)
-    ids, entry = calibration_of(args)
+    ids, entry = settings_of(CalibrationSettings, args).ids(args.model)
     made = make_reference(pack, Calibration(ids, entry), args.out, patterns, args.force)
     if args.result:
         recipe = pack.recipe() | {"method": "llama-quantize"}

@@ -31,7 +31,7 @@ from typing import Any
 from torch import Tensor
 
 from calibration import Calibration
-from calibration_text import add_calibration_arguments, calibration_of
+from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, run_cli, write_json
 from expert_signals import STRATEGIES, bits_by_signal, signals_of
@@ -40,12 +40,12 @@ from ggml_codecs import decode_rows
 from ggml_types import fallback
 from gguf_format import make_header, padded, tensor_bytes
 from gguf_layout import Piece, chosen_type, exact_patterns, file_type, keeps_float32, pieces_of, read_patterns, type_named
-from gguf_pack import add_rounding_arguments, check_rounding_arguments
-from gguf_pass import DAMPING, encoded, is_quantized
 from hf_model import load_model, load_tokenizer
 from kl import batches, file_texts, tiny_texts
 from records import add_record_arguments, check_record_arguments, describe_model, read_result, write_result
+from round_ggml import DAMPING, RoundingSettings, encoded, is_quantized
 from sensitivity import grid_losses, solve, type_losses
+from settings import add_settings, settings_of
 
 CANDIDATES = "iq2_xs,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
 PROBE, PROBE_SEQUENCES = "q3_K", 32
@@ -130,24 +130,24 @@ def allocate_types(
 
 def types_for_size(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metrics, data entry) of --target-gib."""
-    check_rounding_arguments(args)
+    how = settings_of(RoundingSettings, args)
     if args.probe_sequences < 1:
         raise UserError("--probe-sequences must be at least 1")
     candidates = [type_named(text, "--candidates") for text in args.candidates.split(",")]
     patterns = read_patterns(args.tensor_types) if args.tensor_types else []
     checkpoint, probe = Checkpoint(args.model), type_named(args.probe, "--probe")
-    ids, entry = calibration_of(args)
-    calibration = Calibration(ids, entry, token_power=0.0 if args.method == "nearest" else args.token_power)
+    ids, entry = settings_of(CalibrationSettings, args).ids(args.model)
+    calibration = Calibration(ids, entry, token_power=0.0 if how.method == "nearest" else how.moments.token_power)
     _, metrics = allocate_types(
-        checkpoint, calibration, args.target_gib, args.out, patterns, method=args.method, damping=args.damping,
-        weights_file=args.token_weights, candidates=candidates, probe=probe, probe_sequences=args.probe_sequences,
+        checkpoint, calibration, args.target_gib, args.out, patterns, method=how.method, damping=how.moments.damping,
+        weights_file=how.token_weights, candidates=candidates, probe=probe, probe_sequences=args.probe_sequences,
     )  # fmt: skip
     return metrics, entry
 
 
 def bits_for_signal(args: argparse.Namespace, options: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metrics, data entry) of --expert-bits by a strategy that orders the experts."""
-    ids, entry = calibration_of(args)
+    ids, entry = settings_of(CalibrationSettings, args).ids(args.model)
     signals = signals_of(Checkpoint(args.model), Calibration(ids, entry))
     experts = bits_by_signal(args.strategy, signals, args.expert_bits, options, args.share, args.seed)
     write_json(args.out, {"experts": experts})
@@ -199,7 +199,7 @@ def parse_args() -> argparse.Namespace:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--expert-bits", type=float, help="bits of the experts: at most the size of this everywhere")
     budget.add_argument("--target-gib", type=float, help="types of a GGUF: size of the whole file, at most")
-    add_calibration_arguments(parser)
+    add_settings(parser, CalibrationSettings)
     bits = parser.add_argument_group("with --expert-bits")
     bits.add_argument("--options", default="2,3,4", help="bits to choose from")
     bits.add_argument("--group", type=int, default=128, help="inputs that share a scale (default 128)")
@@ -216,7 +216,7 @@ def parse_args() -> argparse.Namespace:
     types.add_argument("--probe", default=PROBE, help=f"type at which the KL of a group is measured (default {PROBE})")
     shown = f"of the calibration sequences, on how many KL is taken (default {PROBE_SEQUENCES})"
     types.add_argument("--probe-sequences", type=int, default=PROBE_SEQUENCES, help=shown)
-    add_rounding_arguments(types)
+    add_settings(parser, RoundingSettings)
     parser.add_argument("--force", action="store_true", help="replace an earlier output")
     add_record_arguments(parser, force=False)
     return parser.parse_args()

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from calibration import Calibration
-from calibration_text import add_calibration_arguments, calibration_of
+from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
 from console import UserError, run_cli
 from expert_signals import probe
 from gguf_format import write_imatrix
 from records import add_record_arguments, check_record_arguments, describe_model, write_result
+from settings import add_settings, settings_of
 
 
 def table(reports: dict[str, dict[str, Any]]) -> str:
@@ -52,14 +53,14 @@ def probe_model(model: Path, calibration: Calibration, imatrix: Path | None = No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
-    add_calibration_arguments(parser)
+    add_settings(parser, CalibrationSettings)
     parser.add_argument("--imatrix", type=Path, help="write llama.cpp's importance matrix here")
     add_record_arguments(parser)
     args = parser.parse_args()
     check_record_arguments(args)
     Checkpoint(args.model)  # its errors first: they are clearer than a tokenizer's
     started = time.time()
-    ids, entry = calibration_of(args)
+    ids, entry = settings_of(CalibrationSettings, args).ids(args.model)
     metrics = probe_model(args.model, Calibration(ids, entry), args.imatrix)
     if args.result:
         model = describe_model(args.model)

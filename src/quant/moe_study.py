@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from calibration import Calibration
-from calibration_text import add_calibration_arguments, calibration_of
+from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
 from devices import default_device, device_peaks
@@ -33,6 +33,7 @@ from moe_ptq import CALIBRATED, METHODS
 from quant_save import quantize_checkpoint
 from recipe import RECIPE_FILE, Recipe
 from records import describe_model, read_result, write_result
+from settings import add_settings, settings_of
 
 CLIP_STEPS = 16
 BATCH = 16  # texts at once
@@ -109,7 +110,7 @@ def parse_args() -> argparse.Namespace:
     work = Path(os.environ.get("SCRATCH", "work"))
     parser.add_argument("--work", type=Path, default=work, help="directory of the checkpoints (default $SCRATCH, or work)")
     parser.add_argument("--results", type=Path, default=Path("results"), help="directory of the records (default results)")
-    add_calibration_arguments(parser)
+    add_settings(parser, CalibrationSettings)
     return parser.parse_args()
 
 
@@ -126,7 +127,7 @@ def main() -> None:
     }
     files = {key: args.results / "kl" / f"{tag}.json" for key, tag in tags.items()}
     if missing := [key for key, file in files.items() if not file.exists()]:
-        ids, entry = calibration_of(args)
+        ids, entry = settings_of(CalibrationSettings, args).ids(args.model)
         calibration, reference = Calibration(ids, entry), load_model(args.model)
         signals = signals_of(checkpoint, calibration)
         for strategy, method in missing:

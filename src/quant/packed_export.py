@@ -24,11 +24,11 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint
 from console import UserError, progress, read_json, run_cli, write_json
+from devices import OneBehind, one_ahead
 from families import roles_of
-from overlap import OneBehind, one_ahead
 from packed_layout import PackedWriter, describe, plan_container, summary
 from packed_view import PACKED, read_manifest
-from quant_save import CHUNK_BYTES, bits_argument, plan_jobs, sidecars
+from plans import CHUNK_BYTES, plan_jobs, sidecars
 from recipe import RECIPE_FILE, Job, Recipe, read_recipe
 from records import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
 from run_dir import check_output, staged_directory
@@ -162,7 +162,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--unpack", type=Path, help="a packed checkpoint to write as BF16 again")
     parser.add_argument("--check", type=Path, help="a packed checkpoint to compare with --model, bit for bit")
     parser.add_argument("--sizes", type=Path, help="config.json of a model whose packed size to count")
-    parser.add_argument("--expert-bits", type=bits_argument, default=3, help="with --sizes (default 3)")
+    parser.add_argument("--expert-bits", type=float, default=3, help="with --sizes (default 3)")
     parser.add_argument("--linear-bits", type=int, default=4, help="with --sizes (default 4)")
     parser.add_argument("--group", type=int, default=128, help="with --sizes (default 128)")
     keep = "leave the routed experts in BF16: vLLM on a CPU without AMX has no kernel for packed ones"

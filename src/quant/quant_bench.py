@@ -22,10 +22,10 @@ from calibration import Moments
 from console import progress, run_cli
 from ggml_codecs import decode_rows
 from gguf_layout import type_named
-from gguf_pass import encoded
 from moe_ptq import Grid, output_error, round_weight
 from moe_quant import dequantize, fake_quant, quantize_group
 from records import add_record_arguments, check_record_arguments, write_result
+from round_ggml import encoded
 
 LAYERS = {  # experts, [O, I] of the two matrices, tokens an expert sees
     "small": (8, ((512, 256), (256, 256)), 1024),

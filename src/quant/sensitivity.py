@@ -24,9 +24,9 @@ from console import UserError, progress, scratch_folder
 from families import Role
 from ggml_types import fallback
 from gguf_layout import Piece, into_parameter, ordered_hessian, to_gguf
-from gguf_pass import output_error
 from kl import divergence
 from moe_quant import fake_quant
+from round_ggml import output_error
 from token_weights import token_weights
 
 SAMPLE_EXPERTS, SAMPLE_ROWS = 8, 32

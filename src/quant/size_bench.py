@@ -34,8 +34,7 @@ import ggml_scalar
 from calibration import Calibration
 from checkpoint import Checkpoint
 from console import UserError, progress, read_json, run_cli
-from devices import default_device
-from quant_save import lanes
+from devices import default_device, lanes
 from recipe import Recipe
 from records import add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
 from safetensors_file import release
@@ -228,10 +227,11 @@ def disk(args: argparse.Namespace) -> dict[str, Any]:
 def layer_clock(times: list[tuple[str, float]], rounding: list[float]) -> Iterator[None]:
     """Note when the calibrated pass begins each layer and the head, and the seconds in which each rounds."""
     from calibrated_pass import CalibratedPass
-    from gguf_pass import GgufPass
+    from round_ggml import GgmlRounder
+    from round_grid import GridRounder
 
-    names = ("layer", "head", "_round", "_round_waiting")
-    kept = [(cls, name, cls.__dict__[name]) for cls in (CalibratedPass, GgufPass) for name in names if name in vars(cls)]
+    places = [(CalibratedPass, "layer"), (CalibratedPass, "head"), (GridRounder, "round"), (GgmlRounder, "round")]
+    kept = [(cls, name, cls.__dict__[name]) for cls, name in places]
 
     def now() -> float:
         if torch.cuda.is_available():
@@ -276,20 +276,19 @@ def run_method(method: str, model: Path, out: Path, calibration: Calibration, he
         return {role: entry.relative_error for role, entry in report.roles.items()}
     import dataclasses
 
-    import gguf_pack
+    from gguf_pack import write_pack
     from synthetic_gguf import TYPES, plan
 
     pack = dataclasses.replace(plan(Checkpoint(model), "iq3_xxs", TYPES), method="ldlq", calibration=calibration)
-    if header is not None:  # llama.cpp's converter is not here: the file's head was made elsewhere
-        gguf_pack._header = lambda *_: header.read_bytes()
-    return gguf_pack.write_pack(pack, out, force=True)["calibration"]["relative_output_error"]
+    made = write_pack(pack, out, force=True, header=header.read_bytes() if header else None)
+    return made["calibration"]["relative_output_error"]
 
 
 def compile_kernels(device: torch.device) -> None:
     """Round a little in every type that the file has: kernels are compiled once a machine, not once a layer."""
     from ggml_round import ldlq
     from gguf_layout import read_patterns, type_named
-    from gguf_pass import is_quantized
+    from round_ggml import is_quantized
     from synthetic_gguf import TYPES
 
     for name in sorted({"iq3_xxs", *(type_named(kind, str(TYPES)) for _, kind in read_patterns(TYPES))}):

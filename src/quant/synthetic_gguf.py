@@ -31,9 +31,9 @@ from families import Role
 from ggml_codecs import encode
 from gguf_format import GgufWriter, make_header
 from gguf_layout import Piece, file_type, read_patterns, to_gguf, type_named
-from gguf_pack import Pack, cast, plan_pack, report
-from gguf_pass import is_quantized
+from pack_plan import Pack, cast, plan_pack, report
 from records import add_record_arguments, check_record_arguments, write_result
+from round_ggml import is_quantized
 from synthetic_moe import Shape, device_at_hand, draw, prepare, shape_arguments, shape_from
 
 ROOT = Path(__file__).resolve().parents[2]
