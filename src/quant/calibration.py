@@ -32,7 +32,7 @@ class Calibration:
     ``floor``: effective tokens below which an expert's statistics are shrunk, as a share of its inputs. ``propagate``:
     'quantized' sends the activations through the rounded layers, 'bf16' through the original ones. ``token_power``: of
     the squared gradient that a token's weight in the second moments is (token_weights.py); 0 counts all tokens alike.
-    ``damping``: of the mean second moment, added to each before anything is rounded: what the text hardly uses keeps some worth.
+    ``damping``: of the mean second moment, added to each before anything is rounded: what the text hardly uses keeps worth.
     """
 
     ids: Tensor
