@@ -37,7 +37,7 @@ from recipe import RECIPE_FILE
 from records import describe_model, write_result
 from round_ggml import GgmlRounder, RoundingSettings
 from run_dir import RUN, check_output, check_resume, staged_directory
-from settings import add_dry_run, parse_settings, part, setting, typed_settings
+from settings import add_dry_run, parse_settings, part, setting, typed
 from token_weights import kept_bytes
 
 STATE = "written.json"
@@ -68,7 +68,7 @@ class PackSettings:
 
     def shared(self, *classes: type) -> list[str]:
         """The options of another command that this one has too."""
-        return ["--model", str(self.model), *typed_settings(self, *classes), *(["--force"] if self.record.force else [])]
+        return ["--model", str(self.model), *typed(self, *classes), *(["--force"] if self.record.force else [])]
 
 
 def allocated_types(settings: PackSettings) -> PackSettings:

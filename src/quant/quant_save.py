@@ -51,7 +51,7 @@ from recipe import RECIPE_FILE, Job, Recipe, read_allocation
 from records import describe_model, header_sha256, write_result
 from round_grid import GridRounder
 from run_dir import check_output, check_resume, staged_directory
-from settings import add_dry_run, parse_settings, part, setting
+from settings import add_dry_run, parse_settings, part, setting, typed
 from token_weights import kept_bytes
 from write_checkpoint import ErrorLog, LayerSink, Sink, in_layers, sample_seconds, stream
 
@@ -137,18 +137,10 @@ def write_calibrated(
 
 
 def quantize_checkpoint(
-    model: str | Path,
-    out: str | Path,
-    recipe: Recipe,
-    force: bool = False,
-    shard_bytes: int = 4 << 30,
-    chunk_bytes: int = CHUNK_BYTES,
-    calibration: Calibration | None = None,
-    devices: Sequence[torch.device] = (),
-    consume: bool = False,
-    packed: bool = False,
-    dry_run: bool = False,
-) -> QuantizeReport:
+    model: str | Path, out: str | Path, recipe: Recipe, force: bool = False, shard_bytes: int = 4 << 30,
+    chunk_bytes: int = CHUNK_BYTES, calibration: Calibration | None = None, devices: Sequence[torch.device] = (),
+    consume: bool = False, packed: bool = False, dry_run: bool = False,
+) -> QuantizeReport:  # fmt: skip
     """Quantize the checkpoint in directory ``model`` into ``out`` and return what was done, printing the plan first.
 
     Memory is a few times ``chunk_bytes``; with ``calibration``, which the calibrated methods need, it is a decoder layer
@@ -227,9 +219,8 @@ def main() -> None:
     allocation = read_allocation(settings.allocation) if settings.allocation else {}
     recipe, devices = dataclasses.replace(settings.recipe, **allocation), settings.workers()
     if settings.probe and not args.dry_run:
-        text = ("--calib-sequences", settings.text.calib_sequences, "--calib-length", settings.text.calib_length)
-        calib = ("--calib", settings.text.calib) if settings.text.calib else ()
-        run_step(probe_routing, "src/quant/moe_probe.py", "--model", settings.model, *calib, *text)
+        text = typed(settings, CalibrationSettings)
+        run_step(probe_routing, "src/quant/moe_probe.py", "--model", settings.model, *text)
     started = time.time()
     described = describe_model(settings.model) if result else None
     calibration = settings.calibration(devices[0], args.dry_run)
