@@ -173,7 +173,7 @@ def typed(settings: Any, *only: type, **defaults: Any) -> list[str]:
         elif key.kind is bool:
             options += [key.option] if value else []
         elif value != key.default and value is not None:
-            options += [key.option, f"{value:g}" if key.kind is float else str(value)]
+            options += [key.option, f"{value:.12g}" if key.kind is float else str(value)]
     return options
 
 
