@@ -8,7 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from console import Lines, UserError, run_step
-from settings import add_dry_run, parse_settings, part, read_part, setting, typed_settings
+from settings import add_dry_run, parse_settings, part, read_part, setting, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ def test_an_option_wins_over_the_environment_and_that_over_the_file(parse, monke
     assert parse(text=file) == Outer(model="m", inner=Inner(0.1), packed=True)
     assert parse("--power", "0", text=file).inner.power == 0
     assert sys.argv == ["x.py", "--model", "m", "--power", "0", "--packed"]  # the same, typed in full
-    assert typed_settings(parse("--power", "0", text=file), Inner) == ["--power", "0"]
+    assert typed(parse("--power", "0", text=file), Inner) == ["--power", "0"]
 
 
 @pytest.mark.parametrize(

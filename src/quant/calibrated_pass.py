@@ -87,13 +87,9 @@ class CalibratedPass(Generic[V]):
     weights of the tokens for other runs."""
 
     def __init__(
-        self,
-        stream: LayerStream,
-        calibration: Calibration,
-        rounder: Rounder[V],
-        directory: Path,
+        self, stream: LayerStream, calibration: Calibration, rounder: Rounder[V], directory: Path,
         weights_file: Path | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.stream, self.calibration, self.rounder, self.run_dir = stream, calibration, rounder, directory / RUN
         self.weights = token_weights(stream, calibration, self.run_dir, weights_file)  # [layers, tokens]
         self.kwargs = stream.arguments(calibration.batches()[0])

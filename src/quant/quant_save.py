@@ -50,7 +50,7 @@ from recipe import RECIPE_FILE, Job, Recipe, read_allocation
 from records import describe_model, header_sha256, write_result
 from round_grid import GridRounder
 from run_dir import check_output, check_resume, staged_directory
-from settings import add_dry_run, parse_settings, part, setting
+from settings import add_dry_run, parse_settings, part, setting, typed
 from token_weights import kept_bytes
 from write_checkpoint import ErrorLog, LayerSink, Sink, in_layers, sample_seconds, stream
 
@@ -133,18 +133,10 @@ def write_calibrated(
 
 
 def quantize_checkpoint(
-    model: str | Path,
-    out: str | Path,
-    recipe: Recipe,
-    force: bool = False,
-    shard_bytes: int = 4 << 30,
-    chunk_bytes: int = CHUNK_BYTES,
-    calibration: Calibration | None = None,
-    devices: Sequence[torch.device] = (),
-    consume: bool = False,
-    packed: bool = False,
-    dry_run: bool = False,
-) -> QuantizeReport:
+    model: str | Path, out: str | Path, recipe: Recipe, force: bool = False, shard_bytes: int = 4 << 30,
+    chunk_bytes: int = CHUNK_BYTES, calibration: Calibration | None = None, devices: Sequence[torch.device] = (),
+    consume: bool = False, packed: bool = False, dry_run: bool = False,
+) -> QuantizeReport:  # fmt: skip
     """Quantize the checkpoint in directory ``model`` into ``out`` and return what was done, printing the plan first.
 
     Memory is a few times ``chunk_bytes``; with ``calibration``, which the calibrated methods need, it is a decoder layer

@@ -23,7 +23,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,7 +158,7 @@ def parse_settings(
     args = parser.parse_args(argv)
     settings = settings_of(cls, args, args.config)
     if args.config:
-        sys.argv[1:] = typed(keys_of(cls), flat(settings))
+        sys.argv[1:] = typed(settings)
         print("+ " + shlex.join(["python", *sys.argv]), flush=True)
     return settings, args
 
@@ -167,34 +167,20 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan with sizes and times, and write nothing")
 
 
-def typed(keys: Iterable[Key], values: Mapping[str, Any]) -> list[str]:
-    """The options that say ``values``; defaults are left out."""
-    options = []
-    for key in keys:
-        value = values[key.name]
-        if key.kind is bool:
+def typed(settings: Any, *only: type, **defaults: Any) -> list[str]:
+    """The options that say ``settings``, or those parts of it that are of the classes ``only``; defaults are left out."""
+    options, keys = [], {key.name: key for key in keys_of(type(settings), **defaults)}
+    for field in dataclasses.fields(settings):
+        value, key = getattr(settings, field.name), keys.get(field.name)
+        if inner := field.metadata.get("part"):
+            options += typed(value, **field.metadata["defaults"]) if not only or inner in only else []
+        elif not key or only:
+            continue
+        elif key.kind is bool:
             options += [key.option] if value else []
         elif value != key.default and value is not None:
-            options += [key.option, f"{value:g}" if key.kind is float else str(value)]
+            options += [key.option, f"{value:.12g}" if key.kind is float else str(value)]
     return options
-
-
-def typed_settings(settings: Any, *classes: type) -> list[str]:
-    """The options that say those parts of ``settings`` that are of ``classes``, for another command that has them too."""
-    options = []
-    for field in dataclasses.fields(settings):
-        if (inner := field.metadata.get("part")) in classes:
-            options += typed(keys_of(inner, **field.metadata["defaults"]), flat(getattr(settings, field.name)))
-    return options
-
-
-def flat(settings: Any) -> dict[str, Any]:
-    """The values of a settings dataclass by name, those of its parts among them."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        found |= flat(value) if field.metadata.get("part") else {field.name: value}
-    return found
 
 
 def read_part(cls: type[T], path: str | Path) -> T:
