@@ -55,4 +55,4 @@ python src/eval/check_results.py --citations-only README.md docs/MOE_FINDINGS.md
 LLAMA_CPP=$(bash pipelines/llama_cpp.sh | tail -n 1)
 workers=${TEST_WORKERS:-$(nproc)} # before OMP_NUM_THREADS, which nproc heeds
 export LLAMA_CPP OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec python -m pytest -q -n "$workers" --dist loadfile "$@"
+exec python -m pytest -q -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

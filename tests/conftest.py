@@ -10,6 +10,7 @@ import tempfile
 import traceback
 import unittest.mock
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,16 +23,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported: waiting threads give the core to other workers
 
 
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first: a worker takes a file at a time, and the last ones should be short."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
 @pytest.fixture(scope="session")
 def random_tiny(tmp_path_factory):
     """A checkpoint of razor-tiny's architecture and tokenizer with untrained weights and four layers instead of eight."""
     from transformers import Qwen3_5MoeForCausalLM
 
-    from tiny_data import build_tokenizer
+    from hf_model import load_tokenizer
     from tiny_model import init_weights, tiny_config
 
     path = tmp_path_factory.mktemp("models") / "random-tiny"
-    tokenizer = build_tokenizer()
+    tokenizer = load_tokenizer(REPO / "models/razor-tiny")
     model = Qwen3_5MoeForCausalLM(tiny_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, layers=4))
     init_weights(model, seed=0)
     model.bfloat16().save_pretrained(path)

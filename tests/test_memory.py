@@ -27,7 +27,7 @@ print("peak", peak_rss_mib())
 
 
 def llama(path, layers, hidden, inner):
-    """A llama checkpoint in shards of ten layers, every layer the same random tensors; returns its bytes."""
+    """A llama checkpoint in shards of five layers, every layer the same random tensors; returns its bytes."""
     generator = torch.Generator().manual_seed(0)
     shapes = {f"self_attn.{x}_proj": (hidden, hidden) for x in "qkvo"}
     shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
@@ -37,9 +37,9 @@ def llama(path, layers, hidden, inner):
     index, total = {}, 0
     ends = {"model.embed_tokens.weight": torch.randn(256, hidden).bfloat16()}
     ends["model.norm.weight"] = torch.ones(hidden).bfloat16()
-    for start in range(0, layers, 10):
+    for start in range(0, layers, 5):
         tensors = dict(ends) if start == 0 else {}
-        tensors |= {f"model.layers.{i}.{n}": t.clone() for i in range(start, start + 10) for n, t in layer.items()}
+        tensors |= {f"model.layers.{i}.{n}": t.clone() for i in range(start, start + 5) for n, t in layer.items()}
         tensors = {n: t.clone() for n, t in tensors.items()}
         save_file(tensors, path / f"model-{start:03d}.safetensors", {"format": "pt"})
         index |= {name: f"model-{start:03d}.safetensors" for name in tensors}
@@ -52,7 +52,7 @@ def llama(path, layers, hidden, inner):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method,layers,hidden,inner", [("absmax", 100, 1024, 3072), ("wclip", 200, 512, 3072)])
+@pytest.mark.parametrize("method,layers,hidden,inner", [("absmax", 25, 1024, 3072), ("wclip", 90, 512, 3072)])
 def test_peak_memory_is_that_of_a_chunk_or_of_a_layer(tmp_path, method, layers, hidden, inner):
     total, layer = llama(tmp_path / "m", layers, hidden, inner)
     done = subprocess.run(
@@ -61,6 +61,7 @@ def test_peak_memory_is_that_of_a_chunk_or_of_a_layer(tmp_path, method, layers, 
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split()[-1]) * MIB
     activations = 2 * 4 * 4 * 64 * hidden
-    limit = 1536 * MIB + 2 * (8 << 20) if method == "absmax" else 2048 * MIB + 2 * layer + activations
+    # 354 MiB and 739 MiB, of which the libraries have most; a pass that kept what it read would hold all of the checkpoint
+    limit = 512 * MIB + 2 * (8 << 20) if method == "absmax" else 896 * MIB + 2 * layer + activations
     print(f"{method}: peak {peak / MIB:.0f} MiB, limit {limit / MIB:.0f}, checkpoint {total / MIB:.0f}")
     assert peak < limit < total, (peak / MIB, limit / MIB, total / MIB)

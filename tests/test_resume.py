@@ -47,6 +47,7 @@ KILLED = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["clip", "gptq", "clip packed", "wclip packed"])
 def test_killed_anywhere_ends_with_the_same_bytes(random_tiny, tmp_path, method):
     run = [sys.executable, "-c", KILLED, random_tiny, tmp_path, method]
