@@ -231,7 +231,7 @@ def test_logs_of_pictures_are_regraded_and_shown(tmp_path):
     import shutil
 
     from eval_settings import load_settings
-    from make_report import page
+    from page_report import page
     from regrade import regrade
 
     (tmp_path / "eval").mkdir()

@@ -10,8 +10,8 @@ import pytest
 from conftest import REPO
 
 from check_results import check_text
-from make_results import page
-from synthetic_moe import SHAPES
+from page_results import page
+from size_model import SHAPES
 from synthetic_rollouts import RandomTeacher
 
 

@@ -39,8 +39,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-import qwen3_5_form
-import qwen3_next_form
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
 from devices import parse_devices
@@ -48,14 +46,16 @@ from distill_run import shared_cores
 from families import text_config
 from opd_budget import Plan, Shape, memory
 from opd_train_fsdp import ADAPTER, ADAPTER_JSON
+from paired_stats import common_prefix
 from quant_save import RECIPE_FILE
 from recipe import Recipe
 from records import REPO, read_result, write_result
 from sample_log import read_samples
-from synthetic_moe import SHAPES, plan_of, prepare
-from synthetic_moe import Shape as ModelShape
+from size_model import SHAPES, plan_of
+from size_model import Shape as ModelShape
+from synthetic_moe import prepare
 from synthetic_rollouts import give_tokenizer
-from vllm_tokens import common_prefix
+from vllm_form import write_form
 
 RECIPE = ["--expert-bits", 3, "--linear-bits", 4, "--group", 128, "--clip-steps", 16]
 DISTILL = {"TASKS": "tiny_know,tiny_math,tiny_reason", "LIMIT": "32", "STEPS": "40", "ROWS": "16"}
@@ -440,13 +440,13 @@ def vllm_part(bench: Bench) -> dict[str, Any]:
     small, large = bench.work / "razor-tiny", bench.work / "35b"
     shutil.rmtree(small, ignore_errors=True)
     sizes = [n for n in PARALLEL if n <= bench.processes]
-    (qwen3_5_form if bench.gpus else qwen3_next_form).convert(RAZOR, small, sizes[-1])
+    write_form("qwen3_5" if bench.gpus else "qwen3_next", RAZOR, small, sizes[-1])
     if bench.tiny:
         large = small
-    elif not (large / qwen3_5_form.PROCESSOR[0]).exists():
+    elif not (large / "preprocessor_config.json").exists():
         shutil.rmtree(large, ignore_errors=True)
         synthetic(bench, large, bench.layers, "35b")
-        qwen3_5_form.complete(large)
+        write_form("qwen3_5", large, large)
     forced = {n: bench.work / f"forced-{n}.json" for n in sizes}
     for round_ in placed([n for n in sizes if not forced[n].exists()], Checkpoint(large).bytes, bench.gpus):
         measured_in_turn(bench, [(*forced_command(bench, large, n, forced[n]), gpus) for n, gpus in round_])
@@ -522,7 +522,7 @@ def forced_command(bench: Bench, model: Path, parallel: int, record: Path) -> tu
     run = ["--model", model, "--backend", "vllm", "--tensor-parallel", parallel, *size]
     run += ["--kv-gib", KV_GIB] if bench.gpus else []
     run += ["--answers", record.with_suffix(".ids"), "--result", record, "--tag", record.stem]
-    return "src/eval/eval_bench.py", run, record
+    return "src/eval/speed_eval.py", run, record
 
 
 def compared_questions(logs: Mapping[int, Path]) -> dict[str, Any]:

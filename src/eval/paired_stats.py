@@ -103,3 +103,8 @@ def discordance(a: Sequence[float], b: Sequence[float]) -> float:
     share of items on which they differ. When none differs, the upper 95 % bound of that share, 3 / N."""
     difference = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
     return float(np.mean(difference**2)) or 3 / len(difference)
+
+
+def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
+    """Members up to the first that differs."""
+    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))

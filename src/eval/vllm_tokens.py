@@ -18,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from console import UserError, run_cli, write_json
 from hf_model import end_token_ids, load_tokenizer, prompt_ids
 from kl import file_texts, tiny_texts
+from paired_stats import common_prefix
 from recipe import recipe_record
 from records import add_tag_arguments, describe_model, tagged_record, write_result
 from vllm_eval import set_engine_environment, vllm_engine
@@ -62,10 +62,6 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     free = engine.generate([{"prompt_token_ids": ids} for ids in prompts if ids], params)
     generated = [list(out.outputs[0].token_ids) for out in free]
     return {"likeliest": likeliest, "generated": generated, "seconds": round(time.time() - started, 2)}
-
-
-def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

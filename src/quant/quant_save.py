@@ -31,7 +31,7 @@ from torch import Tensor
 
 from calibration import Calibration, layer_bytes, place_of
 from calibration_text import add_calibration_arguments, calibration_of
-from checkpoint import CONSUMED, Checkpoint, SourceShards
+from checkpoint import CONSUMED, Checkpoint, SourceShards, is_synthetic
 from console import UserError, progress, run_cli, write_json
 from devices import Stopped, default_device, device_peaks, each_device, on_device, parse_devices
 from families import Role, roles_of
@@ -45,12 +45,11 @@ from recipe import RECIPE_FILE, Job, Recipe, read_allocation
 from records import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
 from run_dir import RUN, check_output, check_resume, staged_directory
 from safetensors_file import INDEX, CheckpointWriter
-from synthetic_moe import is_synthetic
+from size_model import BASE_BYTES
 from token_weights import kept_bytes
 
 CHUNK_BYTES = 64 << 20  # quantized at once, while the next is read and the last written
 GPU_LANES = 4  # shards at work on a GPU, where no --devices are named (results/bench/h100_122b_disk.json)
-BASE_BYTES = 600 << 20  # the interpreter with torch
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
 MAX_SIDECAR_BYTES = 64 << 20  # the largest tokenizers are about half of it

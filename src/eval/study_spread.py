@@ -1,6 +1,6 @@
 """How much of a GGUF's KL is luck: several calibration texts, each rounded by llama-quantize and by us, in pairs.
 
-    python src/eval/gguf_spread.py --model models/razor-tiny --base-type IQ2_XS --texts tiny:0 tiny:1 tiny:2 --work W --tag T
+    python src/eval/study_spread.py --model models/razor-tiny --base-type IQ2_XS --texts tiny:0 tiny:1 tiny:2 --work W --tag T
 
 Which way a near tie rounds decides whether a rare fact survives, and a few such positions make up the tail of the KL: other
 text, or another number of threads, moves the 99.9th percentile by a quarter. Both sides get the same text, the same types

@@ -1,7 +1,7 @@
 """The quantizers at a real model's sizes, on a synthetic checkpoint (synthetic_moe.py), beside what the machine allows.
 
-    python src/quant/size_bench.py disk --model work/synthetic-122b-6 --work work/disk [--probe-gib 8] [--result F --tag T]
-    python src/quant/size_bench.py layers --model work/synthetic-122b-2 --work work/layers --method gptq [--result F --tag T]
+    python src/quant/speed_size.py disk --model work/synthetic-122b-6 --work work/disk [--probe-gib 8] [--result F --tag T]
+    python src/quant/speed_size.py layers --model work/synthetic-122b-2 --work work/layers --method gptq [--result F --tag T]
 
 disk: the seed recipe (experts int3, the rest int4, clip-16) by quant_save in a process of its own, from a disk whose page cache
 was dropped to the same disk, and the rates of that disk, measured just before on the same files: reading, writing, and a plain
@@ -32,25 +32,27 @@ import torch
 import ggml_lattice
 import ggml_scalar
 from calibration import Calibration
-from checkpoint import Checkpoint
+from checkpoint import SYNTHETIC, Checkpoint, is_synthetic
 from console import UserError, progress, read_json, run_cli
 from devices import default_device
+from gguf_recipe import read_patterns, type_named
 from quant_save import lanes
 from recipe import Recipe
-from records import add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
+from records import REPO, add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
 from safetensors_file import release
-from synthetic_moe import MARK, Shape, is_synthetic, plan_of
+from size_model import Shape, layer_plan, plan_of
 
 BLOCK, SMALL_BLOCK = 16 << 20, 1 << 20  # of the disk's measurement; the second for files that the first does not divide well
 THREADS = 4
 SEED_RECIPE = ("--expert-bits", "3", "--linear-bits", "4", "--group", "128", "--clip-steps", "16", "--method", "clip")
 METHODS = ("gptq", "gptq_refit", "ldlq")
 HERE = Path(__file__).resolve().parent
+TYPES = REPO / "configs" / "gguf_tensor_types_iq3.txt"
 
 
 def whole_model(model: Path, layers: int) -> dict[str, int]:
     """Bytes and parameters of the same shape with all its layers."""
-    shape = Shape(**read_json(model / MARK)["shape"] | {"layers": layers})
+    shape = Shape(**read_json(model / SYNTHETIC)["shape"] | {"layers": layers})
     sizes = [(torch.Size(size).numel(), dtype.itemsize) for _, dtype, size in plan_of(shape)]
     return {"layers": layers, "parameters": sum(n for n, _ in sizes), "bytes": sum(n * item for n, item in sizes)}
 
@@ -277,9 +279,9 @@ def run_method(method: str, model: Path, out: Path, calibration: Calibration, he
     import dataclasses
 
     import gguf_pack
-    from synthetic_gguf import TYPES, plan
 
-    pack = dataclasses.replace(plan(Checkpoint(model), "iq3_xxs", TYPES), method="ldlq", calibration=calibration)
+    plan = gguf_pack.plan_pack(Checkpoint(model), "iq3_xxs", read_patterns(TYPES), "nearest")[0]
+    pack = dataclasses.replace(plan, method="ldlq", calibration=calibration)
     if header is not None:  # llama.cpp's converter is not here: the file's head was made elsewhere
         gguf_pack._header = lambda *_: header.read_bytes()
     return gguf_pack.write_pack(pack, out, force=True)["calibration"]["relative_output_error"]
@@ -289,8 +291,6 @@ def compile_kernels(device: torch.device) -> None:
     """Round a little in every type that the file has: kernels are compiled once a machine, not once a layer."""
     from ggml_round import ldlq
     from gguf_pass import is_quantized
-    from gguf_recipe import read_patterns, type_named
-    from synthetic_gguf import TYPES
 
     for name in sorted({"iq3_xxs", *(type_named(kind, str(TYPES)) for _, kind in read_patterns(TYPES))}):
         if is_quantized(name):
@@ -301,7 +301,7 @@ def layers(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each layer through the real pass, and of the whole model by the kinds of its layers."""
     if not is_synthetic(args.model):
         raise UserError(f"{args.model}: not made by synthetic_moe.py")
-    mark = read_json(args.model / MARK)
+    mark = read_json(args.model / SYNTHETIC)
     shape = Shape(**mark["shape"])
     calibration = random_calibration(shape.vocab, args.sequences, args.length, args.batch)
     times: list[tuple[str, float]] = []
@@ -341,8 +341,6 @@ def layers(args: argparse.Namespace) -> dict[str, Any]:
 
 def layer_parameters(shape: Shape) -> int:
     """Parameters of one decoder layer, the larger kind."""
-    from synthetic_moe import layer_plan
-
     return max(sum(torch.Size(size).numel() for _, _, size in layer_plan(shape, index)) for index in range(shape.layers))
 
 

@@ -1,4 +1,4 @@
-"""Draw the README's picture and those of the documents from the records: python src/eval/plot_results.py
+"""Draw the README's picture and those of the documents from the records: python src/eval/page_plots.py
 
 docs/razor_tiny_bits.png: accuracy (Wilson intervals) and KL to BF16 against the bits of the whole model, for the checkpoints
 of razor-tiny that were evaluated on the most items. docs/razor_tiny_gguf.png: KL of GGUF files against their size, ours
@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from console import UserError, atomic_path, run_cli
-from make_ladder import made_of
-from make_results import method_of, records
+from page_tables import made_of, method_of, records
 
 COLORS = ("#0b6e99", "#d1495b", "#2e8b57", "#b8860b")
 BF16_BITS = 16.0
@@ -35,7 +33,7 @@ def points(results: Path) -> list[dict[str, Any]]:
     """One entry a checkpoint that was evaluated on as many items as any: tag, bits of the whole model, accuracies, KL (None
     for BF16). GGUF files and recovered models have tables of their own; those of fewer items would crowd the picture."""
     bits = {r["tag"]: r["metrics"]["overall_bits"] for r in quantized(results)}
-    kl = {r["tag"]: r["metrics"].get("kl", {}).get("mean") for _, r in records(results, "kl")}
+    kl = {tag: found["mean"] for tag, found in tags_kl(results).items()}
     everything = [r for _, r in records(results, "eval")]
     evaluated = [next((r for r in everything if made_of(r)), None), *(r for r in everything if r["tag"] in bits)]
     evaluated = [r for r in evaluated if r]
@@ -48,16 +46,28 @@ def points(results: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda point: point["bits"])
 
 
-def save(figure: plt.Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.25, axis="x" if axes.patches else "both")  # bars have names on the other
+        axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png", metadata={"Software": None})
-    plt.close(figure)
     print(f"wrote {path}", flush=True)
+
+
+def drawing(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, [figure.add_subplot(1, columns, place) for place in range(1, columns + 1)]
+
+
+def tags_kl(results: Path) -> dict[str, dict[str, Any]]:
+    """{tag: what moe_eval measured of its KL}."""
+    return {r["tag"]: r["metrics"]["kl"] for _, r in records(results, "kl") if "kl" in r["metrics"]}
 
 
 def bits_picture(found: list[dict[str, Any]], path: Path) -> None:
     """Accuracy on the left, KL (logarithmic) on the right, both against bits a parameter."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure, (left, right) = drawing(10, 4, 2)
     names = list(dict.fromkeys(name for point in found for name in point["axes"]))
     for index, name in enumerate(names):
         has = [point for point in found if name in point["axes"]]
@@ -82,17 +92,15 @@ def bits_picture(found: list[dict[str, Any]], path: Path) -> None:
         ticks = sorted({round(point["bits"], 1) for point in (found if axes is left else measured)})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
 
 def methods_picture(results: Path, path: Path) -> None:
     """KL (mean, and the 99.9th percentile above it) against packed bytes, one colour a method."""
-    kl = {r["tag"]: r["metrics"]["kl"] for _, r in records(results, "kl") if "kl" in r["metrics"]}
+    kl = tags_kl(results)
     made = [r for r in quantized(results) if r["tag"] in kl]
-    figure, axes = plt.subplots(figsize=(9, 4.5), constrained_layout=True)
-    palette = plt.get_cmap("tab20")
+    figure, (axes,) = drawing(9, 4.5)
+    palette = matplotlib.colormaps["tab20"]
     names = {record["tag"]: method_of(record) for record in made}
     for index, method in enumerate(dict.fromkeys(names.values())):
         mine = [r for r in made if names[r["tag"]] == method]
@@ -103,8 +111,6 @@ def methods_picture(results: Path, path: Path) -> None:
         axes.plot(size, [k["p99_9"] for _, k in own], "^", ms=4, alpha=0.45, color=palette(index))
     axes.set(yscale="log", xlabel="packed size, MB", ylabel="KL to BF16, nats: mean (dots), 99.9 % (triangles)")
     axes.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
 
@@ -129,7 +135,7 @@ def gguf_points(results: Path) -> dict[str, dict[str, tuple[float, float, float]
 
 def gguf_picture(results: Path, path: Path) -> None:
     """On the left KL against the size of the file, a line a method; on the right KL of each method of int3 experts."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
+    figure, (left, right) = drawing(10, 3.8, 2)
     for color, (method, points_of) in zip(("#888888", COLORS[0], COLORS[1]), gguf_points(results).items()):
         own = sorted(points_of.items(), key=lambda item: item[1])
         left.plot([p[0] for _, p in own], [p[1] for _, p in own], "o-", ms=5, lw=1.2, color=color, label=GGUF_METHODS[method])
@@ -138,33 +144,28 @@ def gguf_picture(results: Path, path: Path) -> None:
                 left.annotate(kind.upper(), (size, mean), xytext=(5, 5), textcoords="offset points", fontsize=8)
     left.set(yscale="log", xlabel="size of the GGUF, MB", ylabel="mean KL to the original, nats")
     left.legend(frameon=False, fontsize=8)
-    kl = {r["tag"]: r["metrics"]["kl"]["mean"] for _, r in records(results, "kl") if "kl" in r["metrics"]}
+    kl = tags_kl(results)
     bars = {}
     for record in quantized(results):
         recipe, tag = record["recipe"], record["tag"]
         uniform = recipe["expert_bits"] == 3 and not recipe.get("experts") and not recipe.get("overrides")
         if tag in kl and uniform:
-            bars[method_of(record).replace(", ", ",\n")] = kl[tag]
+            bars[method_of(record).replace(", ", ",\n")] = kl[tag]["mean"]
     ordered = sorted(bars.items(), key=lambda item: -item[1])
     right.barh([name for name, _ in ordered], [value for _, value in ordered], color=COLORS[0], height=0.6)
     for place, (_, value) in enumerate(ordered):
         right.annotate(f"{value:.4f}", (value, place), xytext=(4, -3), textcoords="offset points", fontsize=8)
     right.set(xlabel="mean KL to the original, nats: int3 experts, int4 rest")
     right.margins(x=0.12)
-    for axes in (left, right):
-        axes.grid(alpha=0.25, axis="both" if axes is left else "x")
-        axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
 
 def training_picture(record: dict[str, Any], path: Path) -> None:
     curve, recipe = record["metrics"]["curve"], record["recipe"]
     tokens = [point["step"] * recipe["rows"] * recipe["length"] / 1e6 for point in curve]
-    figure, axes = plt.subplots(figsize=(7, 3.5), constrained_layout=True)
+    figure, (axes,) = drawing(7, 3.5)
     axes.plot(tokens, [point["loss"] for point in curve], color=COLORS[0])
     axes.set(xlabel="training tokens, millions", ylabel="loss, nats per weighted token")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
 

@@ -1,6 +1,6 @@
 """How fast the quantizers are here, beside what the memory allows: bash pipelines/bench.sh [--result FILE --tag TAG]
 
-    python src/quant/quant_bench.py [--layer small|122b] [--result results/bench/T.json --tag T]
+    python src/quant/speed_quant.py [--layer small|122b] [--result results/bench/T.json --tag T]
 
 Data-free grids on BF16 blocks [8, 2048, 3072] of experts (smaller on a CPU), in parameters a second, beside the rate of a
 copy, which is the limit of anything that reads and writes BF16. On a GPU the fused kernel is compared bit by bit with the
