@@ -19,7 +19,7 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 if [ "${1:-}" != h100 ]; then
     OPTIONS_FOLLOW=1 source "$here/env.sh" || exit
     case " $* " in *" --gguf"[\ =]*) exec python "$here/src/eval/speed_gguf.py" "$@" ;; esac
-    cd "$here" && exec python src/quant/speed_quant.py "$@"
+    cd "$here" && exec python src/quant/speed_quant.py kernels "$@"
 fi
 shift
 cd "$here" || exit 2
@@ -90,7 +90,7 @@ disk_lane() {
     if wants disk; then
         rm -rf "$scratch/disk"
         part disk.source 120 - $PYTHON src/quant/synthetic_moe.py "${disk_model[@]}" --out "$scratch/disk/synthetic-122b" &&
-            part disk 240 "$results/${name}_disk.json" $PYTHON src/quant/speed_size.py disk --model "$scratch/disk/synthetic-122b" \
+            part disk 240 "$results/${name}_disk.json" $PYTHON src/quant/speed_quant.py disk --model "$scratch/disk/synthetic-122b" \
                 --work "$scratch/disk/work" "${disk[@]}" ${DISK_DEVICES:+--devices $DISK_DEVICES} --result "$results/${name}_disk.json" --tag "${name}_disk"
         rm -rf "$scratch/disk"
     fi
@@ -107,7 +107,7 @@ disk_lane() {
                 parts="$parts kernel " part kernel 480 - $PYTHON -m pytest -q -s -p no:cacheprovider tests/test_lattice_kernel.py ||
                     more+=(--no-group-kernels)
             fi
-            part "$method" 300 "$results/${name}_$method.json" $PYTHON src/quant/speed_size.py layers --model "$scratch/layers/synthetic-122b" \
+            part "$method" 300 "$results/${name}_$method.json" $PYTHON src/quant/speed_quant.py layers --model "$scratch/layers/synthetic-122b" \
                 --work "$scratch/layers/work" --method "$method" "${calibration[@]}" "${more[@]}" \
                 --result "$results/${name}_$method.json" --tag "${name}_$method"
         done

@@ -7,7 +7,7 @@ import pytest
 
 from check_results import check_text
 from console import UserError
-from page_ladder import page
+from page_results import ladder
 from page_sizes import BEGIN, END, model_tables, put_into, skeleton_of
 from records import REPO
 from size_model import state_bytes
@@ -50,7 +50,7 @@ def test_a_skeleton_is_a_checkpoint_that_takes_no_disk(shape, tmp_path):
 
 def test_the_ladder_is_current_and_every_figure_is_cited():
     document = (REPO / "docs/LADDER_RESULTS.md").read_text()
-    assert page(REPO / "results") == document, "run python src/eval/page_ladder.py"
+    assert ladder(REPO / "results") == document, "run python src/eval/page_results.py"
     count, faults = check_text(document, REPO / "docs")
     assert not faults and count > 100
     assert BEGIN not in document

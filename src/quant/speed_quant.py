@@ -1,31 +1,61 @@
-"""How fast the quantizers are here, beside what the memory allows: bash pipelines/bench.sh [--result FILE --tag TAG]
+"""How fast the quantizers are here, beside what the machine allows: bash pipelines/bench.sh [--result FILE --tag TAG]
 
-    python src/quant/speed_quant.py [--layer small|122b] [--result results/bench/T.json --tag T]
+    python src/quant/speed_quant.py kernels [--layer small|122b] [--result results/bench/T.json --tag T]
+    python src/quant/speed_quant.py disk --model work/synthetic-122b-6 --work work/disk [--probe-gib 8] [--result F --tag T]
+    python src/quant/speed_quant.py layers --model work/synthetic-122b-2 --work work/layers --method gptq [--result F --tag T]
 
-Data-free grids on BF16 blocks [8, 2048, 3072] of experts (smaller on a CPU), in parameters a second, beside the rate of a
-copy, which is the limit of anything that reads and writes BF16. On a GPU the fused kernel is compared bit by bit with the
+kernels: data-free grids on BF16 blocks [8, 2048, 3072] of experts (smaller on a CPU), in parameters a second, beside the rate
+of a copy, which is the limit of anything that reads and writes BF16. On a GPU the fused kernel is compared bit by bit with the
 plain search. Then one MoE layer of calibrated rounding: --layer 122b is that of Qwen3.5-122B-A10B (256 experts), on synthetic
 weights and correlated activations; and the same layer encoded into --ggml block types, nearest and with error feedback.
+The others take a synthetic checkpoint of a real model's sizes (synthetic_moe.py):
+disk: the seed recipe (experts int3, the rest int4, clip-16) by quant_save in a process of its own, from a disk whose page cache
+was dropped to the same disk, and the rates of that disk, measured just before on the same files: reading, writing, and a plain
+copy, which reads and writes as the pass does and is its limit. Consumes the model.
+layers: the calibrated pass with gptq, gptq_refit, or ldlq into a GGUF of the published types; seconds from the start of one
+layer to the start of the next, with everything in them. Of four layers or more the first, which nothing is read ahead for, and
+the last, which is written after it, do not count. Both say what all layers of the whole model would take: disk by its bytes,
+layers by their kinds.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import mmap
+import os
+import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from calibration import Moments
-from console import progress, run_cli
+import ggml_lattice
+import ggml_scalar
+import gguf_pack
+from calibrated_pass import CalibratedPass
+from calibration import Calibration, Moments
+from checkpoint import SYNTHETIC, Checkpoint, is_synthetic
+from console import UserError, progress, read_json, run_cli
+from devices import default_device
 from ggml_codecs import decode_rows
-from gguf_pass import encoded
-from gguf_recipe import type_named
+from ggml_round import ldlq
+from gguf_pass import GgufPass, encoded, is_quantized
+from gguf_recipe import read_patterns, type_named
 from moe_ptq import Grid, output_error, round_weight
 from moe_quant import dequantize, fake_quant, quantize_group
-from records import add_record_arguments, check_record_arguments, write_result
+from quant_save import lanes, quantize_checkpoint
+from recipe import Recipe
+from records import REPO, add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
+from safetensors_file import release
+from size_model import Shape, layer_plan, plan_of
 
 LAYERS = {  # experts, [O, I] of the two matrices, tokens an expert sees
     "small": (8, ((512, 256), (256, 256)), 1024),
@@ -33,6 +63,13 @@ LAYERS = {  # experts, [O, I] of the two matrices, tokens an expert sees
 }
 METHODS = ("wclip", "gptq", "gptq_refit")
 GGML_METHODS = ("nearest", "ldlq")
+PASSES = ("gptq", "gptq_refit", "ldlq")
+BLOCK, SMALL_BLOCK = 16 << 20, 1 << 20  # of the disk's measurement; the second for files that the first does not divide well
+THREADS = 4
+SEED_RECIPE = ("--expert-bits", "3", "--linear-bits", "4", "--group", "128", "--clip-steps", "16", "--method", "clip")
+TYPES = REPO / "configs" / "gguf_tensor_types_iq3.txt"
+
+# ---------------------------------------------------------------- kernels
 
 
 def synchronize(device: torch.device) -> None:
@@ -83,13 +120,15 @@ def moments_of(experts: int, inputs: int, tokens: int, device: torch.device) -> 
     return moments
 
 
-def layer(name: str, device: torch.device) -> dict[str, Any]:
-    """Seconds of one MoE layer for every method, and its output error relative to the clip search."""
+def layers_of(name: str, types: Sequence[str], device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Seconds of one MoE layer for every method, and its output error relative to the clip search: on the grid, and in ggml
+    block types, whose rates are given too."""
     experts, shapes, tokens = LAYERS[name]
     found: dict[str, Any] = {"experts": experts, "shapes": [list(s) for s in shapes], "tokens": tokens, "statistics_s": 0.0}
-    for method in METHODS:
-        found[method] = {"seconds": 0.0, "error_ratio": []}
-    with progress(len(shapes) * len(METHODS), "layer", "matrix") as bar:
+    found |= {method: {"seconds": 0.0, "error_ratio": []} for method in METHODS}
+    ggml = {kind: {method: {"seconds": 0.0, "error_ratio": []} for method in GGML_METHODS} for kind in types}
+    ways = [("", method) for method in METHODS] + [(kind, method) for kind in types for method in GGML_METHODS]
+    with progress(len(shapes) * len(ways), "layer", "matrix") as bar:
         for outputs, inputs in shapes:
             weight = (torch.randn(experts, outputs, inputs, device=device) * 0.02).bfloat16()
             started = time.perf_counter()
@@ -97,42 +136,25 @@ def layer(name: str, device: torch.device) -> dict[str, Any]:
             synchronize(device)
             found["statistics_s"] += time.perf_counter() - started
             clip = error_of(weight, fake_quant(weight, 3, 128, 16), statistics.hessian)
-            for method in METHODS:
+            for kind, method in ways:
+                if kind:  # tables are made once
+                    encoded(weight[:1, :64].float(), kind, method, statistics.hessian[:1])
                 synchronize(device)
                 started = time.perf_counter()
-                value = round_weight(weight, Grid(3, 128), statistics, method)
+                if kind:
+                    value = encoded(weight.float(), kind, method, statistics.hessian)
+                else:
+                    value = round_weight(weight, Grid(3, 128), statistics, method)
                 synchronize(device)
-                found[method]["seconds"] += time.perf_counter() - started
-                found[method]["error_ratio"].append(error_of(weight, value, statistics.hessian) / clip)
+                entry = ggml[kind][method] if kind else found[method]
+                entry["seconds"] += time.perf_counter() - started
+                value = decode_rows(value, kind) if kind else value
+                entry["error_ratio"].append(error_of(weight, value, statistics.hessian) / clip)
                 bar.update()
-    return found
-
-
-def ggml_layer(name: str, types: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """Seconds and rates of the same layer in ggml block types, and its output error relative to the int3 clip search."""
-    experts, shapes, tokens = LAYERS[name]
     count = sum(experts * outputs * inputs for outputs, inputs in shapes)
-    found = {kind: {m: {"seconds": 0.0, "error_ratio": []} for m in GGML_METHODS} for kind in types}
-    with progress(len(shapes) * len(types) * len(GGML_METHODS), "ggml", "matrix") as bar:
-        for outputs, inputs in shapes:
-            weight = (torch.randn(experts, outputs, inputs, device=device) * 0.02).bfloat16()
-            statistics = moments_of(experts, inputs, tokens, device).statistics(inputs)
-            clip = error_of(weight, fake_quant(weight, 3, 128, 16), statistics.hessian)
-            for kind in types:
-                for method in GGML_METHODS:
-                    encoded(weight[:1, :64].float(), kind, method, statistics.hessian[:1])  # tables are made once
-                    synchronize(device)
-                    started = time.perf_counter()
-                    data = encoded(weight.float(), kind, method, statistics.hessian)
-                    synchronize(device)
-                    entry = found[kind][method]
-                    entry["seconds"] += time.perf_counter() - started
-                    entry["error_ratio"].append(error_of(weight, decode_rows(data, kind), statistics.hessian) / clip)
-                    bar.update()
-    for made in found.values():
-        for entry in made.values():
-            entry["mega_parameters_per_s"] = count / 1e6 / entry["seconds"]
-    return found
+    for entry in (entry for made in ggml.values() for entry in made.values()):
+        entry["mega_parameters_per_s"] = count / 1e6 / entry["seconds"]
+    return found, ggml
 
 
 def error_of(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
@@ -143,7 +165,16 @@ def error_of(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
     return total
 
 
-def table(found: dict[str, Any]) -> str:
+def kernels(args: argparse.Namespace) -> dict[str, Any]:
+    types = [type_named(kind, "--ggml") for kind in args.ggml.split(",") if kind]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    chosen = args.layer or ("122b" if device.type == "cuda" else "small")
+    rates, (layer, ggml) = grids(device), layers_of(chosen, types, device)
+    return {"grids": rates, "layer": {"name": chosen} | layer, "ggml": ggml}
+
+
+def kernels_table(found: dict[str, Any]) -> str:
     rates, work = found["grids"], found["layer"]
     limit = rates["limit_copy"]
     lines = [f"BF16 {rates['shape']}, G parameters/s (a copy: {limit:.2f})"]
@@ -163,23 +194,323 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+# ---------------------------------------------------------------- the disk
+
+
+def whole_model(model: Path, layers: int) -> dict[str, int]:
+    """Bytes and parameters of the same shape with all its layers."""
+    shape = Shape(**read_json(model / SYNTHETIC)["shape"] | {"layers": layers})
+    sizes = [(torch.Size(size).numel(), dtype.itemsize) for _, dtype, size in plan_of(shape)]
+    return {"layers": layers, "parameters": sum(n for n, _ in sizes), "bytes": sum(n * item for n, item in sizes)}
+
+
+def block_size(files: Sequence[Path]) -> int:
+    return BLOCK if max(file.stat().st_size for file in files) >= 4 * BLOCK else SMALL_BLOCK
+
+
+def blocks_of(files: Sequence[Path], limit: int) -> list[tuple[Path, int, int]]:
+    """(file, offset, size) of the first ``limit`` bytes; whole blocks only."""
+    size = block_size(files)
+    found = [(file, at, size) for file in files for at in range(0, file.stat().st_size - size + 1, size)]
+    return found[: max(1, limit // size)]
+
+
+def forget(files: Sequence[Path]) -> None:
+    """Drop files that are on the disk from the page cache."""
+    for file in files:
+        with file.open("rb") as stream:
+            release(stream.fileno(), 0, 0)
+
+
+def rate_of(
+    blocks: Sequence[tuple[Path, int, int]],
+    work: Callable[[tuple[Path, int, int], mmap.mmap], None],
+    finish: Callable[[], None],
+) -> float:
+    """Bytes a second of ``work`` on all blocks by a few threads, each with a buffer of its own; ``finish`` is timed too."""
+    buffers = [mmap.mmap(-1, blocks[0][2]) for _ in range(THREADS)]  # page-aligned, as O_DIRECT wants it
+    for buffer in buffers:
+        buffer[:] = os.urandom(len(buffer))
+    started = time.perf_counter()
+
+    def share(first: int) -> None:
+        for block in blocks[first::THREADS]:
+            work(block, buffers[first])
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(share, range(THREADS)))
+    finish()
+    return sum(size for _, _, size in blocks) / (time.perf_counter() - started)
+
+
+def disk_rate(files: Sequence[Path], target: Path, limit: int, direct: bool, reads: bool, writes: bool) -> float:
+    """Bytes a second of the first ``limit`` bytes of ``files``: read, or written as random bytes to a new file that is synced,
+    or both, a plain copy. ``direct``: past the page cache."""
+    forget(files)
+    flags = os.O_DIRECT if direct else 0
+    blocks = blocks_of(files, limit)
+    places = {block: index * block[2] for index, block in enumerate(blocks)}
+    with contextlib.ExitStack() as stack:
+        handles = {file: os.open(file, os.O_RDONLY | flags) for file in files}
+        out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags)
+        stack.callback(target.unlink)
+        for handle in (*handles.values(), out):
+            stack.callback(os.close, handle)
+
+        def work(block: tuple[Path, int, int], buffer: mmap.mmap) -> None:
+            if reads:
+                os.preadv(handles[block[0]], [buffer], block[1])
+            if writes:
+                os.pwritev(out, [buffer], places[block])
+                if not direct:
+                    release(out, places[block], block[2])
+
+        return rate_of(blocks, work, lambda: os.fsync(out) if writes else None)
+
+
+def can_direct(directory: Path) -> bool:
+    """Whether files here can be opened past the page cache (a tmpfs cannot)."""
+    probe = directory / "probe"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
+
+
+def disk_rates(files: Sequence[Path], work: Path, limit: int) -> dict[str, Any]:
+    """Rates of this disk in bytes a second, each the better of past the page cache and through it."""
+    found: dict[str, Any] = {}
+    ways = {"direct": True, "cached": False} if can_direct(work) else {"cached": False}
+    tests = {"read": (True, False), "write": (False, True), "copy": (True, True)}
+    with progress(len(ways) * len(tests), "disk", "test") as bar:
+        for name, (reads, writes) in tests.items():
+            for way, direct in ways.items():
+                found[f"{name}_{way}"] = disk_rate(files, work / "probe", limit, direct, reads, writes)
+                bar.update()
+            found[name] = max(found[f"{name}_{way}"] for way in ways)
+    forget(files)
+    return found
+
+
+def quantize(model: Path, work: Path, shard_gib: float, devices: str) -> dict[str, Any]:
+    """Run quant_save on ``model``; seconds, and the peaks that its record holds. The output is deleted."""
+    out, record = work / "out", work / "quantize.json"
+    command = [sys.executable, str(REPO / "src/quant/quant_save.py"), "--model", str(model), "--out", str(out), *SEED_RECIPE]
+    command += ["--consume-source", "--shard-gib", str(shard_gib), "--result", str(record), "--tag", "disk"]
+    command += ["--devices", devices]
+    started = planned = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as child:
+        for line in child.stdout or ():
+            print(line, end="", flush=True)
+            if line.startswith("about "):  # the last line of its plan: from here it streams
+                planned = time.perf_counter()
+    ended = time.perf_counter()
+    if child.returncode:
+        raise UserError(f"quant_save ended with {child.returncode}")
+    made = read_json(record)
+    shutil.rmtree(out)
+    record.unlink()
+    report = made["metrics"]
+    return {
+        "devices": devices, "seconds": ended - started, "stream_seconds": ended - planned, "bytes": report["output_bytes"],
+        "parameters": report["parameters"], "peak_rss_mib": made["peak_rss_mib"], "peak_vram_mib": made["peak_vram_mib"],
+        "weight_bits": report["weight_bits"], "packed_bytes": report["packed_bytes"],
+        "roles": {role: entry["relative_error"] for role, entry in report["roles"].items()},
+    }  # fmt: skip
+
+
+def disk(args: argparse.Namespace) -> dict[str, Any]:
+    """The data-free pass and its limits. A shard of ``args.shard_gib`` bounds how long its last sync waits."""
+    if not is_synthetic(args.model):
+        raise UserError(f"{args.model}: not made by synthetic_moe.py, and this measurement consumes it")
+    args.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint(args.model)
+    rates = disk_rates(checkpoint.files, args.work, int(args.probe_gib * 2**30))
+    made = quantize(args.model, args.work, args.shard_gib, args.devices)
+    whole = whole_model(args.model, args.whole_layers)
+    rate = made["bytes"] / made["stream_seconds"]
+    return {
+        "disk": rates, "quantize": made, "bytes_in_per_s": rate, "bytes_out_per_s": rate,
+        "share_of_copy": rate / rates["copy"], "share_of_read": rate / rates["read"], "share_of_write": rate / rates["write"],
+        "whole": whole | {"seconds": whole["bytes"] / rate},
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- calibrated layers
+
+
+@contextlib.contextmanager
+def layer_clock(times: list[tuple[str, float]], rounding: list[float]) -> Iterator[None]:
+    """Note when the calibrated pass begins each layer and the head, and the seconds in which each rounds."""
+    names = ("layer", "head", "_round", "_round_waiting")
+    kept = [(cls, name, cls.__dict__[name]) for cls in (CalibratedPass, GgufPass) for name in names if name in vars(cls)]
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *arguments: Any) -> Any:
+            began = now()
+            if name in ("layer", "head"):
+                times.append((name, began))
+                rounding.append(0.0)
+                return function(self, *arguments)
+            found = function(self, *arguments)
+            rounding[-1] += now() - began
+            return found
+
+        return call
+
+    for cls, name, function in kept:
+        setattr(cls, name, noting(name, function))
+    try:
+        yield
+    finally:
+        for cls, name, function in kept:
+            setattr(cls, name, function)
+
+
+def random_calibration(vocabulary: int, sequences: int, length: int, batch: int, seed: int = 0) -> Calibration:
+    """Token ids drawn uniformly from the whole vocabulary: many different inputs, as real text has."""
+    ids = torch.randint(vocabulary, (sequences, length), generator=torch.Generator().manual_seed(seed))
+    entry = {"name": "uniform token ids", "revision": f"seed {seed}", "sha256": None, "n": sequences}
+    return Calibration(ids, entry, batch=batch)
+
+
+def run_method(method: str, model: Path, out: Path, calibration: Calibration, header: Path | None) -> dict[str, Any]:
+    """The calibrated pass into ``out``; errors of the roles."""
+    if method != "ldlq":
+        report = quantize_checkpoint(model, out, Recipe(3, 4, 128, 16, method=method), calibration=calibration, force=True)
+        return {role: entry.relative_error for role, entry in report.roles.items()}
+    plan = gguf_pack.plan_pack(Checkpoint(model), "iq3_xxs", read_patterns(TYPES), "nearest")[0]
+    pack = dataclasses.replace(plan, method="ldlq", calibration=calibration)
+    if header is not None:  # llama.cpp's converter is not here: the file's head was made elsewhere
+        gguf_pack._header = lambda *_: header.read_bytes()
+    return gguf_pack.write_pack(pack, out, force=True)["calibration"]["relative_output_error"]
+
+
+def compile_kernels(device: torch.device) -> None:
+    """Round a little in every type that the file has: kernels are compiled once a machine, not once a layer."""
+    for name in sorted({"iq3_xxs", *(type_named(kind, str(TYPES)) for _, kind in read_patterns(TYPES))}):
+        if is_quantized(name):
+            ldlq(torch.randn(2, 64, 512, device=device), name, torch.eye(512, device=device).repeat(2, 1, 1))
+
+
+def layers(args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each layer through the real pass, and of the whole model by the kinds of its layers."""
+    if not is_synthetic(args.model):
+        raise UserError(f"{args.model}: not made by synthetic_moe.py")
+    mark = read_json(args.model / SYNTHETIC)
+    shape = Shape(**mark["shape"])
+    calibration = random_calibration(shape.vocab, args.sequences, args.length, args.batch)
+    times: list[tuple[str, float]] = []
+    rounding: list[float] = []
+    out = args.work / args.method
+    ggml_lattice.GROUPS = ggml_scalar.KERNEL = args.group_kernels
+    if args.method == "ldlq" and calibration.device.type == "cuda":
+        compile_kernels(calibration.device)
+    started = time.perf_counter()
+    with layer_clock(times, rounding):
+        errors = run_method(args.method, args.model, out, calibration, args.header)
+    ended = time.perf_counter()
+    shutil.rmtree(out)
+    seconds = [after[1] - before[1] for before, after in zip(times, times[1:])]
+    rounding = rounding[:-1]  # the last is the head's
+    steady = range(1, len(seconds) - 1) if len(seconds) >= 4 else range(len(seconds))
+    kinds: dict[str, list[float]] = {}
+    for index in steady:
+        kinds.setdefault(shape.kind(index), []).append(seconds[index])
+    means = {kind: sum(values) / len(values) for kind, values in kinds.items()}
+    whole = Shape(**mark["shape"] | {"layers": args.whole_layers, "interval": args.whole_interval})
+    total = sum(means.get(whole.kind(index), max(means.values())) for index in range(whole.layers))
+    rest = ended - started - sum(seconds)
+    cuda = torch.cuda.is_available()
+    return {
+        "method": args.method, "tokens": args.sequences * args.length, "batch": args.batch, "layer_seconds": seconds,
+        "rounding_seconds": rounding, "kind_seconds": means, "worst_layer_seconds": max(seconds[index] for index in steady),
+        "worst_rounding_seconds": max(rounding[index] for index in steady), "rest_seconds": rest, "relative_errors": errors,
+        "group_kernels": cuda and ggml_lattice.GROUPS and args.method == "ldlq", "experts": shape.experts,
+        "parameters_per_layer": layer_parameters(shape),
+        "peak_rss_mib": peak_rss_mib(),
+        "peak_vram_mib": torch.cuda.max_memory_allocated() >> 20 if cuda else None,
+        "peak_vram_reserved_mib": torch.cuda.max_memory_reserved() >> 20 if cuda else None,
+        "whole": {"layers": whole.layers, "seconds": total + rest},
+    }  # fmt: skip
+
+
+def layer_parameters(shape: Shape) -> int:
+    """Parameters of one decoder layer, the larger kind."""
+    return max(sum(torch.Size(size).numel() for _, _, size in layer_plan(shape, index)) for index in range(shape.layers))
+
+
+def full_size_table(metrics: dict[str, Any]) -> str:
+    if "disk" in metrics:
+        d, q, w = metrics["disk"], metrics["quantize"], metrics["whole"]
+        return "\n".join([
+            f"disk, GB/s: read {d['read'] / 1e9:.2f}, write {d['write'] / 1e9:.2f}, copy {d['copy'] / 1e9:.2f}",
+            f"quantized {q['bytes'] / 1e9:.1f} GB in {q['stream_seconds']:.1f} s ({q['seconds']:.1f} s with the start): "
+            f"{metrics['bytes_in_per_s'] / 1e9:.2f} GB/s in and out, {100 * metrics['share_of_copy']:.0f} % of a copy, "
+            f"{100 * metrics['share_of_read']:.0f} % of reading alone",
+            f"peak RSS {q['peak_rss_mib']} MiB, VRAM {q['peak_vram_mib']} MiB",
+            f"{w['layers']} layers ({w['bytes'] / 1e9:.0f} GB): {w['seconds']:.0f} s",
+        ])  # fmt: skip
+    each = ", ".join(f"{kind} {value:.1f} s" for kind, value in metrics["kind_seconds"].items())
+    each += f" (rounding {', '.join(f'{value:.1f}' for value in metrics['rounding_seconds'])} s)"
+    return (
+        f"{metrics['method']}: {each}; the rest {metrics['rest_seconds']:.1f} s; peak RSS {metrics['peak_rss_mib']} MiB, "
+        f"VRAM {metrics['peak_vram_mib']} MiB\n"
+        f"{metrics['whole']['layers']} layers: {metrics['whole']['seconds'] / 60:.1f} minutes"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--layer", choices=sorted(LAYERS), help="default: 122b on a GPU, small on a CPU")
-    parser.add_argument("--ggml", default="iq3_xxs,iq2_xs,q4_K", help="block types to encode the layer into; empty: none")
-    add_record_arguments(parser)
-    args = parser.parse_args()
+    commands = parser.add_subparsers(dest="what", required=True)
+    part = commands.add_parser("kernels", help="the grids and one layer, without a checkpoint")
+    part.add_argument("--layer", choices=sorted(LAYERS), help="default: 122b on a GPU, small on a CPU")
+    part.add_argument("--ggml", default="iq3_xxs,iq2_xs,q4_K", help="block types to encode the layer into; empty: none")
+    add_record_arguments(part)
+    for name, help_ in (("disk", "the data-free pass beside the disk"), ("layers", "the calibrated pass, by layer")):
+        part = commands.add_parser(name, help=help_)
+        part.add_argument("--model", type=Path, required=True, help="a checkpoint of synthetic_moe.py")
+        part.add_argument("--work", type=Path, required=True, help="directory for what is written")
+        part.add_argument("--whole-layers", type=int, default=48, help="layers of the real model (default 48)")
+        if name == "disk":
+            part.add_argument("--probe-gib", type=float, default=8.0, help="bytes of each test of the disk (default 8 GiB)")
+            part.add_argument("--shard-gib", type=float, default=4.0, help="largest file of the output (default 4)")
+            part.add_argument("--devices", default=",".join(map(str, lanes(default_device()))), help="as quant_save's")
+        else:
+            part.add_argument("--method", choices=PASSES, required=True, help="how the layers are rounded")
+            part.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
+            part.add_argument("--length", type=int, default=512, help="tokens of one (default 512)")
+            part.add_argument("--batch", type=int, default=8, help="sequences at once (default 8)")
+            part.add_argument(
+                "--whole-interval", type=int, default=4, help="every such layer of the real model has full attention"
+            )
+            part.add_argument(
+                "--group-kernels", action=argparse.BooleanOptionalAction, default=True,
+                help="ldlq on a GPU by the kernels of whole groups (default: yes)",
+            )  # fmt: skip
+            part.add_argument("--header", type=Path, help="ldlq: file of synthetic_gguf --header-only for this model")
+        add_record_arguments(part)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
     check_record_arguments(args)
-    types = [type_named(kind, "--ggml") for kind in args.ggml.split(",") if kind]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
     started = time.time()
-    chosen = args.layer or ("122b" if device.type == "cuda" else "small")
-    found = {"grids": grids(device), "layer": {"name": chosen} | layer(chosen, device)}
-    found["ggml"] = ggml_layer(chosen, types, device)
+    source = None if args.what == "kernels" else describe_model(args.model)
+    measured = {"kernels": kernels, "disk": disk, "layers": layers}[args.what](args)
     if args.result:
-        write_result(args.result, kind="bench", tag=args.tag, started=started, metrics=found)
-    print(table(found), flush=True)
+        metrics = measured if args.what == "kernels" else {f"size_{args.what}": measured}
+        write_result(args.result, kind="bench", tag=args.tag, started=started, model=source, metrics=metrics)
+    print((kernels_table if args.what == "kernels" else full_size_table)(measured), flush=True)
 
 
 if __name__ == "__main__":
