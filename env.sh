@@ -5,7 +5,7 @@
 #
 # MOE_LOWBIT_VENV    virtual environment to use (default: .venv in the repository; made when it is missing)
 # MOE_LOWBIT_PYTHON  interpreter that makes it (default: the first of python3.11, python3.12, python3)
-# MOE_LOWBIT_DEVICE  cpu or gpu: which requirements to install (default: gpu when nvidia-smi lists one)
+# MOE_LOWBIT_DEVICE  cpu, gpu or train (gpu without vLLM): which requirements to install (default: gpu when nvidia-smi lists one)
 # SCRATCH            where large outputs go (default: work/ in the repository)
 #
 # A failure returns non-zero and never ends the shell that sourced this. `bash pipelines/X.sh --help` prints the comment at the
@@ -35,22 +35,29 @@ _moe_lowbit_device() {
     fi
 }
 
-# Whether the locks of configs/ were made for this machine.
-_moe_lowbit_locked() { [ "$1 $(uname -s) $(uname -m)" = "cpu Linux x86_64" ]; }
+# The requirements of a device; configs/lock-DEVICE.txt is made of them (bash pipelines/test.sh --lock).
+_moe_lowbit_requirements() {
+    case $1 in
+    cpu) printf configs/requirements-cpu.txt ;;
+    gpu) printf requirements.txt ;;
+    train) printf requirements-train.txt ;;
+    *) _moe_lowbit_say "MOE_LOWBIT_DEVICE=$1: expected cpu, gpu or train"; return 1 ;;
+    esac
+}
 
-# Install what a device needs: for cpu exactly the packages of the lock, each against its SHA-256, nothing resolved.
+# Install what a device needs: on Linux x86_64 exactly the packages of its lock, each against its SHA-256, nothing resolved.
 _moe_lowbit_install() {
     local root=$1 venv=$2 device=$3
     local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check --progress-bar off)
-    if ! _moe_lowbit_locked "$device"; then
-        local requirements=$root/configs/requirements-cpu.txt
-        [ "$device" = cpu ] || requirements=$root/requirements.txt
-        "${pip[@]}" -r "$requirements"
+    if [ "$(uname -s) $(uname -m)" != "Linux x86_64" ]; then
+        "${pip[@]}" -r "$root/$(_moe_lowbit_requirements "$device")"
         return
     fi
     pip+=(--no-deps --require-hashes)
-    "${pip[@]}" -r "$root/configs/lock-cpu.txt" || return 1
-    # a CPU build of torch where one is at hand; the package index has the CUDA build only, which needs its libraries
+    "${pip[@]}" -r "$root/configs/lock-$device.txt" || return 1
+    [ "$device" = cpu ] || return 0
+    # A CPU build of torch where one is at hand; the package index has the CUDA build only, which needs its libraries. Two locks,
+    # since pip prefers a file whose link carries a hash (the index's) to a local one, even of a higher local version.
     "${pip[@]}" -r "$root/configs/lock-torch-cpu.txt" 2>/dev/null || "${pip[@]}" -r "$root/configs/lock-torch-cuda.txt"
 }
 
@@ -59,10 +66,7 @@ _moe_lowbit_make_venv() {
     local root=$1 venv=$2 python device
     python=$(_moe_lowbit_find_python) || return 1
     device=$(_moe_lowbit_device)
-    case $device in
-    cpu | gpu) ;;
-    *) _moe_lowbit_say "MOE_LOWBIT_DEVICE=$device: expected cpu or gpu"; return 1 ;;
-    esac
+    _moe_lowbit_requirements "$device" >/dev/null || return 1
     _moe_lowbit_say "making $venv with $python for $device (once; about 2 minutes on CPU)"
     "$python" -m venv --clear "$venv" || { _moe_lowbit_say "cannot make $venv"; return 1; }
     _moe_lowbit_install "$root" "$venv" "$device" ||
@@ -103,6 +107,8 @@ _moe_lowbit_env() {
     export PYTHONPATH=$root/src/quant:$root/src/eval:$root/src/distill
     export SCRATCH=${SCRATCH:-$root/work}
     export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+    # OpenMP's waiting threads spin; where the cores are shared, each of the small steps of a run then costs a turn of the scheduler.
+    export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000}
 }
 
 if [ -n "${BASH_SOURCE[1]:-}" ]; then _moe_lowbit_help "${BASH_SOURCE[1]}" "$@"; fi

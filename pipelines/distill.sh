@@ -6,7 +6,4 @@
 set -euo pipefail
 OPTIONS_FOLLOW=1 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
-case ${1:-} in
---dry-run) exec python src/distill/distill_plan.py --config "${CONFIG:-configs/opd_tiny.env}" "${@:2}" ;;
-esac
 exec python src/distill/distill_run.py --config "${CONFIG:-configs/opd_tiny.env}" "$@"

@@ -14,7 +14,7 @@ case ${1:-} in
 --compare) exec python "$MOE_LOWBIT_ROOT/src/eval/compare_tags.py" --results "$results" "${@:2}" ;;
 --regrade) exec python "$MOE_LOWBIT_ROOT/src/eval/regrade.py" --results "$results" "${@:2}" ;;
 --pictures) exec python "$MOE_LOWBIT_ROOT/src/eval/mm_eval.py" --out "$results/eval" "${@:2}" ;;
---pack) exec python "$MOE_LOWBIT_ROOT/src/eval/pack_samples.py" --results "$results" "${@:2}" ;;
+--pack) exec python "$MOE_LOWBIT_ROOT/src/eval/regrade.py" --pack --results "$results" "${@:2}" ;;
 --gate) exec python "$MOE_LOWBIT_ROOT/src/eval/gate.py" --results "$results" "${@:2}" ;;
 esac
 exec python "$MOE_LOWBIT_ROOT/src/eval/vllm_eval8.py" --out "$results/eval" "$@"

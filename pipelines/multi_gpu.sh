@@ -36,7 +36,7 @@ part() {
         echo "$name: FAILED, no time was left of BUDGET=$BUDGET" >&2
         return 1
     fi
-    timeout --kill-after=40 "$limit" "$PYTHON" "$root/src/distill/multi_gpu_run.py" --part "$name" "${options[@]}" || code=$?
+    timeout --kill-after=40 "$limit" "$PYTHON" "$root/src/distill/speed_multi_gpu.py" --part "$name" "${options[@]}" || code=$?
     [ $code = 0 ] || echo "$name: FAILED with exit code $code after $((SECONDS - started)) s (124: its time was up); $WORK/$name/log" >&2
     return $code
 }

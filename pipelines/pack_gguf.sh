@@ -7,4 +7,4 @@
 set -euo pipefail
 OPTIONS_FOLLOW=1 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
-exec python src/quant/pack_run.py --config "${CONFIG:-configs/gguf_iq3.env}" "$@"
+exec python src/quant/gguf_pack.py --config "${CONFIG:-configs/gguf_iq3.env}" "$@"

@@ -9,4 +9,4 @@
 set -euo pipefail
 OPTIONS_FOLLOW=1 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
-exec python src/quant/quantize_run.py --config "${CONFIG:-configs/clip_122b.env}" "$@"
+exec python src/quant/quant_save.py --config "${CONFIG:-configs/clip_122b.env}" "$@"

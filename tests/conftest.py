@@ -1,7 +1,15 @@
 """Puts the three source folders on the import path, for the tests and for the processes that they start."""
 
+import atexit
+import contextlib
 import os
+import runpy
+import subprocess
 import sys
+import tempfile
+import traceback
+import unittest.mock
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +19,7 @@ SOURCES = [str(REPO / "src" / folder) for folder in ("quant", "eval", "distill")
 sys.path[:0] = SOURCES
 os.environ["PYTHONPATH"] = os.pathsep.join([*SOURCES, *filter(None, [os.environ.get("PYTHONPATH")])])
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is imported: waiting threads give the core to other workers
 
 
 @pytest.fixture(scope="session")
@@ -18,8 +27,8 @@ def random_tiny(tmp_path_factory):
     """A checkpoint of razor-tiny's architecture and tokenizer with untrained weights and four layers instead of eight."""
     from transformers import Qwen3_5MoeForCausalLM
 
+    from tiny_data import build_tokenizer
     from tiny_model import init_weights, tiny_config
-    from tiny_tokenizer import build_tokenizer
 
     path = tmp_path_factory.mktemp("models") / "random-tiny"
     tokenizer = build_tokenizer()
@@ -32,8 +41,8 @@ def random_tiny(tmp_path_factory):
 
 def untrained_vl(path, texts, layers):
     """An untrained Qwen3_5MoeForConditionalGeneration with its processor, as transformers writes it; returns ``path``."""
-    from tiny_vl_model import build_vl_model, build_vl_tokenizer, save_processor, vl_config
-    from tiny_vl_train import vl_texts
+    from tiny_data import build_vl_tokenizer, vl_texts
+    from tiny_model import build_vl_model, save_processor, vl_config
 
     tokenizer = build_vl_tokenizer(vl_texts(texts))
     build_vl_model(vl_config(tokenizer, layers, 1), 0).bfloat16().save_pretrained(path)
@@ -41,14 +50,68 @@ def untrained_vl(path, texts, layers):
     return path
 
 
+@contextlib.contextmanager
+def as_a_process(script, arguments, cwd, streams):
+    """What a new process would have of its own, and give back: arguments, folder, environment, output, seed, exit handlers."""
+    argv, environment, where, ends, register = sys.argv, dict(os.environ), os.getcwd(), [], atexit.register
+
+    def at_end(end, *given, **named):
+        ours = str(REPO / "src") in (getattr(sys.modules.get(end.__module__), "__file__", None) or "")
+        ends.append(end) if ours else register(end, *given, **named)
+        return end
+
+    kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for descriptor, stream in zip((1, 2), streams):
+        os.dup2(stream.fileno(), descriptor)
+    torch = sys.modules.get("torch")
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=()) if torch else contextlib.nullcontext(),
+        os.fdopen(1, "w", buffering=1, closefd=False) as out,
+        os.fdopen(2, "w", buffering=1, closefd=False) as err,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        unittest.mock.patch("atexit.register", at_end),
+    ):
+        if torch:
+            torch.manual_seed(0)
+        try:
+            sys.argv = [str(script), *arguments]
+            os.chdir(cwd)
+            yield
+        finally:
+            for end in ends:
+                end()
+            sys.argv = argv
+            os.chdir(where)
+            os.environ.clear()
+            os.environ.update(environment)
+            out.flush()
+            err.flush()
+            for descriptor, original in zip((1, 2), kept):
+                os.dup2(original, descriptor)
+                os.close(original)
+
+
 @pytest.fixture
 def command():
-    """Run one of the project's modules as a user would: command("src/quant/quant_save.py", ...) -> CompletedProcess."""
-    import subprocess
+    """Run one of the project's commands as a user would: command("src/quant/quant_save.py", ...) -> CompletedProcess. In this
+    process, since a new one imports torch and transformers for seconds; tests of signals and of memory start their own."""
 
     def run(script, *arguments, cwd=REPO):
-        return subprocess.run(
-            [sys.executable, REPO / script, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300
-        )
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            arguments, code = list(map(str, arguments)), 0
+            with as_a_process(REPO / script, arguments, cwd, (out, err)):
+                try:
+                    runpy.run_path(str(REPO / script), run_name="__main__")
+                except SystemExit as end:
+                    code = end.code or 0
+                except BaseException:
+                    traceback.print_exc()
+                    code = 1
+            texts = [stream.seek(0) or stream.read() for stream in (out, err)]
+        return subprocess.CompletedProcess([str(script), *arguments], code, *texts)
 
     return run

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from answer_letters import extract_letter
 from code_sandbox import run_many
-from graders import extract_code, extract_math, program_of, split_thinking
-from math_judge import judge_math
+from graders import extract_code, extract_letter, extract_math, program_of, split_thinking
+from math_answers import judge_math
 from sample_log import read_samples
 from task_list import get_benchmarks
 

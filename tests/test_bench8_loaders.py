@@ -12,11 +12,10 @@ import pytest
 
 from bench8_loaders import MMMLU_LANGUAGES, TEXT_BENCHMARKS, bbeh_match
 from console import UserError
-from hub_data import Source, download, stratified
-from livecodebench import decode_tests, same_output, unpickle_str
+from task import Source, download, stratified
 from task_list import get_benchmarks
 from task_text import Item
-from tasks_code import HumanEval
+from tasks_code import HumanEval, decode_tests, same_output, unpickle_str
 
 DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="benchmark files are not part of the repository")
@@ -195,10 +194,10 @@ def test_gpqa_shuffles_by_item(local: Path) -> None:
 def test_mmmlu_has_all_languages(local: Path) -> None:
     mmmlu = get_benchmarks(["mmmlu"], local)[0]
     items = mmmlu.load()
-    assert {item.meta["language"] for item in items} == set(MMMLU_LANGUAGES)
-    extracted = [mmmlu.extract(item, "الإجابة: ب" if item.meta["language"] == "AR_XY" else "答案：B") for item in items]
+    assert {item.meta["stratum"] for item in items} == set(MMMLU_LANGUAGES)
+    extracted = [mmmlu.extract(item, "الإجابة: ب" if item.meta["stratum"] == "AR_XY" else "答案：B") for item in items]
     assert all(mmmlu.grade_all(items, extracted))
-    rows = [{"id": item.id, "correct": item.meta["language"] != "YO_NG"} for item in items]
+    rows = [{"id": item.id, "correct": item.meta["stratum"] != "YO_NG"} for item in items]
     metrics = mmmlu.aggregate(items, rows)
     assert metrics["strata"]["YO_NG"] == {"n": 1, "acc": 0.0} and metrics["mean_of_languages"] == pytest.approx(13 / 14)
     (local / "mmmlu_YO_NG.jsonl").unlink()
@@ -258,8 +257,8 @@ def test_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch)
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(UserError, match="gated, or get the machine on line") as error:
-        download(Source("a/b", "0" * 40, access="gated"), None, "test")
+    with pytest.raises(UserError, match="gated: accept its terms at .*datasets/a/b .*, or get the machine") as error:
+        download(Source("a/b", "0" * 40, gated=True), None, "test")
     assert "\n" not in str(error.value)
 
 

@@ -206,7 +206,7 @@ def test_cheat_does_not_pass(name: str) -> None:
 
 
 def test_a_jailed_worker_keeps_its_memory_to_itself() -> None:
-    worker = subprocess.Popen([sys.executable, CHILD.with_name("math_worker.py"), "2048"], stdin=-1, stdout=-1)
+    worker = subprocess.Popen([sys.executable, CHILD.with_name("math_answers.py"), "2048"], stdin=-1, stdout=-1)
     try:
         assert b"ready" in worker.stdout.read(17)  # it is in its jail now: a frame of ten digits and the word in quotes
         verdict = run(READ_MEMORY)

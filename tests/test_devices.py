@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import moe_ptq
 import synthetic_moe
 from calibration import Calibration
 from console import UserError
-from devices import Stopped, each_device, parse_devices
+from devices import OneBehind, Stopped, each_device, one_ahead, parse_devices
 from moe_ptq import Grid, Statistics, round_weight
 from quant_save import quantize_checkpoint
 from recipe import Recipe
@@ -81,7 +82,7 @@ def test_every_device_rounds_its_share(monkeypatch):
         return moe_ptq.wclip(weight, grid, statistics)
 
     monkeypatch.setitem(moe_ptq.WORKING_BYTES, "cpu", 1)
-    monkeypatch.setitem(moe_ptq.CALIBRATED, "wclip", noted)
+    monkeypatch.setitem(moe_ptq.METHODS, "wclip", moe_ptq.Method(noted, calibrated=True))
     weight, x = torch.randn(5, 16, 64), torch.randn(5, 200, 64)
     statistics = Statistics(x.transpose(1, 2) @ x, torch.full((5,), 200.0))
     one = round_weight(weight, Grid(3, 32), statistics, "wclip")
@@ -107,3 +108,45 @@ def test_unknown_devices_are_one_line(text):
     with pytest.raises(UserError, match=f"--devices {text}: ") as caught:
         parse_devices(text)
     assert "\n" not in str(caught.value)
+
+
+# --- a step ahead, a step behind
+
+
+def test_order_overlap_and_bound():
+    made, used, written = [], [], []
+
+    def items():
+        for i in range(6):
+            assert i <= len(used) + 2, "more than one ahead"
+            made.append((i, threading.current_thread().name))
+            yield i
+
+    with one_ahead(items()) as ahead, OneBehind() as later:
+        for i in ahead:
+            deadline = time.monotonic() + 5
+            while i < 5 and len(made) < i + 2 and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert i == 5 or len(made) == i + 2  # the next is there before this one is used
+            used.append(i)
+            later(lambda i=i: (time.sleep(0.005), written.append(i)))
+    assert written == used == list(range(6)) and all(name.startswith("ahead") for _, name in made)
+
+
+def test_errors_come_out():
+    def broken():
+        yield 1
+        raise ValueError("reading failed")
+
+    with pytest.raises(ValueError, match="reading failed"), one_ahead(broken()) as ahead:
+        assert next(ahead) == 1
+        next(ahead)
+
+    def fail():
+        raise OSError("writing failed")
+
+    with pytest.raises(OSError, match="writing failed"), OneBehind() as later:
+        later(fail)
+    with pytest.raises(OSError, match="writing failed"), OneBehind() as later:
+        later(fail)
+        later(print, "never")

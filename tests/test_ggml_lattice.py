@@ -1,10 +1,12 @@
-"""The lattice types against gguf-py, llama.cpp (LLAMA_CPP: the folder of libggml-base.so), brute force, all scales."""
+"""The lattice types against llama.cpp (LLAMA_CPP: the folder of libggml-base.so), brute force, all scales.
+
+That all types decode as gguf-py and llama.cpp do is in test_ggml_types.
+"""
 
 import ctypes
 import os
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 from safetensors import safe_open
@@ -26,12 +28,6 @@ def library():
 
 def address(tensor):
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def llama_decode(library, name, data):
-    out = torch.empty(len(data), data.shape[1] // TYPES[name].bytes * 256)
-    getattr(library, f"dequantize_row_{name}")(address(data), address(out), ctypes.c_int64(out.numel()))
-    return out
 
 
 def llama_encode(library, name, weight, importance):
@@ -69,19 +65,6 @@ def rows_of(kind, count=192):
 
 def weighted_error(data, name, weight, importance):
     return float(((decode_rows(data, name) - weight).double().square() * importance).sum())
-
-
-@pytest.mark.parametrize("name", LATTICE)
-def test_decoding_random_bytes_gives_the_floats_of_gguf_py(name):
-    data = random_blocks(name, 200)
-    expected = torch.from_numpy(gguf.quants.dequantize(data.numpy(), TYPES[name].ggml))
-    assert torch.equal(codec(name).decode(data), expected)
-
-
-@pytest.mark.parametrize("name", LATTICE)
-def test_decoding_gives_the_floats_of_llama_cpp(name, library):
-    for data in (random_blocks(name, 200), encode(rows_of("gaussian"), name)):
-        assert torch.equal(codec(name).decode(data), llama_decode(library, name, data))
 
 
 @pytest.mark.parametrize("name", LATTICE)

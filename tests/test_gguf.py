@@ -17,11 +17,10 @@ from checkpoint import Checkpoint
 from console import UserError
 from ggml_codecs import decode_rows
 from gguf_dequant import dequantize
-from gguf_format import GgufFile, run_converter
-from gguf_layout import pieces_of, read_parameter, to_gguf
-from gguf_pack import plan_pack, write_pack
-from gguf_recipe import exact_patterns, read_patterns, types_of
-from imatrix import Entry, write_imatrix
+from gguf_format import Entry, GgufFile, run_converter, write_imatrix
+from gguf_layout import exact_patterns, pieces_of, read_parameter, read_patterns, to_gguf, types_of
+from gguf_pack import write_pack
+from pack_plan import plan_pack
 
 PATTERNS = [("_shexp", "q8_0"), ("attn_gate|ssm_out", "f16"), ("token_embd|^output", "q8_0")]
 
@@ -153,7 +152,8 @@ KILLER = textwrap.dedent("""
     from calibration import Calibration
     from calibration_text import calibration_ids
     from checkpoint import Checkpoint
-    from gguf_pack import plan_pack, write_pack
+    from gguf_pack import write_pack
+    from pack_plan import plan_pack
     import ggml_fit, ggml_scalar, transformers.models.qwen3_5_moe.modeling_qwen3_5_moe
 
     model, out, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

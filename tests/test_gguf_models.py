@@ -10,10 +10,11 @@ import torch
 from conftest import untrained_vl
 
 from checkpoint import Checkpoint
-from gguf_format import GgufFile, run_converter
-from gguf_pack import plan_pack, write_pack
-from imatrix import read_imatrix
+from gguf_format import GgufFile, read_imatrix, run_converter
+from gguf_pack import write_pack
 from llama_cpp import tool
+from pack_plan import plan_pack
+from tiny_data import build_tokenizer
 
 TEXT = "Sam is 30. Tess is 4 older than Sam. How old is Tess?\n" * 40
 
@@ -24,7 +25,6 @@ def dense(tmp_path_factory):
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     from tiny_model import tiny_config
-    from tiny_tokenizer import build_tokenizer
 
     path = tmp_path_factory.mktemp("dense") / "dense-tiny"
     tokenizer = build_tokenizer()

@@ -5,8 +5,8 @@ import pytest
 from backend import Completion
 from bench8_loaders import Gpqa
 from graders import extract_boxed, extract_code, extract_letter, grade_integer, opens_thinking, split_thinking
+from runner import graded_rows
 from task_text import Item
-from vllm_eval8 import graded_rows
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import torch
 
 from calibration_text import calibration_ids
 from console import UserError
-from imatrix import Entry, ggml_names, read_imatrix, write_imatrix
+from gguf_format import Entry, read_imatrix, write_imatrix
+from gguf_layout import ggml_names
 
 
 def test_round_trip_and_foreign_files(tmp_path):
@@ -23,7 +24,7 @@ def test_round_trip_and_foreign_files(tmp_path):
     shapes = {t.name: t.shape.tolist() for t in gguf.GGUFReader(tmp_path / "i.gguf").tensors}  # innermost first
     assert shapes["blk.0.ffn_gate_exps.weight.in_sum2"] == [32, 4] and shapes["blk.0.ffn_gate_exps.weight.counts"] == [1, 4]
     (tmp_path / "text").write_text("nothing of the kind")
-    for name, message in (("text", "not a GGUF file"), ("none", "no such imatrix")):
+    for name, message in (("text", "not a GGUF file"), ("none", "no such GGUF file")):
         with pytest.raises(UserError, match=message):
             read_imatrix(tmp_path / name)
 

@@ -22,7 +22,7 @@ for tool in {tools}; do printf '#!/bin/sh\\nexit 0\\n' >bin/$tool; chmod +x bin/
 
 @pytest.fixture
 def build(tmp_path):
-    """Start `llama_cpp.py` with stand-ins for the compiler and a source that is already in the cache."""
+    """Start what pipelines/llama_cpp.sh runs, with stand-ins for the compiler and a source that is already in the cache."""
     pinned = load_config(llama_cpp.Pinned, llama_cpp.CONFIG)
     (tmp_path / f"cache/llama.cpp-{pinned.llama_cpp_version}-source").mkdir(parents=True)
     programs = {
@@ -40,7 +40,7 @@ def build(tmp_path):
     }  # fmt: skip
 
     def start():
-        command = [sys.executable, llama_cpp.__file__]
+        command = [sys.executable, "-c", "import llama_cpp; from console import run_cli; run_cli(llama_cpp.main)"]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     start.home = tmp_path / f"cache/llama.cpp-{pinned.llama_cpp_version}-cpu"

@@ -21,14 +21,13 @@ import torch
 
 from backend import Sampling
 from backend_hf import HfBackend
-from backend_openai import OpenAIBackend
+from backend_openai import Client, OpenAIBackend, in_parallel
 from console import UserError
 from eval_settings import load_settings
 from gguf_format import run_converter
 from gguf_info import config_of_gguf, describe_gguf, open_gguf
 from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, read_logprobs, write_logprobs
 from hf_model import load_tokenizer, render_chat
-from http_client import Client, in_parallel
 from llama_cpp import tool
 from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, free_port
 from speed_gguf import active_bytes
@@ -124,12 +123,12 @@ def test_tokenizer_of_the_gguf_itself(backend, bf16_gguf, prompts):
     """Template, ids and text equal those of the checkpoint's tokenizer, special tokens and torn characters included."""
     own, theirs = GgufTokenizer(bf16_gguf, backend.server.client), backend.tokenizer
     messages = [{"role": "user", "content": "How many?\n"}]
-    assert own.render(messages) == theirs.render(messages)
+    assert own.render(messages) == backend.render(messages)
     for text in [*prompts[:2], SPECIAL]:
-        ids = theirs.encode(text)
-        assert own.encode(text) == ids
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert own(text)["input_ids"] == ids
         assert own.decode(ids) == theirs.decode(ids) == text
-    torn = theirs.encode("🚀")
+    torn = theirs("🚀", add_special_tokens=False)["input_ids"]
     assert len(torn) > 1 and own.decode(torn[:-1]) == theirs.decode(torn[:-1])
 
 
@@ -283,35 +282,32 @@ def sample_rows(log):
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.slow
-def test_run_resumes_after_its_server_died(bf16_gguf, tmp_path):
+def test_run_resumes_after_its_server_died(bf16_gguf, tmp_path, command, monkeypatch):
     """The command ends with 2 and one line, its finished samples are kept, and the same command completes the run."""
-    items, log = 48, tmp_path / "died.samples.jsonl"
-    command = [sys.executable, REPO / "src/eval/vllm_eval8.py", "--model", bf16_gguf, "--tag", "died", "--limit", items]
-    command = [*map(str, command), "--benchmarks", "tiny_math", "--out", str(tmp_path), "--parallel", "2"]
-    for seconds in (0.8, 1.6, 3.2, 6.4):  # of computing: how far a sample is by then depends on the machine
-        log.unlink(missing_ok=True)
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        server = None
-        while run.poll() is None:
-            server = server or next((c for c in psutil.Process(run.pid).children() if "llama-server" in c.name()), None)
-            if server and sum(server.cpu_times()[:2]) > seconds:
-                server.kill()
-                break
-            time.sleep(0.02)
-        _, told = run.communicate(timeout=60)
-        assert run.returncode == 2, told
-        error = next(line for line in told.splitlines() if line.startswith("error: "))
-        assert "SIGKILL" in error and "same command" in error
-        kept = sample_rows(log)
-        if kept:
-            break
-    assert 0 < len(kept) < items
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    items, log, generate = 16, tmp_path / "died.samples.jsonl", LlamaCppBackend.generate
+    run = ["src/eval/vllm_eval8.py", "--model", bf16_gguf, "--tag", "died", "--limit", items]
+    run += ["--benchmarks", "tiny_math", "--out", tmp_path, "--parallel", 2]
+
+    def dies(self, prompts, sampling):
+        for number, found in enumerate(generate(self, prompts, sampling)):
+            yield found
+            if number == 3:
+                self.server.process.kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaCppBackend, "generate", dies)
+        done = command(*run)
+    assert done.returncode == 2, done.stderr
+    error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "SIGKILL" in error and "same command" in error
+    kept = sample_rows(log)
+    assert 4 <= len(kept) < items
+    done = command(*run)
+    assert done.returncode == 0, done.stderr
     rows, record = sample_rows(log), json.loads((tmp_path / "died.json").read_text())
     assert rows[: len(kept)] == kept and len({row["id"] for row in rows}) == len(rows) == items
     assert record["model"]["architecture"] == "qwen35moe" and record["sampling"]["backend"] == "llamacpp"
-    assert record["metrics"]["tiny_math"]["n"] == items and record["metrics"]["tiny_math"]["acc"] > 0.9
+    assert record["metrics"]["tiny_math"]["n"] == items and record["metrics"]["tiny_math"]["acc"] > 0.8
 
 
 def test_description_counts_what_the_file_holds(bf16_gguf, q4_gguf):

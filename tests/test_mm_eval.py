@@ -9,10 +9,11 @@ from conftest import REPO, untrained_vl
 from PIL import Image
 
 from backend import Sampling
-from bench_mm import MathVision, MedXpert, Mmmu, get_mm_benchmarks, same_phrase, short_answer
+from backend_hf import HfMmBackend
+from bench_mm import MathVision, MedXpert, Mmmu, same_phrase, short_answer
 from console import UserError
-from mm_eval import HfMmBackend, render_messages
-from pictures import Picture, Prompt, image_part, interleave, load_processor, text_part, unmatched
+from pictures import Picture, Prompt, image_part, interleave, load_processor, render_messages, text_part, unmatched
+from task_list import get_benchmarks
 
 
 def picture(colour, size=(40, 48)):
@@ -63,7 +64,8 @@ def test_rows_of_the_published_columns_become_prompts(tmp_path):
     options, choice = "['<image 2>', 'two']", {"question_type": "multiple-choice"}
     write_rows(tmp_path / "mmmu.jsonl", [
         base | {"question": "<image 1> What?", "options": options, "image_2": column("blue")} | choice,
-        base | {"question": "How much in <image 1>?", "options": "[]", "answer": "['8.0', 'eight']", "question_type": "open"},
+        base | {"id": "v_2", "question": "How much in <image 1>?", "options": "[]", "answer": "['8.0', 'eight']"}
+        | {"question_type": "open"},
     ])  # fmt: skip
     write_rows(tmp_path / "mmmu_pro_standard.jsonl", [base | {"question": "So <image 1>?", "options": "['x', 'y', 'z']"}])
     vision = {"id": "p", "options": "['x', 'y']", "answer": "B", "image": column("red")}
@@ -76,7 +78,7 @@ def test_rows_of_the_published_columns_become_prompts(tmp_path):
     ])  # fmt: skip
     medical = {"id": "MM-1", "question": "Which? Answer Choices: (A) a (B) b", "options": {"A": "a", "B": "b", "F": None}}
     write_rows(tmp_path / "medxpert.jsonl", [medical | {"label": "A", "images": ["MM-1-a.jpeg"]}])
-    loaded = {b.name: (b, b.load()) for b in get_mm_benchmarks(["mmmu", "mmmu_pro", "mathvision", "medxpert"], tmp_path)}
+    loaded = {b.name: (b, b.load()) for b in get_benchmarks(["mmmu", "mmmu_pro", "mathvision", "medxpert"], tmp_path, True)}
     bench, (choice, open_item) = loaded["mmmu"]
     kinds = [part["type"] for part in choice.meta["parts"]]
     assert kinds == ["image", "text", "image", "text"] and "Answer with the option's letter" in choice.question
@@ -100,8 +102,8 @@ def test_rows_of_the_published_columns_become_prompts(tmp_path):
 
 def test_free_form_answers_go_to_the_judge_of_mathematics(tmp_path):
     row = {"id": "3", "options": [], "answer": "0.5", "question": "<image1>", "image": column("red")}
-    item = MathVision(tmp_path).item(row, "row")
-    valued = MathVision(tmp_path).item(row | {"options": ["1", "2", "3", "4", "5"], "answer": "C"}, "row")
+    item = MathVision(tmp_path).item(row, 0, None)
+    valued = MathVision(tmp_path).item(row | {"options": ["1", "2", "3", "4", "5"], "answer": "C"}, 0, None)
     answers = ["\\frac12", "0.6", None]
     assert MathVision(tmp_path).grade_all([item, item, item, valued, valued], [*answers, "3", "4"]) == [
         True, False, False, True, False,
@@ -118,8 +120,8 @@ def test_open_answers():
 @pytest.mark.parametrize(
     "rows,message",
     [
-        ([{"id": "1"}], "row 1: no column 'options'"),
-        ([{"id": "1", "options": "[", "question_type": "open"}], "not a list"),
+        ([{"id": "1"}], "row 1 lacks question, options"),
+        ([{"id": "1", "options": "[", "question_type": "open", "question": "", "answer": ""}], "not a list"),
         ([], "no rows"),
     ],
 )
@@ -127,7 +129,7 @@ def test_bad_rows_are_one_line(tmp_path, rows, message):
     write_rows(tmp_path / "mmmu.jsonl", rows)
     with pytest.raises(UserError, match=message.replace("[", "\\[")):
         Mmmu(tmp_path).load()
-    with pytest.raises(UserError, match="medxpert.jsonl: no such file"):
+    with pytest.raises(UserError, match="has no medxpert.jsonl"):
         MedXpert(tmp_path).load()
 
 
@@ -178,11 +180,18 @@ def test_the_command_logs_resumes_and_records(model, tmp_path, command):
     assert json.loads((tmp_path / "t.json").read_text())["metrics"] == record["metrics"]
 
 
+def test_a_dry_run_stops_after_the_plan(model, tmp_path, command):
+    run = ["src/eval/mm_eval.py", "--model", model, "--tag", "t", "--limit", 2, "--out", tmp_path / "eval", "--dry-run"]
+    done = command(*run)
+    assert done.returncode == 0 and "tiny_bars              2" in done.stdout, (done.stdout, done.stderr)
+    assert done.stdout.endswith("dry run: nothing was written\n") and not (tmp_path / "eval").exists()
+
+
 @pytest.mark.parametrize(
     "changes,message",
     [
         ({"--benchmarks": "mmlu"}, "unknown benchmark 'mmlu'; known: mmmu, mmmu_pro_standard"),
-        ({"--benchmarks": "mmmu", "--data-dir": "."}, "mmmu.jsonl: no such file"),
+        ({"--benchmarks": "mmmu", "--data-dir": "."}, "has no mmmu.jsonl"),
         ({"--model": "text"}, "config.json has no vision_config"),
         ({"--batch": 0}, "--batch 0: must be at least 1"),
     ],
@@ -214,7 +223,7 @@ def test_the_committed_model_sees_and_its_quantized_copy_too(tmp_path, command):
     done = command("src/eval/compare_tags.py", "full", "q", "--results", tmp_path)
     assert done.returncode == 0 and done.stdout.count("no difference shown") == 3, done.stderr
     backend = HfMmBackend(RAZOR, batch=8)
-    task = get_mm_benchmarks(["tiny_digits"])[0]
+    task = get_benchmarks(["tiny_digits"], pictures=True)[0]
     items = task.load(8)
     blank = [Prompt(backend.render(task.messages(item)).text, [picture("white", (64, 64))]) for item in items]
     answers = dict(backend.generate(blank, Sampling(max_tokens=64)))

@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import Checkpoint
 from console import UserError
-from expert_signals import bits_by_score, ranks, scores
-from moe_alloc import expert_norms, solve
+from expert_signals import bits_by_score, expert_norms, scores
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
+from records import read_result
+from sensitivity import solve
 
 
 def test_the_solver_is_exact():
@@ -68,7 +69,6 @@ def test_an_override_that_cannot_be_is_an_error(random_tiny, tmp_path, overrides
 
 def test_scores_and_bits_of_experts():
     signals = {"frequency": [4, 1, 3, 2], "wmass": [4, 1, 3, 2], "asal": [4, 1, 2, 3], "wfro": [1, 1, 1, 1]}
-    assert ranks([5, 7, 5]) == [0.5, 2, 0.5]
     composite = scores("composite", signals)
     assert composite == [10.5, 1.5, 6.5, 5.5] and scores("inverse", signals) == [-v for v in composite]
     assert sorted(scores("random", signals)) == [0, 1, 2, 3] and scores("asal", signals) == [4, 1, 2, 3]
@@ -102,6 +102,21 @@ def test_every_expert_has_its_own_bits(random_tiny, tmp_path, method, command):
         for expert, own in enumerate(bits):
             levels = levels_of(made.read(f"{module}.{expert}.down_proj.weight"))
             assert 2 ** (own - 2) < levels <= 2 ** (own - 1), (module, expert, own, levels)
+
+
+def test_a_study_judges_every_signal_once(random_tiny, tmp_path, command):
+    flags = ["--name", "t", "--strategies", "wfro,random", "--methods", "clip", "--items", 1, "--work", tmp_path / "w"]
+    flags += ["--results", tmp_path / "r", "--calib-sequences", 2, "--calib-length", 64]
+    done = command("src/quant/moe_study.py", "--model", random_tiny, *flags)
+    assert done.returncode == 0, done.stderr
+    for tag in ("t_int3wfro_int4_clip", "t_int3random_int4_clip"):
+        made, kl = (read_result(tmp_path / "r" / kind / f"{tag}.json", kind) for kind in ("quantize", "kl"))
+        assert made["recipe"] == kl["recipe"] == read_recipe(tmp_path / "w" / tag).to_json()
+        assert sorted(made["recipe"]["experts"][0][1]) == [2, 2, 3, 3, 3, 3, 4, 4] and kl["metrics"]["kl"]["mean"] > 0
+    shutil.rmtree(tmp_path / "w")  # what has its record is only shown
+    again = command("src/quant/moe_study.py", "--model", random_tiny, *flags)
+    assert again.returncode == 0 and again.stdout.splitlines() == done.stdout.splitlines()[-3:]
+    assert not (tmp_path / "w").exists()
 
 
 def test_bits_of_experts_in_a_fused_tensor(random_tiny, tmp_path):

@@ -13,8 +13,9 @@ from moe_lora import Adapter, adapters_of, checkpoint_layer, digest, is_experts,
 from moe_quant import fake_quant, quantize_group
 from opd_data import Example, collate, model_identity
 from opd_losses import gathered
-from opd_student import AdapterConfig, build_student
-from opd_train_fsdp import TrainConfig, Trainer, write_adapter
+from opd_settings import AdapterSettings, TrainSettings
+from opd_student import build_student
+from opd_train_fsdp import Trainer, write_adapter
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from target_grid import IntGrid, int_cells, recover_scales, resolution
@@ -105,7 +106,9 @@ def test_gradients_are_those_of_a_plain_straight_through(mode):
 def test_every_family_trains_and_merges_to_the_same_logits(family, tmp_path):
     assert family.removesuffix("_text") in {name.removesuffix("_text") for name in FAMILIES}
     teacher, quantized, model = pair(tmp_path, family, Recipe(2, 4, 32, 1))
-    config = AdapterConfig(rank=4, linears=family != "olmoe", mode="both" if family == "olmoe" else "lora")
+    config = TrainSettings(
+        rank=4, linears=family != "olmoe", mode="both" if family == "olmoe" else "lora", steps=2, lr=0.5, clip=1e9
+    )
     student = build_student(quantized, teacher, config, ALONE, "reverse_kl", 1.0, recompute=True)
     batch = batch_of(model)
     loaded = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32)
@@ -117,8 +120,7 @@ def test_every_family_trains_and_merges_to_the_same_logits(family, tmp_path):
         if any(isinstance(child, Adapter) and not child.flat for child in module.children()):
             note = lambda m, args, name=name: tokens.update({name: args[1].flatten().unique()})  # noqa: E731
             module.register_forward_pre_hook(note)
-    train = TrainConfig(2, 3, 3, 0.5, 0, "reverse_kl", 1e9, 0, 99, True)
-    trainer = Trainer(student, train, ALONE, tmp_path / "a", {})
+    trainer = Trainer(student, config, ALONE, tmp_path / "a", {})
     for _ in range(2):
         loss = student(batch)
         loss.backward()
@@ -133,7 +135,7 @@ def test_every_family_trains_and_merges_to_the_same_logits(family, tmp_path):
     (tmp_path / "a").mkdir()
     trainer.curve = [[1, 0.0, 0.0]]
     identities = {"student": model_identity(quantized), "teacher": model_identity(teacher)}
-    write_adapter(trainer, config, identities, {})
+    write_adapter(trainer, identities, {})
     recovery = merge(quantized, teacher, tmp_path / "a", tmp_path / "r", False)
     assert recovery["changed_weights"] > 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "r", dtype=torch.float32)
@@ -161,7 +163,7 @@ def test_a_recomputed_layer_routes_as_its_forward_did(tmp_path):
     batch = batch_of(model)
     gradients = []
     for recompute, disturbed in ((False, False), (True, False), (True, True)):
-        student = build_student(quantized, teacher, AdapterConfig(4), ALONE, "reverse_kl", 1.0, recompute)
+        student = build_student(quantized, teacher, AdapterSettings(rank=4), ALONE, "reverse_kl", 1.0, recompute)
         calls, chosen = [0], []
         for layer in student.layers:
             experts = next(m for m in layer.modules() if is_adapted(m))
@@ -221,14 +223,14 @@ def test_a_student_on_a_ggml_grid_merges_with_its_blocks(tmp_path):
     from ggml_codecs import decode_rows
 
     teacher, quantized, model = pair(tmp_path, "qwen3_moe", Recipe(2, 4, 32, 1))
-    config = AdapterConfig(rank=4, ggml="iq4_nl")
+    config = TrainSettings(rank=4, ggml="iq4_nl", steps=1, lr=0.3)
     student = build_student(quantized, teacher, config, ALONE, "forward_kl", 1.0, recompute=False)
     batch = batch_of(model)
-    trainer = Trainer(student, TrainConfig(1, 3, 3, 0.3, 0, "forward_kl", 1.0, 0, 99, False), ALONE, tmp_path / "a", {})
+    trainer = Trainer(student, config, ALONE, tmp_path / "a", {})
     student(batch).backward()
     trainer.optimizer.step()
     (tmp_path / "a").mkdir()
-    write_adapter(trainer, config, {role: model_identity(p) for role, p in (("student", quantized), ("teacher", teacher))}, {})
+    write_adapter(trainer, {role: model_identity(p) for role, p in (("student", quantized), ("teacher", teacher))}, {})
     merge(quantized, teacher, tmp_path / "a", tmp_path / "r", False)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "r", dtype=torch.float32)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from conftest import REPO
 from check_results import check_text
 from page_results import page
 from size_model import SHAPES
-from synthetic_rollouts import RandomTeacher
+from speed_multi_gpu import RandomTeacher
 
 
 def pipeline(tmp_path, *parts, **environment):

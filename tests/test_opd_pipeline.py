@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -22,7 +23,8 @@ from console import UserError, file_sha256
 from fsdp_setup import World, own_rows
 from opd_budget import Plan, memory, shape_of
 from opd_data import ScoredRollouts, read_rollouts
-from opd_student import AdapterConfig, build_student
+from opd_settings import AdapterSettings
+from opd_student import build_student
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
 
@@ -280,14 +282,42 @@ def test_prompts_are_scored_where_that_is_asked_for(cached, random_tiny, tmp_pat
 
 def test_the_budget_counts_the_bytes_of_a_student(cached, random_tiny):
     world = World(0, 1, torch.device("cpu"))
-    student = build_student(cached / "q", random_tiny, AdapterConfig(4), world, "forward_kl", 1.0, False)
+    student = build_student(cached / "q", random_tiny, AdapterSettings(rank=4), world, "forward_kl", 1.0, False)
     held = {True: 0, False: 0}
     for parameter in student.parameters():
         size = 2 if parameter.dtype is torch.float32 and not parameter.requires_grad else parameter.element_size()
         held[parameter.requires_grad] += parameter.numel() * size  # what is not on a grid is bfloat16 on a GPU
-    plan = Plan(1, 4, 4, 4, 64, 5, 8, 20, 4e14, 2.98e12, 3e11, 2000.0)
+    plan = Plan(gpus=1, rank=4)
     frozen, adapters = list(memory(shape_of(random_tiny), plan).values())[:2]
     assert (held[False], 4 * held[True]) == (frozen, adapters)  # value, gradient and two moments
+
+
+PHASES = textwrap.dedent("""
+    # The phases in forks of one process: each attempt costs what it computes, not the start of five processes.
+    import os, runpy, sys
+    from pathlib import Path
+    from killer import attempt
+    import distill_run as d, merge_adapter, moe_eval, opd_gen, opd_score, opd_train_fsdp, quant_save
+    import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe
+    from settings import parse_settings
+
+    def step(script, *arguments, processes=1):
+        sys.argv = [script, *map(str, arguments)]
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            assert not end.code, script
+
+    def run(name, mark=None):
+        os.environ["WORK"] = str(work := Path(sys.argv[1]) / name)
+        config, _ = parse_settings(d.DistillSettings, "", argv=["--config", "configs/opd_tiny.env"])
+        act = lambda: d.recover(config, work / "record.json", step)
+        return attempt(act, work, mark and (lambda number: any(work.glob(mark))))[0]
+
+    for mark in sys.argv[2:]:
+        assert not run("cut", mark) and not (Path(sys.argv[1]) / "cut/recovered").exists(), mark
+    assert run("cut") and run("whole")
+""")
 
 
 @pytest.mark.slow
@@ -295,29 +325,11 @@ def test_killed_in_every_phase_ends_with_the_same_bytes(random_tiny, tmp_path):
     small = {"TEACHER": random_tiny, "TASKS": "tiny_know,tiny_math", "LIMIT": 4, "MAX_TOKENS": 12, "CHUNK": 2, "K": 8}
     small |= {"TRAJECTORIES": "student", "FINISHED_ONLY": 0, "BACKEND": "hf", "SCORE_BATCH": 2, "KL_ITEMS": 1, "TAG": "killed"}
     small |= {"STEPS": 4, "ROWS": 4, "MICRO_ROWS": 4, "RANK": 4, "LR": 0.1, "WARMUP": 0, "SAVE_EVERY": 1}
-    code = "from pathlib import Path; import distill_run as d; from settings import from_environment, load_config\n"
-    code += "c = load_config(d.DistillConfig, Path('configs/opd_tiny.env'), from_environment(d.DistillConfig))\n"
-    code += "d.Run(c, Path(c.work) / 'record.json', d.step).all()"
-
-    def start(work):
-        environment = ONE_THREAD | {key: str(value) for key, value in (small | {"WORK": work}).items()}
-        return subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=REPO, start_new_session=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
-
-    cut = tmp_path / "cut"
     marks = ("rollouts/samples.jsonl", ".scores.partial/job.json", "adapter/state.safetensors", ".recovered.partial/job.json")
-    for part in marks:
-        process = start(cut)
-        while not any(cut.glob(part)) and process.poll() is None:
-            time.sleep(0.002)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, (part, errors[-2000:])
-        assert not (cut / "recovered").exists()
-    for work in (cut, tmp_path / "whole"):
-        process = start(work)
-        _, errors = process.communicate(timeout=200)
-        assert process.returncode == 0, errors[-2000:]
+    environment = ONE_THREAD | {key: str(value) for key, value in small.items()}
+    environment["PYTHONPATH"] += os.pathsep + str(REPO / "tests")
+    process = subprocess.run([sys.executable, "-c", PHASES, tmp_path, *marks], env=environment, cwd=REPO, capture_output=True,
+                             text=True, timeout=400)  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
     for name in ("rollouts/rollouts.jsonl", "adapter/adapter.safetensors", "recovered/model.safetensors"):
-        assert file_sha256(cut / name) == file_sha256(tmp_path / "whole" / name), name
+        assert file_sha256(tmp_path / "cut" / name) == file_sha256(tmp_path / "whole" / name), name

@@ -10,7 +10,7 @@ import torch
 from conftest import REPO
 from safetensors.torch import load_file, save_file
 
-import packed_layout
+import packed_format
 from calibration import Calibration
 from checkpoint import Checkpoint
 from console import UserError
@@ -18,10 +18,10 @@ from families import Role
 from moe_ptq import Grid, Statistics, round_weight
 from moe_quant import dequantize, quantize_group
 from packed_export import check, pack, sizes, unpack
-from packed_int4 import codes_of, pack_codes
-from packed_layout import plan_container
+from packed_format import codes_of, pack_codes, plan_container
 from packed_view import PACKED, unpack_codes, unpacked_values
-from quant_save import plan_jobs, quantize_checkpoint
+from plans import plan_jobs
+from quant_save import quantize_checkpoint
 from recipe import Recipe
 
 RECIPE = Recipe(3, 4, 128, 4)
@@ -125,7 +125,7 @@ def test_fused_experts_lie_one_by_one_and_come_back_fused(fused, random_tiny, tm
 
 
 def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(fused, tmp_path, monkeypatch):
-    put, puts = packed_layout.PackedWriter._put, []
+    put, puts = packed_format.PackedWriter._put, []
 
     def cut(self, name, value):
         if name == kill["at"]:
@@ -133,7 +133,7 @@ def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(fused, tmp_path, mon
         puts.append(name)
         put(self, name, value)
 
-    monkeypatch.setattr(packed_layout.PackedWriter, "_put", cut)
+    monkeypatch.setattr(packed_format.PackedWriter, "_put", cut)
     kill = {"at": None}
     quantize_checkpoint(fused, tmp_path / "alone", RECIPE, shard_bytes=SHARD // 4, packed=True)
     expected = contents(tmp_path / "alone")
@@ -188,8 +188,8 @@ def test_a_vision_tower_is_left_alone(tmp_path):
     from transformers import AutoModelForImageTextToText
 
     from hf_model import load_weights
-    from tiny_vl_model import build_vl_model, build_vl_tokenizer, vl_config
-    from tiny_vl_train import vl_texts
+    from tiny_data import build_vl_tokenizer, vl_texts
+    from tiny_model import build_vl_model, vl_config
 
     build_vl_model(vl_config(build_vl_tokenizer(vl_texts(100)), 2, 1), 0).bfloat16().save_pretrained(tmp_path / "m")
     quantize_checkpoint(tmp_path / "m", tmp_path / "plain", RECIPE)

@@ -105,7 +105,7 @@ def arguments(model, out, **changes):
         ({"linear-bits": 9}, "linear_bits 9 is outside 2..8"),
         ({"group": 96}, "group 96 does not divide"),
         ({"model": "nowhere"}, "nowhere: no such model directory"),
-        ({"model": "truncated"}, "truncated: expected"),
+        ({"model": "truncated"}, "model.safetensors: truncated"),
         ({"out": "file/q"}, "file is not a directory that you can write to"),
         ({"out": "exists"}, "exists; use --force"),
     ],

@@ -22,7 +22,8 @@ def test_overrides_win_and_the_probe_comes_first(random_tiny, tmp_path):
     done = quantize(tmp_path, PROBE=1, **small)
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
-    assert "moe_probe.py" in commands[0] and "--expert-bits 2.5" in commands[1] and len(commands) == 2
+    assert "quant_save.py" in commands[0] and "--expert-bits 2.5" in commands[0]
+    assert "moe_probe.py" in commands[1] and len(commands) == 2
     assert "entropy" in done.stdout and "memory at most" in done.stdout
     recipe = read_recipe(out)
     assert (recipe.expert_bits, recipe.linear_bits, recipe.method) == (2.5, 4, "gptq")

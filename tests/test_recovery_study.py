@@ -1,5 +1,6 @@
 """The study's plan, and blocks that go into a GGUF as they were trained."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,13 +12,19 @@ from console import UserError
 from ggml_codecs import decode_rows
 from gguf_format import GgufFile
 from gguf_layout import pieces_of, read_parameter, to_gguf
-from gguf_pack import Blocks, plan_pack, write_pack
+from gguf_pack import write_pack
 from merge_adapter import GGML_FILE
-from recovery_study import STUDY, StudyConfig, run_part, stages
-from settings import load_config
+from pack_plan import Blocks, plan_pack
+from settings import parse_settings
+from study_recovery import STUDY, StudySettings, run_part, stages
 
 
-def test_a_block_type_is_trained_and_packed_byte_for_byte(random_tiny, tmp_path, monkeypatch):
+def study_of(changes):
+    study, _ = parse_settings(StudySettings, "", argv=["--config", str(STUDY)])
+    return dataclasses.replace(study, **{name.lower(): value for name, value in changes.items()})
+
+
+def test_a_block_type_is_trained_and_packed_byte_for_byte(random_tiny, tmp_path):
     small = {
         "TEACHER": random_tiny,
         "WORK": tmp_path / "w",
@@ -29,8 +36,8 @@ def test_a_block_type_is_trained_and_packed_byte_for_byte(random_tiny, tmp_path,
         "LONG_FREE": 1,
     }
     small |= {"MAX_TOKENS": 8, "CHUNK": 4, "RANK": 4, "KL_ITEMS": 1, "EVAL_LIMIT": 0, "WARMUP": 0, "FINE_LR": 0.5}
-    monkeypatch.setattr("recovery_study.FINISHED", [])  # an untrained teacher ends nothing
-    study = load_config(StudyConfig, STUDY, {key: str(value) for key, value in small.items()})
+    small |= {"FINISHED_ONLY": False, "SCORE_BATCH": 4}  # an untrained teacher ends nothing
+    study = study_of(small)
     for part in ("students", "cache", "iq2_xs"):
         run_part(study, part)
     work = tmp_path / "w/recovery_iq2_xs"
@@ -62,11 +69,11 @@ def test_a_block_type_is_trained_and_packed_byte_for_byte(random_tiny, tmp_path,
 
 
 def test_every_part_of_the_study_has_the_same_steps():
-    study = load_config(StudyConfig, STUDY)
+    study = study_of({})
     parts = stages(study)
     tags = [stage.tag for part in parts.values() for stage in part]
     assert len(set(tags)) == len(tags)
     for name in parts.keys() - {"long", "wide"}:
         part = parts[name]
-        steps = [stage.changes.get("STEPS", study.steps) for stage in part]
+        steps = [stage.changes.get("steps", study.steps) for stage in part]
         assert sum(steps) == study.steps - (study.steps // 2 if name == "policy_all" else 0), name

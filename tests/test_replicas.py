@@ -9,10 +9,9 @@ import torch
 
 import vllm_eval8
 from backend import Sampling
-from backend_hf import HfBackend
+from backend_hf import HfBackend, Replicas
 from console import UserError
 from hf_model import load_model, spread_map
-from replicas import Replicas
 from task_list import get_benchmarks
 
 CPU = torch.device("cpu")

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-import recovery_study
+import study_recovery
 from page_results import RENAMED, commands
 from page_tables import PIPELINES, pipeline_of
 from records import read_result
-from settings import load_config, read_env_file
+from settings import parse_settings, read_env_file
 
 KINDS = {
     "vllm_eval8": "eval", "mm_eval": "eval", "compare_tags": "compare", "moe_eval": "kl", "mm_kl": "kl", "gguf_kl": "kl",
     "study_spread": "spread",
-    "quant_save": "quantize", "packed_export": "quantize", "pack_run": "pack", "moe_alloc": "probe", "vllm_tokens": "probe",
+    "quant_save": "quantize", "packed_export": "quantize", "gguf_pack": "pack", "moe_alloc": "probe", "vllm_tokens": "probe",
     "speed_gguf": "bench", "speed_eval": "bench", "speed_quant": "bench",
-    "multi_gpu_run": "bench", "tiny_train": "train", "tiny_vl_train": "train", "distill_run": "distill",
+    "speed_multi_gpu": "bench", "tiny_train": "train", "distill_run": "distill",
 }  # fmt: skip
 STUB = """#!/bin/sh
 printf '%s\\t%s\\n' "${TAG:-}" "$*" >>"$ASKED"
@@ -82,8 +82,9 @@ def asked(root: Path, pipeline: str) -> set[str]:
 
 
 def asked_by_the_study(tmp_path, monkeypatch) -> set[str]:
-    """The same of recovery_study.sh, whose parts are in Python; part default is the shell's."""
-    study = load_config(recovery_study.StudyConfig, REPO / recovery_study.STUDY, {"RESULTS": str(tmp_path)})
+    """The same of recovery.sh, whose parts are in Python; part default is the shell's."""
+    argv = ["--config", str(REPO / study_recovery.STUDY), "--results", str(tmp_path)]
+    study, _ = parse_settings(study_recovery.StudySettings, "", argv=argv)
     found = set()
 
     def note(script: str, *arguments: object) -> None:
@@ -93,14 +94,14 @@ def asked_by_the_study(tmp_path, monkeypatch) -> set[str]:
             (tmp_path / f"{name}.json").parent.mkdir(exist_ok=True)
             (tmp_path / f"{name}.json").touch()
 
-    monkeypatch.setattr(recovery_study, "inside", note)
-    recovery_study.run_part(study, "before")
-    for stage in (stage for part in recovery_study.stages(study).values() for stage in part):
+    monkeypatch.setattr(study_recovery, "inside", note)
+    study_recovery.run_part(study, "before")
+    for stage in (stage for part in study_recovery.stages(study).values() for stage in part):
         found.add(f"distill/{stage.tag}")
         if stage.evaluate:
-            recovery_study.evaluate(study, study.path(stage.tag, "recovered"), stage.tag)
-    recovery_study.run_part(study, "compare")
-    shell = (REPO / "pipelines/recovery_study.sh").read_text()
+            study_recovery.evaluate(study, study.work / stage.tag / "recovered", stage.tag)
+    study_recovery.run_part(study, "compare")
+    shell = (REPO / "pipelines/recovery.sh").read_text()
     return found | {f"distill/{tag}" for tag in re.findall(r"TAG=(\w+) bash pipelines/distill.sh", shell)}
 
 
@@ -112,7 +113,7 @@ def test_every_row_is_made_by_the_pipeline_that_the_page_names(elsewhere, tmp_pa
         assert pipeline, f"{file.name}: page_tables.PIPELINES has no pipeline for it"
         wanted.setdefault(pipeline, set()).add(f"{record['kind']}/{record['tag']}")
     for pipeline in dict.fromkeys(pipeline for _, pipeline in PIPELINES):
-        study = pipeline == "recovery_study.sh"
+        study = pipeline == "recovery.sh"
         made = asked_by_the_study(tmp_path, monkeypatch) if study else asked(elsewhere, pipeline)
         names = wanted.get(pipeline, set())
         assert made and names <= made, f"{pipeline} does not make {sorted(names - made)}"
@@ -125,7 +126,7 @@ def test_a_command_of_a_record_exists_or_is_said_to_be_renamed():
         if not (REPO / script).is_file():
             gone.add(Path(script).stem)
     modules = {file.stem for file in REPO.glob("src/*/*.py")}
-    assert gone <= set(RENAMED) and {name.split()[0] for name in RENAMED.values()} <= modules and not set(RENAMED) & modules
+    assert gone == set(RENAMED) and {name.split()[0] for name in RENAMED.values()} <= modules
 
 
 def test_commands_stand_under_their_pipelines():

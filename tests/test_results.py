@@ -9,10 +9,9 @@ from conftest import REPO
 
 from check_results import check_text, refreshed
 from console import UserError
+from intervals import clustered_mcnemar, minimum_detectable, paired_bootstrap, paired_ratio, wilson
 from page_results import page
-from page_tables import render
-from paired_stats import mcnemar, minimum_detectable, paired_bootstrap, paired_ratio, wilson
-from records import public_path, write_result
+from records import public_path, render, write_result
 from sample_log import SampleLog, read_samples
 from study_spread import check_pairs, spread
 
@@ -136,7 +135,7 @@ def test_statistics_against_published_values():
     low, high = wilson(81, 263)  # Newcombe 1998, Table I: 0.2553 to 0.3662
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     assert wilson(0, 20)[0] == 0 and round(wilson(0, 20)[1], 4) == 0.1611 and wilson(5, 5)[1] == 1
-    assert mcnemar([True] * 10, [False] * 10) == pytest.approx(2 / 1024)
+    assert clustered_mcnemar([1] * 10, [0] * 10) == pytest.approx(2 / 1024)
     a, b = [True] * 80 + [False] * 20, [True] * 70 + [False] * 30
     mean, low, high = paired_bootstrap(a, b)
     assert mean == pytest.approx(-0.1) and low < -0.1 < high < 0

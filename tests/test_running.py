@@ -7,16 +7,16 @@ import time
 
 import pytest
 from conftest import REPO
+from scipy import stats
 
-import vllm_eval8
+import runner as runs
 from backend import Completion, Sampling
 from compare_tags import compare
 from console import UserError
-from eval_plan import answered
-from eval_settings import GateRules, load_settings
-from gate import GATED, NOT_GATED, eval_records, gate_axis, gate_lines, gate_status
+from eval_settings import GATED, NOT_GATED, GateRules, eval_records, gate_axis, gate_status, load_settings
+from gate import gate_lines
 from graders import GRADER_VERSION, split_thinking
-from paired_stats import clustered_interval, clustered_mcnemar, discordance, mcnemar, wilson
+from intervals import clustered_interval, clustered_mcnemar, discordance, wilson
 from records import write_result
 from regrade import regrade
 from sample_log import SampleLog, WorkClock, read_samples
@@ -86,7 +86,7 @@ def test_a_slip_in_the_settings_is_one_clear_error(tmp_path, line, message):
 
 def test_clustered_statistics_are_the_plain_ones_for_one_sample():
     a, b = [1, 1, 1, 1, 1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1, 1, 0, 1, 0]
-    assert clustered_mcnemar(a, b) == pytest.approx(mcnemar(list(map(bool, a)), list(map(bool, b))))
+    assert clustered_mcnemar(a, b) == pytest.approx(stats.binomtest(1, 5).pvalue)
     assert clustered_interval(a, 1) == wilson(7, 10)
     assert discordance(a, b) == 0.5 and discordance(a, a) == 0.3
     # by hand: differences 2, 2, -1; of the 8 sign patterns the sums 5, 3 and -3, -5 are at least 3 from zero
@@ -151,7 +151,7 @@ def test_a_packed_log_is_the_same_log(tmp_path, command):
     write_result(directory / "a.json", kind="eval", tag="a", started=1e9, metrics={"b": {"n": 1}}, extra={"samples": log.name})
     seen = set()
     for _ in range(2):
-        done = command("src/eval/pack_samples.py", "--results", tmp_path)
+        done = command("src/eval/regrade.py", "--pack", "--results", tmp_path)
         assert done.returncode == 0 and "not finished, left as they are: b" in done.stdout, done.stderr
         assert not log.exists() and (directory / "b.samples.jsonl").exists()
         seen.add(packed.read_bytes())
@@ -162,8 +162,10 @@ def test_a_packed_log_is_the_same_log(tmp_path, command):
     log.unlink()
     with pytest.raises(UserError, match="a.samples.jsonl.gz: damaged"):
         read_samples(log)
-    done = command("src/eval/pack_samples.py", "c", "--results", tmp_path)
+    done = command("src/eval/regrade.py", "--pack", "c", "--results", tmp_path)
     assert done.returncode == 2 and "holds no plain log of c" in done.stderr
+    done = command("src/eval/regrade.py", "--results", tmp_path)
+    assert done.returncode == 2 and "name the evaluations" in done.stderr
 
 
 def test_seconds_are_the_sum_over_the_parts_of_a_run(tmp_path):
@@ -199,14 +201,12 @@ class Mortal:
 def test_a_killed_run_asks_nothing_twice(tmp_path, monkeypatch):
     from task_list import get_benchmarks
 
-    monkeypatch.setattr(vllm_eval8, "FLUSH_ROWS", 2)
+    monkeypatch.setattr(runs, "FLUSH_ROWS", 2)
     benchmark = get_benchmarks(["tiny_math"])[0]
     asked = []
     for answers in (5, 4, 99):
         backend = Mortal(answers)
-        runner = vllm_eval8.Runner(
-            backend, Sampling(temperature=1.0), 3, SampleLog(tmp_path / "l", PLAIN), WorkClock(tmp_path / "c")
-        )
+        runner = runs.Runner(backend, Sampling(temperature=1.0), 3, SampleLog(tmp_path / "l", PLAIN), WorkClock(tmp_path / "c"))
         try:
             metrics = runner.run(benchmark, benchmark.load(4))
         except KeyboardInterrupt:
@@ -241,7 +241,7 @@ class Mended(Echo):
 
 def evaluated(directory, monkeypatch, benchmark=Echo):
     """An evaluation as the runner makes it, with answers that the grader of Echo gets wrong."""
-    monkeypatch.setattr("bench_mm.get_benchmarks", lambda names, data_dir=None: [benchmark()])
+    monkeypatch.setattr("task_list.get_benchmarks", lambda names, data_dir=None, pictures=False: [benchmark()])
 
     class Backend:
         def render(self, messages):
@@ -253,8 +253,8 @@ def evaluated(directory, monkeypatch, benchmark=Echo):
 
     settings = {**PLAIN, "model": "gone", "samples": 1}
     log = SampleLog(directory / "eval/t.samples.jsonl", settings)
-    runner = vllm_eval8.Runner(Backend(), Sampling(), 1, log, WorkClock(directory / "eval/.t.clock"))
-    metrics, data = vllm_eval8.evaluate([(benchmark(), benchmark().load(2))], runner)
+    runner = runs.Runner(Backend(), Sampling(), 1, log, WorkClock(directory / "eval/.t.clock"))
+    metrics, data = runs.evaluate([(benchmark(), benchmark().load(2))], runner)
     model = {"path": "gone", "config_sha256": "0", "family": None}
     extra = {"samples": "t.samples.jsonl", "parts": 3}
     write_result(directory / "eval/t.json", kind="eval", tag="t", started=1e9, seconds=77.0, model=model, data=data,
@@ -265,7 +265,7 @@ def evaluated(directory, monkeypatch, benchmark=Echo):
 def test_regrading_needs_no_model_and_keeps_the_generation(tmp_path, monkeypatch):
     assert evaluated(tmp_path, monkeypatch)["echo"]["correct"] == 0
     before = json.loads((tmp_path / "eval/t.json").read_text())
-    monkeypatch.setattr("bench_mm.get_benchmarks", lambda names, data_dir=None: [Mended()])
+    monkeypatch.setattr("task_list.get_benchmarks", lambda names, data_dir=None, pictures=False: [Mended()])
     monkeypatch.setattr("regrade.GRADER_VERSION", "next")
     record, changed = regrade(tmp_path / "eval", "t", None, None)
     assert changed == 2 and record["metrics"]["echo"]["acc"] == 1.0
@@ -454,4 +454,4 @@ def test_the_plan_of_a_killed_run_counts_what_it_left(tmp_path):
     path = tmp_path / "a.samples.jsonl"
     SampleLog(path, PLAIN).append([{"benchmark": "tiny_know", "id": "1"}, {"benchmark": "tiny_know", "id": "2"}])
     path.write_bytes(path.read_bytes()[:-5])
-    assert answered(path) == {"tiny_know": 1}
+    assert runs.answered(path) == {"tiny_know": 1}

@@ -84,8 +84,8 @@ CONSUME = """
 import sys
 import torch
 from calibration import Calibration
-from page_sizes import MODELS, bytes_of, cost_table, put_into, read_records
-from quant_save import Sink, quantize_checkpoint
+from quant_save import quantize_checkpoint
+from write_checkpoint import Sink
 from recipe import Recipe
 import quant_save, time
 method, shard = sys.argv[3], int(sys.argv[4])

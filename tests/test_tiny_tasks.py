@@ -9,8 +9,7 @@ from graders import split_thinking
 from task_list import get_benchmarks
 from task_text import split_of
 from tasks_tiny import TINY_TASKS
-from tiny_data import TinyBatches, completion_text, prompt_text
-from tiny_tokenizer import build_tokenizer
+from tiny_data import TinyBatches, build_tokenizer, completion_text, prompt_text
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +58,9 @@ def test_prompts_equal_the_chat_template(tokenizer):
 
 def test_batches_are_a_function_of_the_step(tokenizer):
     shares = {"statements": 0.2, "options": 0.1, "tiny_know": 0.1, "tiny_math": 0.2, "tiny_reason": 0.2, "tiny_code": 0.2}
-    data = TinyBatches(tokenizer, 1, 10, 4, 128, shares, 0.1)
+    data = TinyBatches(tokenizer, 1, 10, 4, 128, 0.1, shares=shares)
     ids, weights = data[3]
-    again, _ = TinyBatches(tokenizer, 1, 10, 4, 128, shares, 0.1)[3]
+    again, _ = TinyBatches(tokenizer, 1, 10, 4, 128, 0.1, shares=shares)[3]
     assert ids.shape == weights.shape == (4, 129) and ids.equal(again) and not ids.equal(data[4][0])
 
 

@@ -9,23 +9,23 @@ import torch
 
 from checkpoint import Checkpoint
 from console import UserError
-from settings import load_config
-from tiny_tokenizer import build_tokenizer
-from tiny_train import Run, TrainConfig, train
+from settings import parse_settings
+from tiny_data import build_tokenizer
+from tiny_train import Run, TrainSettings, train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/make_tiny.env"
-SMALL = {"STEPS": "4", "ROWS": "1", "LENGTH": "256", "WARMUP": "2"}
+SMALL = "--steps 4 --rows 1 --length 256 --warmup 2".split()
 
 
 def test_a_resumed_run_equals_a_whole_one(tmp_path):
-    config = load_config(TrainConfig, CONFIG, SMALL)
+    config, _ = parse_settings(TrainSettings, "", argv=["--config", str(CONFIG), *SMALL])
     tokenizer, device = build_tokenizer(), torch.device("cpu")
     states = []
     for name, stops in (("whole", [4]), ("halves", [2, 4])):
         for stop in stops:
             run = Run(config, tokenizer, tmp_path / name, device)
             run.path.parent.mkdir(exist_ok=True)
-            train(run, tokenizer, 0, save_every=99, probe_every=99, probe_items=0, stop=stop)
+            train(run, 0, save_every=99, stop=stop)
         states.append(run.model.state_dict())
         assert run.step == 4 and run.curve[-1]["step"] == 4
     whole, halves = states

@@ -11,21 +11,20 @@ from transformers import AutoModelForImageTextToText
 
 from console import UserError
 from pictures import load_processor
-from settings import load_config
+from settings import parse_settings
 from task_text import split_of
-from tasks_tiny_vision import TINY_VISION_TASKS
-from tiny_data import completion_text
-from tiny_vl_model import build_vl_tokenizer, patches_of, save_processor, vision_forward, vision_tables, vl_forward
-from tiny_vl_train import VlBatches, VlRun, VlTrainConfig, cpu_layer, encode_scenes, export, train, vl_prompt, vl_texts
+from tasks_tiny import TINY_VISION_TASKS
+from tiny_data import build_vl_tokenizer, completion_text, encode_scenes, vl_prompt, vl_texts
+from tiny_model import patches_of, save_processor, vision_forward, vision_tables, vl_forward
+from tiny_train import TrainSettings, VlRun, token_loss, train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/make_tiny_vl.env"
 CPU = torch.device("cpu")
 
 
 def small_config(**changes):
-    return dataclasses.replace(
-        load_config(VlTrainConfig, CONFIG), **({"rows": 6, "layers": 2, "vision_layers": 1, "max_seconds": 0} | changes)
-    )
+    config, _ = parse_settings(TrainSettings, "", argv=["--config", str(CONFIG)])
+    return dataclasses.replace(config, **({"rows": 6, "layers": 2, "vision_layers": 1, "max_seconds": 0} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def test_training_forward_equals_transformers_through_the_processor(saved, token
         assert torch.allclose(batch["pixel_values"], own, atol=1e-6)
         with torch.no_grad():
             expected = model(**batch).logits[0]
-            hidden, _, load = vl_forward(run.model, row[None], own[None], torch.float32, cpu_layer)
+            hidden, _, load = vl_forward(run.model, row[None], own[None], torch.float32)
         torch.testing.assert_close(run.model.lm_head(hidden)[0, :length], expected, atol=2e-4, rtol=1e-3)
         assert load.shape == (2, 8)
 
@@ -124,29 +123,27 @@ def test_training_resumes_to_the_same_weights_and_the_loss_falls(tokenizer, tmp_
     whole = VlRun(config, tokenizer, tmp_path / "a", CPU)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    train(whole, tokenizer, 0, 100, stop=4)
-    train(VlRun(config, tokenizer, tmp_path / "b", CPU), tokenizer, 0, 2, stop=2)
+    train(whole, 0, 100, stop=4)
+    train(VlRun(config, tokenizer, tmp_path / "b", CPU), 0, 2, stop=2)
     resumed = VlRun(config, tokenizer, tmp_path / "b", CPU)
     assert resumed.step == 2
     with pytest.raises(UserError, match="made with other settings"):
         VlRun(dataclasses.replace(config, seed=2), tokenizer, tmp_path / "b", CPU)
     assert VlRun(dataclasses.replace(config, steps=30), tokenizer, tmp_path / "b", CPU).step == 2  # extended
-    train(resumed, tokenizer, 0, 2, stop=4)
+    train(resumed, 0, 2, stop=4)
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
-    from tiny_train import token_loss
-
-    ids, weights, pixels = VlBatches(tokenizer, config)[0]
+    ids, weights, pixels = whole.batches()[0]
     patches, losses = patches_of(pixels), []
     for _ in range(15):
-        hidden, _, _ = vl_forward(whole.model, ids[:, :-1], patches, torch.float32, cpu_layer)
+        hidden, _, _ = vl_forward(whole.model, ids[:, :-1], patches, torch.float32)
         loss = token_loss(whole.model, hidden, ids[:, 1:], weights[:, 1:])
         loss.backward()
         whole.optimizer.step()
         whole.optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
-    export(whole, tokenizer, tmp_path / "out")
+    whole.export(tmp_path / "out")
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"} <= {
         file.name for file in (tmp_path / "out").iterdir()
     }

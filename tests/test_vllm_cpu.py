@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from multi_gpu_run import same_tokens
 from records import read_result
 from sample_log import read_samples
+from speed_multi_gpu import same_tokens
 from vllm_form import write_form
 
 VENV = Path(os.environ.get("MOE_LOWBIT_VLLM_VENV") or REPO / ".venv-vllm")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import REPO
 
-import multi_gpu_run
+import speed_multi_gpu
 from console import UserError, write_json
 from hf_model import load_model
-from multi_gpu_run import compared_forced, placed, same_tokens
 from records import write_result
 from speed_eval import touched_bytes, weights_of_checkpoint, weights_of_model
+from speed_multi_gpu import compared_forced, placed, same_tokens
 from vllm_form import repeated_key_heads, text_model, write_form
 
 RAZOR = REPO / "models/razor-tiny"
@@ -48,7 +48,7 @@ def test_engines_are_placed_where_room_is_left(monkeypatch):
     assert placed([1, 2, 4], int(35e9), 4) == [[(1, [0]), (2, [1, 2]), (4, [0, 1, 2, 3])]]
     assert placed([1, 2, 4], int(69e9), 4) == [[(1, [0]), (2, [1, 2])], [(4, [0, 1, 2, 3])]]
     assert placed([1, 2], 1, 0) == [[(1, [])], [(2, [])]]
-    assert multi_gpu_run.ENGINE_ROOM > multi_gpu_run.KV_GIB * 2**30
+    assert speed_multi_gpu.ENGINE_ROOM > speed_multi_gpu.KV_GIB * 2**30
 
 
 def test_same_tokens_counts_up_to_the_first_that_differs():

@@ -8,30 +8,29 @@ Writes OUT/rollouts and OUT/scores, which opd_train_fsdp reads like the student'
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from console import run_cli
 from opd_data import INDEX
-from opd_gen import add_generation_arguments, check_generation_arguments, make_rollouts, summary
-from opd_score import add_score_arguments, check_score_arguments, score_rollouts
+from opd_gen import make_rollouts
+from opd_score import score_rollouts
+from opd_settings import Generation, Scoring, batch_option
+from settings import parse_settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Generation, Scoring):
+    teacher: Path
+    out: Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--teacher", type=Path, required=True, help="the original checkpoint")
-    add_generation_arguments(parser)
-    add_score_arguments(parser)
-    args = parser.parse_args()
-    check_generation_arguments(args)
-    check_score_arguments(args)
-    rollouts, scores = args.out / "rollouts", args.out / "scores"
-    args.model, args.out = args.teacher, rollouts
-    make_rollouts(args)
+    settings, _ = parse_settings(Settings, __doc__, batch_option)
+    rollouts, scores = settings.out / "rollouts", settings.out / "scores"
+    make_rollouts(settings, settings.teacher, rollouts)
     if not (scores / INDEX).exists():
-        settings = args.k, args.score_temperature, args.batch, args.shard_rollouts, args.score_prompts
-        score_rollouts(args.teacher, rollouts, scores, *settings)
-    print(f"{summary(rollouts)}; scores in {scores}", flush=True)
+        score_rollouts(settings, settings.teacher, rollouts, scores)
 
 
 if __name__ == "__main__":

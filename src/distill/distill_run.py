@@ -1,16 +1,18 @@
-"""What pipelines/distill.sh runs: a configs/*.env file with overrides from the environment -> the four phases and their record.
+"""What pipelines/distill.sh runs: a configs/*.env file with changes from the environment -> the four phases and their record.
 
-    STEPS=50 WORK=work/mine python src/distill/distill_run.py --config configs/opd_tiny.env [--smoke]
+    STEPS=50 WORK=work/mine python src/distill/distill_run.py --config configs/opd_tiny.env [--smoke] [--dry-run]
 
-Each phase is the command that a user would type; it is skipped where its output is complete, so the same command goes on after
-a kill. WORK remembers its settings and refuses others. --smoke takes two steps end to end on a few short rollouts, in
-WORK-smoke.
+Each phase is the command that a user would type, in a process of its own; it is skipped where its output is complete, so the
+same command goes on after a kill. WORK remembers its settings and refuses others. --smoke takes two steps end to end on a few
+short rollouts, in WORK-smoke. --dry-run stops after the plan: sizes are upper bounds from the settings and the teacher's
+headers (a rollout may end early), times are those tokens at the rates that results/distill records for each phase.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import shlex
 import shutil
@@ -18,94 +20,62 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from console import UserError, read_json, run_cli, run_script, write_json
-from opd_data import MANIFEST, PHASE, shown
-from opd_train_fsdp import ADAPTER_JSON
-from recipe import RECIPE_FILE, recipe_record
-from records import describe_model, read_result, write_result
-from settings import from_environment, load_config
+from fsdp_setup import shared_cores
+from opd_budget import budget
+from opd_data import ADAPTER_JSON, INDEX, MANIFEST, PHASE, shown
+from opd_settings import DistillSettings, Generation, Scoring, TrainSettings, options
+from recipe import RECIPE_FILE, Recipe, recipe_record
+from records import REPO, describe_model, read_result, write_result
+from settings import parse_settings
+from size_model import RESULTS, Rates, duration, machine, records_of
 
-SMOKE = {"LIMIT": "4", "REPEATS": "1", "MAX_TOKENS": "64", "FINISHED_ONLY": "0", "STEPS": "2", "WARMUP": "0", "KL_ITEMS": "2"}
-SMOKE |= {"MICRO_ROWS": "2", "EVAL_LIMIT": "0", "SAVE_EVERY": "1"}
+SMOKE = {"limit": 4, "repeats": 1, "max_tokens": 64, "finished_only": False, "steps": 2, "warmup": 0, "kl_items": 2}
+SMOKE |= {"micro_rows": 2, "eval_limit": 0, "save_every": 1}
+EVAL_KEYS = ("n", "acc", "acc_low", "acc_high", "acc_finished", "trunc", "mean_tokens")
+Step = Callable[..., None]  # step(script, *arguments, processes=N) runs a command
 
 
-@dataclass(frozen=True)
-class DistillConfig:
-    """The keys of configs/opd_tiny.env."""
-
-    student: str
-    teacher: str
-    work: str
-    tag: str
-    expert_bits: float
-    linear_bits: int
-    group: int
-    clip_steps: int
-    method: str
-    cache: str
-    trajectories: str
-    tasks: str
-    prompts: str
-    limit: int
-    repeats: int
-    backend: str
-    chunk: int
-    rollout_model: str
-    finished_only: bool
-    max_tokens: int
-    temperature: float
-    k: int
-    score_temperature: float
-    score_batch: int
-    score_prompts: bool
-    init: str
-    steps: int
-    rows: int
-    micro_rows: int
-    rank: int
-    mode: str
-    linears: bool
-    base: str
-    ggml: str
-    loss: str
-    lr: float
-    warmup: int
-    save_every: int
-    recompute: bool
-    processes: int
-    seed: int
-    kl_items: int
-    eval_limit: int
-
-    def __post_init__(self) -> None:
-        if self.trajectories not in ("student", "teacher"):
-            raise UserError(f"TRAJECTORIES={self.trajectories}: expected student or teacher")
-        if self.init and not self.cache and self.trajectories == "student" and not self.rollout_model:
-            raise UserError("INIT with rollouts of the student: set ROLLOUT_MODEL to what INIT's run recovered")
-        if self.processes < 1:
-            raise UserError(f"PROCESSES={self.processes}: must be at least 1")
+def step(script: str, *arguments: object, processes: int = 1) -> None:
+    """Run one of the project's commands, printed first; several processes by torchrun. Each has a process of its own, so that
+    an engine's GPU memory goes with it and a phase's peak memory is its own."""
+    start = ["torchrun", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else ["python"]
+    print("+ " + shlex.join([*start, script, *map(str, arguments)]), flush=True)
+    if processes == 1:
+        run_script(script, *arguments)
+        return
+    command = [sys.executable, "-m", "torch.distributed.run", *start[1:], str(REPO / script), *map(str, arguments)]
+    if code := subprocess.run(command, env=os.environ | shared_cores(processes)).returncode:
+        sys.exit(code)
 
 
 class Run:
-    """The directories of a run and its phases in order; ``step(script, *arguments, processes=N)`` runs a command."""
+    """The directories of a run and its phases in order."""
 
-    def __init__(self, config: DistillConfig, result: Path, step: Callable[..., None]) -> None:
+    def __init__(self, config: DistillSettings, result: Path, step: Step) -> None:
         self.config, self.result, self.step = config, result, step
-        self.work, self.teacher = Path(config.work), Path(config.teacher)
-        self.student = Path(config.student) if config.student else self.work / "student"
-        off_policy = Path(config.cache) if config.cache else self.work / ("teacher" if config.trajectories == "teacher" else "")
+        self.work, self.teacher = config.work, config.teacher
+        self.student = config.student or self.work / "student"
+        off_policy = config.cache or self.work / ("teacher" if config.trajectories == "teacher" else "")
         self.rollouts, self.scores = off_policy / "rollouts", off_policy / "scores"
         self.adapter, self.recovered = self.work / "adapter", self.work / "recovered"
         # what is recovered: on a block type of llama.cpp that is not the student's file, but its weights on that grid
         self.before = self.work / "before" if config.ggml else self.student
 
+    def all(self) -> dict[str, Any]:
+        """Every phase that is not done yet, and the record; returns its metrics."""
+        started = time.time()
+        self.claim()
+        for phase in (self.quantize, self.cache, self.start, self.train, self.merge, self.measure):
+            phase()
+        return self.record(started)
+
     def claim(self) -> None:
         """Note the settings in WORK, or refuse a WORK with others."""
-        path, settings = self.work / "settings.json", dataclasses.asdict(self.config)
+        path, settings = self.work / "settings.json", json.loads(json.dumps(flat(self.config), default=str))
         if path.exists():
             before = read_json(path)
             changed = sorted(key.upper() for key in settings.keys() | before.keys() if settings.get(key) != before.get(key))
@@ -115,65 +85,40 @@ class Run:
             write_json(path, settings)
 
     def quantize(self) -> None:
-        config = self.config
-        if config.student or (self.student / RECIPE_FILE).exists():
-            return
-        bits = ["--expert-bits", f"{config.expert_bits:g}", "--linear-bits", config.linear_bits, "--group", config.group]
-        method = ["--clip-steps", config.clip_steps, "--method", config.method]
-        self.step("src/quant/quant_save.py", "--model", self.teacher, "--out", self.student, *bits, *method)
-
-    def generation(self) -> list[object]:
-        config = self.config
-        source = ["--tasks", config.tasks] if config.tasks else []
-        source += ["--prompts", config.prompts] if config.prompts else []
-        sampling = ["--temperature", config.temperature, "--max-tokens", config.max_tokens, "--seed", config.seed]
-        counts = ["--limit", config.limit, "--repeats", config.repeats, "--backend", config.backend]
-        return [*source, *counts, *sampling, "--chunk", config.chunk, *(["--finished-only"] if config.finished_only else [])]
-
-    def scoring(self) -> list[object]:
-        config = self.config
-        size = ["--k", config.k, "--score-temperature", config.score_temperature, "--batch", config.score_batch]
-        return [*size, *(["--score-prompts"] if config.score_prompts else [])]
+        recipe = self.config.recipe
+        if not self.config.student and not (self.student / RECIPE_FILE).exists():
+            paths = ["--model", self.teacher, "--out", self.student]
+            self.step("src/quant/quant_save.py", *paths, *options(Recipe, recipe), "--method", recipe.method)
 
     def cache(self) -> None:
         """Phases A and B, unless CACHE names the output of another run."""
-        if self.config.cache:
+        config, teacher = self.config, ["--teacher", self.teacher]
+        if config.cache or (self.scores / INDEX).exists():
             return
-        if self.config.trajectories == "teacher":
-            if not (self.scores / "index.json").exists():
-                made = ["--teacher", self.teacher, "--out", self.rollouts.parent]
-                self.step("src/distill/cache_teacher.py", *made, *self.generation(), *self.scoring())
+        made, scored = options(Generation, config), options(Scoring, config)
+        if config.trajectories == "teacher":
+            self.step("src/distill/cache_teacher.py", *teacher, "--out", self.rollouts.parent, *made, *scored)
             return
         if not (self.rollouts / MANIFEST).exists():
-            model = self.config.rollout_model or self.student
-            self.step("src/distill/opd_gen.py", "--model", model, "--out", self.rollouts, *self.generation())
-        if not (self.scores / "index.json").exists():
-            paths = ["--teacher", self.teacher, "--rollouts", self.rollouts, "--out", self.scores]
-            self.step("src/distill/opd_score.py", *paths, *self.scoring())
+            model = config.rollout_model or self.student
+            self.step("src/distill/opd_gen.py", "--model", model, "--out", self.rollouts, *made)
+        self.step("src/distill/opd_score.py", *teacher, "--rollouts", self.rollouts, "--out", self.scores, *scored)
 
     def start(self) -> None:
         """The weights of a block type before training: an adapter of no steps, merged."""
         if self.config.ggml and not (self.before / RECIPE_FILE).exists():
-            self.fit(self.work / "start", 0)
+            self.fit(self.work / "start", dataclasses.replace(self.config, steps=0, init=None))
             self.bake(self.work / "start", self.before)
 
     def train(self) -> None:
         """Phase C."""
-        self.fit(self.adapter, self.config.steps)
+        self.fit(self.adapter, self.config)
 
-    def fit(self, out: Path, steps: int) -> None:
-        config = self.config
-        if (out / ADAPTER_JSON).exists():
-            return
-        paths = ["--student", self.student, "--teacher", self.teacher, "--rollouts", self.rollouts, "--scores", self.scores]
-        size = ["--steps", steps, "--rows", config.rows, "--micro-rows", config.micro_rows, "--seed", config.seed]
-        kind = ["--rank", config.rank, "--mode", config.mode, "--base", config.base, "--loss", config.loss]
-        rate = ["--lr", config.lr, "--warmup", config.warmup, "--save-every", config.save_every]
-        more = ["--ggml", config.ggml] if config.ggml else []
-        more += ["--init", config.init] if config.init and steps else []
-        more += [flag for flag, on in (("--linears", config.linears), ("--no-recompute", not config.recompute)) if on]
-        arguments = [*paths, "--out", out, *size, *kind, *rate, *more]
-        self.step("src/distill/opd_train_fsdp.py", *arguments, processes=config.processes)
+    def fit(self, out: Path, config: DistillSettings) -> None:
+        if not (out / ADAPTER_JSON).exists():
+            paths = ["--student", self.student, "--teacher", self.teacher, "--rollouts", self.rollouts, "--scores", self.scores]
+            arguments = [*paths, "--out", out, *options(TrainSettings, config)]
+            self.step("src/distill/opd_train_fsdp.py", *arguments, processes=config.processes)
 
     def merge(self) -> None:
         """Phase D."""
@@ -186,22 +131,14 @@ class Run:
 
     def measure(self) -> None:
         """KL to the teacher (and accuracy, where asked for) before and after."""
+        config = self.config
         for tag, model in (("before", self.before), ("after", self.recovered)):
             if not (self.work / f"kl/{tag}.json").exists():
-                items = ["--items", self.config.kl_items, "--out", self.work / "kl", "--tag", tag]
+                items = ["--items", config.kl_items, "--out", self.work / "kl", "--tag", tag]
                 self.step("src/eval/moe_eval.py", "--model", model, "--reference", self.teacher, *items)
-            if self.config.eval_limit and not (self.work / f"eval/{tag}.json").exists():
-                items = [
-                    "--limit",
-                    self.config.eval_limit,
-                    "--batch",
-                    self.config.chunk,
-                    "--out",
-                    self.work / "eval",
-                    "--tag",
-                    tag,
-                ]
-                self.step("src/eval/vllm_eval8.py", "--model", model, "--benchmarks", self.config.tasks, *items)
+            if config.eval_limit and not (self.work / f"eval/{tag}.json").exists():
+                items = ["--limit", config.eval_limit, "--batch", config.chunk, "--out", self.work / "eval", "--tag", tag]
+                self.step("src/eval/vllm_eval8.py", "--model", model, "--benchmarks", config.tasks, *items)
 
     def phases(self) -> dict[str, Any]:
         """What each phase cost, from the files that they left."""
@@ -210,14 +147,6 @@ class Run:
             value = read_json(directory / PHASE)
             found[value.pop("phase")] = value
         return found
-
-    def all(self) -> dict[str, Any]:
-        """Every phase that is not done yet, and the record; returns its metrics."""
-        started = time.time()
-        self.claim()
-        for phase in (self.quantize, self.cache, self.start, self.train, self.merge, self.measure):
-            phase()
-        return self.record(started)
 
     def record(self, started: float) -> dict[str, Any]:
         """Write the record of the run; returns its metrics."""
@@ -235,51 +164,21 @@ class Run:
             for tag in ("before", "after"):
                 scores = read_result(self.work / f"eval/{tag}.json", "eval")["metrics"]
                 metrics[f"eval_{tag}"] = {name: {k: m[k] for k in EVAL_KEYS} for name, m in scores.items()}
+        public = {name: shown(value) if isinstance(value, Path) else value for name, value in flat(self.config).items()}
         write_result(
             self.result, kind="distill", tag=self.config.tag, started=started, model=describe_model(self.recovered),
             seconds=sum(phase["seconds"] for phase in metrics["phases"].values()), recipe=recipe_record(self.recovered),
             data=[{"name": "rollouts", "revision": self.config.trajectories, "sha256": manifest["sha256"],
                    "n": manifest["kept"]["samples"]}],
-            sampling=manifest["settings"]["sampling"], metrics=metrics, extra={"settings": public(self.config)},
+            sampling=manifest["settings"]["sampling"], metrics=metrics, extra={"settings": public},
         )  # fmt: skip
         return metrics
 
 
-EVAL_KEYS = ("n", "acc", "acc_low", "acc_high", "acc_finished", "trunc", "mean_tokens")
-
-
-def public(config: DistillConfig) -> dict[str, Any]:
-    """The settings as a record may hold them: paths relative to the repository."""
-    paths = ("student", "teacher", "work", "cache", "prompts", "rollout_model", "init")
+def flat(config: DistillSettings) -> dict[str, Any]:
+    """The settings by name, those of the recipe among them."""
     values = dataclasses.asdict(config)
-    return values | {key: shown(Path(values[key])) for key in paths if values[key]}
-
-
-def step(script: str, *arguments: object, processes: int = 1) -> None:
-    """Run one of the project's commands, printed first; several processes by torchrun."""
-    start = ["torchrun", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else ["python"]
-    print("+ " + shlex.join([*start, script, *map(str, arguments)]), flush=True)
-    if processes == 1:
-        run_script(script, *arguments)
-        return
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", *start[1:], str(root / script), *map(str, arguments)]
-    if code := subprocess.run(command, env=os.environ | shared_cores(processes)).returncode:
-        sys.exit(code)
-
-
-def shared_cores(processes: int) -> dict[str, str]:
-    """The variable that gives each of ``processes`` its share of the cores, where it is not set; torchrun would give it one."""
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))}
-
-
-def overrides(smoke: bool, config: DistillConfig | None = None) -> dict[str, str]:
-    """The config's keys that the environment sets; for --smoke also the small sizes, in a WORK of its own."""
-    found = from_environment(DistillConfig)
-    if smoke and config is not None:
-        rows = str(2 * config.processes)
-        found |= SMOKE | {"ROWS": rows, "WORK": config.work.rstrip("/") + "-smoke"}
-    return found
+    return values | values.pop("recipe")
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -298,20 +197,85 @@ def summary(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", type=Path, required=True, help="settings, as configs/opd_tiny.env")
+def recover(config: DistillSettings, result: Path, step: Step = step) -> None:
+    """Every phase by ``step``, and the record in ``result``."""
+    print(summary(Run(config, result, step).all()), flush=True)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def phase_rates(results: Path, phase: str) -> Rates:
+    """The best recorded tokens a second of a phase on each machine."""
+    found: Rates = {}
+    for file, record in records_of(results, "distill"):
+        rate = record["metrics"].get("phases", {}).get(phase, {}).get("tokens_per_second", 0)
+        if rate:
+            found[machine(record)] = max(found.get(machine(record), (rate, file)), (rate, file))
+    return found
+
+
+def prompts(config: DistillSettings) -> int:
+    """Prompts that get a rollout: of a file its lines, of the tiny tasks LIMIT each."""
+    if not config.prompts:
+        return config.limit * len(config.tasks.split(","))
+    try:
+        return min(config.limit, sum(1 for line in config.prompts.open(encoding="utf-8") if line.strip()))
+    except OSError as error:
+        raise UserError(f"{config.prompts}: cannot be read ({error.strerror}); PROMPTS names a jsonl file") from None
+
+
+def plan(config: DistillSettings, result: Path) -> str:
+    """What the run would do, with sizes and times; no weight is read."""
+    run, rollouts = Run(config, result, step), prompts(config) * config.repeats
+    needs = budget(config.teacher, rank=config.rank, rollouts=rollouts, tokens=config.max_tokens, k=config.k)
+    shape, disk, recipe = needs["shape"], needs["disk"], config.recipe
+    if config.mode == "scales":
+        disk |= {"adapter": 0, "training state": 0}
+    student = config.student or f"{run.student} (int{recipe.expert_bits:g}/int{recipe.linear_bits}, {recipe.method})"
+    lines = [
+        f"teacher {config.teacher}: {shape['parameters']:,.0f} parameters, "
+        f"{100 * shape['routed'] / shape['parameters']:.1f} % in experts",
+        f"student {student}; {config.trajectories}'s trajectories; loss {config.loss}; {config.processes} process(es)",
+    ]
+    texts, trained = rollouts * config.max_tokens, config.steps * config.rows * config.max_tokens
+    for name, phase, done, what, tokens in (
+        ("A rollouts", "opd_gen", run.rollouts / MANIFEST, f"{rollouts:,} rollouts", texts),
+        ("B scores", "opd_score", run.scores / INDEX, f"{rollouts:,} rollouts", texts),
+        ("C training", "opd_train", run.adapter / ADAPTER_JSON, f"{config.steps:,} steps of {config.rows} rollouts", trained),
+    ):
+        lines.append(f"{name}: {what}, at most {tokens:,} tokens" + (" (done: skipped)" if done.exists() else ""))
+        rates = phase_rates(RESULTS, phase)
+        for where, (rate, file) in rates.items():
+            lines.append(f"  {duration(tokens / rate):>8}  {where} ({rate:,.0f} tokens/s, {file})")
+        lines += [] if rates else ["  no recorded rate; the phase shows its own after a few seconds"]
+    lines.append(f"D merge: writes {run.recovered}" + (" (done: skipped)" if (run.recovered / RECIPE_FILE).exists() else ""))
+    sizes = ", ".join(f"{name.partition(',')[0]} {size / 1e6:,.1f} MB" for name, size in disk.items())
+    judged = f", and {config.eval_limit} test items of each task" if config.eval_limit else ""
+    lines.append(f"disk, at most: {sizes}")
+    lines.append(f"judged by the KL of {config.kl_items} transcripts of each task{judged}; record {result}")
+    return "\n".join([*lines, "dry run: nothing was written"])
+
+
+def modes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--smoke", action="store_true", help="two steps end to end, in WORK-smoke")
-    args = parser.parse_args()
-    config = load_config(DistillConfig, args.config, overrides(False))
+    parser.add_argument("--dry-run", action="store_true", help="say what the run would do, and stop")
+
+
+def main() -> None:
+    config, args = parse_settings(DistillSettings, __doc__, modes)
     result = Path("results/distill") / f"{config.tag}.json"
     if args.smoke:
-        config = load_config(DistillConfig, args.config, overrides(True, config))
-        result = Path(config.work) / "distill/smoke.json"
+        work = config.work.with_name(f"{config.work.name}-smoke")
+        config = dataclasses.replace(config, **SMOKE, rows=2 * config.processes, work=work)
+        result = config.work / "distill/smoke.json"
+    if args.dry_run:
+        print(plan(config, result), flush=True)
+        return
+    if args.smoke:
         shutil.rmtree(config.work, ignore_errors=True)
-    run = Run(config, result, step)
-    print(summary(run.all()), flush=True)
-    print("SMOKE OK" if args.smoke else f"recovered model: {run.recovered}\nrecord: {run.result}", flush=True)
+    recover(config, result)
+    print("SMOKE OK" if args.smoke else f"recovered model: {config.work / 'recovered'}\nrecord: {result}", flush=True)
 
 
 if __name__ == "__main__":

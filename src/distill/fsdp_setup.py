@@ -47,6 +47,11 @@ def start_world() -> World:
     return World(rank, size, device)
 
 
+def shared_cores(processes: int) -> dict[str, str]:
+    """The variable that gives each of ``processes`` its share of the cores, where it is not set; torchrun would give it one."""
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))}
+
+
 def end_world(world: World) -> None:
     """Leave the process group, so that torchrun sees a clean end."""
     if world.size > 1:

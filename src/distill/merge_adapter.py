@@ -23,15 +23,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from calibration import place_of
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
+from families import place_of
 from fsdp_setup import World
 from moe_lora import Adapter, digest, refuse_family
-from opd_data import FORMAT, model_identity, same_model, write_phase
-from opd_student import AdapterConfig, GridMaker
-from opd_train_fsdp import ADAPTER, ADAPTER_JSON
-from quant_save import CHUNK_BYTES, sidecars
+from opd_data import ADAPTER, ADAPTER_JSON, FORMAT, model_identity, same_model, write_phase
+from opd_settings import AdapterSettings
+from opd_student import GridMaker
+from plans import CHUNK_BYTES, sidecars
 from recipe import RECIPE_FILE
 from run_dir import check_output, staged_directory
 from safetensors_file import CheckpointWriter
@@ -126,7 +126,7 @@ def merge(student: Path, teacher: Path, directory: Path, out: Path, force: bool,
     check_output(student, out, force, needed)
     check_models(described, student, teacher, directory)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bake = Bake(GridMaker(student, teacher, AdapterConfig(**described["adapter"]), World(0, 1, device)), described, directory)
+    bake = Bake(GridMaker(student, teacher, AdapterSettings(**described["adapter"]), World(0, 1, device)), described, directory)
     job = {"adapter_sha256": file_sha256(directory / ADAPTER), "student": described["student"], "shard_bytes": shard_bytes}
     # tensors of one parameter follow one another, so that it is baked once
     names = sorted(checkpoint.tensors, key=order_key(checkpoint))

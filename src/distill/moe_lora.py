@@ -159,7 +159,7 @@ def attach(owner: nn.Module, attribute: str, adapter: Adapter) -> None:
     del owner._parameters[attribute]
     owner.add_module(f"{attribute}_adapter", adapter)
 
-    def make(module: nn.Module, args: Any) -> None:
+    def make(module: nn.Module, args: Any) -> None:  # what a pre-hook returned would replace the module's arguments
         module.__dict__[attribute] = adapter(dtype)
 
     def drop(module: nn.Module, args: Any, out: Any) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,12 @@ from target_grid import IntGrid
 GROUP = 128
 GRID_BYTES = 96  # traffic of a weight each time: what two more layers of the 122B took (results/bench/multi_gpu_train122b.json)
 FLOAT_COPIES = 4  # float32 tensors of a chunk that the grid holds at once: position, codes, product, gradient
+SIZES = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size", "vocab_size")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A mixture of experts. ``parameters`` and ``active``: all, and those that one token meets."""
+    """A mixture of experts whose layers all have them. ``parameters`` and ``active``: all, and those that one token meets."""
 
     layers: int
     experts: int
@@ -51,23 +51,15 @@ class Shape:
         return self.layers * self.experts * rank * ((2 * self.inner + self.hidden) + (self.hidden + self.inner))
 
 
-def shape_of_config(config: Mapping[str, Any], parameters: float, active: float) -> Shape:
-    """The shape that a config.json gives a model whose layers all have experts."""
-    config = text_config(config)
-    keys = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size", "vocab_size")
-    return Shape(*(config[key] for key in keys), parameters, active)
-
-
-def qwen_122b() -> Shape:
-    """Qwen3.5-122B-A10B, its parameters as its name rounds them."""
-    return shape_of_config(read_json(REPO / "configs/shape_122b.json"), 122e9, 10e9)
-
-
-def shape_of(model: Path) -> Shape:
-    """The shape of a checkpoint whose layers all have experts."""
+def shape_of(model: Path | None) -> Shape:
+    """The shape of a checkpoint; without one that of Qwen3.5-122B-A10B, its parameters as its name rounds them."""
+    if model is None:
+        config = text_config(read_json(REPO / "configs/shape_122b.json"))
+        return Shape(*(config[key] for key in SIZES), 122e9, 10e9)
     checkpoint = Checkpoint(model)
+    config = text_config(checkpoint.config)
     total = sum(info.numel for info in checkpoint.tensors.values())
-    shape = shape_of_config(checkpoint.config, total, total)
+    shape = Shape(*(config[key] for key in SIZES), total, total)
     return dataclasses.replace(shape, active=total - shape.routed * (1 - shape.top_k / shape.experts))
 
 
@@ -75,18 +67,18 @@ def shape_of(model: Path) -> Shape:
 class Plan:
     """A run, and the rates that hours are computed with."""
 
-    gpus: int
-    rank: int
-    rows: int
-    micro_rows: int
-    tokens: int  # of a rollout, prompt included
-    steps: int
-    rollouts: int
-    k: int
-    flops: float  # of a GPU in BF16 matrix products, as achieved
-    bandwidth: float  # bytes a second of a GPU's memory, as achieved
-    link: float  # bytes a second that a GPU receives from the others
-    generated: float  # tokens a second of the student's rollouts on all GPUs
+    gpus: int = 4
+    rank: int = 8
+    rows: int = 16
+    micro_rows: int = 1
+    tokens: int = 8192  # of a rollout, prompt included
+    steps: int = 200
+    rollouts: int = 2000
+    k: int = 64
+    flops: float = 4e14  # of a GPU in BF16 matrix products, as achieved
+    bandwidth: float = 2.98e12  # bytes a second of a GPU's memory, as achieved
+    link: float = 3e11  # bytes a second that a GPU receives from the others
+    generated: float = 2000.0  # tokens a second of the student's rollouts on all GPUs
 
 
 def memory(shape: Shape, plan: Plan) -> dict[str, float]:
@@ -139,31 +131,33 @@ def disk(shape: Shape, plan: Plan) -> dict[str, float]:
     }
 
 
-def budget(shape: Shape, plan: Plan) -> dict[str, Any]:
-    """Everything, in GB and hours."""
-    parts = {name: round(size / 1e9, 3) for name, size in memory(shape, plan).items()}
+def budget(model: Path | None, **plan: Any) -> dict[str, Any]:
+    """Everything, in bytes and hours. ``plan``: what differs from the defaults of :class:`Plan`."""
+    own, shape = Plan(**plan), shape_of(model)
     return {
         "shape": dataclasses.asdict(shape) | {"routed": shape.routed},
-        "assumed": dataclasses.asdict(plan),
-        "adapter_parameters": shape.adapter_parameters(plan.rank),
-        "gpu_gb": parts | {"total": round(sum(parts.values()), 3)},
-        "hours": {name: round(value, 3) for name, value in hours(shape, plan).items()},
-        "disk_gb": {name: round(size / 1e9, 3) for name, size in disk(shape, plan).items()},
+        "assumed": dataclasses.asdict(own),
+        "adapter_parameters": shape.adapter_parameters(own.rank),
+        "gpu": memory(shape, own),
+        "hours": hours(shape, own),
+        "disk": disk(shape, own),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, help="checkpoint whose shape is taken")
-    defaults = Plan(4, 8, 16, 1, 8192, 200, 2000, 64, 4e14, 2.98e12, 3e11, 2000.0)
     for field in dataclasses.fields(Plan):
-        value = getattr(defaults, field.name)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(value), default=value)
-    args = vars(parser.parse_args())
-    model = args.pop("model")
-    if min(args.values()) <= 0 or args["rows"] % (args["micro_rows"] * args["gpus"]):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    values = vars(parser.parse_args())
+    model = values.pop("model")
+    if min(values.values()) <= 0 or values["rows"] % (values["micro_rows"] * values["gpus"]):
         raise UserError("every number must be above 0, and --rows a multiple of --micro-rows x --gpus")
-    print(json.dumps(budget(shape_of(model) if model else qwen_122b(), Plan(**args)), indent=2), flush=True)
+    found = budget(model, **values)
+    for kind, shown, unit in (("gpu", "gpu_gb", 1e9), ("hours", "hours", 1), ("disk", "disk_gb", 1e9)):
+        found[shown] = {name: round(value / unit, 3) for name, value in found.pop(kind).items()}
+    found["gpu_gb"]["total"] = round(sum(found["gpu_gb"].values()), 3)
+    print(json.dumps(found, indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Not a command; docs/OPD_INTEGRATION.md describes the formats.
 
     rollouts   samples.jsonl (every sample, resumable), rollouts.jsonl (the kept ones), rollouts.json (counts, digest)
     scores     index.json, scores-00000.safetensors, ...: token ids and the teacher's top-k for every completion token
+    adapter    adapter.safetensors (A, B and growth of every parameter), adapter.json (what it belongs to, the loss curve)
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from checkpoint import Checkpoint
-from console import UserError, file_sha256, read_json, write_json
+from console import UserError, atomic_path, file_sha256, read_json, write_json
 from opd_losses import TopK
 from records import header_sha256, peak_rss_mib, public_path, sha256_json
 
 ROLLOUTS, MANIFEST, INDEX, PHASE = "rollouts.jsonl", "rollouts.json", "index.json", "phase.json"
+ADAPTER, ADAPTER_JSON = "adapter.safetensors", "adapter.json"
 FORMAT = 1
 
 
@@ -55,6 +57,32 @@ def read_rollouts(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]
     if not path.is_file() or file_sha256(path) != manifest["sha256"]:
         raise UserError(f"{path}: not the rollouts that {MANIFEST} describes; run opd_gen again")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()], manifest
+
+
+def counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    graded = [row for row in rows if row["correct"] is not None]
+    return {
+        "samples": len(rows),
+        "finished": sum(row["finish_reason"] == "stop" for row in rows),
+        "graded": len(graded),
+        "correct": sum(row["correct"] for row in graded),
+        "tokens": sum(row["tokens"] for row in rows),
+    }
+
+
+def write_rollouts(
+    out: Path, rows: Sequence[dict[str, Any]], chosen: Sequence[dict[str, Any]], settings: dict[str, Any],
+    choice: dict[str, bool], seconds: float, tokens: int,
+) -> dict[str, Any]:  # fmt: skip
+    """The kept rollouts, the cost of all, and the manifest, which is returned."""
+    with atomic_path(out / ROLLOUTS) as temporary:
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in chosen]
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    manifest = {"format": 1, "settings": settings, "choice": choice, "all": counts(rows), "kept": counts(chosen)}
+    manifest |= {"settings_sha256": sha256_json(settings), "sha256": file_sha256(out / ROLLOUTS)}
+    write_phase(out, "opd_gen", seconds, tokens)
+    write_json(out / MANIFEST, manifest)  # last: its presence says that the phase is complete
+    return manifest
 
 
 def encode_rollout(tokenizer: Any, row: dict[str, Any]) -> tuple[list[int], int]:

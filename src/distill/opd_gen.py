@@ -12,7 +12,6 @@ on a CPU. OUT/rollouts.jsonl: the kept ones.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import time
@@ -20,21 +19,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backend import Backend, Completion, Sampling, choose_backend
+from backend import PROMPT_ROOM, Backend, Completion, Sampling, choose_backend
 from backend_hf import HfBackend
 from checkpoint import Checkpoint
-from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
+from console import UserError, file_sha256, progress, run_cli
 from graders import GRADER_VERSION
-from opd_data import MANIFEST, ROLLOUTS, shown, write_phase
-from records import sha256_json, sha256_text
+from opd_data import shown, write_rollouts
+from opd_settings import Generation
+from records import sha256_text
+from runner import graded_rows
 from sample_log import SampleLog, sample_key
+from settings import parse_settings, setting
 from task import Benchmark
 from task_list import get_benchmarks
 from task_text import Item
 from vllm_eval import VllmBackend
-from vllm_eval8 import PROMPT_ROOM, graded_rows
-
-CHUNK = 64  # prompts generated together, whole or not at all: a resumed run must make the same batches (--chunk)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,17 +145,6 @@ def kept(rows: Sequence[dict[str, Any]], finished_only: bool, correct_only: bool
     return [row for row in rows if good(row)]
 
 
-def counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    graded = [row for row in rows if row["correct"] is not None]
-    return {
-        "samples": len(rows),
-        "finished": sum(row["finish_reason"] == "stop" for row in rows),
-        "graded": len(graded),
-        "correct": sum(row["correct"] for row in graded),
-        "tokens": sum(row["tokens"] for row in rows),
-    }
-
-
 def make_backend(name: str, model: Path, max_tokens: int, chunk: int) -> Backend:
     if name == "llamacpp" or name == "auto" and model.suffix == ".gguf":
         from llamacpp_eval8 import LlamaCppBackend  # needs gguf, which a checkpoint's student does not
@@ -169,91 +157,45 @@ def weights_sha256(model: Path) -> str:
     return file_sha256(model) if model.is_file() else Checkpoint(model).sha256()
 
 
-def make_rollouts(args: argparse.Namespace) -> dict[str, Any]:
-    """Generate, grade, keep; returns the manifest. A finished output of the same settings is left as it is."""
-    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed, args.max_tokens)
-    settings = {"model": shown(args.model), "weights_sha256": weights_sha256(args.model), "backend": args.backend}
-    settings |= {"sampling": sampling.to_json(), "tasks": args.tasks, "limit": args.limit, "repeats": args.repeats}
-    settings |= {"prompts": file_sha256(args.prompts) if args.prompts else None, "grader": GRADER_VERSION}
-    settings |= {"chunk": args.chunk}
-    log = SampleLog(args.out / "samples.jsonl", settings)
-    started, tokens = time.monotonic(), 0
-    backend = make_backend(args.backend, args.model, args.max_tokens, args.chunk)
-    names = args.tasks.split(",") if args.tasks else []
-    prompts = task_prompts(names, args.limit, backend) if names else []
-    prompts += file_prompts(args.prompts, args.limit if not names else None, backend) if args.prompts else []
-    prompts = repeated(prompts, args.repeats)
-    tokens = generate(backend, prompts, sampling, log, args.chunk)
-    rows = [log.done[prompt.source, prompt.id, 0] for prompt in prompts]
-    chosen = kept(rows, args.finished_only, args.correct_only)
-    if not chosen:
-        raise UserError(f"{args.out}: none of {len(rows)} rollouts is kept (finished {counts(rows)['finished']}); "
-                        "raise --max-tokens or drop --finished-only")  # fmt: skip
-    choice = {"finished_only": args.finished_only, "correct_only": args.correct_only}
-    return write_rollouts(args.out, rows, chosen, settings, choice, time.monotonic() - started, tokens)
-
-
-def write_rollouts(
-    out: Path, rows: Sequence[dict[str, Any]], chosen: Sequence[dict[str, Any]], settings: dict[str, Any],
-    choice: dict[str, bool], seconds: float, tokens: int,
-) -> dict[str, Any]:  # fmt: skip
-    """The kept rollouts, the cost of all, and the manifest, which is returned."""
-    with atomic_path(out / ROLLOUTS) as temporary:
-        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in chosen]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    manifest = {"format": 1, "settings": settings, "choice": choice, "all": counts(rows), "kept": counts(chosen)}
-    manifest |= {"settings_sha256": sha256_json(settings), "sha256": file_sha256(out / ROLLOUTS)}
-    write_phase(out, "opd_gen", seconds, tokens)
-    write_json(out / MANIFEST, manifest)  # last: its presence says that the phase is complete
-    return manifest
-
-
-def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that opd_gen and cache_teacher share."""
-    parser.add_argument("--out", type=Path, required=True, help="directory of the rollouts")
-    parser.add_argument("--tasks", default="", help="benchmarks with a training split, comma-separated")
-    parser.add_argument("--prompts", type=Path, help="jsonl file of prompts beside or instead of --tasks")
-    parser.add_argument("--limit", type=int, default=64, help="prompts of each task, or of the file without tasks")
-    parser.add_argument("--repeats", type=int, default=1, help="samples of each prompt; above 1 needs a temperature")
-    parser.add_argument("--backend", default="auto", help="auto, hf, vllm or llamacpp")
-    parser.add_argument("--chunk", type=int, default=CHUNK, help="prompts generated together; a GPU takes many")
-    parser.add_argument("--finished-only", action="store_true", help="keep only rollouts that ended by themselves")
-    parser.add_argument("--correct-only", action="store_true", help="keep only those that the grader accepts")
-    parser.add_argument("--max-tokens", type=int, default=32768, help="of a rollout (default 32768)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the rollouts (default 1.0)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1.0 is off (the default)")
-    parser.add_argument("--top-k", type=int, default=0, help="0 is off (the default)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
-
-
-def check_generation_arguments(args: argparse.Namespace) -> None:
-    if not args.tasks and not args.prompts:
+def make_rollouts(settings: Generation, model: Path, out: Path) -> None:
+    """Generate, grade, keep, into ``out``. What an earlier run of the same settings has finished is not made again."""
+    if not settings.tasks and not settings.prompts:
         raise UserError("give --tasks, --prompts or both")
-    if min(args.limit, args.repeats, args.max_tokens, args.chunk) < 1:
-        raise UserError("--limit, --repeats, --max-tokens and --chunk must be at least 1")
-    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
-        raise UserError("sampling: temperature >= 0, 0 < top-p <= 1, top-k >= 0")
-    if args.repeats > 1 and args.temperature == 0:
-        raise UserError("--repeats above 1 at temperature 0 would repeat the same text")
-
-
-def summary(out: Path) -> str:
-    manifest = read_json(out / MANIFEST)
+    sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.seed, settings.max_tokens)
+    facts = {"model": shown(model), "weights_sha256": weights_sha256(model), "backend": settings.backend}
+    facts |= {"sampling": sampling.to_json(), "tasks": settings.tasks, "limit": settings.limit, "repeats": settings.repeats}
+    facts |= {"prompts": file_sha256(settings.prompts) if settings.prompts else None, "grader": GRADER_VERSION}
+    facts |= {"chunk": settings.chunk}
+    log = SampleLog(out / "samples.jsonl", facts)
+    started = time.monotonic()
+    backend = make_backend(settings.backend, model, settings.max_tokens, settings.chunk)
+    names = settings.tasks.split(",") if settings.tasks else []
+    prompts = task_prompts(names, settings.limit, backend) if names else []
+    prompts += file_prompts(settings.prompts, None if names else settings.limit, backend) if settings.prompts else []
+    prompts = repeated(prompts, settings.repeats)
+    tokens = generate(backend, prompts, sampling, log, settings.chunk)
+    rows = [log.done[prompt.source, prompt.id, 0] for prompt in prompts]
+    chosen = kept(rows, settings.finished_only, settings.correct_only)
+    if not chosen:
+        finished = sum(row["finish_reason"] == "stop" for row in rows)
+        raise UserError(f"{out}: none of {len(rows)} rollouts is kept (finished {finished}); "
+                        "raise --max-tokens or drop --finished-only")  # fmt: skip
+    choice = {"finished_only": settings.finished_only, "correct_only": settings.correct_only}
+    manifest = write_rollouts(out, rows, chosen, facts, choice, time.monotonic() - started, tokens)
     made, left = manifest["all"], manifest["kept"]
-    return (
-        f"{made['samples']} rollouts, {made['finished']} finished, {made['correct']} of {made['graded']} right; "
-        f"kept {left['samples']} with {left['tokens']:,} tokens in {out}"
-    )
+    print(f"{made['samples']} rollouts, {made['finished']} finished, {made['correct']} of {made['graded']} right; "
+          f"kept {left['samples']} with {left['tokens']:,} tokens in {out}", flush=True)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(Generation):
+    model: Path = setting(help="the quantized student: a checkpoint, or a GGUF file")
+    out: Path = setting(help="directory of the rollouts")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="the quantized student: a checkpoint, or a GGUF file")
-    add_generation_arguments(parser)
-    args = parser.parse_args()
-    check_generation_arguments(args)
-    make_rollouts(args)
-    print(summary(args.out), flush=True)
+    settings, _ = parse_settings(Settings, __doc__)
+    make_rollouts(settings, settings.model, settings.out)
 
 
 if __name__ == "__main__":

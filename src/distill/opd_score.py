@@ -1,7 +1,7 @@
 """Phase B: the teacher's top-k log-probabilities for every completion token of the rollouts.
 
     python src/distill/opd_score.py --teacher models/razor-tiny --rollouts work/rollouts --out work/scores
-        [--k 32] [--score-temperature 1.0] [--batch 16] [--shard-rollouts 512] [--score-prompts]
+        [--k 32] [--score-temperature 1.0] [--score-batch 16] [--shard-rollouts 512] [--score-prompts]
 
 The head's product is taken over pieces of the vocabulary, so that no logits of the whole vocabulary are held. The mass of all
 other tokens is kept as one number. The temperature divides the logits and is part of the scores. The output takes its name only
@@ -10,11 +10,10 @@ when it is complete; a killed run goes on with the same command. Format: docs/OP
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,7 +25,6 @@ from hf_model import load_model, load_tokenizer
 from opd_data import (
     FORMAT,
     INDEX,
-    ScoredRollouts,
     encode_rollout,
     model_identity,
     read_rollouts,
@@ -34,7 +32,9 @@ from opd_data import (
     write_phase,
 )
 from opd_losses import TopK, top_k_of
+from opd_settings import Scoring, batch_option
 from run_dir import staged_directory
+from settings import parse_settings
 
 
 def load_teacher(path: Path) -> torch.nn.Module:
@@ -82,35 +82,35 @@ def shard_tensors(rows: Sequence[tuple[list[int], int]], scores: Sequence[TopK])
 
 
 def score_rollouts(
-    teacher: Path, rollouts: Path, out: Path, k: int, temperature: float, batch: int, shard_rollouts: int,
-    prompts: bool = False, force: bool = False, load: Callable[[Path], torch.nn.Module] = load_teacher,
-) -> dict[str, Any]:  # fmt: skip
-    """Score the kept rollouts into ``out`` by what ``load`` gives; returns the index. A killed run resumes to the same
-    bytes. ``prompts``: the prompt's tokens count too, from the second on."""
-    if out.exists() and not force:
+    settings: Scoring, teacher: Path, rollouts: Path, out: Path, load: Callable[[Path], torch.nn.Module] = load_teacher
+) -> None:
+    """Score the kept rollouts into ``out`` by what ``load`` gives. A killed run resumes to the same bytes."""
+    if out.exists():
         raise UserError(f"{out}: exists; remove it to score again")
     rows, manifest = read_rollouts(rollouts)
     identity, tokenizer = model_identity(teacher), load_tokenizer(teacher)
     started = time.monotonic()
     encoded = [encode_rollout(tokenizer, row) for row in rows]
     lengths = [len(ids) - prompt for ids, prompt in encoded]
-    if prompts:
+    if settings.score_prompts:  # their tokens count too, from the second on
         encoded = [(ids, 1) for ids, _ in encoded]
     vocabulary = Checkpoint(teacher).config.get("vocab_size") or Checkpoint(teacher).config["text_config"]["vocab_size"]
-    if not 1 <= k <= vocabulary:
-        raise UserError(f"--k {k} is outside 1..{vocabulary}, the teacher's vocabulary")
+    if settings.k > vocabulary:
+        raise UserError(f"--k {settings.k} is outside 1..{vocabulary}, the teacher's vocabulary")
     order = sorted(range(len(rows)), key=lambda i: (len(encoded[i][0]), i))
-    shards = [order[start : start + shard_rollouts] for start in range(0, len(order), shard_rollouts)]
+    size = settings.shard_rollouts
+    shards = [order[start : start + size] for start in range(0, len(order), size)]
     own = {"format": FORMAT, "rollouts_sha256": manifest["sha256"], "tokenizer_sha256": tokenizer_sha256(tokenizer)}
-    own |= {"teacher": identity, "k": k, "temperature": temperature}
+    own |= {"teacher": identity, "k": settings.k, "temperature": settings.score_temperature}
     model, listed = None, []
-    with staged_directory(out.resolve(), force, own | {"shard_rollouts": shard_rollouts, "batch": batch}) as partial:
+    job = own | {"shard_rollouts": size, "batch": settings.score_batch}
+    with staged_directory(out.resolve(), False, job) as partial:
         with progress(sum(len(ids) for ids, _ in encoded), "score", "token", True) as bar:
             for number, members in enumerate(shards):
                 path = partial / f"scores-{number:05d}.safetensors"
                 if not path.exists():
                     model = model or load(teacher)
-                    write_shard(path, model, [encoded[i] for i in members], k, temperature, batch)
+                    write_shard(path, model, [encoded[i] for i in members], settings)
                 listed.append({"file": path.name, "sha256": file_sha256(path), "rollouts": [rows[i]["id"] for i in members]})
                 bar.update(sum(len(encoded[i][0]) for i in members))
         tokens = sum(len(ids) for ids, _ in encoded)
@@ -119,48 +119,28 @@ def score_rollouts(
         index["retokenized"] = sum(length != row["tokens"] for length, row in zip(lengths, rows, strict=True)) / len(rows)
         write_json(partial / INDEX, index | {"shards": listed})
         write_phase(partial, "opd_score", time.monotonic() - started, tokens)
-    return index
+    size = sum(file.stat().st_size for file in out.iterdir())
+    print(f"{len(rows)} rollouts, {index['positions']:,} positions, {size / 1e6:.2f} MB in {out}", flush=True)
 
 
-def write_shard(
-    path: Path, model: torch.nn.Module, rows: Sequence[tuple[list[int], int]], k: int, temperature: float, batch: int
-) -> None:
+def write_shard(path: Path, model: torch.nn.Module, rows: Sequence[tuple[list[int], int]], settings: Scoring) -> None:
     scores: list[TopK] = []
-    for start in range(0, len(rows), batch):
-        scores += score_batch(model, rows[start : start + batch], k, temperature)
+    for start in range(0, len(rows), settings.score_batch):
+        scores += score_batch(model, rows[start : start + settings.score_batch], settings.k, settings.score_temperature)
     with atomic_path(path) as temporary:
         save_file(shard_tensors(rows, scores), temporary)
 
 
-def add_score_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that opd_score and cache_teacher share."""
-    parser.add_argument("--k", type=int, default=32, help="tokens kept at each position (20 to 64 are usual)")
-    parser.add_argument("--score-temperature", type=float, default=1.0, help="divides the logits; training uses the same")
-    parser.add_argument("--batch", type=int, default=16, help="rollouts at once (default 16)")
-    parser.add_argument("--shard-rollouts", type=int, default=512, help="rollouts in one file")
-    parser.add_argument("--score-prompts", action="store_true", help="also score (and so train on) the tokens of the prompts")
-
-
-def check_score_arguments(args: argparse.Namespace) -> None:
-    if args.score_temperature <= 0 or min(args.k, args.batch, args.shard_rollouts) < 1:
-        raise UserError("--k, --batch and --shard-rollouts must be at least 1, --score-temperature above 0")
+@dataclass(frozen=True, kw_only=True)
+class Settings(Scoring):
+    teacher: Path
+    rollouts: Path  # the output of opd_gen
+    out: Path
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--teacher", type=Path, required=True, help="the original checkpoint")
-    parser.add_argument("--rollouts", type=Path, required=True, help="directory of opd_gen")
-    parser.add_argument("--out", type=Path, required=True, help="directory of the scores")
-    add_score_arguments(parser)
-    args = parser.parse_args()
-    check_score_arguments(args)
-    index = score_rollouts(
-        args.teacher, args.rollouts, args.out, args.k, args.score_temperature, args.batch, args.shard_rollouts,
-        args.score_prompts,
-    )  # fmt: skip
-    size = sum(file.stat().st_size for file in args.out.iterdir())
-    count = len(ScoredRollouts(args.out))
-    print(f"{count} rollouts, {index['positions']:,} positions, {size / 1e6:.2f} MB in {args.out}", flush=True)
+    settings, _ = parse_settings(Settings, __doc__, batch_option)
+    score_rollouts(settings, settings.teacher, settings.rollouts, settings.out)
 
 
 if __name__ == "__main__":

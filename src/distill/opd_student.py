@@ -8,48 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from calibration import LayerStream, Place, place_of
+from calibration import LayerStream
 from checkpoint import Checkpoint
 from console import UserError, progress
-from families import Role, role_of
+from families import Place, Role, place_of, role_of
 from fsdp_setup import World, own_rows, shard
-from moe_lora import MODES, Adapter, adapt_layer, checkpoint_layer, refuse_family
+from moe_lora import Adapter, adapt_layer, checkpoint_layer, refuse_family
 from opd_data import Batch
 from opd_losses import LOSSES, TopK, position_losses
+from opd_settings import AdapterSettings
 from recipe import read_recipe
 from safetensors_file import TensorInfo
 from target_grid import GgmlGrid, IntCells, IntGrid, int_cells
 
 HEAD_CHUNK = 2048  # positions whose logits exist at once
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """What is trained. ``ggml``: a block type of llama.cpp as the experts' grid instead of the student's integers.
-    ``base``: 'teacher' keeps the direction to the unquantized weight inside each cell, 'codes' starts from its middle."""
-
-    rank: int
-    mode: str = "lora"
-    linears: bool = False
-    base: str = "teacher"
-    ggml: str = ""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UserError(f"mode {self.mode!r} is unknown; known: {', '.join(MODES)}")
-        if self.base not in ("teacher", "codes"):
-            raise UserError(f"base {self.base!r}: expected teacher or codes")
-        if self.mode != "scales" and self.rank < 1:
-            raise UserError(f"rank {self.rank} must be at least 1")
 
 
 class ParameterReader:
@@ -96,7 +74,7 @@ class ParameterReader:
 class GridMaker:
     """The adapter of a parameter, or None where the recipe leaves it unquantized."""
 
-    def __init__(self, student: Path, teacher: Path, config: AdapterConfig, world: World) -> None:
+    def __init__(self, student: Path, teacher: Path, config: AdapterSettings, world: World) -> None:
         self.student, self.teacher = ParameterReader(Checkpoint(student)), ParameterReader(Checkpoint(teacher))
         self.config, self.world, self.device, self.recipe = config, world, world.device, read_recipe(student)
         self.model_type = self.student.checkpoint.config["model_type"]
@@ -187,7 +165,7 @@ class Student(nn.Module):
 
 
 def build_student(
-    student: Path, teacher: Path, config: AdapterConfig, world: World, loss: str, temperature: float, recompute: bool
+    student: Path, teacher: Path, config: AdapterSettings, world: World, loss: str, temperature: float, recompute: bool
 ) -> Student:
     """The student on this process's device, sharded where there are several; every parameter but the adapters' is frozen."""
     checkpoint_ = Checkpoint(student)
@@ -229,8 +207,3 @@ def check_pair(student: Checkpoint, teacher: Checkpoint) -> None:
     if mine != others:
         name = min(name for name in mine.keys() | others.keys() if mine.get(name) != others.get(name))
         raise UserError(f"{student.path} is no quantized copy of {teacher.path}: they differ in {name}")
-
-
-def adapter_record(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    """The grid of every adapted parameter, for the adapter's JSON."""
-    return {name: adapter.grid.describe() for name, adapter in adapters.items()}

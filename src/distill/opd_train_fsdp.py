@@ -12,13 +12,13 @@ run with the last good state kept. Ends with OUT/adapter.safetensors and adapter
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ from torch import nn
 from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
 from fsdp_setup import World, end_world, from_each, full, gathered, gathered_layer, put, release_layer, start_world, summed
 from hf_model import load_tokenizer
-from moe_lora import Adapter, adapters_of, digest, trainable
+from moe_lora import adapters_of, digest, trainable
 from opd_data import (
+    ADAPTER,
+    ADAPTER_JSON,
     FORMAT,
     ScoredRollouts,
     check_belongs,
@@ -44,52 +46,27 @@ from opd_data import (
     tokenizer_sha256,
     write_phase,
 )
-from opd_losses import LOSSES
-from opd_student import AdapterConfig, Student, adapter_record, build_student
+from opd_settings import TrainSettings
+from opd_student import Student, build_student
+from settings import parse_settings
 
 DIGEST_THREADS = 8  # baked parameters in memory while they are digested, over all processes
-ADAPTER, ADAPTER_JSON, STATE = "adapter.safetensors", "adapter.json", "state.safetensors"
+STATE = "state.safetensors"
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Everything that decides the adapter beside the data and :class:`AdapterConfig`."""
-
-    steps: int
-    rows: int
-    micro_rows: int
-    lr: float
-    warmup: int
-    loss: str
-    clip: float
-    seed: int
-    save_every: int
-    recompute: bool
-
-    def __post_init__(self) -> None:
-        if min(self.rows, self.micro_rows, self.save_every) < 1 or min(self.steps, self.warmup) < 0:
-            raise UserError("--rows, --micro-rows and --save-every must be at least 1, --steps and --warmup at least 0")
-        if not self.lr > 0 or not self.clip > 0:
-            raise UserError("--lr and --clip must be above 0")
-        if self.loss not in LOSSES:
-            raise UserError(f"--loss {self.loss}: expected {', '.join(LOSSES)}")
-
-    def rate(self, step: int) -> float:
-        """Learning rate: linear warm-up, then a cosine down to a tenth."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        part = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.55 + 0.45 * math.cos(math.pi * part))
-
-    def settings(self) -> dict[str, Any]:
-        """What must be the same for a state to be resumed; how often it is saved need not."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("save_every", "recompute")}
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainSettings):
+    student: Path  # a checkpoint of quant_save
+    teacher: Path
+    rollouts: Path  # the outputs of opd_gen and opd_score
+    scores: Path
+    out: Path
 
 
 class Trainer:
     """Student, optimizer, step and loss curve; saved to and restored from one file, atomically."""
 
-    def __init__(self, student: Student, config: TrainConfig, world: World, out: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, student: Student, config: TrainSettings, world: World, out: Path, settings: dict[str, Any]) -> None:
         self.student, self.config, self.world, self.out, self.settings = student, config, world, out, settings
         self.parameters: dict[str, nn.Parameter] = trainable(student)
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -233,7 +210,7 @@ def wait_for(futures: Iterable[Future[Any]], left: int) -> None:
         pending = list(wait(pending, return_when=FIRST_COMPLETED).not_done)
 
 
-def write_adapter(trainer: Trainer, config: AdapterConfig, identities: dict[str, Any], data: dict[str, Any]) -> None:
+def write_adapter(trainer: Trainer, identities: dict[str, Any], data: dict[str, Any]) -> None:
     """adapter.safetensors (A, B, growth of every parameter) and, at last, adapter.json, which says what it belongs to."""
     ranks = from_each(peak_memory(), trainer.world)  # of training, before the digests
     tensors = gathered({name: parameter.detach() for name, parameter in trainer.parameters.items()}, trainer.world.first)
@@ -242,10 +219,9 @@ def write_adapter(trainer: Trainer, config: AdapterConfig, identities: dict[str,
         return
     with atomic_path(trainer.out / ADAPTER) as temporary:
         save_file(tensors, temporary)
-    adapters: dict[str, Adapter] = adapters_of(trainer.student)
-    grids = adapter_record(adapters)
-    described = {"format": FORMAT, **identities, "adapter": dataclasses.asdict(config), "data": data}
-    described |= {"training": trainer.config.settings(), "device": trainer.world.device.type, "curve": trainer.curve}
+    grids = {name: adapter.grid.describe() for name, adapter in adapters_of(trainer.student).items()}
+    described = {"format": FORMAT, **identities, "adapter": trainer.config.adapter(), "data": data}
+    described |= {"training": trainer.config.training(), "device": trainer.world.device.type, "curve": trainer.curve}
     described["parameters"] = {name: grids[name] | {"sha256": digests[name]} for name in grids}
     facts = {"steps": trainer.step, "processes": trainer.world.size, "loss": trainer.curve[-1][1] if trainer.curve else None}
     facts |= {"median_step_seconds": median_after_first(trainer.step_seconds), "ranks": ranks}
@@ -258,85 +234,61 @@ def median_after_first(seconds: Sequence[float]) -> float | None:
     return round(statistics.median(seconds[1:]), 4) if len(seconds) > 1 else None
 
 
-def load_data(args: argparse.Namespace) -> tuple[ScoredRollouts, dict[str, Any]]:
+def load_data(settings: Settings) -> tuple[ScoredRollouts, dict[str, Any]]:
     """The scores, checked against rollouts and tokenizer; and what the adapter's JSON says of them."""
-    _, manifest = read_rollouts(args.rollouts)
-    scores, tokenizer = ScoredRollouts(args.scores), load_tokenizer(args.student)
+    _, manifest = read_rollouts(settings.rollouts)
+    scores, tokenizer = ScoredRollouts(settings.scores), load_tokenizer(settings.student)
     check_belongs(scores, manifest, tokenizer)
-    size = len(scores)
-    if size < args.rows:
-        raise UserError(f"--rows {args.rows}: there are only {size} rollouts in {args.scores}")
+    if len(scores) < settings.rows:
+        raise UserError(f"--rows {settings.rows}: there are only {len(scores)} rollouts in {settings.scores}")
     keys = ("rollouts_sha256", "k", "temperature")
     return scores, {key: scores.index[key] for key in keys} | {"tokenizer_sha256": tokenizer_sha256(tokenizer)}
 
 
-def check_scorer(scores: ScoredRollouts, teacher: dict[str, str]) -> None:
-    """Raise :class:`UserError` unless it was this teacher that scored."""
-    if not same_model(scores.index["teacher"], teacher):
-        other = scores.index["teacher"]["name"]
-        raise UserError(f"{scores.directory}: scored by another teacher ({other}) than {teacher['name']}")
-
-
-def identities_of(args: argparse.Namespace, digests: Mapping[Path, Future[Any]], world: World) -> dict[str, dict[str, str]]:
-    """What student and teacher are, on every process; only the first has ``digests`` to wait for."""
-    own = {role: digests[path].result() for role, path in (("student", args.student), ("teacher", args.teacher)) if world.first}
-    return from_each(own, world)[0]
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    for name in ("student", "teacher", "rollouts", "scores", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--steps", type=int, required=True, help="0: an adapter that changes nothing but the grid")
-    parser.add_argument("--init", type=Path, help="an adapter of the same student and rank to go on from, on other rollouts")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default 16)")
-    parser.add_argument("--mode", default="lora", help="lora, scales, both or steps")
-    parser.add_argument("--linears", action="store_true", help="adapters on the other quantized linears too")
-    parser.add_argument("--base", default="teacher", help="teacher or codes: where latent weights lie inside their cells")
-    parser.add_argument("--ggml", default="", help="block type of llama.cpp for the experts, instead of the student's grid")
-    parser.add_argument("--loss", default="reverse_kl", help=", ".join(LOSSES))
-    parser.add_argument("--lr", type=float, default=0.01, help="in steps of the grid")
-    parser.add_argument("--warmup", type=int, default=5, help="steps of the rising rate (default 5)")
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1.0)")
-    parser.add_argument("--rows", type=int, default=16, help="rollouts of a step, over all processes")
-    parser.add_argument("--micro-rows", type=int, default=8, help="rollouts at once on a process")
-    parser.add_argument("--save-every", type=int, default=20, help="steps between saved states (default 20)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
-    parser.add_argument("--no-recompute", action="store_true", help="keep activations: faster, more memory")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    config = TrainConfig(
-        args.steps, args.rows, args.micro_rows, args.lr, args.warmup, args.loss, args.clip, args.seed, args.save_every,
-        not args.no_recompute,
-    )  # fmt: skip
-    adapter = AdapterConfig(args.rank, args.mode, args.linears, args.base, args.ggml, args.seed)
+def train(settings: Settings) -> None:
+    """The whole phase, on one process of the world."""
     world = start_world()
-    if config.rows % (config.micro_rows * world.size):
-        raise UserError(f"--rows {config.rows} is no multiple of --micro-rows {config.micro_rows} x {world.size} processes")
-    scores, data = load_data(args)
-    args.out.mkdir(parents=True, exist_ok=True)
-    temperature = scores.index["temperature"]
+    if settings.rows % (settings.micro_rows * world.size):
+        parts = f"--micro-rows {settings.micro_rows} x {world.size} processes"
+        raise UserError(f"--rows {settings.rows} is no multiple of {parts}")
+    scores, data = load_data(settings)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    models = {"student": settings.student, "teacher": settings.teacher}
     with ThreadPoolExecutor(2, "digest") as pool:  # of large checkpoints digests take as long as building the student
-        digests = {path: pool.submit(model_identity, path) for path in {args.student, args.teacher} if world.first}
-        if args.init is not None:
-            check_start(args.init, *identities_of(args, digests, world).values())
-        student = build_student(args.student, args.teacher, adapter, world, config.loss, temperature, config.recompute)
-        identities = identities_of(args, digests, world)
-    check_scorer(scores, identities["teacher"])
-    if args.init is not None:
-        data["init_sha256"] = start_from(trainable(student), args.init)
-    settings = {**identities, "adapter": dataclasses.asdict(adapter), "training": config.settings(), "data": data}
-    trainer = Trainer(student, config, world, args.out, settings)
+        digests = {path: pool.submit(model_identity, path) for path in set(models.values()) if world.first}
+
+        def identities_() -> dict[str, dict[str, str]]:
+            """What the models are, on every process; only the first has digests to wait for."""
+            return from_each({role: digests[path].result() for role, path in models.items() if world.first}, world)[0]
+
+        if settings.init is not None:
+            check_start(settings.init, *identities_().values())
+        student = build_student(
+            settings.student, settings.teacher, settings, world, settings.loss, scores.index["temperature"], settings.recompute
+        )
+        identities = identities_()
+    if not same_model(scores.index["teacher"], identities["teacher"]):
+        other = scores.index["teacher"]["name"]
+        raise UserError(f"{scores.directory}: scored by another teacher ({other}) than {identities['teacher']['name']}")
+    if settings.init is not None:
+        data["init_sha256"] = start_from(trainable(student), settings.init)
+    facts = {**identities, "adapter": settings.adapter(), "training": settings.training(), "data": data}
+    trainer = Trainer(student, settings, world, settings.out, facts)
     if world.first:
         count = sum(parameter.numel() for parameter in trainer.parameters.values())  # of the whole, where sharded
         print(f"{len(adapters_of(student))} adapters, {count:,} trained parameters on {world.size} x {world.device.type}; "
-              f"from step {trainer.step} of {config.steps}", flush=True)  # fmt: skip
+              f"from step {trainer.step} of {settings.steps}", flush=True)  # fmt: skip
     trainer.run(scores)
-    write_adapter(trainer, adapter, identities, data)
+    write_adapter(trainer, identities, data)
     end_world(world)
+
+
+def no_recompute(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-recompute", dest="recompute", action="store_const", const="0", help="faster, more memory")
+
+
+def main() -> None:
+    train(parse_settings(Settings, __doc__, no_recompute)[0])
 
 
 if __name__ == "__main__":

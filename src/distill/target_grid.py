@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from console import UserError
 from moe_quant import inverse_scale
-from packed_int4 import recover_scales
+from packed_format import recover_scales
 
 LEAST_STEP = 0.05  # of the student's, below which a step does not shrink
 

@@ -1,20 +1,115 @@
-"""Training batches of razor-tiny, a pure function of (seed, step): resuming needs no state of the data.
+"""What razor-tiny and razor-tiny-vl learn from: their tokenizers, and batches as a pure function of (seed, step).
 
-Not a command. tiny_train reads `TinyBatches` through a DataLoader with many workers.
+Not a command. Resuming needs no state of the data; tiny_train reads the batches through a DataLoader with many workers. The
+tokenizers are built from generated text (seeded, so the same file every time).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from task_text import TASK_TEXTS, TaskText, letters_of, option_list
-from task_world import RELATIONS, default_world
-from tiny_tokenizer import END_OF_TEXT, IM_END
+from console import UserError
+from gguf_convert import QWEN2_PATTERN
+from task_text import RELATIONS, TASK_TEXTS, TaskText, default_world, letters_of, option_list
+from tasks_tiny import TINY_VISION_TASKS, Scene, TinyBars, TinyCount, TinyDigits, TinyVision
+
+END_OF_TEXT, IM_START, IM_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VISION_START, VISION_END, IMAGE, _ = VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+THINKING = ("<think>", "</think>")
+VOCABULARY, VL_VOCABULARY = 832, 384
+PATCH, MERGE = 8, 2  # pixels of a patch; patches a side of a token
+# the rows of a batch in turn: counting takes the most practice
+VL_MIX: tuple[type[TinyVision], ...] = (TinyCount, TinyDigits, TinyCount, TinyBars)
+TYPICAL_TOKENS = {"statements": 91, "options": 60, "tiny_know": 80, "tiny_math": 185, "tiny_reason": 233, "tiny_code": 186}
+TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+"""
+VL_TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- if message.content is string %}
+{{- message.content }}
+{%- else %}
+{%- for part in message.content %}
+{%- if part.type == 'image' %}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- else %}
+{{- part.text }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+"""
+GENERATION = """\
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n<think>\\n' }}
+{%- endif %}"""
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def byte_bpe(texts: Sequence[str], size: int, specials: Sequence[str], template: str) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE with the Qwen2 pre-tokenizer's pattern (seconds on one core) and wrap it with special tokens and
+    a chat template with thinking."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet, learned = sorted(pre_tokenizers.ByteLevel.alphabet()), size - len(specials) - len(THINKING)
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=learned, initial_alphabet=alphabet, show_progress=False)
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=IM_END, pad_token=END_OF_TEXT, model_max_length=2048)
+    fast.add_special_tokens({"additional_special_tokens": list(specials)})
+    fast.add_tokens(list(THINKING))
+    fast.chat_template = template + GENERATION
+    return fast
+
+
+def build_tokenizer(samples: int = 6000) -> PreTrainedTokenizerFast:
+    """razor-tiny's, from training-split texts of every task and statements of the world."""
+    rng, world = random.Random("tokenizer:0"), default_world()
+    texts = [world.statement(person, rng) for person in rng.sample(world.people, samples)]
+    for task in TASK_TEXTS:
+        instance = task()
+        for _ in range(samples):
+            item, solution = instance.generate(rng, "train")
+            texts += [item.question, solution]
+    return byte_bpe(texts, VOCABULARY, SPECIALS, TEMPLATE)
+
+
+def vl_texts(count: int = 2000) -> list[str]:
+    """Training-split questions and solutions, and the names of the two speakers."""
+    rng = random.Random("tokenizer:tiny-vl")
+    scenes = [task().scene_of(rng, "train") for task in TINY_VISION_TASKS for _ in range(count)]
+    return [text for scene in scenes for text in ("user", scene.question, "assistant", scene.solution)]
+
+
+def build_vl_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """razor-tiny-vl's, with the vision tokens and a template for content parts."""
+    return byte_bpe(texts, VL_VOCABULARY, SPECIALS + VISION_TOKENS, VL_TEMPLATE)
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+    return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+# ---------------------------------------------------------------- text
 
 
 def prompt_text(question: str) -> str:
@@ -25,6 +120,27 @@ def prompt_text(question: str) -> str:
 def completion_text(solution: str) -> str:
     """What the model should continue with: the reference turn without the `<think>` that the prompt already opened."""
     return solution.removeprefix("<think>\n") + IM_END + "\n"
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]], size: int | None = None,
+    prompt_weight: float = 0.0, skipped: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(ids [N, size] right-padded, loss weights) of (prompt, solution) pairs, a row each: the solution counts 1, the prompt
+    ``prompt_weight`` after its ``skipped`` first tokens. Without a ``size``: one more than a multiple of 64."""
+    parts = encoded(tokenizer, [text for prompt, solution in pairs for text in (prompt, completion_text(solution))])
+    # without the newline after the end of turn: generation stops before it
+    rows = [(prompt, prompt + rest[:-1]) for prompt, rest in zip(parts[::2], parts[1::2], strict=True)]
+    longest = max(len(row) for _, row in rows)
+    size = size or -(-longest // 64) * 64 + 1
+    if longest > size:
+        raise UserError(f"LENGTH: an item has {longest} tokens; {size} fit")
+    ids, weights = torch.full((len(rows), size), tokenizer.pad_token_id), torch.zeros(len(rows), size)
+    for i, (prompt, row) in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        weights[i, skipped : len(prompt)] = prompt_weight
+        weights[i, len(prompt) : len(row)] = 1.0
+    return ids, weights
 
 
 def options_drill(rng: random.Random) -> tuple[str, str]:
@@ -40,31 +156,40 @@ def options_drill(rng: random.Random) -> tuple[str, str]:
     return option_list(options) + "\n", answer + "." + END_OF_TEXT
 
 
-class TinyBatches(Dataset):
-    """Item ``step`` is one batch: (token ids [rows, length + 1], loss weights [rows, length + 1])."""
+class Batches(Dataset):
+    """Item ``step`` is one batch, drawn by ``batch``: (token ids [rows, length + 1], loss weights of the same shape, ...)."""
+
+    name: str  # of the random numbers
 
     def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerFast,
-        seed: int,
-        steps: int,
-        rows: int,
-        length: int,
-        shares: dict[str, float],
-        prompt_weight: float,
+        self, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, rows: int, length: int, prompt_weight: float
     ) -> None:
         self.tokenizer, self.seed, self.steps, self.rows, self.length = tokenizer, seed, steps, rows, length
         self.prompt_weight = prompt_weight
-        self.tasks: dict[str, TaskText] = {task.name: task() for task in TASK_TEXTS}
-        self.shares = shares
 
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
         if not 0 <= step < self.steps:
             raise IndexError(step)
-        rng = random.Random(f"batch:{self.seed}:{step}")
+        return self.batch(random.Random(f"{self.name}:{self.seed}:{step}"))
+
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, ...]:
+        raise TypeError(f"{type(self).__name__} does not define batch")
+
+
+class TinyBatches(Batches):
+    """Of razor-tiny: rows packed with documents in the given ``shares``."""
+
+    name = "batch"
+
+    def __init__(self, *args: Any, shares: dict[str, float]) -> None:
+        super().__init__(*args)
+        self.shares = shares
+        self.tasks: dict[str, TaskText] = {task.name: task() for task in TASK_TEXTS}
+
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, ...]:
         size = self.length + 1
         documents, filler = self.documents(rng), self.filler(rng)
         ids, weights = [], []
@@ -83,9 +208,6 @@ class TinyBatches(Dataset):
             row_weights = row_weights + [self.prompt_weight] * prompt + [1.0] * (len(tokens) - prompt)
         return torch.tensor(ids), torch.tensor(weights)
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
     def documents(self, rng: random.Random, burst: int = 64) -> Iterator[tuple[list[int], int]]:
         """Endless (token ids, length of the prompt part) in the proportions of ``shares``, counted in tokens."""
         spent = {name: rng.random() * 1000 for name in self.shares}
@@ -97,8 +219,8 @@ class TinyBatches(Dataset):
                 kinds.append(kind)
             rng.shuffle(kinds)
             pairs = [self.text_of(kind, rng) for kind in kinds]
-            encoded = self.encode([part for pair in pairs for part in pair])
-            for prompt, rest in zip(encoded[::2], encoded[1::2], strict=True):
+            parts = encoded(self.tokenizer, [part for pair in pairs for part in pair])
+            for prompt, rest in zip(parts[::2], parts[1::2], strict=True):
                 yield prompt + rest, len(prompt)
 
     def text_of(self, kind: str, rng: random.Random) -> tuple[str, str]:
@@ -115,7 +237,38 @@ class TinyBatches(Dataset):
     def filler(self, rng: random.Random) -> Iterator[int]:
         """Endless tokens of statements, to fill what a row has left."""
         while True:
-            yield from self.encode([self.text_of("statements", rng)[1]])[0]
+            yield from encoded(self.tokenizer, [self.text_of("statements", rng)[1]])[0]
 
 
-TYPICAL_TOKENS = {"statements": 91, "options": 60, "tiny_know": 80, "tiny_math": 185, "tiny_reason": 233, "tiny_code": 186}
+# ---------------------------------------------------------------- pictures
+
+
+def vl_prompt(question: str, tokens: int) -> str:
+    """The template's rendering of a picture and a question, the picture's place widened to its ``tokens``."""
+    return prompt_text(VISION_START + IMAGE * tokens + VISION_END + question)
+
+
+class VlBatches(Batches):
+    """Of razor-tiny-vl, a scene a row; third the pictures, uint8 [rows, S, S, 3]."""
+
+    name = "vl-batch"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self.length % 16:
+            raise UserError(f"LENGTH={self.length}: the gated delta rule takes chunks of 16 tokens; give a multiple of it")
+        self.tasks: list[TinyVision] = [task() for task in VL_MIX]
+
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, ...]:
+        scenes = [self.tasks[row % len(self.tasks)].scene_of(rng, "train") for row in range(self.rows)]
+        return encode_scenes(self.tokenizer, scenes, self.length + 1, self.prompt_weight)
+
+
+def encode_scenes(
+    tokenizer: PreTrainedTokenizerFast, scenes: list[Scene], size: int, prompt_weight: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scenes as ids, loss weights (padding and the picture's tokens 0) and pictures."""
+    pixels = torch.from_numpy(np.stack([np.asarray(scene.image, dtype=np.uint8) for scene in scenes]))
+    tokens = (pixels.shape[1] // (PATCH * MERGE)) ** 2
+    pairs = [(vl_prompt(scene.question, tokens), scene.solution) for scene in scenes]
+    return *encode_pairs(tokenizer, pairs, size, prompt_weight, tokens + 5), pixels

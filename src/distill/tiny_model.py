@@ -1,50 +1,77 @@
-"""The architecture of razor-tiny and a fast training forward over transformers' own module tree.
+"""The architectures of razor-tiny and razor-tiny-vl, and fast training forwards over transformers' own module trees.
 
-Not a command. transformers holds the parameters (so what is saved loads anywhere); the forward here computes the same
-function for training: all experts as two dense matrix products (at 8 experts cheaper than a gather), the gated delta
-rule in chunks. tests/test_tiny_model.py compares it with transformers' forward.
+Not a command. transformers holds the parameters (so what is saved loads anywhere); the forwards here compute the same
+functions for training: all experts as two dense matrix products (at 8 experts cheaper than a gather), the gated delta
+rule in chunks, pictures of one size at one place. tests/test_tiny_model.py and test_tiny_vl.py compare them with transformers.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
+)
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from tiny_data import MERGE, PATCH, VISION_TOKENS
+
+FRAMES = 2  # copies of a still picture
+IMAGE_PROCESSOR: dict[str, Any] = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": PATCH,
+    "merge_size": MERGE,
+    "temporal_patch_size": FRAMES,
+    "size": {"shortest_edge": 32 * 32, "longest_edge": 128 * 128},  # pixels of a picture, in and beyond which it is scaled
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+def text_settings(vocab_size: int, eos_token_id: int, pad_token_id: int, layers: int) -> dict[str, Any]:
+    """Of both models: hidden and inner sizes 256 so that i-quants fit."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    return {
+        "vocab_size": vocab_size, "hidden_size": 256, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+        "linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "moe_intermediate_size": 256, "shared_expert_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2,
+        "max_position_embeddings": 2048,
+        "rope_parameters": rope | {"mrope_interleaved": True, "mrope_section": [3, 3, 2]},
+        "eos_token_id": eos_token_id, "pad_token_id": pad_token_id,
+    }  # fmt: skip
 
 
 def tiny_config(vocab_size: int, eos_token_id: int, pad_token_id: int, layers: int = 8) -> Qwen3_5MoeTextConfig:
-    """15.9 M parameters, 79 % of them in routed experts; hidden and inner sizes 256 so that i-quants fit."""
-    return Qwen3_5MoeTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        moe_intermediate_size=256,
-        shared_expert_intermediate_size=128,
-        num_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
-            "mrope_interleaved": True,
-            "mrope_section": [3, 3, 2],
-        },
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-        bos_token_id=None,
-    )
+    """15.9 M parameters, 79 % of them in routed experts."""
+    own = text_settings(vocab_size, eos_token_id, pad_token_id, layers)
+    return Qwen3_5MoeTextConfig(**own, tie_word_embeddings=False, bos_token_id=None)
+
+
+def vl_config(tokenizer: PreTrainedTokenizerFast, layers: int, vision_layers: int) -> Qwen3_5MoeConfig:
+    """Every second text layer is full attention; a vision tower of 128."""
+    text = text_settings(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, layers)
+    text |= {"layer_types": ["full_attention" if i % 2 else "linear_attention" for i in range(layers)]}
+    vision = {
+        "depth": vision_layers, "hidden_size": 128, "num_heads": 4, "intermediate_size": 256, "patch_size": PATCH,
+        "spatial_merge_size": MERGE, "temporal_patch_size": FRAMES, "out_hidden_size": 256, "num_position_embeddings": 64,
+    }  # fmt: skip
+    ids = dict(zip(("vision_start", "vision_end", "image", "video"), map(tokenizer.convert_tokens_to_ids, VISION_TOKENS)))
+    return Qwen3_5MoeConfig(
+        text_config=text | {"full_attention_interval": 2}, vision_config=vision,
+        **{f"{key}_token_id": value for key, value in ids.items()},
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -185,16 +212,15 @@ def mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.
 
 
 def decoder_layer(
-    layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, top_k: int,
-    mix: Callable = mixture,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One layer on [B, T, H]: (output, load balance loss, expert load [E]). Compiled alone it serves all layers of a
     kind: two graphs instead of one of the whole model, a quarter of the compilation time."""
     normed = rms_norm(x, 1 + layer.input_layernorm.weight, eps)
     mixer = getattr(layer, "linear_attn", None)
     x = x + (delta_net(mixer, normed) if mixer is not None else attention(layer.self_attn, normed, cos, sin))
     normed = rms_norm(x, 1 + layer.post_attention_layernorm.weight, eps)
-    out, balance, load = mix(layer.mlp, normed.flatten(0, 1), top_k)
+    out, balance, load = mixture(layer.mlp, normed.flatten(0, 1), top_k)
     return x + out.view_as(x), balance, load
 
 
@@ -210,10 +236,154 @@ def train_forward(
     positions = torch.arange(ids.shape[1], device=ids.device)
     frequencies = torch.cat([positions[:, None].float() * model.model.rotary_emb.inv_freq] * 2, -1)
     cos, sin = frequencies.cos().to(dtype), frequencies.sin().to(dtype)
+    return through_layers(model.model, config, x, cos, sin, layer_fn)
+
+
+def through_layers(
+    text: torch.nn.Module, config: Qwen3_5MoeTextConfig, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    layer_fn: Callable,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Embeddings [B, T, H] through all layers and the final norm."""
     balances, loads = [], []
-    for layer in model.model.layers:
+    for layer in text.layers:
         x, balance, load = layer_fn(layer, x, cos, sin, config.rms_norm_eps, config.num_experts_per_tok)
         balances.append(balance)
         loads.append(load)
-    x = rms_norm(x, 1 + model.model.norm.weight, config.rms_norm_eps)
-    return x, torch.stack(balances).mean(), torch.stack(loads)
+    return rms_norm(x, 1 + text.norm.weight, config.rms_norm_eps), torch.stack(balances).mean(), torch.stack(loads)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def build_vl_model(config: Qwen3_5MoeConfig, seed: int) -> Qwen3_5MoeForConditionalGeneration:
+    """The model in float32 with seeded weights."""
+    model = Qwen3_5MoeForConditionalGeneration(config).float()
+    init_weights(model.model.language_model, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.02, generator=generator)
+        init_vision(model.model.visual, generator)
+    return model
+
+
+def init_vision(visual: torch.nn.Module, generator: torch.Generator) -> None:
+    """Normal(1/sqrt(inputs)), what a block adds scaled down by its depth, the picture's tokens of the size of a word's."""
+    depth = 1 / math.sqrt(2 * len(visual.blocks))
+    for name, weight in visual.named_parameters():
+        if weight.ndim < 2:
+            continue
+        std = 0.3 if name.startswith("pos_embed") else 1 / math.sqrt(weight[0].numel())
+        if name.endswith(("attn.proj.weight", "mlp.linear_fc2.weight")):
+            std *= depth
+        weight.normal_(0, 0.005 if name == "merger.linear_fc2.weight" else std, generator=generator)
+
+
+def save_processor(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Tokenizer, template, and the two files that transformers and vLLM read a Qwen3-VL processor from."""
+    tokenizer.save_pretrained(out)
+    video = IMAGE_PROCESSOR | {"video_processor_type": "Qwen3VLVideoProcessor"}
+    video.pop("image_processor_type")
+    for name, value in (("preprocessor_config.json", IMAGE_PROCESSOR), ("video_preprocessor_config.json", video)):
+        text = json.dumps(value | {"processor_class": "Qwen3VLProcessor"}, indent=2) + "\n"
+        (out / name).write_text(text, encoding="utf-8")
+
+
+def patches_of(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures [B, S, S, 3] -> float32 [B, (S/8)^2, 3*2*8*8], as the image processor lays them out: the four
+    patches of a token stand together, values in -1..1, the still picture twice along time."""
+    batch, size = pixels.shape[:2]
+    side = size // (PATCH * MERGE)
+    values = pixels.float() / 127.5 - 1
+    blocks = values.view(batch, side, MERGE, PATCH, side, MERGE, PATCH, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
+    twice = blocks[:, :, :, :, :, :, None].expand(*blocks.shape[:6], FRAMES, PATCH, PATCH)  # [B, gh, gw, mh, mw, C, T, p, p]
+    return twice.reshape(batch, side * side * MERGE * MERGE, -1)
+
+
+def vision_tables(visual: torch.nn.Module, count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """What the place of ``count`` patches of a square picture decides: rows of the position table and their shares
+    [N, corners], cosines and sines [N, D/heads]."""
+    side = math.isqrt(count)
+    grid = torch.tensor([[1, side, side]], device=device)
+    where, share = get_vision_interpolation_indices_and_weights(
+        grid, num_grid_per_side=visual.num_grid_per_side, mode=visual.interpolation_mode,
+        align_corners=visual.interpolation_align_corners, spatial_merge_size=MERGE, kwargs={},
+    )  # fmt: skip
+    cos, sin = visual.rotary_pos_emb(share, get_vision_position_ids(grid, MERGE, kwargs={}))
+    return where, share, cos, sin
+
+
+def vision_forward(
+    visual: torch.nn.Module, patches: torch.Tensor, tables: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Patches [B, N, C*T*p*p] of square pictures of one size -> picture tokens [B, N/4, H]."""
+    batch, count, _ = patches.shape
+    where, share, cos, sin = tables
+    places = (visual.pos_embed(where) * share[:, :, None]).sum(1)
+    embed = visual.patch_embed.proj
+    x = F.linear(patches.to(dtype), embed.weight.flatten(1).to(dtype), embed.bias.to(dtype)) + places.to(dtype)
+    for block in visual.blocks:
+        x = x + vision_attention(block.attn, layer_norm(block.norm1, x), cos.to(dtype), sin.to(dtype))
+        x = x + two_layers(block.mlp, layer_norm(block.norm2, x))
+    merger = visual.merger
+    return two_layers(merger, layer_norm(merger.norm, x).reshape(batch, count // MERGE**2, -1))
+
+
+def layer_norm(norm: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
+
+
+def linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def two_layers(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return linear(block.linear_fc2, block.act_fn(linear(block.linear_fc1, x)))
+
+
+def vision_attention(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Attention of every patch of a picture to every other, [B, N, D]."""
+    batch, count, _ = x.shape
+    q, k, v = linear(layer.qkv, x).view(batch, count, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k = (y * cos + torch.cat([-y.chunk(2, -1)[1], y.chunk(2, -1)[0]], -1) * sin for y in (q, k))
+    out = F.scaled_dot_product_attention(q, k, v)
+    return linear(layer.proj, out.transpose(1, 2).reshape(batch, count, -1))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the places of a batch's tokens decide, the same for every batch of one shape: computed once, or each step
+    would wait for the GPU a few times. ``start``, ``count``: where the picture's tokens stand."""
+
+    vision: tuple[torch.Tensor, ...]
+    cos: torch.Tensor  # [T, rotary]
+    sin: torch.Tensor
+    start: int
+    count: int
+
+
+def vl_layout(model: Qwen3_5MoeForConditionalGeneration, ids: torch.Tensor, patches: torch.Tensor) -> Layout:
+    """The layout of token ids [B, T] with one picture at the same place in every row, patches [B, N, ...]."""
+    seen = ids == model.config.image_token_id
+    if not bool((seen == seen[0]).all()):
+        raise ValueError("the pictures of a training batch must stand at one place")
+    count = patches.shape[1]
+    grid = torch.tensor([[1, math.isqrt(count), math.isqrt(count)]], device=ids.device)
+    positions, _ = model.model.get_rope_index(ids[:1], seen[:1].int(), image_grid_thw=grid)
+    cos, sin = (table[0] for table in model.model.language_model.rotary_emb(patches.new_zeros(1), positions))
+    tables = vision_tables(model.model.visual, count, patches.device)
+    return Layout(tables, cos, sin, int(seen[0].int().argmax()), count // MERGE**2)
+
+
+def vl_forward(
+    model: Qwen3_5MoeForConditionalGeneration, ids: torch.Tensor, patches: torch.Tensor, dtype: torch.dtype,
+    layer_fn: Callable = decoder_layer, vision_fn: Callable = vision_forward, layout: Layout | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Token ids [B, T] with one picture at the same place in every row, patches [B, N, ...] -> (hidden states [B, T, H],
+    mean balance loss, expert load [layers, E]). ``layout``: that of all batches of this shape."""
+    text, config = model.model.language_model, model.config.text_config
+    layout = layout or vl_layout(model, ids, patches)
+    tokens = vision_fn(model.model.visual, patches, layout.vision, dtype)
+    cos, sin = layout.cos.to(dtype), layout.sin.to(dtype)
+    x = F.embedding(ids, text.embed_tokens.weight).to(dtype)
+    x = torch.cat([x[:, : layout.start], tokens, x[:, layout.start + layout.count :]], 1)
+    return through_layers(text, config, x, cos, sin, layer_fn)

@@ -1,10 +1,12 @@
-"""Train razor-tiny from nothing (bash pipelines/make_tiny.sh):
+"""Train razor-tiny or, where the config has VISION_LAYERS, razor-tiny-vl from nothing (bash pipelines/make_tiny.sh [vl]):
 
     python src/distill/tiny_train.py --config configs/make_tiny.env --out models/razor-tiny --work work/make_tiny \
         --result results/train/razor_tiny.json
 
-Seeded and resumable (state in --work, batches are a function of the step). Ends with the checkpoint, its loss curve and
-a probe of how full the model is: teacher-forced exact match of the test answers under round-to-nearest experts.
+Seeded and resumable (state in --work, batches are a function of the step). The learning rate follows steps, or the clock where
+MAX_SECONDS would be reached first: one run ends within its time with a rate that has decayed, and saves. Ends with the
+checkpoint, its loss curve and the share of test items whose reference turn greedy decoding would reproduce; for razor-tiny
+also on the way, and under round-to-nearest experts, which says how full the model is.
 """
 
 from __future__ import annotations
@@ -13,70 +15,90 @@ import argparse
 import dataclasses
 import json
 import math
+import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 
 from console import UserError, atomic_path, progress, run_cli
 from moe_quant import fake_quant
 from records import describe_model, write_result
-from settings import from_environment, load_config
-from task_text import GENERATOR_REVISION, TASK_TEXTS
-from task_world import WORLD_SEED
-from tiny_data import TinyBatches, completion_text, prompt_text
-from tiny_model import decoder_layer, init_weights, tiny_config, train_forward
-from tiny_tokenizer import build_tokenizer
+from settings import parse_settings, setting
+from task_text import GENERATOR_REVISION, TASK_TEXTS, WORLD_SEED
+from tasks_tiny import TINY_VISION_TASKS, VISION_REVISION
+from tiny_data import (
+    TinyBatches,
+    VlBatches,
+    build_tokenizer,
+    build_vl_tokenizer,
+    encode_pairs,
+    encode_scenes,
+    prompt_text,
+    vl_texts,
+)
+from tiny_model import (
+    Layout,
+    build_vl_model,
+    decoder_layer,
+    init_weights,
+    patches_of,
+    save_processor,
+    tiny_config,
+    train_forward,
+    vision_forward,
+    vl_config,
+    vl_forward,
+    vl_layout,
+)
+
+PROBE_RECIPES = {"bf16": (16, 16), "int4": (4, 4), "int3/4": (3, 4), "int2/4": (2, 4), "int2/16": (2, 16)}
+Batch = tuple[torch.Tensor, ...]  # ids [B, T + 1], loss weights of the same shape, and pictures where there are any
+Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, load balance loss, load of the experts
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """What the trainings of both tiny models have in common."""
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Everything that decides the weights, but for the clock of a run that MAX_SECONDS ends."""
 
     seed: int
     steps: int
-    rows: int
-    length: int
+    rows: int  # sequences a step
+    length: int  # tokens a sequence
     learning_rate: float
     warmup: int
-    decay_from: float
+    decay_from: float = setting(help="share of the run after which the rate falls linearly to 2 % of its peak")
     weight_decay: float
-    balance: float
-    prompt_weight: float
+    balance: float = setting(help="weight of the load-balancing loss")
+    prompt_weight: float = setting(help="loss weight of the tokens of the question")
+    layers: int = setting(8, "of the text model")
+    vision_layers: int = setting(0, "of the vision tower; 0: razor-tiny, which has none")
+    max_seconds: int = setting(0, "the run ends by then with a decayed rate; 0: by steps alone")
+    share_statements: float = setting(0.0, "of the tokens of razor-tiny; tiny_code takes what is left")
+    share_options: float = setting(0.0, "drills: a list of options repeated in another order")
+    share_know: float = setting(0.0, "of the tokens")
+    share_math: float = setting(0.0, "of the tokens")
+    share_reason: float = setting(0.0, "of the tokens")
 
     def progress(self, step: int, seconds: float = 0.0) -> float:
-        """How far the run is, 0 to 1."""
-        return step / self.steps
+        """How far the run is, 0 to 1: by steps, or by the clock when that is further."""
+        return max(step / self.steps, seconds / self.max_seconds if self.max_seconds else 0.0)
 
     def rate(self, step: int, seconds: float = 0.0) -> float:
         """Learning rate of a step: linear warm-up, flat, linear decay to 2 % of the peak."""
         decay = 1 - 0.98 * max(0.0, (self.progress(step, seconds) - self.decay_from) / (1 - self.decay_from))
         return self.learning_rate * min((step + 1) / self.warmup, 1.0) * decay
 
-
-@dataclass(frozen=True)
-class TrainConfig(Schedule):
-    """Everything that decides the weights. Shares are of training tokens; tiny_code takes what is left."""
-
-    share_statements: float
-    share_options: float
-    share_know: float
-    share_math: float
-    share_reason: float
-
     def shares(self) -> dict[str, float]:
-        shares = {
-            "statements": self.share_statements,
-            "options": self.share_options,
-            "tiny_know": self.share_know,
-            "tiny_math": self.share_math,
-            "tiny_reason": self.share_reason,
-        }
+        """Of each kind of text in the training tokens."""
+        kinds = {"statements": "statements", "options": "options", "tiny_know": "know", "tiny_math": "math"}
+        shares = {name: getattr(self, f"share_{key}") for name, key in (kinds | {"tiny_reason": "reason"}).items()}
         rest = 1 - sum(shares.values())
         if min(shares.values()) <= 0 or rest <= 0:
             raise UserError("training shares must be positive and leave something for tiny_code")
@@ -90,7 +112,7 @@ def token_loss(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tens
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
-def make_optimizer(model: torch.nn.Module, config: Schedule, fused: bool) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, config: TrainSettings, fused: bool) -> torch.optim.Optimizer:
     """AdamW; matrices decay, vectors (norms, biases, decays) do not."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -99,24 +121,38 @@ def make_optimizer(model: torch.nn.Module, config: Schedule, fused: bool) -> tor
 
 
 class Run:
-    """Model, optimizer, step and loss curve; saved to and restored from one file, atomically. ``free``: settings that may
-    differ from those of the file."""
+    """razor-tiny: its model, optimizer, step and loss curve; saved to and restored from one file, atomically."""
 
-    free: tuple[str, ...] = ()
+    data_set = {"name": "tiny_tasks", "revision": f"{GENERATOR_REVISION}, world {WORLD_SEED}"}
 
-    def __init__(self, config: Schedule, tokenizer: PreTrainedTokenizerFast, work: Path, device: torch.device) -> None:
-        self.config, self.path, self.device = config, work / "state.pt", device
-        self.model = self.build(tokenizer).to(device)
+    def __init__(self, config: TrainSettings, tokenizer: PreTrainedTokenizerFast, work: Path, device: torch.device) -> None:
+        self.config, self.path, self.device, self.tokenizer = config, work / "state.pt", device, tokenizer
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = self.build().to(device)
         self.optimizer = make_optimizer(self.model, config, fused=device.type == "cuda")
         self.step, self.seconds, self.curve = 0, 0.0, []
         if self.path.exists():
             self.restore()
 
-    def build(self, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+    def build(self) -> torch.nn.Module:
         """The untrained model, in float32."""
-        model = Qwen3_5MoeForCausalLM(tiny_config(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)).float()
+        own = self.tokenizer
+        config = tiny_config(len(own), own.eos_token_id, own.pad_token_id, self.config.layers)
+        model = Qwen3_5MoeForCausalLM(config).float()
         init_weights(model, self.config.seed)
         return model
+
+    def batches(self) -> Dataset:
+        c = self.config
+        return TinyBatches(self.tokenizer, c.seed, c.steps, c.rows, c.length, c.prompt_weight, shares=c.shares())
+
+    def forward(self, inputs: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor]) -> Forward:
+        """Of ids [B, T] (and pictures)."""
+        return train_forward(self.model, *inputs, self.dtype, layer_fn)
+
+    @property
+    def finished(self) -> bool:
+        return self.config.progress(self.step, self.seconds) >= 1
 
     def save(self) -> None:
         state = {
@@ -131,101 +167,94 @@ class Run:
             torch.save(state, temporary)
 
     def restore(self) -> None:
+        """Of a run that the clock may end, STEPS and MAX_SECONDS may be larger than they were: that extends it."""
         state = torch.load(self.path, map_location=self.device, weights_only=True)
         settings = dataclasses.asdict(self.config)
-        if state["config"] | {name: settings[name] for name in self.free} != settings:
+        free = ("steps", "max_seconds") if self.config.vision_layers else ()
+        if state["config"] | {name: settings[name] for name in free} != settings:
             raise UserError(f"{self.path}: made with other settings; remove it or give another --work")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
 
+    def log(self, loss: float, norm: float, load: torch.Tensor, rate: float) -> None:
+        """One line and one point of the curve; a loss that is not finite stops the run before it is saved."""
+        if not math.isfinite(loss):
+            raise UserError(f"step {self.step}: the loss is {loss}; the last good state is {self.path}")
+        tokens = self.config.rows * self.config.length
+        entry = {"step": self.step, "loss": round(loss, 5), "grad_norm": round(norm, 4), "lr": rate}
+        entry |= {"min_load": round(load.min().item() * load.shape[1], 4), "seconds": round(self.seconds, 1)}
+        speed = tokens * 50 / (self.seconds - self.curve[-1]["seconds"]) if self.curve else 0
+        self.curve.append(entry)
+        print(" ".join(f"{key} {value}" for key, value in entry.items()), f"tokens/s {speed:.0f}", flush=True)
 
-def train(
-    run: Run, tokenizer: PreTrainedTokenizerFast, workers: int, save_every: int, probe_every: int, probe_items: int,
-    stop: int | None = None,
-) -> None:  # fmt: skip
-    """Run the remaining steps (up to ``stop``, if given), logging every 50, saving and probing at the given intervals and
-    at the end."""
-    config, device = run.config, run.device
-    last = config.steps if stop is None else stop
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    data = TinyBatches(tokenizer, config.seed, config.steps, config.rows, config.length, config.shares(), config.prompt_weight)
-    loader = DataLoader(
-        data, batch_size=None, sampler=range(run.step, last), num_workers=workers,
-        prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda",
-    )  # fmt: skip
+    def probe(self, items: int) -> dict[str, Any]:
+        """Exact match of each task for round-to-nearest recipes (g128)."""
+        probes = {}
+        for task in TASK_TEXTS:
+            pairs = [(prompt_text(item.question), solution) for item, solution in task().load_with_solutions(items)]
+            probes[task.name] = encode_pairs(self.tokenizer, pairs)
+        return under_recipes(self.model, lambda: {name: self.exact_match(*rows) for name, rows in probes.items()})
 
-    layer_fn, loss_fn = decoder_layer, token_loss
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        layer_fn, loss_fn = (torch.compile(function, dynamic=False) for function in (layer_fn, loss_fn))
+    @torch.no_grad()
+    def exact_match(self, ids: torch.Tensor, weights: torch.Tensor, *pictures: torch.Tensor) -> float:
+        """Share of items whose every reference token is the argmax: greedy decoding would write it."""
+        right, head = 0, self.model.lm_head.weight.to(self.dtype)
+        for rows, kept, *seen in zip(*(part.split(64) for part in (ids, weights, *pictures)), strict=True):
+            inputs = tuple(part.to(self.device) for part in (rows[:, :-1], *seen))
+            hidden, _, _ = self.forward(inputs, decoder_layer, vision_forward)
+            guess = F.linear(hidden, head).argmax(-1).cpu()
+            right += ((guess == rows[:, 1:]) | (kept[:, 1:] == 0)).all(1).sum().item()
+        return right / len(ids)
 
-    def objective(ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden, balance, load = train_forward(run.model, ids[:, :-1], dtype, layer_fn)
-        loss = loss_fn(run.model, hidden, ids[:, 1:], weights[:, 1:])
-        return loss + config.balance * balance, loss, load
+    def metrics(self, items: int) -> dict[str, Any]:
+        """What the record of this model says beside what every training has."""
+        tokens = self.step * self.config.rows * self.config.length
+        return {"tokens": tokens, "tokens_per_second": round(tokens / self.seconds)}
 
-    probes = make_probes(tokenizer, probe_items) if probe_items else {}
-    started, before, bar = time.monotonic(), run.seconds, progress(config.steps, "train", "step")
-    bar.update(run.step)
-    for ids, weights in loader:
-        for group in run.optimizer.param_groups:
-            group["lr"] = config.rate(run.step)
-        total, loss, load = objective(ids.to(device, non_blocking=True), weights.to(device, non_blocking=True))
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        run.step += 1
-        run.seconds = before + time.monotonic() - started
-        bar.update(1)
-        if run.step % 50 == 0 or run.step == last:
-            log(run, loss.item(), norm.item(), load)
-        if probe_items and (run.step % probe_every == 0 or run.step == last):
-            run.curve[-1]["probe"] = probe(run.model, probes, dtype)
-            print(json.dumps({"step": run.step, **run.curve[-1]["probe"]}), flush=True)
-        if run.step % save_every == 0 or run.step == last:
-            run.save()
-    bar.close()
+    def export(self, out: Path) -> None:
+        """The checkpoint in BF16 with its tokenizer."""
+        self.model.to("cpu", torch.bfloat16).save_pretrained(out)
+        self.tokenizer.save_pretrained(out)
 
 
-def log(run: Run, loss: float, norm: float, load: torch.Tensor, rate: float | None = None) -> None:
-    """One line and one point of the curve; a loss that is not finite stops the run before it is saved."""
-    if not math.isfinite(loss):
-        raise UserError(f"step {run.step}: the loss is {loss}; the last good state is {run.path}")
-    tokens = run.config.rows * run.config.length
-    entry = {"step": run.step, "loss": round(loss, 5), "grad_norm": round(norm, 4), "lr": rate or run.config.rate(run.step - 1)}
-    entry |= {"min_load": round(load.min().item() * load.shape[1], 4), "seconds": round(run.seconds, 1)}
-    speed = tokens * 50 / (run.seconds - run.curve[-1]["seconds"]) if run.curve else 0
-    run.curve.append(entry)
-    print(" ".join(f"{key} {value}" for key, value in entry.items()), f"tokens/s {speed:.0f}", flush=True)
+class VlRun(Run):
+    """The same of razor-tiny-vl."""
 
+    data_set = {"name": "tiny_vision_tasks", "revision": VISION_REVISION}
+    layout: Layout | None = None  # of all batches of the training
 
-def make_probes(tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """For each task: (ids [count, T] right-padded to a multiple of 64, mask of the completion tokens)."""
-    probes = {}
-    for task in TASK_TEXTS:
-        rows, starts = [], []
-        for item, solution in task().load_with_solutions(count):
-            prompt, rest = (tokenizer(text)["input_ids"] for text in (prompt_text(item.question), completion_text(solution)))
-            rows.append(prompt + rest[:-1])  # without the newline after the end of turn: generation stops before it
-            starts.append(len(prompt))
-        width = -(-max(map(len, rows)) // 64) * 64 + 1
-        ids = torch.full((count, width), tokenizer.pad_token_id)
-        mask = torch.zeros(count, width, dtype=torch.bool)
-        for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, start : len(row)] = True
-        probes[task.name] = ids, mask
-    return probes
+    def build(self) -> torch.nn.Module:
+        config = vl_config(self.tokenizer, self.config.layers, self.config.vision_layers)
+        return build_vl_model(config, self.config.seed)
 
+    def batches(self) -> Dataset:
+        c = self.config
+        return VlBatches(self.tokenizer, c.seed, c.steps, c.rows, c.length, c.prompt_weight)
 
-PROBE_RECIPES = {"bf16": (16, 16), "int4": (4, 4), "int3/4": (3, 4), "int2/4": (2, 4), "int2/16": (2, 16)}
+    def forward(self, inputs: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor]) -> Forward:
+        ids, patches = inputs[0], patches_of(inputs[1])
+        self.layout = self.layout or vl_layout(self.model, ids, patches)
+        return vl_forward(self.model, ids, patches, self.dtype, layer_fn, vision_fn, self.layout)
+
+    def metrics(self, items: int) -> dict[str, Any]:
+        shares = {}
+        for task in (task() for task in TINY_VISION_TASKS):
+            rng = random.Random(f"probe:{task.name}")
+            scenes = [task.scene_of(rng, "test") for _ in range(items)]
+            shares[task.name] = self.exact_match(*encode_scenes(self.tokenizer, scenes, self.config.length + 1, 0.0))
+        print(shares, flush=True)
+        return {"steps": self.step, "pictures": self.step * self.config.rows, "exact_match": shares}
+
+    def export(self, out: Path) -> None:
+        """The checkpoint in BF16 with its processor."""
+        self.model.to("cpu", torch.bfloat16).save_pretrained(out)
+        save_processor(self.tokenizer, out)
 
 
 @torch.no_grad()
-def probe(model: torch.nn.Module, probes: dict, dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Share of test items whose every reference token is the argmax, per task, for round-to-nearest recipes (g128)."""
+def under_recipes(model: torch.nn.Module, measure: Callable[[], dict[str, float]]) -> dict[str, dict[str, float]]:
+    """What ``measure`` gives with the weights rounded to nearest by each recipe; they are put back."""
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
     results = {}
     for recipe, (expert_bits, linear_bits) in PROBE_RECIPES.items():
@@ -236,74 +265,82 @@ def probe(model: torch.nn.Module, probes: dict, dtype: torch.dtype) -> dict[str,
             if bits < 16 and p.ndim >= 2 and not router and "conv1d" not in name:
                 value = fake_quant(value, bits, 128, clip_steps=1)
             p.copy_(value)
-        results[recipe] = {task: exact_match(model, ids, mask, dtype) for task, (ids, mask) in probes.items()}
+        results[recipe] = measure()
     for name, p in model.named_parameters():
         p.copy_(original[name])
     return results
 
 
-def exact_match(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype) -> float:
-    """Teacher-forced: an item counts when greedy decoding would reproduce its reference turn."""
-    device = model.lm_head.weight.device
-    right = 0
-    for rows, kept in zip(ids.split(64), mask.split(64), strict=True):
-        hidden, _, _ = train_forward(model, rows[:, :-1].to(device), dtype)
-        guess = F.linear(hidden, model.lm_head.weight.to(dtype)).argmax(-1).cpu()
-        right += ((guess == rows[:, 1:]) | ~kept[:, 1:]).all(1).sum().item()
-    return right / len(ids)
+def train(run: Run, workers: int, save_every: int, probe_every: int = 1, probe_items: int = 0, stop: int | None = None) -> None:
+    """Run the remaining steps (up to ``stop``, if given), logging every 50, saving and probing at the given intervals and
+    at the end."""
+    config, device = run.config, run.device
+    loader = DataLoader(
+        run.batches(), batch_size=None, sampler=range(run.step, stop or config.steps), num_workers=workers,
+        prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    layer_fn, vision_fn, loss_fn = decoder_layer, vision_forward, token_loss
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        layer_fn, vision_fn, loss_fn = (torch.compile(f, dynamic=False) for f in (layer_fn, vision_fn, loss_fn))
+    started, before, bar = time.monotonic(), run.seconds, progress(config.steps, "train", "step")
+    bar.update(run.step)
+    for batch in loader:
+        rate = config.rate(run.step, run.seconds)
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        ids, weights, *pictures = (part.to(device, non_blocking=True) for part in batch)
+        hidden, balance, load = run.forward((ids[:, :-1], *pictures), layer_fn, vision_fn)
+        loss = loss_fn(run.model, hidden, ids[:, 1:], weights[:, 1:])
+        (loss + config.balance * balance).backward()
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        run.seconds = before + time.monotonic() - started
+        bar.update(1)
+        last = run.finished or run.step == stop
+        if run.step % 50 == 0 or last:
+            run.log(loss.item(), norm.item(), load, rate)
+        if probe_items and (run.step % probe_every == 0 or last):
+            run.curve[-1]["probe"] = run.probe(probe_items)
+            print(json.dumps({"step": run.step, **run.curve[-1]["probe"]}), flush=True)
+        if run.step % save_every == 0 or last:
+            run.save()
+        if last:
+            break
+    bar.close()
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, config: str) -> None:
-    """The arguments that the trainings of both tiny models have in common."""
-    parser.add_argument("--config", type=Path, default=Path(config), help=f"settings (default {config})")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(config=Path("configs/make_tiny.env"))
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint")
     parser.add_argument("--work", type=Path, required=True, help="directory of the training state")
     parser.add_argument("--result", type=Path, required=True, help="JSON of the training record; its name is the tag")
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_training_arguments(parser, "configs/make_tiny.env")
-    parser.add_argument("--workers", type=int, default=2, help="processes that make batches")
+    parser.add_argument("--workers", type=int, default=2, help="processes that make batches; 0: this one")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between saved states (default 1000)")
-    parser.add_argument("--probe-every", type=int, default=1000, help="steps between probes (default 1000)")
+    parser.add_argument("--probe-every", type=int, default=1000, help="steps between probes of razor-tiny (default 1000)")
     parser.add_argument("--probe-items", type=int, default=256, help="held-out items of each task in a probe; 0: none")
-    parser.add_argument("--length", help="override LENGTH of the config (for a trial)")
-    parser.add_argument("--steps", help="override STEPS of the config (for a trial)")
-    parser.add_argument("--rows", help="override ROWS of the config (for a trial)")
-    return parser.parse_args()
-
-
-def write_training(args: argparse.Namespace, run: Run, started: float, data: dict[str, str], metrics: dict[str, Any]) -> None:
-    """The record of a training; ``metrics``: what it has beside what every training has."""
-    shared = {
-        "parameters": sum(p.numel() for p in run.model.parameters()), "train_seconds": round(run.seconds, 1),
-        "final_loss": run.curve[-1]["loss"], "probe_items": args.probe_items, "curve": run.curve,
-    }  # fmt: skip
-    write_result(
-        args.result, kind="train", tag=args.result.stem, started=started, seconds=run.seconds, model=describe_model(args.out),
-        recipe=dataclasses.asdict(run.config), data=[data | {"sha256": None, "n": None}], metrics=metrics | shared,
-    )  # fmt: skip
 
 
 def main() -> None:
-    args = parse_args()
-    overrides = {key: getattr(args, key.lower()) for key in ("STEPS", "ROWS", "LENGTH") if getattr(args, key.lower())}
-    config = load_config(TrainConfig, args.config, from_environment(TrainConfig) | overrides)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    started = time.time()
+    config, args = parse_settings(TrainSettings, __doc__, add_arguments)
+    device, started, vision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time(), config.vision_layers
     args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
-    run = Run(config, tokenizer, args.work, device)
-    count = sum(p.numel() for p in run.model.parameters())
-    print(f"{count / 1e6:.2f} M parameters on {device}; from step {run.step} of {config.steps}; {config}", flush=True)
-    train(run, tokenizer, args.workers, args.save_every, args.probe_every, args.probe_items)
-    run.model.to("cpu", torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    write_training(
-        args, run, started, {"name": "tiny_tasks", "revision": f"{GENERATOR_REVISION}, world {WORLD_SEED}"},
-        {"tokens": config.steps * config.rows * config.length,
-         "tokens_per_second": round(config.steps * config.rows * config.length / run.seconds)},
+    run = (VlRun if vision else Run)(config, build_vl_tokenizer(vl_texts()) if vision else build_tokenizer(), args.work, device)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    print(f"{parameters / 1e6:.2f} M parameters on {device}; from step {run.step} of {config.steps}; {config}", flush=True)
+    if not run.finished:
+        train(run, args.workers, args.save_every, args.probe_every, 0 if vision else args.probe_items)
+    metrics = run.metrics(args.probe_items)
+    run.export(args.out)
+    metrics |= {
+        "parameters": parameters, "train_seconds": round(run.seconds, 1), "final_loss": run.curve[-1]["loss"],
+        "probe_items": args.probe_items, "curve": run.curve,
+    }  # fmt: skip
+    write_result(
+        args.result, kind="train", tag=args.result.stem, started=started, seconds=run.seconds, model=describe_model(args.out),
+        recipe=dataclasses.asdict(config), data=[run.data_set | {"sha256": None, "n": None}], metrics=metrics,
     )  # fmt: skip
 
 

@@ -18,6 +18,8 @@ import torch
 from console import UserError
 from hf_model import ids_sha256
 
+PROMPT_ROOM = 1024  # vLLM's context beyond the budget (64k: 66,560)
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -1,7 +1,7 @@
 """The published text benchmarks, one small class each. docs/BENCHMARKS.md has the table: data, prompt, grader, deviations.
 
 Not a command: `python src/eval/vllm_eval8.py --benchmarks gpqa,math500` runs them. Data sets are pinned to a commit of
-the hub; with a data directory (see hub_data) local files of the same columns are read instead, and nothing else ever is.
+the hub; with --data-dir (see task) local files of the same columns are read instead, and nothing else ever is.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ import hashlib
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from string import ascii_uppercase as LETTERS
 
 from console import UserError
 from graders import extract_letter, extract_math, grade_integer, parse_integer
-from hub_data import HubBenchmark, Row, Source
-from math_judge import judge_math
-from task import Benchmark
+from math_answers import judge_math, judge_open
+from task import Benchmark, HubBenchmark, Row, Source
 from task_text import Item
 from tasks_code import CODE_BENCHMARKS
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MMMLU_LANGUAGES = tuple("AR_XY BN_BD DE_DE ES_LA FR_FR HI_IN ID_ID IT_IT JA_JP KO_KR PT_BR SW_KE YO_NG ZH_CN".split())
 # openai/simple-evals, common.py: QUERY_TEMPLATE_MULTICHOICE
 SIMPLE_EVALS_CHOICE = (
@@ -100,20 +98,13 @@ class MmluPro(LetterBenchmark):
         letters = LETTERS[: sum(option != "N/A" for option in row["options"])]
         return Item(f"mmlu_pro-{row['question_id']}", question, row["answer"], {"letters": letters, "stratum": subject})
 
-    def stratum(self, item: Item) -> str:
-        return item.meta["stratum"]
-
 
 class Gpqa(LetterBenchmark):
     """GPQA diamond, 198 questions. Options are shuffled for each item with a seed of its record id."""
 
     name = "gpqa"
     source = Source(
-        "Idavidrein/gpqa",
-        "633f5ee89ab8ad4522a9f850766b73f62147ffdd",
-        split="train",
-        config="gpqa_diamond",
-        access="it is gated: accept its terms at huggingface.co/datasets/Idavidrein/gpqa and log in with `hf auth login`",
+        "Idavidrein/gpqa", "633f5ee89ab8ad4522a9f850766b73f62147ffdd", split="train", config="gpqa_diamond", gated=True
     )
     columns = ("Record ID", "Question", "Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 
@@ -123,9 +114,6 @@ class Gpqa(LetterBenchmark):
         question = SIMPLE_EVALS_CHOICE.format(question=row["Question"].strip(), options=[texts[place] for place in order])
         meta = {"letters": "ABCD", "stratum": row.get("High-level domain")}
         return Item(f"gpqa-{row['Record ID']}", question, "ABCD"[order.index(0)], meta)
-
-    def stratum(self, item: Item) -> str | None:
-        return item.meta["stratum"]
 
 
 class Mmmlu(LetterBenchmark):
@@ -140,14 +128,11 @@ class Mmmlu(LetterBenchmark):
     def item(self, row: Row, number: int, config: str | None) -> Item:
         options = [str(row[letter]) for letter in "ABCD"]
         question = SIMPLE_EVALS_CHOICE.format(question=str(row["Question"]), options=options)
-        meta = {"letters": "ABCD", "language": config, "subject": row["Subject"]}
+        meta = {"letters": "ABCD", "stratum": config, "subject": row["Subject"]}
         return Item(f"mmmlu-{config}-{number:06d}", question, row["Answer"], meta)
 
-    def stratum(self, item: Item) -> str:
-        return item.meta["language"]
-
     def sampling_stratum(self, item: Item) -> str:
-        return f"{item.meta['language']}/{item.meta['subject']}"
+        return f"{item.meta['stratum']}/{item.meta['subject']}"
 
     def headline(self, accuracies: Mapping[str, float]) -> dict[str, float]:
         return {"mean_of_languages": sum(accuracies.values()) / len(accuracies)}
@@ -174,17 +159,14 @@ class Bbeh(HubBenchmark):
         name = row_id(row["task"], row["input"], row["target"])
         return Item(f"bbeh-{name}", f"{row['input']} {BBEH_SUFFIX}", row["target"], {"stratum": row["task"]})
 
-    def stratum(self, item: Item) -> str:
-        return item.meta["stratum"]
-
     def headline(self, accuracies: Mapping[str, float]) -> dict[str, float]:
         return {"harmonic_mean": len(accuracies) / sum(1 / (acc + 0.01) for acc in accuracies.values())}
 
     def extract(self, item: Item, answer: str) -> str | None:
         return bbeh_answer(answer)
 
-    def grade(self, item: Item, extracted: str | None) -> bool:
-        return extracted is not None and bbeh_match(extracted, item.gold)
+    def right(self, item: Item, answer: str) -> bool:
+        return bbeh_match(answer, item.gold)
 
 
 class BbehMini(Bbeh):
@@ -241,9 +223,6 @@ class MathBenchmark(HubBenchmark):
 
     def extract(self, item: Item, answer: str) -> str | None:
         return extract_math(answer)
-
-    def grade(self, item: Item, extracted: str | None) -> bool:
-        return self.grade_all([item], [extracted])[0]
 
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
         return judge_math([(answer, item.gold) for item, answer in zip(items, extracted, strict=True)])
@@ -319,11 +298,7 @@ class Hle(HubBenchmark):
     """Humanity's Last Exam, the rows without an image. Graded by rule where the official run asks a judge model."""
 
     name = "hle"
-    source = Source(
-        "cais/hle",
-        "5a81a4c7271a2a2a312b9a690f0c2fde837e4c29",
-        access="it is gated: accept its terms at huggingface.co/datasets/cais/hle and log in with `hf auth login`",
-    )
+    source = Source("cais/hle", "5a81a4c7271a2a2a312b9a690f0c2fde837e4c29", gated=True)
     columns = ("id", "question", "image", "answer", "answer_type", "category")
     order_by_stratum = True
 
@@ -339,28 +314,19 @@ class Hle(HubBenchmark):
     def messages(self, item: Item) -> list[dict[str, str]]:
         return [{"role": "system", "content": HLE_SYSTEM}, {"role": "user", "content": item.question}]
 
-    def stratum(self, item: Item) -> str:
-        return item.meta["stratum"]
-
     def extract(self, item: Item, answer: str) -> str | None:
         if item.meta["letters"]:
             return extract_letter(answer, item.meta["letters"])
         stated = re.findall(r"(?mi)^[ \t*_#]{0,20}(?:exact |final )?answer[\s*_]{0,9}:[\s*_]{0,9}(\S.*)$", answer)
         return stated[-1].strip(" *_") if stated else extract_math(answer)
 
-    def grade(self, item: Item, extracted: str | None) -> bool:
-        return self.grade_all([item], [extracted])[0]
-
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
         """Letters by identity; other answers as text without case and outer signs, else as mathematics."""
         verdicts = [
             answer is not None and plain(answer) == plain(item.gold) for item, answer in zip(items, extracted, strict=True)
         ]
-        open_ = [i for i, item in enumerate(items) if not item.meta["letters"] and not verdicts[i]]
-        judged = judge_math([(extracted[i], items[i].gold) for i in open_]) if open_ else []
-        for i, verdict in zip(open_, judged, strict=True):
-            verdicts[i] = verdict
-        return verdicts
+        open_ = [place for place, item in enumerate(items) if not item.meta["letters"] and not verdicts[place]]
+        return judge_open(verdicts, {place: (extracted[place], items[place].gold) for place in open_})
 
 
 def plain(text: str) -> str:
@@ -373,13 +339,7 @@ class Tau2(Benchmark):
     name = "tau2"
     revision = "tau2-bench"
 
-    def __init__(self, data_dir: str | Path | None = None) -> None:
-        del data_dir  # the package carries its tasks
-
     def load(self, n: int | None = None) -> list[Item]:
-        from tau2_runner import require_tau2
-
-        require_tau2()
         raise UserError(
             "tau2 is a dialogue and not a list of prompts: serve the model and run python src/eval/tau2_runner.py "
             "--endpoint URL --model NAME --user-endpoint URL --user-model NAME --tag TAG"

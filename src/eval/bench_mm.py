@@ -8,32 +8,25 @@ from `--data-dir`: NAME.jsonl of the same columns, where an image column holds a
 from __future__ import annotations
 
 import ast
-import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from string import ascii_uppercase as LETTERS
 from typing import Any
 
 from console import UserError
 from graders import extract_boxed, extract_letter, parse_integer
+from math_answers import judge_open
 from pictures import Picture, image_part, interleave, text_part, unmatched
-from task import Benchmark, check_data_dir
-from task_list import get_benchmarks
+from task import HubBenchmark, Row, Source
 from task_text import Item
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MMMU_PRO_REVISION = "b037bbe72fe851ae9c9a792c7b34722542d4dc78"
 SUBJECTS = (
     "Accounting Agriculture Architecture_and_Engineering Art Art_Theory Basic_Medical_Science Biology Chemistry "
     "Clinical_Medicine Computer_Science Design Diagnostics_and_Laboratory_Medicine Economics Electronics Energy_and_Power "
     "Finance Geography History Literature Manage Marketing Materials Math Mechanical_Engineering Music Pharmacy Physics "
     "Psychology Public_Health Sociology"
 ).split()
-
-
-def column(row: Mapping[str, Any], name: str, where: str) -> Any:
-    if name not in row:
-        raise UserError(f"{where}: no column {name!r}; the published set has it")
-    return row[name]
 
 
 def option_texts(value: Any, where: str) -> list[str]:
@@ -48,63 +41,29 @@ def option_texts(value: Any, where: str) -> list[str]:
     return [str(option) for option in value]
 
 
-def numbered_pictures(row: Mapping[str, Any], where: str, directory: Path | None) -> dict[int, Picture]:
-    """The columns image_1 to image_7 that are filled."""
-    found = {k: row.get(f"image_{k}") for k in range(1, 8)}
-    return {k: Picture.of_column(value, f"{where}: image_{k}", directory) for k, value in found.items() if value}
+class MmBenchmark(HubBenchmark):
+    """A question with pictures, multiple choice unless a class says otherwise."""
 
-
-class MmBenchmark(Benchmark):
-    """Rows from the hub or a file, made into items. Subclasses set the data set and fill in ``item``."""
-
-    dataset: str
-    configs: Sequence[str | None] = (None,)
-    split = "test"
-    pinned: str  # commit of the data set
-    letters = LETTERS
-
-    def __init__(self, data_dir: Path | None = None) -> None:
-        self.data_dir = data_dir
-        self.revision = self.pinned
+    one_file = True
 
     def load(self, n: int | None = None) -> list[Item]:
-        items, faults = [], 0
-        for number, row in enumerate(self.rows()):
-            if n is not None and number >= n:
-                break
-            item = self.item(row, f"{self.name} row {number + 1}")
-            faults += item.meta["unmatched"]
-            items.append(item)
-        if not items:
-            raise UserError(f"{self.name}: no rows")
-        if faults:
+        items = super().load(n)
+        if faults := sum(item.meta["unmatched"] for item in items):
             print(f"{self.name}: {faults} items whose <image k> and images do not match; see docs/MULTIMODAL.md", flush=True)
         return items
 
-    def rows(self) -> Iterator[Mapping[str, Any]]:
-        """The rows with undecoded images."""
-        if self.data_dir is not None:
-            yield from self.local_rows(self.data_dir / f"{self.name}.jsonl")
-            return
-        for config in self.configs:
-            yield from hub_rows(self.dataset, config, self.split, self.revision)
+    def asked(self, row: Row, text: str, pictures: Mapping[int, Picture], gold: str, letters: str, **more: Any) -> Item:
+        """The item of a row; ``letters``: its options, none for an open question."""
+        meta = {"parts": interleave(text, pictures), "unmatched": unmatched(text, pictures), "letters": letters}
+        return Item(str(row["id"]), text, str(gold), meta | more)
 
-    def local_rows(self, path: Path) -> Iterator[Mapping[str, Any]]:
-        self.revision = "local file"
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; --data-dir needs {path.name} with the columns of {self.dataset}")
-        with path.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    row = json.loads(line) if line.strip() else None
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}:{number}: not JSON ({error})") from None
-                if row is not None:
-                    yield row
+    def picture(self, value: Any, where: str) -> Picture:
+        return Picture.of_column(value, f"{self.name} {where}", self.data_dir)
 
-    def item(self, row: Mapping[str, Any], where: str) -> Item:
-        """An item whose meta holds ``parts`` (the content of the user turn) and ``unmatched``."""
-        raise TypeError(f"{type(self).__name__} does not define item")
+    def numbered_pictures(self, row: Row, where: str) -> dict[int, Picture]:
+        """The columns image_1 to image_7 that are filled."""
+        found = {k: row.get(f"image_{k}") for k in range(1, 8)}
+        return {k: self.picture(value, f"{where}: image_{k}") for k, value in found.items() if value}
 
     def messages(self, item: Item) -> list[dict[str, Any]]:
         return [{"role": "user", "content": item.meta["parts"]}]
@@ -113,52 +72,33 @@ class MmBenchmark(Benchmark):
         return extract_letter(answer, item.meta["letters"])
 
 
-def hub_rows(dataset: str, config: str | None, split: str, revision: str) -> Iterable[Mapping[str, Any]]:
-    """Rows of a hub data set at a commit, images as the bytes of their files."""
-    from datasets import Image, load_dataset
-
-    try:
-        rows = load_dataset(dataset, config, split=split, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{dataset}@{revision}: cannot be loaded ({reason}); use --data-dir with local rows") from None
-    for name, feature in rows.features.items():
-        if isinstance(feature, Image):
-            rows = rows.cast_column(name, Image(decode=False))
-    return rows
-
-
 class Mmmu(MmBenchmark):
     """MMMU validation: 900 questions of 30 subjects; options as published, a few open questions."""
 
     name = "mmmu"
-    dataset = "MMMU/MMMU"
+    source = Source("MMMU/MMMU", "98e6ac0cb9b7b2cd2c991b85a50762edc4aedc68", split="validation")
+    columns = ("id", "question", "options", "question_type", "answer")
     configs = SUBJECTS
-    split = "validation"
-    pinned = "98e6ac0cb9b7b2cd2c991b85a50762edc4aedc68"
 
-    def item(self, row: Mapping[str, Any], where: str) -> Item:
-        options = option_texts(column(row, "options", where), where)
-        if column(row, "question_type", where) == "multiple-choice":
+    def item(self, row: Row, number: int, config: str | None) -> Item:
+        where = f"row {number + 1}"
+        options = option_texts(row["options"], f"{self.name} {where}")
+        if row["question_type"] == "multiple-choice":
             lines = "".join(f"({letter}) {option}\n" for letter, option in zip(LETTERS, options))
             text = f"{row['question']}\n{lines}\nAnswer with the option's letter from the given choices directly."
         else:
             options = []
             text = f"{row['question']}\nAnswer the question using a single word or phrase."
-        pictures = numbered_pictures(row, where, self.data_dir)
-        gold = column(row, "answer", where)
-        meta = {"parts": interleave(text, pictures), "unmatched": unmatched(text, pictures)}
-        meta["letters"] = LETTERS[: len(options)]
-        return Item(str(column(row, "id", where)), text, str(gold), meta)
+        return self.asked(row, text, self.numbered_pictures(row, where), row["answer"], LETTERS[: len(options)])
 
     def extract(self, item: Item, answer: str) -> str | None:
         return extract_letter(answer, item.meta["letters"]) if item.meta["letters"] else short_answer(answer)
 
-    def grade(self, item: Item, extracted: str | None) -> bool:
-        if extracted is None or item.meta["letters"]:
-            return extracted is not None and extracted == item.gold
+    def right(self, item: Item, answer: str) -> bool:
+        if item.meta["letters"]:
+            return answer == item.gold
         golds = option_texts(item.gold, item.id) if item.gold.startswith("[") else [item.gold]
-        return any(same_phrase(extracted, gold) for gold in golds)
+        return any(same_phrase(answer, gold) for gold in golds)
 
 
 def short_answer(answer: str) -> str | None:
@@ -177,7 +117,7 @@ def short_answer(answer: str) -> str | None:
 
 def same_phrase(answer: str, gold: str) -> bool:
     """MMMU's open questions: numbers to two decimals, else the same words without case and outer punctuation."""
-    numbers = []
+    numbers: list[float | None] = []
     for text in (answer, gold):
         plain = text.replace(",", "").replace("\\%", "%").strip(" $%.")
         try:
@@ -200,81 +140,65 @@ class MmmuProStandard(MmBenchmark):
     """MMMU-Pro, 1,730 questions with up to ten options, images interleaved. The official chain-of-thought prompt."""
 
     name = "mmmu_pro_standard"
-    dataset = "MMMU/MMMU_Pro"
-    configs = ("standard (10 options)",)
-    pinned = "b037bbe72fe851ae9c9a792c7b34722542d4dc78"
+    source = Source("MMMU/MMMU_Pro", MMMU_PRO_REVISION, config="standard (10 options)")
+    columns = ("id", "question", "options", "answer")
 
-    def item(self, row: Mapping[str, Any], where: str) -> Item:
-        options = option_texts(column(row, "options", where), where)
+    def item(self, row: Row, number: int, config: str | None) -> Item:
+        where = f"row {number + 1}"
+        options = option_texts(row["options"], f"{self.name} {where}")
         lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
-        text = f"{column(row, 'question', where)}\n{lines}\nAnswer the preceding multiple choice question. {LAST_LINE}"
-        pictures = numbered_pictures(row, where, self.data_dir)
-        meta = {"parts": interleave(text, pictures), "unmatched": unmatched(text, pictures)}
-        meta["letters"] = LETTERS[: len(options)]
-        return Item(str(column(row, "id", where)), text, str(column(row, "answer", where)), meta)
+        text = f"{row['question']}\n{lines}\nAnswer the preceding multiple choice question. {LAST_LINE}"
+        return self.asked(row, text, self.numbered_pictures(row, where), row["answer"], LETTERS[: len(options)])
 
 
 class MmmuProVision(MmBenchmark):
     """MMMU-Pro, the same questions photographed or captured: the picture holds question and options."""
 
     name = "mmmu_pro_vision"
-    dataset = "MMMU/MMMU_Pro"
-    configs = ("vision",)
-    pinned = "b037bbe72fe851ae9c9a792c7b34722542d4dc78"
+    source = Source("MMMU/MMMU_Pro", MMMU_PRO_REVISION, config="vision")
+    columns = ("id", "options", "answer", "image")
     prompt = f"Write out the multiple-choice question in the image and then solve it. {LAST_LINE}"
 
-    def item(self, row: Mapping[str, Any], where: str) -> Item:
-        options = option_texts(column(row, "options", where), where)
-        picture = Picture.of_column(column(row, "image", where), f"{where}: image", self.data_dir)
-        parts = [text_part(self.prompt), image_part(picture)]
-        meta = {"parts": parts, "unmatched": False, "letters": LETTERS[: len(options)]}
-        return Item(str(column(row, "id", where)), self.prompt, str(column(row, "answer", where)), meta)
+    def item(self, row: Row, number: int, config: str | None) -> Item:
+        where = f"row {number + 1}"
+        options = option_texts(row["options"], f"{self.name} {where}")
+        parts = [text_part(self.prompt), image_part(self.picture(row["image"], f"{where}: image"))]
+        return self.asked(row, self.prompt, {}, row["answer"], LETTERS[: len(options)], parts=parts)
 
 
 class MathVision(MmBenchmark):
     """MathVision (MATH-V) test, 3,040 questions: five options, or a free-form answer judged as in the text benchmarks."""
 
     name = "mathvision"
-    dataset = "MathLLMs/MathVision"
-    pinned = "0c681f39d3dacd336abf62ceb833e40320c8599f"
+    source = Source("MathLLMs/MathVision", "0c681f39d3dacd336abf62ceb833e40320c8599f")
+    columns = ("id", "question", "options", "answer", "image")
     letters = "ABCDE"
 
-    def item(self, row: Mapping[str, Any], where: str) -> Item:
-        options = option_texts(column(row, "options", where), where)
+    def item(self, row: Row, number: int, config: str | None) -> Item:
+        where = f"row {number + 1}"
+        options = option_texts(row["options"], f"{self.name} {where}")
         shown = options if "".join(options) != "ABCDE" else []  # else they stand in the picture
         lines = "".join(f"({letter}) {option}\n" for letter, option in zip(self.letters, shown))
         text = (
             'Please solve the problem step by step and put your answer in one "\\boxed{}". If it is a multiple choice '
-            f'question, only one letter is allowed in the "\\boxed{{}}".\n{column(row, "question", where)}\n{lines}'
+            f'question, only one letter is allowed in the "\\boxed{{}}".\n{row["question"]}\n{lines}'
         )
-        value = row.get("decoded_image") or column(row, "image", where)
-        pictures = {1: Picture.of_column(value, f"{where}: image", self.data_dir)}
-        gold = str(column(row, "answer", where))
-        meta = {"parts": interleave(text, pictures), "unmatched": unmatched(text, pictures)}
-        meta |= {"letters": self.letters if options else "", "options": options}
-        return Item(str(column(row, "id", where)), text, gold, meta)
+        pictures = {1: self.picture(row.get("decoded_image") or row["image"], f"{where}: image")}
+        return self.asked(row, text, pictures, row["answer"], self.letters if options else "", options=options)
 
     def extract(self, item: Item, answer: str) -> str | None:
         letter = extract_letter(answer, self.letters) if item.meta["letters"] else None
         return letter or extract_boxed(answer)
 
-    def grade(self, item: Item, extracted: str | None) -> bool:
-        return self.grade_all([item], [extracted])[0]
-
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
         """Letters by themselves; everything else, also an option given by its value, by the judge of mathematics."""
         verdicts = [answer is not None and answer == item.gold for item, answer in zip(items, extracted, strict=True)]
-        open_places = [
-            place for place, (item, answer) in enumerate(zip(items, extracted, strict=True))
+        pairs = {
+            place: (answer, gold_value(item))
+            for place, (item, answer) in enumerate(zip(items, extracted, strict=True))
             if answer is not None and not verdicts[place] and not (item.meta["letters"] and answer in self.letters)
-        ]  # fmt: skip
-        if open_places:
-            from math_judge import judge_math
-
-            pairs = [(extracted[place], gold_value(items[place])) for place in open_places]
-            for place, verdict in zip(open_places, judge_math(pairs), strict=True):
-                verdicts[place] = verdict
-        return verdicts
+        }
+        return judge_open(verdicts, pairs)
 
 
 def gold_value(item: Item) -> str:
@@ -287,34 +211,31 @@ class MedXpert(MmBenchmark):
     """MedXpertQA MM test, 2,000 questions with five options and one or more pictures, which lie in images.zip."""
 
     name = "medxpert"
-    dataset = "TsinghuaC3I/MedXpertQA"
-    configs = ("MM",)
-    pinned = "f4e6fe7e5a9e13d6c97d7aa2b91cdd8b80c9cc61"
+    source = Source("TsinghuaC3I/MedXpertQA", "f4e6fe7e5a9e13d6c97d7aa2b91cdd8b80c9cc61", config="MM")
+    columns = ("id", "question", "options", "images", "label")
     archive: zipfile.ZipFile | None = None
 
-    def item(self, row: Mapping[str, Any], where: str) -> Item:
-        options = {key: text for key, text in dict(column(row, "options", where)).items() if text is not None}
-        text = f"Q: {column(row, 'question', where)}\nA: Let's think step by step."
-        names = column(row, "images", where)
-        pictures = [self.picture(name, f"{where}: {name}") for name in names]
+    def item(self, row: Row, number: int, config: str | None) -> Item:
+        options = {key: text for key, text in dict(row["options"]).items() if text is not None}
+        text = f"Q: {row['question']}\nA: Let's think step by step."
+        pictures = [self.named_picture(name, f"row {number + 1}: {name}") for name in row["images"]]
         parts = [*map(image_part, pictures), text_part(text)]
-        meta = {"parts": parts, "unmatched": False, "letters": "".join(sorted(options))}
-        return Item(str(column(row, "id", where)), text, str(column(row, "label", where)), meta)
+        return self.asked(row, text, {}, row["label"], "".join(sorted(options)), parts=parts, unmatched=False)
 
-    def picture(self, name: str, where: str) -> Picture:
+    def named_picture(self, name: str, where: str) -> Picture:
         """A picture by the name that the row gives: beside the local rows (or in images/ there), or in the hub's archive."""
         if self.data_dir is not None:
             inside = self.data_dir / "images" / name
-            return Picture.of_column(f"images/{name}" if inside.is_file() else name, where, self.data_dir)
+            return self.picture(f"images/{name}" if inside.is_file() else name, where)
         if self.archive is None:
             from huggingface_hub import hf_hub_download
 
-            path = hf_hub_download(self.dataset, "images.zip", repo_type="dataset", revision=self.revision)
-            self.archive = zipfile.ZipFile(path)
+            repository, revision = self.source.repository, self.source.revision
+            self.archive = zipfile.ZipFile(hf_hub_download(repository, "images.zip", repo_type="dataset", revision=revision))
         found = [entry for entry in self.archive.namelist() if entry.rpartition("/")[2] == name]
         if not found:
-            raise UserError(f"{where}: not in images.zip")
-        return Picture(self.archive.read(found[0])).checked(where)
+            raise UserError(f"{self.name} {where}: not in images.zip")
+        return Picture(self.archive.read(found[0])).checked(f"{self.name} {where}")
 
     def messages(self, item: Item) -> list[dict[str, Any]]:
         system = {"role": "system", "content": "You are a helpful medical assistant."}
@@ -322,33 +243,3 @@ class MedXpert(MmBenchmark):
 
 
 MM_BENCHMARKS = (Mmmu, MmmuProStandard, MmmuProVision, MathVision, MedXpert)
-GROUPS = {"mmmu_pro": ("mmmu_pro_standard", "mmmu_pro_vision")}  # the official score is the mean of the two
-
-
-def mm_names() -> list[str]:
-    """Every multimodal benchmark that a record may hold."""
-    from tasks_tiny_vision import TINY_VISION_TASKS
-
-    return [benchmark.name for benchmark in (*MM_BENCHMARKS, *TINY_VISION_TASKS)]
-
-
-def recorded_benchmarks(names: Sequence[str], data_dir: Path | None = None) -> list[Benchmark]:
-    """Instances of the benchmarks of a record, of text or of pictures, in the order of the names."""
-    seen = [name for name in names if name in mm_names()]
-    text = [name for name in names if name not in seen]
-    found = [*(get_mm_benchmarks(seen, data_dir) if seen else []), *(get_benchmarks(text, data_dir) if text else [])]
-    return sorted(found, key=lambda benchmark: names.index(benchmark.name))
-
-
-def get_mm_benchmarks(names: Sequence[str], data_dir: Path | None = None) -> list[Benchmark]:
-    """Instances of the named benchmarks, or one line that lists the known ones."""
-    from tasks_tiny_vision import TINY_VISION_TASKS
-
-    published = {benchmark.name: benchmark for benchmark in MM_BENCHMARKS}
-    drawn = {task.name: task for task in TINY_VISION_TASKS}
-    names = [member for name in names for member in GROUPS.get(name, (name,))]
-    known = [*published, *GROUPS, *drawn]
-    if unknown := [name for name in names if name not in published and name not in drawn]:
-        raise UserError(f"unknown benchmark {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
-    check_data_dir(data_dir)
-    return [published[name](data_dir) if name in published else drawn[name]() for name in dict.fromkeys(names)]

@@ -14,8 +14,7 @@ import re
 from pathlib import Path
 
 from console import UserError, atomic_path, run_cli
-from page_tables import lookup, render
-from records import read_result
+from records import lookup, read_result, render
 
 CITATION = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.json)#([\w.:-]+)\)")
 FIGURE = re.compile(r"(-?[\d,]+(?:\.(\d+))?)( %| MB| GB|)")

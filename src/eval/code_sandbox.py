@@ -19,16 +19,20 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import sandbox_child
 from console import UserError, progress
+from sandbox_child import frame
 
-CHILD = Path(__file__).with_name("sandbox_child.py")
+CHILD = Path(sandbox_child.__file__)
 START_SECONDS = 5.0  # an interpreter on a busy machine; not part of the program's time
 UNCONFINED = "CODE_SANDBOX_UNCONFINED"
+T = TypeVar("T")
 Job = tuple[str, Sequence[str]] | tuple[str, Sequence[str], str]
 
 
@@ -40,11 +44,6 @@ class Verdict:
     reason: str
     detail: str
     seconds: float
-
-
-def frame(value: object) -> bytes:
-    data = json.dumps(value, separators=(",", ":")).encode()
-    return b"%010d" % len(data) + data
 
 
 def _exchange(child: subprocess.Popen, request: bytes, verdict: int, deadline: float) -> bytes:
@@ -147,9 +146,14 @@ def run_many(
     def one(job: Job) -> Verdict:
         return run_python(job[0], job[1], timeout_s, memory_mib, *job[2:], test_timeout_s=test_timeout_s)
 
-    with progress(len(jobs), "sandbox", "program") as bar, ThreadPoolExecutor(workers) as pool:
-        verdicts = []
-        for verdict in pool.map(one, jobs):
-            verdicts.append(verdict)
+    return side_by_side(one, jobs, name="sandbox", unit="program", workers=workers)
+
+
+def side_by_side(judge: Callable[..., T], *work: Sequence, name: str, unit: str, workers: int = 2) -> list[T]:
+    """What ``judge`` says of the items of ``work``, in order, ``workers`` at a time, with a progress bar."""
+    found = []
+    with progress(len(work[0]), name, unit) as bar, ThreadPoolExecutor(workers) as pool:
+        for verdict in pool.map(judge, *work):
+            found.append(verdict)
             bar.update()
-    return verdicts
+    return found

@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError, run_cli
-from eval_settings import EvalSettings, load_settings
-from gate import eval_records, gate_axis
-from paired_stats import clustered_mcnemar, discordance, minimum_detectable, paired_bootstrap
+from eval_settings import eval_records, gate_axis, load_settings
+from intervals import clustered_mcnemar, discordance, minimum_detectable, paired_bootstrap
 from records import data_entry, read_result, write_result
 from sample_log import find_log, read_samples
 
 SHOWN = 0.05  # level of the exact test
-COMPARABLE = ("grader",)  # settings that must agree, besides samples and sampling
 Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -57,7 +55,7 @@ def load(directory: Path, tag: str) -> Evaluation:
 
 def check_comparable(a: Evaluation, b: Evaluation) -> bool:
     """Raise unless the two may be compared; True when they sampled differently, each as its vendor recommends."""
-    changed = [key for key in COMPARABLE if a.settings.get(key) != b.settings.get(key)]
+    changed = ["grader"] if a.settings.get("grader") != b.settings.get("grader") else []
     changed += ["samples"] if a.samples != b.samples else []
     drawn_a, drawn_b = a.settings["sampling"], b.settings["sampling"]
     same_budget = drawn_a.get("max_tokens") == drawn_b.get("max_tokens")
@@ -159,12 +157,6 @@ def behind_teacher(teacher: Evaluation, judged: dict[str, Evaluation], name: str
     return found
 
 
-def gates(directory: Path, tags: Sequence[str], name: str, settings: EvalSettings) -> dict[str, str]:
-    """{tag: gate status} of one benchmark."""
-    records = eval_records(directory)
-    return {r["tag"]: gate_axis(r, name, settings, records).status for r in records if r["tag"] in tags}
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("base", help="tag of the model compared with, such as the unquantized one")
@@ -176,12 +168,13 @@ def parse_args() -> argparse.Namespace:
 
 def compare_all(base: Evaluation, other: Evaluation, teacher: Evaluation | None, directory: Path) -> dict[str, Any]:
     """Metrics of every benchmark."""
-    metrics, settings = {}, load_settings()
+    metrics, settings, records = {}, load_settings(), eval_records(directory)
+    judged = [record for record in records if record["tag"] in (base.tag, other.tag)]
     for name in base.rows:
         metrics[name] = compare(*paired(base.rows[name], other.rows[name], name), base.samples)
         if teacher:
             metrics[name] |= behind_teacher(teacher, {"base": base, "other": other}, name)
-        metrics[name]["gate"] = gates(directory, [base.tag, other.tag], name, settings)
+        metrics[name]["gate"] = {r["tag"]: gate_axis(r, name, settings, records).status for r in judged}
     return metrics
 
 

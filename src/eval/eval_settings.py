@@ -1,24 +1,28 @@
-"""configs/eval.env: which family a model belongs to, how its vendor samples, and what its vendor published.
+"""configs/eval.env: which family a model belongs to, how its vendor samples, what its vendor published, and the gate by it.
 
-Not a command. `bash pipelines/eval.sh` reads it on every run; EVAL_CONFIG=FILE takes another file.
+Not a command. `bash pipelines/eval.sh` reads it on every run; EVAL_CONFIG=FILE takes another file. The gate judges an accuracy
+beside the published one; a quantized model has the status that its unquantized original reached with the same sampling.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backend import Sampling
-from console import UserError
+from console import UserError, read_json
 from families import text_config
-from records import REPO
+from records import REPO, is_original, read_result
 from settings import convert, read_env_file
 
 DRAW = {"temperature": float, "top_p": float, "top_k": int}
 GATE = {"GATE_POINTS": "points", "GATE_SHOWN": "shown", "GATE_WIDTH": "width"}
+GROUPS = {"mmmu_pro": ("mmmu_pro_standard", "mmmu_pro_vision")}  # the published score is the mean of the two
+GATED, NOT_GATED, NO_TARGET = "gated", "not gated", "no target"
+SAME_SAMPLING = ("temperature", "top_p", "top_k", "max_tokens")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class EvalSettings:
     def sampling_for(self, family: str | None, config: Mapping[str, Any]) -> tuple[dict[str, float], str]:
         """(keys of Sampling that the vendor recommends, where that stands) for a model; greedy when nothing is known."""
         model_type = str(text_config(config).get("model_type", "")).upper()
-        for name in (family, model_type):
+        for name in (family or "", model_type):
             if name in self.sampling:
                 return dict(self.sampling[name]), f"{self.source}: SAMPLING__{name}"
         return {}, f"greedy: {self.source} has no SAMPLING__{model_type}"
@@ -89,13 +93,9 @@ def check_sampling(sampling: Sampling, where: str) -> None:
         raise UserError(f"{where}: temperature >= 0, 0 < top_p <= 1, top_k >= 0")
 
 
-def settings_path() -> Path:
-    return Path(os.environ.get("EVAL_CONFIG") or REPO / "configs" / "eval.env")
-
-
 def load_settings(path: Path | None = None) -> EvalSettings:
     """Read the file; a key that it should not have is an error, so that a slip in writing never goes unnoticed."""
-    path = path or settings_path()
+    path = path or Path(os.environ.get("EVAL_CONFIG") or REPO / "configs" / "eval.env")
     families: dict[str, dict[str, str]] = {}
     sampling: dict[str, dict[str, float]] = {}
     targets: dict[str, dict[str, float]] = {}
@@ -116,3 +116,105 @@ def load_settings(path: Path | None = None) -> EvalSettings:
         raise UserError(f"{path}: TARGET__{unknown[0]}__...: no FAMILY__{unknown[0]} says which model that is")
     source = str(path.relative_to(REPO)) if path.is_relative_to(REPO) else path.name
     return EvalSettings(families, sampling, targets, GateRules(**gate), source)
+
+
+# ---- the gate ----
+
+
+@dataclass(frozen=True)
+class Gate:
+    """``reason`` says what the status rests on; ``target`` in percent; ``reference``: the tag whose accuracy was judged."""
+
+    status: str
+    reason: str
+    target: float | None = None
+    reference: str | None = None
+
+
+def gate_status(metrics: Mapping[str, Any], target: float, rules: GateRules) -> tuple[str, str]:
+    """(status, reason) of one accuracy beside a published one in percent. Gated needs all three: the accuracy within
+    ``points`` of the target; an interval that does not exclude it by more than ``shown``; one at most ``width`` wide."""
+    off = 100 * metrics["acc"] - target
+    low, high = 100 * metrics["acc_low"] - target, 100 * metrics["acc_high"] - target
+    excluded = max(low, -high, 0.0)
+    reason = f"{off:+.1f} from {target:g}, interval {low:+.1f} to {high:+.1f}"
+    if high - low > rules.width:
+        return NOT_GATED, f"{reason}: wider than {rules.width:g}, more items or samples are needed"
+    if abs(off) > rules.points:
+        return NOT_GATED, f"{reason}: more than {rules.points:g} away"
+    if excluded > rules.shown:
+        return NOT_GATED, f"{reason}: excludes it by more than {rules.shown:g}"
+    return GATED, reason
+
+
+def family_of_record(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]], settings: EvalSettings) -> str | None:
+    """The family that the record names, else that of a model in the repository with the same config.json."""
+    if "family" in record["model"]:
+        return record["model"]["family"]
+    digest = record["model"].get("config_sha256")
+    for other in (record, *records):
+        if other["model"].get("config_sha256") == digest:
+            if "family" in other["model"]:
+                return other["model"]["family"]
+            path = REPO / other["model"]["path"] / "config.json"
+            if path.is_file():
+                return settings.family_of(read_json(path))
+    return None
+
+
+def reference_of(
+    record: Mapping[str, Any], axis: str, records: Sequence[Mapping[str, Any]], settings: EvalSettings
+) -> Mapping[str, Any] | None:
+    """The evaluation that the gate judges: the record itself, or the latest of an unquantized model of its family."""
+    if is_original(record):
+        return record
+    family = family_of_record(record, records, settings)
+    same = [
+        other
+        for other in records
+        if is_original(other)
+        and axis in other["metrics"]
+        and family_of_record(other, records, settings) == family
+        and all(other["sampling"].get(key) == record["sampling"].get(key) for key in SAME_SAMPLING)
+    ]
+    return max(same, key=lambda other: other["started"], default=None)
+
+
+def published_for(axis: str, targets: Mapping[str, float]) -> tuple[float | None, tuple[str, ...]]:
+    """(target, the benchmarks whose mean it is): an axis's own number, else that of the group which it belongs to."""
+    groups = [name for name, members in GROUPS.items() if axis in members and name in targets]
+    if axis in targets or not groups:
+        return targets.get(axis), (axis,)
+    return targets[groups[0]], GROUPS[groups[0]]
+
+
+def mean_metrics(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Accuracy of several settings of the same questions. Answers to one question go together, so the interval is taken as
+    wide as if they always did: the mean of the bounds."""
+    return {key: sum(m[key] for m in metrics) / len(metrics) for key in ("acc", "acc_low", "acc_high")}
+
+
+def gate_axis(record: Mapping[str, Any], axis: str, settings: EvalSettings, records: Sequence[Mapping[str, Any]] = ()) -> Gate:
+    """The gate of one benchmark of one evaluation; ``records``: the other evaluations, among them its original's."""
+    targets = settings.targets.get(family_of_record(record, records, settings) or "", {})
+    target, members = published_for(axis, targets)
+    if target is None:
+        return Gate(NO_TARGET, "no published number in " + settings.source)
+    reference = reference_of(record, axis, records, settings)
+    if reference is None:
+        return Gate(NOT_GATED, "its unquantized original was not evaluated with the same sampling", target)
+    if missing := [name for name in members if name not in reference["metrics"]]:
+        return Gate(NOT_GATED, f"the target is a mean, and {', '.join(missing)} was not evaluated", target, reference["tag"])
+    status, reason = gate_status(mean_metrics([reference["metrics"][name] for name in members]), target, settings.gate)
+    together = f"mean of {', '.join(members)}: " if len(members) > 1 else ""
+    return Gate(status, together + reason, target, reference["tag"])
+
+
+def gate_text(gate: Gate) -> str:
+    return gate.status if gate.status == NO_TARGET else f"{gate.status} ({gate.reason})"
+
+
+def eval_records(directory: Path) -> list[dict[str, Any]]:
+    """All evaluations of a model in results/eval, by start."""
+    found = [read_result(path) for path in sorted(directory.glob("*.json"))]
+    return sorted((r for r in found if r["kind"] == "eval" and r["model"]), key=lambda record: record["started"])

@@ -37,6 +37,11 @@ class Remote:
     size: int
     digest: str  # SHA-256
 
+    @property
+    def note(self) -> str:
+        """The line of its FILE.sha256."""
+        return f"{self.digest}  {Path(self.name).name}\n"
+
     def partial(self, directory: Path) -> Path:
         return directory / f"{Path(self.name).name}.{self.digest[:12]}.partial"
 
@@ -46,31 +51,24 @@ def explained(repository: str, name: str = "") -> Iterator[None]:
     """The hub's errors, each as one line that says what to do."""
     from huggingface_hub import constants, errors
 
-    what = f"{repository}/{name}" if name else repository
     try:
         yield
-    except errors.GatedRepoError:
-        page = f"{constants.ENDPOINT}/{repository}"
-        raise UserError(f"{repository}: gated; accept its terms on {page}, then hf auth login (or set HF_TOKEN)") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{repository}: no such revision; leave out --revision for main") from None
-    except errors.EntryNotFoundError:
-        raise UserError(f"{what}: no such file in the repository; leave the name out to list what is there") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{repository}: no such repository, or a private one: check the name, or hf auth login") from None
-    except errors.HFValidationError as error:
-        raise UserError(f"{repository}: not the name of a repository ({' '.join(str(error).split())[:100]})") from None
-    except errors.OfflineModeIsEnabled:
-        raise UserError(f"{what}: HF_HUB_OFFLINE is set; unset it to download") from None
-    except errors.HfHubHTTPError as error:
-        code = error.response.status_code
-        raise UserError(f"{what}: the hub answered HTTP {code}; run the same command again later to go on") from None
-    except errors.HfHubHTTPError.__bases__ as error:  # those of its HTTP client: no network, no answer, a broken one
+    except (errors.EntryNotFoundError, errors.HFValidationError, *errors.HfHubHTTPError.__bases__) as error:
+        what, page = f"{repository}/{name}" if name else repository, f"{constants.ENDPOINT}/{repository}"
         why = " ".join(str(error).split())[:120] or type(error).__name__
-        raise UserError(
-            f"{what}: cannot be fetched from {constants.ENDPOINT} ({why}); get the machine on line (or set HF_ENDPOINT) and "
-            "run the same command again: it goes on where it stopped"
-        ) from None
+        code = getattr(getattr(error, "response", None), "status_code", None)
+        mends = (  # the first that fits; the last is of its HTTP client: no network, no answer, a broken one
+            (errors.GatedRepoError, f"gated; accept its terms on {page}, then hf auth login (or set HF_TOKEN)"),
+            (errors.RevisionNotFoundError, "no such revision; leave out --revision for main"),
+            (errors.EntryNotFoundError, "no such file in the repository; leave the name out to list what is there"),
+            (errors.RepositoryNotFoundError, "no such repository, or a private one: check the name, or hf auth login"),
+            (errors.HFValidationError, f"not the name of a repository ({why})"),
+            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it to download"),
+            (errors.HfHubHTTPError, f"the hub answered HTTP {code}; run the same command again later to go on"),
+            (Exception, f"cannot be fetched from {constants.ENDPOINT} ({why}); get the machine on line (or set HF_ENDPOINT) "
+             "and run the same command again: it goes on where it stopped"),
+        )  # fmt: skip
+        raise UserError(f"{what}: {next(mend for kind, mend in mends if isinstance(error, kind))}") from None
 
 
 def repository_files(repository: str, revision: str) -> list[str]:
@@ -211,7 +209,7 @@ def is_there(remote: Remote, file: Path) -> bool:
         if note.exists() and note.read_text(encoding="utf-8").split()[:1] == [remote.digest]:
             return True
         if digest_of(file) == remote.digest:
-            write_sidecar(file, remote.digest)
+            sidecar_of(file).write_text(remote.note, encoding="utf-8")
             return True
     raise UserError(
         f"{file}: another file than the hub's {remote.name} ({remote.digest[:12]}); move it away or give another --out"
@@ -220,10 +218,6 @@ def is_there(remote: Remote, file: Path) -> bool:
 
 def sidecar_of(file: Path) -> Path:
     return file.with_name(file.name + ".sha256")
-
-
-def write_sidecar(file: Path, digest: str) -> None:
-    sidecar_of(file).write_text(f"{digest}  {file.name}\n", encoding="utf-8")
 
 
 def digest_of(file: Path) -> str:
@@ -249,7 +243,7 @@ def fetch(remote: Remote, directory: Path) -> Path:
             f"{remote.name}: SHA-256 is {digest}, expected {remote.digest}; it was removed, run again to fetch it anew"
         )
     partial.rename(file)
-    write_sidecar(file, digest)
+    sidecar_of(file).write_text(remote.note, encoding="utf-8")
     print(f"{file}: {remote.size:,} bytes, SHA-256 {digest}", flush=True)
     return file
 

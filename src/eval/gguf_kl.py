@@ -120,33 +120,36 @@ def read_logprobs(path: Path) -> LogProbs:
     return LogProbs(tokens, vocabulary, rows)
 
 
-def run_tool(arguments: Sequence[object], batch: int) -> str:
+def run_tool(context: int, *arguments: object) -> str:
     """llama-perplexity's output; it ends with 0 after most failures, so that callers look for what they need."""
-    command = [tool("llama-perplexity"), *map(str, arguments), "--batch-size", str(batch), *thread_arguments()]
+    sizes = ["--ctx-size", str(context), "--batch-size", str(max(2048 // context, 1) * context)]
+    command = [tool("llama-perplexity"), *map(str, arguments), *sizes, *thread_arguments()]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
         preexec_fn=die_with_parent(os.getpid()),
     )  # fmt: skip
     if done.returncode:
-        last = " | ".join((done.stdout + done.stderr).strip().splitlines()[-3:])
-        raise UserError(f"llama-perplexity ended with {done.returncode}: {last}")
+        raise UserError(f"llama-perplexity ended with {done.returncode}: {last_lines(done.stdout + done.stderr)}")
     return done.stdout + done.stderr
+
+
+def last_lines(output: str) -> str:
+    return " | ".join(output.strip().splitlines()[-3:])
 
 
 def dump_logprobs(model: Path, text: Path, out: Path, context: int, chunks: int, options: Sequence[str] = ()) -> LogProbs:
     """What llama.cpp itself predicts for a text file."""
-    fixed = ["--model", model, "--file", text, "--ctx-size", context, "--kl-divergence-base", out]
-    output = run_tool([*fixed, *(["--chunks", chunks] if chunks else []), *options], max(2048 // context, 1) * context)
+    limit = ["--chunks", chunks] if chunks else []
+    output = run_tool(context, "--model", model, "--file", text, "--kl-divergence-base", out, *limit, *options)
     if not out.exists() or out.stat().st_size < 20:
-        raise UserError(f"{model}: llama-perplexity wrote nothing: {' | '.join(output.strip().splitlines()[-3:])}")
+        raise UserError(f"{model}: llama-perplexity wrote nothing: {last_lines(output)}")
     return read_logprobs(out)
 
 
 def tool_kl(model: Path, base: Path, context: int, options: Sequence[str] = ()) -> tuple[dict[str, float], list[float]]:
     """(llama-perplexity's statistics of ``model`` against a file of log-probabilities, its mean after each chunk)."""
-    fixed = ["--model", model, "--ctx-size", context, "--kl-divergence", "--kl-divergence-base", base]
-    batch = max(2048 // context, 1) * context
-    return asked(lambda: parse_tool(run_tool([*fixed, *options], batch)))
+    fixed = ["--model", model, "--kl-divergence", "--kl-divergence-base", base]
+    return asked(lambda: parse_tool(run_tool(context, *fixed, *options)))
 
 
 def parse_tool(output: str) -> tuple[dict[str, float], list[float]]:
@@ -155,8 +158,7 @@ def parse_tool(output: str) -> tuple[dict[str, float], list[float]]:
     for name, pattern in PRINTED.items():
         match = re.search(pattern, output)
         if not match:
-            last = " | ".join(output.strip().splitlines()[-3:])
-            raise Incomplete(f"llama-perplexity printed no {name} (it needs 100 positions): {last}")
+            raise Incomplete(f"llama-perplexity printed no {name} (it needs 100 positions): {last_lines(output)}")
         unit = 0.01 if name == "top1" else 1.0
         found[name] = float(match[1]) * unit
         if match.lastindex == 2:
@@ -340,14 +342,8 @@ def against_gguf(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         check_same_tokens(args.model, model.tokens, token_chunks(args, args.tokenizer, text))
     tool, _ = tool_kl(args.model, work / "reference", args.context, shlex.split(args.tool_args))
     count = range(len(reference.tokens))
-    mine = ours(map(reference.chunk, count), map(model.chunk, count))
-    return {
-        "tokens": int(reference.tokens.size),
-        "kl": mine,
-        "tool": tool,
-        "tool_mean_same_chunks": tool["mean"],
-        "data": entry,
-    }
+    mine, size = ours(map(reference.chunk, count), map(model.chunk, count)), int(reference.tokens.size)
+    return {"tokens": size, "kl": mine, "tool": tool, "tool_mean_same_chunks": tool["mean"], "data": entry}
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,19 +1,16 @@
 """Find the final answer in a model's text and compare it with the gold answer. Pure functions of strings.
 
-Not a command. `extract_letter("The answer is D.", "ABCD") == "D"` (answer_letters); mathematical answers are compared in
-math_answers, programs are run by code_sandbox. GRADER_VERSION is recorded with every verdict, so a change in any of them is
-visible in the logs and old samples can be graded again without a GPU.
+Not a command. `extract_letter("The answer is D. Option A ignores friction.", "ABCD") == "D"`: only statements count, a letter
+that merely appears in prose is none. Mathematical answers are compared in math_answers, programs are run by code_sandbox.
+GRADER_VERSION is recorded with every verdict: a change in any of them is visible in the logs, and old samples can be graded
+again.
 """
 
 from __future__ import annotations
 
 import re
 import textwrap
-
-from answer_letters import extract_letter
-
-__all__ = ["GRADER_VERSION", "THINK_END", "extract_boxed", "extract_code", "extract_letter", "extract_math"]
-__all__ += ["grade_integer", "parse_integer", "program_of", "opens_thinking", "split_thinking"]
+from functools import cache
 
 GRADER_VERSION = "3"
 THINK_END = "</think>"
@@ -118,3 +115,126 @@ def program_of(prompt: str, code: str, entry_point: str) -> str:
     if defines(code, entry_point):
         return prompt[: opened[-1]] + "\n" + code if opened else code
     return prompt + textwrap.indent(textwrap.dedent(code), "    ")
+
+
+# ---- option letters, in English or one of MMMLU's languages ----
+
+# The answer words of the fourteen languages and most letters of Arabic and Bengali options are those of openai/simple-evals
+# (common.py).
+# Letters that stand for A, B, C, D in option lists of other scripts: simple-evals (normalize_extracted_answer), and the
+# alif without hamza and the Bengali consonants in their usual order, which it lacks.
+OTHER_SCRIPTS = {
+    "أ": "A", "ا": "A", "ب": "B", "ج": "C", "د": "D",
+    "অ": "A", "ক": "A", "ব": "B", "খ": "B", "ড": "C", "গ": "C", "ঢ": "D", "ঘ": "D",
+}  # fmt: skip
+FULL_WIDTH = 0xFF21 - ord("A")
+
+# How a line "Answer: X" begins. English first; the rest by language.
+WORDS = (
+    "answer", "antwort", "respuesta", "risposta", "réponse", "reponse", "resposta", "jawaban", "jibu",
+    "idahun", "ìdáhùn", "idáhùn", "ìdáhun", "àmọ̀nà", "àdáhùn", "ànúgọ", "àṣàyàn",
+    "উত্তর", "उत्तर", "답변", "정답", "답", "答案", "答复", "答曰", "答え", "回答", "解答", "正解", "答",
+    "الإجابة", "الاجابة", "الجواب", "إجابة", "lösung", "solution", "solución",
+)  # fmt: skip
+# What may stand between that word and the letter.
+LINKS = (
+    "is", "would be", "should be", "must be", "will be", "option", "choice", "letter", "number", "the", "correct", "best",
+    "final", "definitely", "clearly", "therefore", "thus", "hence", "indeed", "likely", "most likely", "probably",
+    "ist", "lautet", "richtige", "die", "option",
+    "es", "la", "opción", "letra", "correcta", "final", "est", "correcte", "l'option", "lettre",
+    "è", "é", "l'opzione", "opzione", "lettera", "corretta", "opção", "alternativa", "correta",
+    "adalah", "ialah", "yang benar", "benar", "opsi", "pilihan", "ni", "sahihi", "chaguo", "jẹ", "tó tọ́", "ni aṣayan",
+    "হল", "হলো", "হচ্ছে", "সঠিক", "বিকল্প", "है", "सही", "विकल्प",
+    "은", "는", "선택지", "は", "選択肢", "选项", "選項", "是", "为", "為",
+    "هي", "هو", "الصحيحة", "النهائية", "النهائي", "الصحيح", "الخيار",
+)  # fmt: skip
+# A letter must not be the start of a word of its own script; after it a word of another script may follow directly.
+WORD_SIGNS = "A-Za-z\u00c0-\u024f\u0300-\u036f\u1e00-\u1eff0-9'\u2019\u0621-\u064a\u0985-\u09cd\u0904-\u094d"
+# Repetitions are bounded everywhere: a model may print a line of 30,000 stars.
+DECORATION = r"[\s*_(\[{（「『【\"'`$:：=ঃ]{0,30}(?:\\(?:text|mathrm|mathbf|textbf|boldsymbol)\s*{\s*\(?)?"
+CLOSING = r"[\s*_.,)\]}）」』】\"'`$。।!！\\]{0,30}"
+# "A good one" and "I think" are words, not options
+ARTICLE = r"(?!(?<=[AI]) (?!because|since|as |due |for |based |given |from |by )[a-z])"
+# A second letter after the first is no answer; after a comma only where it is not the start of more prose ("A, B is wrong").
+HEDGE = (
+    r"(?!\s{0,9}\)?\s{0,9}(?:or|and|und|oder|et|ou|o|e|y|dan|atau|na|au|\\text\s?{\s{0,9}(?:or|and)\s{0,9}}|/|&|\+"
+    r"|和|或|及|与|與|と|または|와|과|또는|और|या|এবং|বা|و|أو)\s{0,9}\(?\s{0,9}{one}{end}"
+    r"|\s{0,9}\)?\s{0,9}[,،、，]\s{0,9}\(?\s{0,9}{one}{end}(?=[\s*_)$]{0,9}(?:[,،、，}.。\n]|\Z|and\b|or\b)))"
+)
+# "If ..., the answer would be A", "the answer is A if ...": not what the text answers, unless it says nothing else.
+CONDITION = re.compile(r"(?i)[\s*_)\]}\"'`$]{0,20}\b(?:only )?(?:if|unless)\b")
+
+
+def latin(letter: str) -> str:
+    """The letter A, B, ... that a letter of another script or width stands for."""
+    letter = OTHER_SCRIPTS.get(letter, letter)
+    return chr(ord(letter) - FULL_WIDTH) if "\uff21" <= letter <= "\uff3a" else letter.upper()
+
+
+@cache
+def _patterns(letters: str) -> tuple[list[re.Pattern], list[re.Pattern]]:
+    """(statements in the form that prompts ask for, looser ones in order of trust), each with the letter as group 1."""
+    wide = "".join(chr(ord(letter) + FULL_WIDTH) for letter in letters)
+    other = "".join(sign for sign, letter in OTHER_SCRIPTS.items() if letter in letters)
+    upper, both = f"[{letters}{wide}{other}]", f"[{letters}{letters.lower()}{wide}{other}]"
+    end = f"(?![{WORD_SIGNS}])"
+    hedge = HEDGE.replace("{one}", upper).replace("{end}", end)
+    words, links = "|".join(map(re.escape, WORDS)), "|".join(map(re.escape, sorted(LINKS, key=len, reverse=True)))
+    link = rf"(?i:[\s*_:：=ঃ,\-–]{{0,20}}(?:{links}|(?-i:a))(?=[\s*_:：=ঃ(\[{{（「『【\"'`$\\]|{upper})){{0,6}}"
+    line = r"(?im)^[ \t*_#>$\-]{0,20}(?:\\text\s?{)?(?:the |die |la |le |il |final |correct ){0,4}"
+    line += rf"(?:{words}){link}[\s*_]{{0,9}}[:：ঃ]"
+    formatted = [
+        rf"\\boxed\s*{{{DECORATION}({both}){end}{hedge}",
+        rf"{line}{DECORATION}({both}){end}{hedge}{CLOSING}$",
+    ]
+    loose = [
+        rf"(?i:{words}){link}{DECORATION}({upper}){end}{hedge}{ARTICLE}",
+        rf"(?i:\b(?:correct|right|best) (?:option|choice|letter)(?:\s{{0,9}}(?:is|:)){{1,2}})"
+        rf"{DECORATION}({upper}){end}{hedge}{ARTICLE}",
+        rf"(?i:\b(?:option|choice|choose|pick|select|selecting|go with)){DECORATION}({upper}){end}{hedge}"
+        r"(?=[\s*_)\]}\"'`$]{0,20}(?i:\.?\Z|is (?:the )?(?:correct|right|best|answer|true)|as (?:the|my) answer))",
+        rf"(?<![{WORD_SIGNS}])({upper}){end}[\s*_)\]}}\"'`$]{{0,20}}"
+        r"(?i:is (?:the )?(?:correct|right|best) (?:answer|option|choice))",
+    ]
+    return [re.compile(text) for text in formatted], [re.compile(text) for text in loose]
+
+
+@cache
+def _bare(letters: str) -> tuple[re.Pattern, re.Pattern]:
+    """(a text that is nothing but a letter, a letter that opens a line)."""
+    wide = "".join(chr(ord(letter) + FULL_WIDTH) for letter in letters)
+    other = "".join(sign for sign, letter in OTHER_SCRIPTS.items() if letter in letters)
+    one = f"[{letters}{wide}{other}]"
+    return (
+        re.compile(rf"\A{DECORATION}([{letters.lower()}]|{one}){CLOSING}\Z"),
+        re.compile(rf"(?m)^[ \t*_(\[{{\"'`$]{{0,20}}({one})(?![{WORD_SIGNS}])[.):*\]]"),
+    )
+
+
+def _asserted(answer: str, matches: list[re.Match]) -> list[re.Match]:
+    """The statements that do not hang on a condition."""
+    return [
+        found for found in matches
+        if not re.search(r"(?i)\bwould\b", found[0]) and not CONDITION.match(answer, found.end(1))
+    ]  # fmt: skip
+
+
+def extract_letter(answer: str, letters: str) -> str | None:
+    """The option letter that an answer states, or None. ``letters``: the options that exist, such as "ABCD".
+
+    In order: the last \\boxed{X} or line "Answer: X", whichever is later; the last "answer is X"; "option X" at the end
+    or "option X is correct"; "X is the correct answer"; a text that is nothing but a letter; the letter that opens a
+    line, if only one does. Two letters ("A or B") are no answer.
+    """
+    formatted, loose = _patterns(letters)
+    found = [match for pattern in formatted for match in pattern.finditer(answer)]
+    if found:
+        return latin(max(found, key=lambda match: match.start(1))[1])
+    for pattern in loose:
+        if matches := list(pattern.finditer(answer)):
+            return latin((_asserted(answer, matches) or matches)[-1][1])
+    alone, opening = _bare(letters)
+    if match := alone.match(answer):
+        return latin(match[1])
+    openers = {latin(letter) for letter in opening.findall(answer)}
+    return openers.pop() if len(openers) == 1 else None

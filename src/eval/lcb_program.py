@@ -1,6 +1,6 @@
 """The program side of a LiveCodeBench run, sent into the sandbox ahead of the model's code; `prepare(code)` follows it.
 
-Not a command and not imported by the harness: livecodebench reads this file as text. Only the standard library. Whatever
+Not a command and not imported by the harness: tasks_code reads this file as text. Only the standard library. Whatever
 the model's code does to these functions, it passes only by giving the right outputs: the tests are in another process.
 """
 

@@ -7,7 +7,6 @@ all backends. llama_cpp.py finds or builds the server.
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import ctypes
 import os
@@ -19,15 +18,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from backend import Completion, Sampling, seed_of
+from backend_openai import Client, ServerBackend
 from console import UserError
 from gguf_info import architecture_value, gguf_files, metadata, open_gguf, token_text
-from hf_model import ids_sha256, load_tokenizer, render_chat
-from http_client import Client, in_parallel
+from hf_model import ids_sha256, load_tokenizer
 from llama_cpp import tool
 
 PR_SET_PDEATHSIG = 1
@@ -157,12 +155,12 @@ class LlamaServer:
 
 
 class GgufTokenizer:
-    """The chat template and the tokens of a GGUF file itself: rendering as transformers does it, ids by the server."""
+    """The chat template and the tokens of a GGUF file itself, as a tokenizer of transformers: ids by the server."""
 
-    def __init__(self, model: str | Path, client: Client) -> None:
+    def __init__(self, model: str | Path, client: Client, renders: bool = True) -> None:
         reader = open_gguf(model)
         self.template, self.client = metadata(reader, "tokenizer.chat_template"), client
-        if not self.template:
+        if renders and not self.template:
             raise UserError(f"{model}: holds no chat template; give --tokenizer DIR")
         self.names = {f"{kind}_token": token_text(reader, kind) or "" for kind in ("bos", "eos")}
 
@@ -172,27 +170,11 @@ class GgufTokenizer:
         texts, _ = render_jinja_template([messages], chat_template=self.template, add_generation_prompt=True, **self.names)
         return texts[0]
 
-    def encode(self, text: str) -> list[int]:
-        return self.client.call("/tokenize", {"content": text, "add_special": False})["tokens"]
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        return {"input_ids": self.client.call("/tokenize", {"content": text, "add_special": add_special_tokens})["tokens"]}
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         return self.client.call("/detokenize", {"tokens": ids})["content"]
-
-
-class DirTokenizer:
-    """The tokenizer of a checkpoint directory, behind the same three methods."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.tokenizer = load_tokenizer(path)
-
-    def render(self, messages: list[dict[str, str]]) -> str:
-        return render_chat(self.tokenizer, messages)
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def check_same_ids(prompt: str, ours: list[int], servers: list[int]) -> None:
@@ -206,17 +188,7 @@ def check_same_ids(prompt: str, ours: list[int], servers: list[int]) -> None:
     )
 
 
-def sampling_fields(sampling: Sampling, prompt: str) -> dict[str, Any]:
-    """The fields of /completion for our sampling: temperature first as transformers and vLLM have it, no filter of the
-    server's defaults (top-k 40, top-p 0.95, min-p 0.05)."""
-    return {
-        "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": 0.0,
-        "repeat_penalty": 1.0, "samplers": ["temperature", "top_k", "top_p"],
-        "seed": seed_of(prompt, sampling.seed) & 0x7FFFFFFF,  # the highest 32-bit value would mean "random"
-    }  # fmt: skip
-
-
-class LlamaCppBackend:
+class LlamaCppBackend(ServerBackend):
     """A GGUF file in llama-server; as many requests at once as the server has slots."""
 
     name = "llamacpp"
@@ -225,41 +197,28 @@ class LlamaCppBackend:
         self, model: str | Path, context: int, tokenizer: Path | None = None, slots: int = 4, arguments: Sequence[str] = ()
     ) -> None:
         trained = int(architecture_value(open_gguf(model), "context_length", context))
-        directory = DirTokenizer(tokenizer) if tokenizer else None  # a bad one fails before the server loads
-        self.server = LlamaServer(model, min(context, trained), slots, arguments)
+        directory = load_tokenizer(tokenizer) if tokenizer else None  # a bad one fails before the server loads
+        self.server, self.parallel = LlamaServer(model, min(context, trained), slots, arguments), slots
         self.context = min(self.server.context, trained)
-        self.tokenizer = directory or GgufTokenizer(model, self.server.client)
+        self.own = GgufTokenizer(model, self.server.client, directory is None)
+        self.tokenizer = directory or self.own
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        return self.tokenizer.render(messages)
-
-    def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
-        return in_parallel(lambda index: self._complete(prompts[index], sampling), len(prompts), self.server.slots)
+        return self.own.render(messages) if self.tokenizer is self.own else super().render(messages)
 
     def _complete(self, prompt: str, sampling: Sampling) -> Completion:
-        call = self.server.client.call
-        ids = self.tokenizer.encode(prompt)
-        if isinstance(self.tokenizer, DirTokenizer):
-            check_same_ids(prompt, ids, call("/tokenize", {"content": prompt, "add_special": False})["tokens"])
-        room = min(sampling.max_tokens, self.context - len(ids))
-        if room < 1:
-            raise UserError(f"a prompt has {len(ids)} tokens; the server's context is {self.context}")
-        fields = {"prompt": ids, "n_predict": room, "cache_prompt": False, "return_tokens": True}
-        answer = call("/completion", fields | sampling_fields(sampling, prompt))
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if self.tokenizer is not self.own:
+            check_same_ids(prompt, ids, self.own(prompt)["input_ids"])
+        # temperature first, as transformers and vLLM have it; no filter of the server's defaults (top-k 40, min-p 0.05)
+        answer = self.server.client.call("/completion", {
+            "prompt": ids, "n_predict": self._room(ids, sampling), "cache_prompt": False, "return_tokens": True,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": 0.0,
+            "repeat_penalty": 1.0, "samplers": ["temperature", "top_k", "top_p"],
+            "seed": seed_of(prompt, sampling.seed) & 0x7FFFFFFF,  # the highest 32-bit value would mean "random"
+        })  # fmt: skip
         new, stop, read = answer["tokens"], answer["stop_type"], answer["tokens_evaluated"]
         if read != len(ids) or stop not in STOPS:
             raise UserError(f"llama-server read {read} prompt tokens of {len(ids)} and stopped by {stop!r}")
-        text = self.tokenizer.decode(new[:-1] if stop == "eos" else new)
+        text = self.tokenizer.decode(new[:-1] if stop == "eos" else new, skip_special_tokens=False)
         return Completion(text, len(new), len(ids), STOPS[stop], ids_sha256(ids))
-
-
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the two backends that talk to a server."""
-    group = parser.add_argument_group("a GGUF file, or a server (--backend openai)")
-    group.add_argument("--tokenizer", type=Path, help="directory of tokenizer and chat template (default: those of the GGUF)")
-    group.add_argument("--parallel", type=int, default=4, help="requests at once; slots of llama-server (default 4)")
-    group.add_argument("--server-args", default="", help='further options of llama-server, as "-ngl 99 --cpu-moe"')
-    group.add_argument("--base-url", help="server of --backend openai, as http://localhost:8000/v1")
-    group.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
-    group.add_argument("--prompt-text", action="store_true", help="send text, not token ids (openai)")
-    group.add_argument("--plain-fields", action="store_true", help="send only the fields of OpenAI's own API (openai)")

@@ -1,15 +1,29 @@
-r"""Whether a mathematical answer equals the gold one: `grade_math(r"\dfrac12", "0.5")` is True. Pure functions of strings.
+r"""Whether mathematical answers equal the gold ones: `judge_math([(r"\dfrac12", "0.5")])` is [True].
 
-Not a command; math_judge runs it in a process of its own, since a hostile expression may take for ever. What the answer
-is (a number, a tuple, an interval, a set, a list, a text) is decided here and compared part by part; math-verify (sympy)
-only says whether two single expressions are equal. So (1,2) is not (2,1), [0,1) is not (0,1], but 1,2 is 2,1.
+Not a command; it runs itself as a jailed worker, since a hostile expression may take for ever. What an answer is (a number, a
+tuple, an interval, a set, a list, a text) is decided here and compared part by part; math-verify (sympy) only says whether two
+single expressions are equal. So (1,2) is not (2,1), [0,1) is not (0,1], but 1,2 is 2,1.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import select
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
+from queue import SimpleQueue
 
+import console
+from code_sandbox import side_by_side
+from console import UserError
+from sandbox_child import enter_jail, read_frame, write_frame
+
+START_SECONDS = 60.0  # sympy loads in about a second; on a busy machine in ten
 MAX_LENGTH = 2000  # characters; no answer of the benchmarks has more than 200
 OPENING, CLOSING = "([{", ")]}"
 SCALES = set(
@@ -235,7 +249,7 @@ def _equal_single(gold: str, answer: str) -> bool:
 
 
 def same_expression(gold: str, answer: str) -> bool:
-    """Whether math-verify shows two single LaTeX expressions to be equal. May take long: see math_judge."""
+    """Whether math-verify shows two single LaTeX expressions to be equal. May take long."""
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import parse, verify
     from math_verify.parser import LatexExtractionConfig
@@ -254,3 +268,131 @@ def grade_math(answer: str | None, gold: str) -> bool:
     if answer is None or not answer.strip() or len(answer) > MAX_LENGTH:
         return False
     return equal(clean(gold), clean(answer))
+
+
+# ---- many answers, each with a time limit ----
+
+
+class MathWorker:
+    """One worker process. ``equal`` returns within ``seconds`` (plus a restart after a comparison that took longer)."""
+
+    def __init__(self, seconds: float, memory_mib: int) -> None:
+        self.seconds, self.memory_mib = seconds, memory_mib
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> subprocess.Popen:
+        environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = str(Path(console.__file__).parent)
+        self.process = subprocess.Popen(
+            [sys.executable, "-B", __file__, str(self.memory_mib)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, env=environment, start_new_session=True, bufsize=0,
+        )  # fmt: skip
+        if self.answer(START_SECONDS) != "ready":
+            self.stop()
+            raise UserError("math answers cannot be graded: their worker does not start; pip install math-verify")
+        return self.process
+
+    def answer(self, seconds: float) -> object:
+        """What the worker says next, or None when it says nothing in time or has died."""
+        assert self.process and self.process.stdout
+        poll = select.poll()
+        poll.register(self.process.stdout, select.POLLIN)
+        if not poll.poll(seconds * 1000):
+            return None
+        try:
+            return read_frame(self.process.stdout.fileno(), 1 << 16)
+        except EOFError:
+            return None
+
+    def equal(self, answer: str, gold: str) -> bool:
+        process = self.process or self.start()
+        assert process.stdin
+        try:
+            write_frame(process.stdin.fileno(), [answer, gold])
+            reply = self.answer(self.seconds)
+        except BrokenPipeError:
+            reply = None
+        if reply is None:
+            self.stop()
+        return reply is True
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+def judge_math(
+    pairs: Sequence[tuple[str | None, str]], workers: int = 2, seconds: float = 5.0, memory_mib: int = 2048
+) -> list[bool]:
+    """Verdicts of (answer, gold) pairs in order. An answer that is None is wrong; one that a worker does not judge in time is
+    too, and its worker is killed and replaced: `2^{2^{2^{2^{10}}}}` costs its limit and nothing else."""
+    idle: SimpleQueue[MathWorker] = SimpleQueue()
+    crew = [MathWorker(seconds, memory_mib) for _ in range(min(workers, len(pairs)))]
+    for worker in crew:
+        idle.put(worker)
+
+    def one(pair: tuple[str | None, str]) -> bool:
+        answer, gold = pair
+        if answer is None or not answer.strip():
+            return False
+        worker = idle.get()
+        try:
+            return worker.equal(answer, gold)
+        finally:
+            idle.put(worker)
+
+    try:
+        return side_by_side(one, pairs, name="math answers", unit="answer", workers=max(1, len(crew)))
+    finally:
+        for worker in crew:
+            worker.stop()
+
+
+def judge_open(verdicts: list[bool], pairs: Mapping[int, tuple[str | None, str]]) -> list[bool]:
+    """``verdicts`` with those at the places of ``pairs`` replaced by what the judge says of them."""
+    judged = judge_math(list(pairs.values())) if pairs else []
+    found = dict(zip(pairs, judged, strict=True))
+    return [found.get(place, verdict) for place, verdict in enumerate(verdicts)]
+
+
+def verdict_of(answer: str, gold: str) -> bool:
+    """A comparison that the libraries cannot finish is not a proof of equality; memory is limited by the jail."""
+    try:
+        return grade_math(answer, gold)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        NotImplementedError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ):
+        return False
+
+
+def work() -> None:
+    """``math_answers.py MEMORY_MIB``: a frame says ready, then one frame [answer, gold] in, one true or false out.
+
+    When its libraries are loaded it enters the sandbox's jail (reads files, computes, nothing else), since the answers are a
+    model's and a parser reads them.
+    """
+    import math_verify  # noqa: F401  loaded before the clock of the first answer starts
+
+    logging.disable(logging.CRITICAL)  # math-verify logs each answer that it cannot read
+    sys.setrecursionlimit(5000)
+    enter_jail({"cpu_seconds": 86_400, "memory_mib": int(sys.argv[1])}, os.getppid())
+    write_frame(1, "ready")
+    while True:
+        try:
+            answer, gold = read_frame(0)
+        except EOFError:
+            return
+        write_frame(1, verdict_of(answer, gold))
+
+
+if __name__ == "__main__":
+    work()

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from console import UserError, progress, run_cli
-from kl import divergence, summarize_kl
-from mm_eval import described, render_messages
-from pictures import Prompt, load_processor
+from kl import measured
+from pictures import Prompt, config_with_eyes, load_processor, render_messages
 from recipe import recipe_record
 from records import add_tag_arguments, data_entry, tagged_record, write_result
-from tasks_tiny_vision import TINY_VISION_TASKS, VISION_REVISION
-from vllm_eval8 import item_record
+from runner import describe_checkpoint, item_record
+from tasks_tiny import TINY_VISION_TASKS, VISION_REVISION
 
 
 def held_out(processor: Any, count: int) -> tuple[list[tuple[Prompt, str]], dict[str, Any]]:
@@ -46,7 +45,7 @@ def load(path: Path) -> torch.nn.Module:
     return AutoModelForImageTextToText.from_pretrained(str(path), dtype=dtype, local_files_only=True).to(device).eval()
 
 
-def inputs_of(processor: Any, pairs: list[tuple[Prompt, str]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def inputs_of(processor: Any, pairs: list[tuple[Prompt, str]]) -> tuple[Any, torch.Tensor]:
     """(model inputs padded on the right, mask [N, T] of the tokens of the assistant's turn)."""
     pictures = [[picture.open() for picture in prompt.pictures] for prompt, _ in pairs]
     common = {"images": pictures, "padding": True, "add_special_tokens": False, "return_tensors": "pt"}
@@ -61,29 +60,19 @@ def measure(
     model: torch.nn.Module, reference: torch.nn.Module, processor: Any, pairs: list[tuple[Prompt, str]], batch: int
 ) -> dict[str, Any]:
     """Metrics over all pairs; the last position of a row predicts nothing and is left out."""
-    kls, agrees, answers, losses = [], [], [], []
-    with progress(len(pairs), "kl", "picture") as bar:
-        for start in range(0, len(pairs), batch):
-            part = pairs[start : start + batch]
-            inputs, answer = inputs_of(processor, part)
-            kept, target = inputs["attention_mask"].bool()[:, 1:], inputs["input_ids"][:, 1:]
-            inputs = inputs.to(model.device)
-            found, expected = (m(**inputs, use_cache=False).logits[:, :-1].float().cpu()[kept] for m in (model, reference))
-            kl, agree = divergence(expected, found)
-            losses.append(F.cross_entropy(found, target[kept], reduction="none"))
-            kls.append(kl)
-            agrees.append(agree)
-            answers.append(answer[:, 1:][kept])
-            bar.update(len(part))
-    kl, agree, answer, loss = torch.cat(kls).double().numpy(), torch.cat(agrees).numpy(), torch.cat(answers), torch.cat(losses)
-    return {
-        "pictures": len(pairs),
-        "tokens": len(loss),
-        "ppl": loss.mean().exp().item(),
-        "ppl_answer": loss[answer].mean().exp().item(),
-        "kl": summarize_kl(kl, agree),
-        "kl_answer": summarize_kl(kl[answer.numpy()], agree[answer.numpy()]),
-    }
+
+    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+        with progress(len(pairs), "kl", "picture") as bar:
+            for start in range(0, len(pairs), batch):
+                part = pairs[start : start + batch]
+                inputs, answer = inputs_of(processor, part)
+                kept, target = inputs["attention_mask"].bool()[:, 1:], inputs["input_ids"][:, 1:]
+                inputs = inputs.to(model.device)
+                found, expected = (m(**inputs, use_cache=False).logits[:, :-1].float().cpu()[kept] for m in (model, reference))
+                yield found, expected, target[kept], answer[:, 1:][kept]
+                bar.update(len(part))
+
+    return {"pictures": len(pairs)} | measured(parts())
 
 
 def main() -> None:
@@ -97,7 +86,8 @@ def main() -> None:
     if min(args.items, args.batch) < 1:
         raise UserError("--items and --batch must be at least 1")
     result, started = tagged_record(args), time.time()
-    (model, config), (reference, other) = described(args.model), described(args.reference)
+    config, other = config_with_eyes(args.model), config_with_eyes(args.reference)
+    model, reference = describe_checkpoint(args.model), describe_checkpoint(args.reference)
     if config["text_config"]["vocab_size"] != other["text_config"]["vocab_size"]:
         raise UserError(f"{args.model} and {args.reference} have different vocabularies: KL between them means nothing")
     processor = load_processor(args.reference)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from console import UserError, progress, run_cli
 from hf_model import load_model, load_tokenizer
-from kl import batches, divergence, file_texts, summarize_kl, tiny_texts
+from kl import batches, file_texts, measured, tiny_texts
 from recipe import recipe_record
 from records import add_tag_arguments, describe_model, tagged_record, write_result
 
@@ -66,30 +67,19 @@ def measure(model: torch.nn.Module, reference: torch.nn.Module | None, data: lis
     """Metrics over all batches; the last position of a row predicts nothing and is left out."""
     config = model.config.get_text_config()
     counter = RouterCounter(model, getattr(config, "num_experts_per_tok", 0) or 1)
-    kls, agrees, answers, losses = [], [], [], []
     tokens = sum(int(real.sum()) for _, real, _ in data)
-    with progress(tokens, "kl" if reference is not None else "perplexity", "token", True) as bar:
-        for ids, real, answer in data:
-            ids, counter.mask = ids.to(model.device), real.to(model.device)
-            logits = model(input_ids=ids, attention_mask=counter.mask, use_cache=False).logits[:, :-1]
-            kept, target = real[:, 1:], ids[:, 1:]
-            logits = logits[kept]
-            losses.append(F.cross_entropy(logits.float(), target[kept], reduction="none").cpu())
-            answers.append(answer[:, 1:][kept])
-            if reference is not None:
-                expected = reference(input_ids=ids, attention_mask=counter.mask, use_cache=False).logits[:, :-1][kept]
-                kl, agree = divergence(expected, logits)
-                kls.append(kl.cpu())
-                agrees.append(agree.cpu())
-            bar.update(int(real.sum()))
-    loss, answer = torch.cat(losses), torch.cat(answers)
-    metrics: dict[str, Any] = {"tokens": len(loss), "ppl": loss.mean().exp().item()}
-    metrics["ppl_answer"] = loss[answer].mean().exp().item()
-    if reference is not None:
-        kl, agree = torch.cat(kls).double().numpy(), torch.cat(agrees).numpy()
-        metrics["kl"] = summarize_kl(kl, agree)
-        metrics["kl_answer"] = summarize_kl(kl[answer.numpy()], agree[answer.numpy()])
-    routing = counter.summary()
+
+    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+        with progress(tokens, "kl" if reference is not None else "perplexity", "token", True) as bar:
+            for ids, real, answer in data:
+                ids, counter.mask, kept = ids.to(model.device), real.to(model.device), real[:, 1:]
+                inputs = {"input_ids": ids, "attention_mask": counter.mask, "use_cache": False}
+                logits = model(**inputs).logits[:, :-1][kept]
+                expected = reference(**inputs).logits[:, :-1][kept] if reference is not None else None
+                yield logits, expected, ids[:, 1:][kept], answer[:, 1:][kept]
+                bar.update(int(real.sum()))
+
+    metrics, routing = measured(parts()), counter.summary()
     return metrics | ({"routing": routing} if routing else {})
 
 
@@ -109,8 +99,7 @@ def main() -> None:
     if min(args.items, args.batch) < 1:
         raise UserError("--items and --batch must be at least 1")
     result = tagged_record(args)
-    described = describe_model(args.model)
-    reference_described = describe_model(args.reference) if args.reference else None
+    described, other = (describe_model(path) if path else None for path in (args.model, args.reference))
     started = time.time()
     tokenizer = load_tokenizer(args.reference or args.model)
     pairs, entry = file_texts(args.text, args.items) if args.text else tiny_texts(tokenizer, args.items)
@@ -122,7 +111,7 @@ def main() -> None:
     metrics = measure(model, reference, batches(tokenizer, pairs, args.batch, min(context, 4096)))
     write_result(
         result, kind="kl", tag=args.tag, started=started, model=described, recipe=recipe_record(args.model), data=[entry],
-        metrics=metrics, extra={"reference": reference_described},
+        metrics=metrics, extra={"reference": other},
     )  # fmt: skip
     shown = f"ppl {metrics['ppl']:.4f}"
     if "kl" in metrics:

@@ -22,17 +22,15 @@ import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
-from bench_mm import recorded_benchmarks
 from console import UserError, atomic_path, run_cli
-from eval_settings import EvalSettings, load_settings
-from gate import gate_axis
+from eval_settings import EvalSettings, gate_axis, load_settings
 from page_tables import Found, Record, Section, accuracy, axes_of, method_of, percent, records, sections
 from pictures import Picture, pictures_of
 from records import is_original
 from sample_log import find_log, read_samples
 from task import Benchmark
-from tasks_tiny import TINY_TASKS
-from tasks_tiny_vision import TINY_VISION_TASKS
+from task_list import recorded_benchmarks
+from tasks_tiny import TINY_TASKS, TINY_VISION_TASKS
 
 TEMPLATE = "report_template.html"
 SAMPLE_BYTES = 2_000_000  # of all samples on the page; the rest of it is far smaller
@@ -117,8 +115,8 @@ def kl_plots(kls: Found, packed: Mapping[str, tuple[float, str]]) -> Iterator[di
     for _, r in kls:
         size, mean = size_of(r, packed), r["metrics"].get("kl", {}).get("mean", 0)
         if size and mean > 0 and size[1] != "original":
-            text = texts.setdefault(f"{r['data'][0]['name']}, {r['metrics']['tokens']:,} tokens" if r["data"] else "", {})
-            text.setdefault(size[1], []).append((size[0], mean, f"{r['tag']}: {size[0]:.2f} MB, KL {mean:.5f}"))
+            points = texts.setdefault(f"{r['data'][0]['name']}, {r['metrics']['tokens']:,} tokens" if r["data"] else "", {})
+            points.setdefault(size[1], []).append((size[0], mean, f"{r['tag']}: {size[0]:.2f} MB, KL {mean:.5f}"))
     for number, (text, points) in enumerate(texts.items()):
         plot = scatter(points, f"kl{number}", "mean KL to the original, nats", lines=True, yscale="log")
         yield {"title": f"KL against bytes ({text})", "svg": plot}

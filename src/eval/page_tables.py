@@ -13,28 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from records import read_result
+from records import lookup, read_result, render
 
 Record = dict[str, Any]
 Found = Sequence[tuple[str, Record]]
-UNITS = {"": 1.0, " %": 100.0, " MB": 1e-6, " GB": 1e-9}
-
-
-def render(value: float, decimals: int, unit: str = "") -> str:
-    """A number as the pages show it: 0.9421 with 1 and " %" is "94.2 %"; thousands have commas."""
-    return f"{value * UNITS[unit]:,.{decimals}f}{unit}"
-
-
-def lookup(record: Any, path: str) -> Any:
-    """The value at a dotted path of a JSON object (a number is a place in a list); KeyError names the part that is missing."""
-    for part in path.split("."):
-        if isinstance(record, list) and part.isdecimal() and int(part) < len(record):
-            record = record[int(part)]
-        elif isinstance(record, dict) and part in record:
-            record = record[part]
-        else:
-            raise KeyError(part)
-    return record
 
 
 def records(directory: Path, kind: str) -> list[tuple[str, Record]]:
@@ -508,7 +490,7 @@ def sections(directory: Path, accuracy_of: Callable[[Found], Section] = accuracy
 # By kind and tag; the first pattern that fits. tests/test_reproduce.py runs each without its computations.
 PIPELINES = (
     ("train/razor_tiny", "make_tiny.sh"),
-    ("train/razor_tiny_vl", "make_tiny_vl.sh"),
+    ("train/razor_tiny_vl", "make_tiny.sh vl"),
     ("distill/opd_tiny", "distill.sh"),
     ("bench/h100_122b_*", "bench.sh h100"),
     ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
@@ -522,10 +504,10 @@ PIPELINES = (
     ("quantize/razor_tiny_*_packed", "results.sh packed"),
     ("spread/razor_tiny_gguf_*", "results.sh spread"),
     ("*/*razor_tiny_gguf_*", "results.sh gguf"),
-    ("*/*recovery_gguf_iq2_xs_*", "recovery_gguf.sh"),
-    ("eval/recovery_iq2_xs_*", "recovery_gguf.sh"),
-    ("compare/recovery_iq2_xs_*", "recovery_gguf.sh"),
-    ("*/recovery_*", "recovery_study.sh"),
+    ("*/*recovery_gguf_iq2_xs_*", "recovery.sh gguf"),
+    ("eval/recovery_iq2_xs_*", "recovery.sh gguf"),
+    ("compare/recovery_iq2_xs_*", "recovery.sh gguf"),
+    ("*/recovery_*", "recovery.sh"),
     ("*/razor_tiny_bf16", "results.sh tiny"),
     ("*/*razor_tiny_int4", "results.sh tiny"),
     ("*/*razor_tiny_int3_int4_clip16", "results.sh tiny"),

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoint import Checkpoint
 from console import UserError
 
 MARKER = re.compile(r"<image[ _]?(\d+)>")
@@ -167,3 +168,23 @@ def load_processor(path: str | Path) -> Any:
     if not getattr(processor, "chat_template", None):
         raise UserError(f"{path}: the processor has no chat template")
     return processor
+
+
+def render_messages(processor: Any, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+    """Chat turns by the processor's template: each image stands as its placeholder, where the turn has it."""
+    plain = [
+        {**message, "content": message["content"] if isinstance(message["content"], str) else
+         [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]}
+        for message in messages
+    ]  # fmt: skip
+    known = {"enable_thinking": True} if "enable_thinking" in str(processor.chat_template) else {}  # others draw a warning each
+    text = processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False, **known)
+    return Prompt(text, pictures_of(messages))
+
+
+def config_with_eyes(path: Path) -> dict[str, Any]:
+    """config.json of a checkpoint, which must be one of a vision-language model."""
+    config = Checkpoint(path).config
+    if "vision_config" not in config:
+        raise UserError(f"{path}: config.json has no vision_config; use vllm_eval8.py for a text model")
+    return config

@@ -1,8 +1,14 @@
 """Grade stored samples again, with no model: bash pipelines/eval.sh --regrade TAG [TAG ...] [--data-dir DIR] [--tokenizer DIR]
 
+    bash pipelines/eval.sh --pack [TAG ...]
+
 For a grader that was mended. Reads results/eval/TAG.json and TAG.samples.jsonl, extracts and grades every answer anew, and
 rewrites both; what the generation was (model, machine, sampling, seconds, its command) stays, and "regraded" says by what and
 from which version. A sample whose prompt is not the benchmark's of today is an error: its answer is to another question.
+
+--pack grades nothing: TAG.samples.jsonl becomes TAG.samples.jsonl.gz, about a tenth of the size, for those tags (all when none
+is named) that have a record and whose log reads without fault; others stay and are named. The packed bytes depend on the log
+alone. Everything that reads logs (compare, regrade, report, a run that goes on) takes both forms.
 """
 
 from __future__ import annotations
@@ -14,17 +20,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_mm import recorded_benchmarks
 from console import UserError, run_cli
 from graders import GRADER_VERSION
 from hf_model import load_tokenizer, render_chat
 from records import REPO, code_state, public_command, read_result, sha256_json, sha256_text, write_result
-from sample_log import find_log, read_samples, sample_key, write_log
+from runner import benchmark_data, benchmark_metrics, extract_answer, table
+from sample_log import Key, find_log, pack_log, read_samples, sample_key, write_log
 from task import Benchmark
+from task_list import recorded_benchmarks
 from task_text import Item
-from vllm_eval8 import benchmark_data, benchmark_metrics, extract_answer, table
 
 GENERATION = ("command", "started", "seconds", "hardware", "packages", "peak_rss_mib", "peak_vram_mib", "code")
+END = ".samples.jsonl"
 REST = ("samples", "settings_sha256", "parts", "pixels")
 
 
@@ -89,7 +96,8 @@ def regrade(directory: Path, tag: str, data_dir: Path | None, tokenizer: Path | 
     log = find_log(directory / old["samples"])
     settings, rows = read_samples(log)
     render = lazy_render(settings["model"], tokenizer)
-    metrics, data, new = {}, [], {}
+    metrics, data = {}, []
+    new: dict[Key, dict[str, Any]] = {}
     for benchmark in recorded_benchmarks(list(old["metrics"]), data_dir):
         items = benchmark.load(settings["limit"])
         own = regraded_rows(benchmark, items, [r for r in rows if r["benchmark"] == benchmark.name], render, str(log))
@@ -111,13 +119,41 @@ def regrade(directory: Path, tag: str, data_dir: Path | None, tokenizer: Path | 
     return record, changed
 
 
+def pack(directory: Path, tags: list[str]) -> tuple[int, int, list[str]]:
+    """(bytes before, bytes after, tags whose run is not finished) of the plain logs of ``tags``, all when none is named."""
+    logs = sorted(directory.glob(f"*{END}"))
+    chosen = [log for log in logs if not tags or log.name.removesuffix(END) in tags]
+    if missing := sorted(set(tags) - {log.name.removesuffix(END) for log in chosen}):
+        raise UserError(f"{directory}: holds no plain log of {', '.join(missing)}")
+    before, after, unfinished = 0, 0, []
+    for log in chosen:
+        record = directory / f"{log.name.removesuffix(END)}.json"
+        if not record.is_file():
+            unfinished.append(record.stem)
+            continue
+        read_result(record, "eval")
+        read_samples(log)  # a log that is damaged is not hidden in an archive
+        before += log.stat().st_size
+        after += pack_log(log).stat().st_size
+    return before, after, unfinished
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("tags", nargs="+", help="evaluations of results/eval")
+    parser.add_argument("tags", nargs="*", help="evaluations of results/eval")
+    parser.add_argument("--pack", action="store_true", help="pack their logs instead")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default results)")
     parser.add_argument("--data-dir", type=Path, help="the files that the evaluation read")
     parser.add_argument("--tokenizer", type=Path, help="directory with the model's tokenizer, for logs of older versions")
     args = parser.parse_args()
+    if args.pack:
+        before, after, unfinished = pack(args.results / "eval", args.tags)
+        if unfinished:
+            print(f"not finished, left as they are: {', '.join(unfinished)}", flush=True)
+        print(f"{before / 1e6:.2f} MB of logs packed into {after / 1e6:.2f} MB", flush=True)
+        return
+    if not args.tags:
+        raise UserError("name the evaluations to grade again; bash pipelines/eval.sh --regrade TAG [TAG ...]")
     for tag in args.tags:
         record, changed = regrade(args.results / "eval", tag, args.data_dir, args.tokenizer)
         print(f"{tag}: grader {GRADER_VERSION}, {changed} verdicts changed\n{table(record['metrics'], {})}", flush=True)

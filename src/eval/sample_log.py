@@ -112,7 +112,7 @@ def read_log(path: Path) -> tuple[list[dict[str, Any]], int, int]:
     torn."""
     rows: list[dict[str, Any]] = []
     data = log_bytes(path)
-    kept, lines = 0, data.splitlines(keepends=True)
+    kept, lines = 0, data.splitlines(keepends=True)  # of bytes: that of a str also breaks a line at U+2028
     for number, line in enumerate(lines):
         wanted = ("benchmark", "id") if number else ("settings",)
         try:

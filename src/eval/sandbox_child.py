@@ -93,9 +93,14 @@ def read_frame(descriptor: int, limit: int = 1 << 62) -> Any:
     return json.loads(read_exactly(descriptor, size))
 
 
-def write_frame(descriptor: int, value: Any) -> None:
+def frame(value: Any) -> bytes:
+    """A JSON value as :func:`read_frame` reads it."""
     data = json.dumps(value, separators=(",", ":")).encode()
-    view = memoryview(b"%010d" % len(data) + data)
+    return b"%010d" % len(data) + data
+
+
+def write_frame(descriptor: int, value: Any) -> None:
+    view = memoryview(frame(value))
     while view:
         view = view[os.write(descriptor, view) :]
 

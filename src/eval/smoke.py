@@ -13,23 +13,23 @@ from pathlib import Path
 
 from console import UserError, run_cli, run_script
 from records import read_result
-from settings import from_environment, load_config
+from settings import parse_settings, setting
 
 
 @dataclass(frozen=True)
 class SmokeConfig:
     """The keys of configs/smoke_tiny.env."""
 
-    model: str
-    expert_bits: int
-    linear_bits: int
-    group: int
-    clip_steps: int
-    benchmarks: str
-    limit: int
-    kl_items: int
-    backend: str
-    budget: str
+    model: str = setting(help="checkpoint directory, or a hub id, which is downloaded once")
+    expert_bits: int = setting(help="bits of the experts' weights")
+    linear_bits: int = setting(help="bits of the other linear weights")
+    group: int = setting(help="weights that share a scale")
+    clip_steps: int = setting(help="steps of the search for the clip")
+    benchmarks: str = setting(help="comma-separated names of benchmarks")
+    limit: int = setting(help="first N items of each")
+    kl_items: int = setting(help="held-out transcripts of each tiny task for the KL")
+    backend: str = setting(help="engine of the evaluation: auto, vllm or hf")
+    budget: str = setting(help="tokens a sample may generate: 32k, 64k or 80k")
 
 
 def find_model(name: str) -> Path:
@@ -49,7 +49,7 @@ def find_model(name: str) -> Path:
         raise UserError(f"{name}: cannot be downloaded ({reason}); give MODEL a directory in the config") from None
 
 
-def step(title: str, script: str, *arguments: str | Path) -> None:
+def step(title: str, script: str, *arguments: object) -> None:
     print(f"== {title}", flush=True)
     run_script(script, *arguments)
 
@@ -76,19 +76,20 @@ def run(config: SmokeConfig, work: Path) -> None:
     step("quantize", "src/quant/quant_save.py", "--model", model, *bits, *grid, *record)
     items = ["--items", str(config.kl_items), "--out", work / "kl", "--tag", "quantized", "--force"]
     step("KL to the original", "src/eval/moe_eval.py", "--model", quantized, "--reference", model, *items)
-    evaluate = ["--benchmarks", config.benchmarks, "--limit", str(config.limit), "--backend", config.backend]
+    evaluate: list[object] = ["--benchmarks", config.benchmarks, "--limit", str(config.limit), "--backend", config.backend]
     evaluate += ["--budget", config.budget, "--out", work / "eval", "--force"]
     for tag, path in (("original", model), ("quantized", quantized)):
         step(f"evaluate the {tag} model", "src/eval/vllm_eval8.py", "--model", path, "--tag", tag, *evaluate)
     print(f"\n{comparison(work, config.benchmarks.split(','))}\n{time.monotonic() - started:.0f} s\nSMOKE OK", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", type=Path, required=True, help="settings, as configs/smoke_tiny.env")
+def add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory for the quantized model and the records")
-    args = parser.parse_args()
-    run(load_config(SmokeConfig, args.config, from_environment(SmokeConfig)), args.work)
+
+
+def main() -> None:
+    config, args = parse_settings(SmokeConfig, __doc__, add_work)
+    run(config, args.work)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
 """The benchmarks whose answers are programs: humaneval, mbpp, lcb. All run in the sandbox, two at a time.
 
-Not a command: bench8_loaders registers them. The programs and their tests reach the sandbox through a pipe.
+Not a command: bench8_loaders registers them. Programs and tests reach the sandbox through a pipe. LiveCodeBench's rules are
+those of its lcb_runner/evaluation/testing_util.py; where ours differ, docs/BENCHMARKS.md says so. Its private tests are a
+pickled string: they are read by their opcodes, and anything in them but one string is refused, so that nothing is executed.
 """
 
 from __future__ import annotations
 
 import ast
+import base64
+import binascii
 import builtins
+import inspect
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import pickletools
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from code_sandbox import run_many, run_python
-from console import UserError, progress
+from code_sandbox import run_many, run_python, side_by_side
+from console import UserError
 from graders import extract_code, fenced_blocks, program_of
-from hub_data import HubBenchmark, Row, Source
-from livecodebench import MEMORY_MIB, TEST_SECONDS, problem_tests, sandbox_job, total_seconds
+from task import HubBenchmark, Row, Source
 from task_text import Item
 
 # openai/simple-evals, humaneval_eval.py
@@ -41,6 +48,12 @@ LCB_STDIN = (
     "inputs, runs the algorithm and writes output to STDOUT."
 )
 SANDBOX_SECONDS = 20.0  # for all tests of one HumanEval or MBPP task
+PROGRAM_SIDE = Path(__file__).with_name("lcb_program.py")
+TEST_SECONDS = 6.0  # the official time for one test
+MEMORY_MIB = 4096  # the official note: "max memory is set to 4GB"
+MAX_TESTS_BYTES = 1 << 30
+STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"}
+HARMLESS_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "STOP"}
 
 
 class CodeBenchmark(HubBenchmark):
@@ -52,9 +65,6 @@ class CodeBenchmark(HubBenchmark):
     def job(self, item: Item, code: str) -> tuple[str, list[str], str]:
         """(program, tests, entry point) for code_sandbox.run_many."""
         raise TypeError(f"{type(self).__name__} does not define job")
-
-    def grade(self, item: Item, extracted: str | None) -> bool:
-        return self.grade_all([item], [extracted])[0]
 
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
         jobs = [self.job(item, code) for item, code in zip(items, extracted, strict=True) if code]
@@ -110,6 +120,76 @@ def called_function(test: str) -> str:
     return (own or names)[0]
 
 
+def unpickle_str(data: bytes) -> str:
+    """The string that a pickle of one string holds. Nothing is built or called; any other content is a ValueError."""
+    found = None
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in STRING_OPCODES and found is None:
+            found = argument
+        elif opcode.name not in HARMLESS_OPCODES:
+            raise ValueError(f"a pickle of more than one string ({opcode.name})")
+    if found is None:
+        raise ValueError("a pickle without a string")
+    return found
+
+
+def decode_tests(text: str) -> list[dict[str, str]]:
+    """The tests of a column ``private_test_cases``: JSON, or base64 of zlib of a pickled string of JSON."""
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    try:
+        stream = zlib.decompressobj()
+        data = stream.decompress(base64.b64decode(text, validate=True), MAX_TESTS_BYTES)
+        if not stream.eof:
+            raise ValueError("cut short, or too large")
+        return json.loads(unpickle_str(data))
+    except (ValueError, binascii.Error, zlib.error) as error:
+        raise UserError(f"private_test_cases cannot be decoded ({error}); get the file again") from None
+
+
+def problem_tests(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Public, then private tests of one problem, as the official runner orders them."""
+    return [*json.loads(row["public_test_cases"]), *decode_tests(row["private_test_cases"])]
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """LiveCodeBench's comparison of what a program printed: line by line without outer space, equal as text or, number
+    by number, as Decimal. This function's source also travels to the sandbox, so it imports what it needs itself."""
+    from decimal import Decimal, InvalidOperation
+
+    lines = [line.strip() for line in printed.strip().split("\n")]
+    wanted = [line.strip() for line in expected.strip().split("\n")]
+    if len(lines) != len(wanted):
+        return False
+    for line, want in zip(lines, wanted):
+        if line == want:
+            continue
+        try:
+            if [Decimal(word) for word in line.split()] != [Decimal(word) for word in want.split()]:
+                return False
+        except InvalidOperation:
+            return False
+    return True
+
+
+def same_value(value: object, expected: object) -> bool:
+    """LiveCodeBench's comparison of what a method returned: equal, with a tuple counted as a list at the top."""
+    return (list(value) if isinstance(value, tuple) else value) == expected
+
+
+def sandbox_job(code: str, tests: Sequence[Mapping[str, str]], function: str | None) -> tuple[str, list[str]]:
+    """(program, tests) for code_sandbox.run_many. ``function``: what a functional task calls; None for stdin tasks."""
+    program = f"{PROGRAM_SIDE.read_text(encoding='utf-8')}\nprepare({code!r}, {function is not None})\n"
+    if function is None:
+        checks = [f"assert same_output(run({test['input']!r}), {test['output']!r})" for test in tests]
+        return program, [inspect.getsource(same_output), *checks]
+    checks = []
+    for test in tests:
+        args = [json.loads(line) for line in test["input"].split("\n")]
+        checks.append(f"assert same_value(call({function!r}, {args!r}), {json.loads(test['output'])!r})")
+    return program, [inspect.getsource(same_value), *checks]
+
+
 class LiveCodeBench(CodeBenchmark):
     """LiveCodeBench v6: the 175 problems that release_v6 added (January to April 2025)."""
 
@@ -133,9 +213,6 @@ class LiveCodeBench(CodeBenchmark):
     def messages(self, item: Item) -> list[dict[str, str]]:
         return [{"role": "system", "content": LCB_SYSTEM}, {"role": "user", "content": item.question}]
 
-    def stratum(self, item: Item) -> str:
-        return item.meta["stratum"]
-
     def extract(self, item: Item, answer: str) -> str | None:
         """The fence that defines the class or function asked for; for a script the last fence, as the official run."""
         if item.meta["function"]:
@@ -146,20 +223,15 @@ class LiveCodeBench(CodeBenchmark):
 
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
         """Tests are decoded one problem at a time: together they may be gigabytes."""
-        with progress(len(items), "lcb", "program") as bar, ThreadPoolExecutor(2) as pool:
-            verdicts = []
-            for passed in pool.map(self.passes, items, extracted):
-                verdicts.append(passed)
-                bar.update()
-        return verdicts
+        return side_by_side(self.passes, items, extracted, name="lcb", unit="program")
 
     def passes(self, item: Item, code: str | None) -> bool:
         if not code:
             return False
         tests = problem_tests(item.meta["row"])
         program, checks = sandbox_job(code, tests, item.meta["function"])
-        limits = {"timeout_s": total_seconds(len(tests)), "test_timeout_s": TEST_SECONDS, "memory_mib": MEMORY_MIB}
-        return run_python(program, checks, **limits).passed
+        whole = (TEST_SECONDS + 1) * len(tests) + 5  # the official limit for all tests of one problem
+        return run_python(program, checks, timeout_s=whole, test_timeout_s=TEST_SECONDS, memory_mib=MEMORY_MIB).passed
 
 
 CODE_BENCHMARKS = (HumanEval, Mbpp, LiveCodeBench)

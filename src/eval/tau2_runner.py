@@ -70,12 +70,8 @@ def command(args: argparse.Namespace, domain: str, name: str) -> list[str]:
     user = {"temperature": 0.0} | ({"api_base": args.user_endpoint} if args.user_endpoint else {})
     line = [sys.executable, "-m", "tau2.cli", "run", "--domain", domain, "--num-trials", str(args.trials), "--save-to", name]
     line += ["--agent-llm", f"openai/{args.model}", "--agent-llm-args", json.dumps(agent)]
-    line += [
-        "--user-llm",
-        f"openai/{args.user_model}" if args.user_endpoint else args.user_model,
-        "--user-llm-args",
-        json.dumps(user),
-    ]
+    named = f"openai/{args.user_model}" if args.user_endpoint else args.user_model
+    line += ["--user-llm", named, "--user-llm-args", json.dumps(user)]
     return line + (["--num-tasks", str(args.tasks)] if args.tasks else [])
 
 
@@ -92,9 +88,8 @@ def run_domain(args: argparse.Namespace, domain: str) -> dict[str, Any]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--endpoint", required=True, help="OpenAI-compatible URL of the model, such as http://localhost:8000/v1"
-    )
+    endpoint = "OpenAI-compatible URL of the model, such as http://localhost:8000/v1"
+    parser.add_argument("--endpoint", required=True, help=endpoint)
     parser.add_argument("--model", required=True, help="its name there")
     add_tag_arguments(parser, "eval")
     parser.add_argument("--user-endpoint", help="URL of the simulated user's model (default: OpenAI's)")
@@ -103,11 +98,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=4, help="dialogues for each task")
     parser.add_argument("--tasks", type=int, help="first N tasks of each domain")
     parser.add_argument("--agent-args", default="{}", help="JSON of sampling arguments for the model")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     if args.trials < 1 or (args.tasks is not None and args.tasks < 1):
         raise UserError("--trials and --tasks must be at least 1")
     if unknown := set(args.domains.split(",")) - set(DOMAINS):
@@ -116,19 +107,23 @@ def main() -> None:
         json.loads(args.agent_args)
     except json.JSONDecodeError as error:
         raise UserError(f"--agent-args: not JSON ({error})") from None
+    return args
+
+
+def main() -> None:
+    args = parse_args()
     result = tagged_record(args)
     require_tau2()
     started = time.time()
     metrics = {f"tau2_{domain}": run_domain(args, domain) for domain in args.domains.split(",")}
     settings = {"model": args.model, "user_model": args.user_model, "trials": args.trials, "tasks": args.tasks}
-    sampling = json.loads(args.agent_args)
     write_result(
-        result, kind="eval", tag=args.tag, started=started, metrics=metrics, sampling=sampling, extra={"settings": settings}
-    )
+        result, kind="eval", tag=args.tag, started=started, metrics=metrics, sampling=json.loads(args.agent_args),
+        extra={"settings": settings},
+    )  # fmt: skip
     for name, values in metrics.items():
-        print(
-            name, " ".join(f"{key} {100 * value:.1f}%" for key, value in values.items() if key.startswith("pass^")), flush=True
-        )
+        shown = (f"{key} {100 * value:.1f}%" for key, value in values.items() if key.startswith("pass^"))
+        print(name, *shown, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from backend import Completion, Sampling, completion_of, seed_of
+from backend import PROMPT_ROOM, Completion, Sampling, completion_of, seed_of
 from console import UserError, read_json
 from families import text_config
 from hf_model import end_token_ids, load_tokenizer, prompt_ids, render_chat
+from pictures import Prompt, load_processor, render_messages
 
+IMAGE_ROOM = 16_384  # context beyond budget and text, for the tokens of the images of one prompt
 ENGINE_ENVIRONMENT = {  # vLLM: no plugin that happens to be installed, no report home, no look-up of what is on disk
     "VLLM_PLUGINS": "",
     "VLLM_NO_USAGE_STATS": "1",
@@ -52,6 +54,15 @@ def vllm_engine(model: str | Path, context: int, tensor_parallel: int, **options
         trust_remote_code=False, **options,
     )  # fmt: skip
     return engine, context
+
+
+def sampling_params(sampling: Sampling, seed: int, max_tokens: int, ends: Sequence[int], **more: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1, seed=seed, max_tokens=max_tokens,
+        stop_token_ids=ends, detokenize=False, **more,
+    )  # fmt: skip
 
 
 class VllmBackend:
@@ -90,12 +101,40 @@ class VllmBackend:
                     yield index, completion_of(self.tokenizer, new, ids[index], self.ends)
 
     def _params(self, prompt_tokens: int, sampling: Sampling, seed: int) -> Any:
-        from vllm import SamplingParams
-
         room = min(sampling.max_tokens, self.context - prompt_tokens)
         if room < 1:
             raise UserError(f"a prompt has {prompt_tokens} tokens; the engine's context is {self.context}")
-        return SamplingParams(
-            temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k or -1, seed=seed,
-            max_tokens=room, stop_token_ids=self.ends, ignore_eos=self.ignore_ends, detokenize=False,
+        return sampling_params(sampling, seed, room, self.ends, ignore_eos=self.ignore_ends)
+
+
+class VllmMmBackend:
+    """vLLM's offline engine with image inputs; it expands each placeholder by the model's own processor. ``images``: the most
+    in one prompt."""
+
+    name = "vllm"
+
+    def __init__(self, model: Path, budget: int, images: int, tensor_parallel: int, max_num_seqs: int = 32) -> None:
+        self.processor = load_processor(model)
+        self.ends = end_token_ids(model, self.processor.tokenizer)
+        self.engine, _ = vllm_engine(
+            model, budget + PROMPT_ROOM + IMAGE_ROOM, tensor_parallel, max_num_seqs=max_num_seqs,
+            limit_mm_per_prompt={"image": images, "video": 0},
         )  # fmt: skip
+
+    def render(self, messages: list[dict[str, Any]]) -> Prompt:
+        return render_messages(self.processor, messages)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        for start in range(0, len(prompts), 64):  # finished samples reach the log, and few images are decoded at once
+            part = prompts[start : start + 64]
+            params = [sampling_params(sampling, seed_of(p, sampling.seed), sampling.max_tokens, self.ends) for p in part]
+            requests = self.engine.generate([vllm_input(prompt) for prompt in part], params)
+            for offset, request in enumerate(requests):
+                new, ids = list(request.outputs[0].token_ids), list(request.prompt_token_ids)
+                yield start + offset, completion_of(self.processor.tokenizer, new, ids, self.ends)
+
+
+def vllm_input(prompt: Prompt) -> dict[str, Any]:
+    """One prompt in vLLM's form."""
+    images = [picture.open() for picture in prompt.pictures]
+    return {"prompt": prompt.text, "multi_modal_data": {"image": images}} if images else {"prompt": prompt.text}

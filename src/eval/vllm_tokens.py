@@ -24,7 +24,6 @@ from typing import Any
 from console import UserError, run_cli, write_json
 from hf_model import end_token_ids, load_tokenizer, prompt_ids
 from kl import file_texts, tiny_texts
-from paired_stats import common_prefix
 from recipe import recipe_record
 from records import add_tag_arguments, describe_model, tagged_record, write_result
 from vllm_eval import set_engine_environment, vllm_engine
@@ -69,7 +68,7 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     pairs = list(zip(one["likeliest"], other["likeliest"], strict=True))
     answers = list(zip(one["generated"], other["generated"], strict=True))
     same = sum(a == b for a, b in pairs)
-    prefix, total = sum(common_prefix(a, b) for a, b in answers), sum(max(len(a), len(b)) for a, b in answers)
+    prefix, total = sum(len(os.path.commonprefix(pair)) for pair in answers), sum(max(len(a), len(b)) for a, b in answers)
     return {
         "likeliest": {"places": len(pairs), "same": same, "share": same / len(pairs)},
         "generated": {"tokens": total, "same": prefix, "share": prefix / total if total else 1.0},

@@ -8,10 +8,10 @@ the layer's output), then the layer is rounded and the activations go on through
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -21,44 +21,8 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from console import UserError
-from families import LAYER_PREFIX, text_name
+from families import LAYER_PREFIX, place_of
 from moe_ptq import Statistics, shrink
-
-PER_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-MIXTRAL_EXPERT = re.compile(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
-MIXTRAL_PARTS = {"1": "gate", "2": "down", "3": "up"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a tensor of the checkpoint lies in transformers' module tree: a parameter, and for an expert's matrix on disk
-    which expert and which rows ("gate", "up" or "down") of the fused parameter."""
-
-    parameter: str
-    expert: int | None = None
-    part: str | None = None
-
-    def view(self, fused: Tensor) -> Tensor:
-        """The part of the parameter that this tensor is; shares its memory."""
-        if self.expert is None:
-            return fused
-        rows = fused[self.expert]
-        if self.part == "down":
-            return rows
-        half = rows.shape[0] // 2
-        return rows[:half] if self.part == "gate" else rows[half:]
-
-
-def place_of(name: str) -> Place:
-    """The place of a checkpoint tensor, by its name alone."""
-    text = text_name(name)
-    if match := PER_EXPERT.fullmatch(text):
-        prefix, expert, part = match.groups()
-    elif match := MIXTRAL_EXPERT.fullmatch(text):
-        prefix, expert, part = f"{match[1]}.mlp.experts", match[2], MIXTRAL_PARTS[match[3]]
-    else:
-        return Place(text.replace(".block_sparse_moe.gate.", ".mlp.gate."))
-    return Place(f"{prefix}.{'down_proj' if part == 'down' else 'gate_up_proj'}", int(expert), part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +30,9 @@ class Calibration:
     """Token ids [sequences, length] and how they are used. ``record``: the data's entry for results and for resuming.
 
     ``floor``: effective tokens below which an expert's statistics are shrunk, as a share of its inputs. ``propagate``:
-    'quantized' sends the activations through the rounded layers, 'bf16' through the original ones. ``refine``: passes over
-    the activations that train a rounded layer's norms (refine.py); 0 leaves them as they are. ``token_power``: of the squared
-    gradient that a token's weight in the second moments is (token_weights.py); 0 counts all tokens alike. ``damping``: of the
-    mean second moment, added to each before anything is rounded: what the text hardly uses keeps some worth.
+    'quantized' sends the activations through the rounded layers, 'bf16' through the original ones. ``token_power``: of
+    the squared gradient that a token's weight in the second moments is (token_weights.py); 0 counts all tokens alike.
+    ``damping``: of the mean second moment, added to each before anything is rounded: what the text hardly uses keeps some worth.
     """
 
     ids: Tensor
@@ -77,7 +40,6 @@ class Calibration:
     batch: int = 8
     floor: float = 1.0
     propagate: str = "quantized"
-    refine: int = 0
     token_power: float = 0.0
     damping: float = 0.0
     device: torch.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,7 +55,7 @@ class Calibration:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result, for recipe.json and for resuming."""
-        fields = {"batch": self.batch, "floor": self.floor, "propagate": self.propagate, "refine": self.refine}
+        fields = {"batch": self.batch, "floor": self.floor, "propagate": self.propagate}
         return {"data": self.record, "shape": list(self.ids.shape), **fields, **self.weighting(), "dtype": str(self.dtype)}
 
     def weighting(self) -> dict[str, float]:
@@ -219,6 +181,12 @@ class Collector:
             handle.remove()
 
 
+def output(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """What a decoder layer makes of its input [B, T, H]."""
+    out = layer(hidden, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: notes the keyword arguments that the model gives it and passes its input on."""
 
@@ -255,7 +223,9 @@ class LayerStream:
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         self.decoder = self.model.model
-        self._move_buffers()
+        for module in self.decoder.modules():
+            made = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and not buffer.is_meta}
+            module._buffers.update({name: buffer.to(self.device) for name, buffer in made.items()})
         self.layers = list(self.decoder.layers)
         self.places = {name: place_of(name) for name in checkpoint.tensors}
         self.ahead = device.type == "cuda" if ahead is None else ahead
@@ -264,12 +234,6 @@ class LayerStream:
         self.by_parameter: dict[str, list[str]] = {}
         for name, place in self.places.items():
             self.by_parameter.setdefault(place.parameter, []).append(name)
-
-    def _move_buffers(self) -> None:
-        for module in self.decoder.modules():
-            for name, buffer in list(module._buffers.items()):
-                if buffer is not None and buffer.device.type != "meta":
-                    module._buffers[name] = buffer.to(self.device)
 
     def fill(self, module: nn.Module, prefix: str, values: Mapping[str, Tensor] | None = None) -> None:
         """Give ``module`` its parameters and persistent buffers from the checkpoint (or from ``values``, by checkpoint
@@ -286,12 +250,9 @@ class LayerStream:
             for source in self.by_parameter[parameter]:
                 value = values[source] if values and source in values else self._read(source)
                 self.places[source].view(full).copy_(value.view_as(self.places[source].view(full)))
-            owner = module.get_submodule(name.rpartition(".")[0])
-            leaf = name.rpartition(".")[2]
-            if isinstance(tensor, nn.Parameter):
-                owner._parameters[leaf] = nn.Parameter(full, requires_grad=False)
-            else:
-                owner._buffers[leaf] = full
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(full, requires_grad=False) if isinstance(tensor, nn.Parameter) else full
+            setattr(module.get_submodule(owner), leaf, value)
 
     def read_ahead(self, index: int) -> None:
         """Begin to read what :meth:`fill` will ask for decoder layer ``index``, where there is one, while the device works."""
@@ -341,9 +302,24 @@ class LayerStream:
         self.empty(self.decoder.embed_tokens)
         return out
 
+    @contextlib.contextmanager
+    def predictions(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What makes logits of the last layer's output, by the family's own norm, head (maybe the embedding) and cap."""
+        norm, head = self.decoder.norm, self.model.lm_head
+        self.fill(norm, "model.norm.")
+        self.fill(head, "lm_head." if "lm_head.weight" in self.by_parameter else "model.embed_tokens.")
+        cap = getattr(self.decoder.config, "final_logit_softcapping", None)  # gemma2's
+
+        def logits(hidden: Tensor) -> Tensor:
+            found = head(norm(hidden))
+            return found if cap is None else cap * torch.tanh(found / cap)
+
+        yield logits
+        self.empty(norm)
+        self.empty(head)
+
     @torch.no_grad()
     def run(self, layer: nn.Module, batches: Iterable[Tensor], kwargs: dict[str, Any]) -> Iterator[Tensor]:
         """Each batch [B, T, H] through a filled decoder layer."""
         for hidden in batches:
-            out = layer(hidden.to(self.device), **kwargs)
-            yield out[0] if isinstance(out, tuple) else out
+            yield output(layer, hidden.to(self.device), kwargs)

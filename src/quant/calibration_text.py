@@ -14,7 +14,7 @@ calibrating on what a benchmark asks would make its score worth nothing.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import random
 import re
@@ -26,7 +26,10 @@ import torch
 from torch import Tensor
 
 from console import UserError
-from hf_model import render_chat
+from hf_model import load_tokenizer, render_chat
+from records import data_entry
+from settings import setting
+from task_text import GENERATOR_REVISION, TASK_TEXTS
 
 HUB = re.compile(r"hf:(?P<name>[^@:]+)(?:@(?P<revision>[^@:]+))?:(?P<split>[^@:]+)(?::(?P<config>[^@:]+))?")
 TINY = re.compile(r"tiny(:(?P<seed>\d+))?")
@@ -35,20 +38,29 @@ RAZOR_TINY = Path(__file__).resolve().parents[2] / "models/razor-tiny/tokenizer.
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def add_calibration_arguments(parser: argparse.ArgumentParser, sequences: int = 128) -> None:
-    """The --calib, --calib-sequences and --calib-length of every command that reads calibration text."""
-    known = "a text file, hf:REPOSITORY@COMMIT:SPLIT[:CONFIG], or several joined by +"
-    parser.add_argument("--calib", help=f"{known} (default: {DEFAULT}; for razor-tiny its tasks' training split)")
-    shown = f"sequences of calibration text (default {sequences})"
-    parser.add_argument("--calib-sequences", type=int, default=sequences, help=shown)
-    parser.add_argument("--calib-length", type=int, default=512, help="tokens of a sequence (default 512)")
+@dataclasses.dataclass(frozen=True)
+class CalibrationSettings:
+    """The text that a calibrated method reads."""
 
+    calib: str | None = setting(
+        None,
+        "the text of a calibrated method: a file, `hf:REPOSITORY@COMMIT:SPLIT[:CONFIG]`, or several joined by `+`; empty: the "
+        "training split of the tiny tasks for razor-tiny, else `DEFAULT` of calibration_text.py",
+    )
+    calib_sequences: int = setting(128, "how much of it is used: sequences")
+    calib_length: int = setting(512, "and the tokens of each")
 
-def calibration_of(args: argparse.Namespace) -> tuple[Tensor, dict[str, Any]]:
-    """:func:`calibration_ids` of those arguments and ``--model``."""
-    if min(args.calib_sequences, args.calib_length) < 1:
-        raise UserError("--calib-sequences and --calib-length must be at least 1")
-    return calibration_ids(args.calib, args.model, args.calib_sequences, args.calib_length)
+    def __post_init__(self) -> None:
+        if min(self.calib_sequences, self.calib_length) < 1:
+            raise UserError("--calib-sequences and --calib-length must be at least 1")
+
+    def ids(self, model: Path) -> tuple[Tensor, dict[str, Any]]:
+        """:func:`calibration_ids` of the settings."""
+        return calibration_ids(self.calib, model, self.calib_sequences, self.calib_length)
+
+    def size(self) -> tuple[Tensor, dict[str, Any]]:
+        """Ids and a record of the same size, for a plan that reads no text."""
+        return torch.zeros(self.calib_sequences, self.calib_length, dtype=torch.long), {}
 
 
 def calibration_ids(source: str | Path | None, model: Path, count: int, length: int) -> tuple[Tensor, dict[str, Any]]:
@@ -56,9 +68,6 @@ def calibration_ids(source: str | Path | None, model: Path, count: int, length: 
 
     Documents follow one another without padding; a text that is too short is a :class:`UserError`.
     """
-    from hf_model import load_tokenizer
-    from records import data_entry
-
     tokenizer = load_tokenizer(model)
     ids: list[int] = []
     used: list[str] = []
@@ -71,7 +80,7 @@ def calibration_ids(source: str | Path | None, model: Path, count: int, length: 
             break
     if len(ids) < count * length:
         raise UserError(f"{source}: {len(ids)} tokens; {count} sequences of {length} need {count * length}")
-    name, revision = ("; ".join(dict.fromkeys(part[place] for part in opened)) for place in (1, 2))
+    name, revision = ("; ".join(dict.fromkeys(each)) for each in ([n for _, n, _ in opened], [r for _, _, r in opened]))
     return torch.tensor(ids[: count * length]).view(count, length), data_entry(name, revision, used)
 
 
@@ -141,7 +150,6 @@ def row_text(row: Mapping[str, Any], tokenizer: Any, source: str) -> str:
 
 def tiny_documents(tokenizer: Any, seed: int) -> tuple[Iterable[str], str, str]:
     """Transcripts of the tiny tasks' training split, an equal number of each, in turn, without end."""
-    from task_text import GENERATOR_REVISION, TASK_TEXTS
 
     def transcripts() -> Iterator[str]:
         rng, tasks = random.Random(f"calibration:{seed}"), [task() for task in TASK_TEXTS]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from console import UserError, files_sha256, read_json, write_json
 from packed_view import PACKED, unpacked_tensors
-from safetensors_file import CheckpointWriter, TensorInfo, open_tensors, read_tensor
+from safetensors_file import CheckpointWriter, TensorInfo, open_tensors
 
 SYNTHETIC = "synthetic.json"  # beside the config.json of what synthetic_moe made: its seed, its shape, the shards still empty
 CONSUMED = "consumed.json"  # in a checkpoint whose weights were given up while it was read: {"out": the output that has them}
@@ -67,7 +67,7 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, in memory of its own."""
-        return read_tensor(self.info(name))
+        return self.info(name).read()
 
     def read_chunks(self, name: str, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
         """(start, slice along axis 0) pieces of at most ``max_bytes``, never less than one row of axis 0."""

@@ -25,7 +25,8 @@ def _round_half_even(x):
 
 @triton.jit
 def _to_bfloat16(x):
-    # The float32 nearest to x that a bfloat16 holds, ties to even; x is finite and not negative.
+    # The float32 nearest to x that a bfloat16 holds, ties to even; x is finite and not negative. Integer arithmetic, since
+    # Triton's interpreter truncates where a GPU rounds.
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
 

@@ -12,20 +12,38 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import logging
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 HELP = {"-h", "--help"}
 DIGESTS = min(16, os.cpu_count() or 1)  # files digested at once
+
+
+class Lines(io.TextIOBase):
+    """A stream in which what would overwrite its line begins a new one: a log holds lines, no carriage returns."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        if shown := text.replace("\r", "").strip():
+            self.stream.write(shown + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
 
 
 class UserError(Exception):
@@ -35,6 +53,8 @@ class UserError(Exception):
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run ``main`` and turn what a user can mend into one line on stderr and an exit code. Bugs keep their traceback.
     ``--help`` ends with the module's docstring: its example, and what the options mean together."""
+    if not os.path.exists("/dev/nvidiactl"):  # a CPU has no faster kernels that one could install
+        logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
     try:
         code = main() or 0
     except SystemExit as end:  # argparse ends a process that it has helped
@@ -51,6 +71,26 @@ def run_cli(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+@contextlib.contextmanager
+def explained(where: str) -> Iterator[None]:
+    """A :class:`UserError` inside begins with ``where``."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def run_step(main: Callable[[], int | None], script: str, *arguments: object) -> None:
+    """Run another command in this process, as if it had been typed, which is printed first."""
+    typed, sys.argv = sys.argv, [script, *map(str, arguments)]
+    print("+ " + shlex.join(["python", *sys.argv]), flush=True)
+    try:
+        if code := main():
+            sys.exit(code)
+    finally:
+        sys.argv = typed
+
+
 def run_script(script: str, *arguments: object) -> None:
     """Run one of the project's commands by its path in the repository; its failure, already explained, is this run's."""
     root = Path(__file__).resolve().parents[2]
@@ -59,18 +99,12 @@ def run_script(script: str, *arguments: object) -> None:
 
 
 def progress(total: int, desc: str, unit: str = "it", unit_scale: bool = False) -> tqdm:
-    """A progress bar on stderr with rate and remaining time; one line every 10 s when stderr is not a terminal."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        desc=desc,
-        unit=unit,
-        unit_scale=unit_scale,
-        dynamic_ncols=terminal,
-        ncols=None if terminal else 100,
-        mininterval=0.2 if terminal else 10.0,
-        file=sys.stderr,
-    )
+    """A progress bar on stderr with rate and remaining time; a line every 10 s where stderr is not a terminal."""
+    if sys.stderr.isatty():
+        look: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.2, "file": sys.stderr}
+    else:
+        look = {"ncols": 100, "mininterval": 10.0, "maxinterval": 10.0, "miniters": 0, "file": Lines(sys.stderr)}
+    return tqdm(total=total, desc=desc, unit=unit, unit_scale=unit_scale, **look)
 
 
 @contextlib.contextmanager
@@ -88,6 +122,15 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full disk, or one that cannot be written, is a :class:`UserError` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot write ({error.strerror})") from None
 
 
 @contextlib.contextmanager

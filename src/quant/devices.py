@@ -1,7 +1,8 @@
-"""One thread for each of several devices: which there are, and work that is dealt out to them.
+"""Work at the same time: a thread for each of several devices, one that reads a step ahead, one that writes a step behind.
 
-Not a command. A device may be named more than once (cuda:0,cuda:0 keeps two chunks at work on one GPU; cpu,cpu tests without
-any). What a piece of work gives may not depend on its device, so the kinds must not be mixed.
+Not a command. With the two ends a pass waits for the slowest of disk and arithmetic only. A device may be named more than once
+(cuda:0,cuda:0 keeps two chunks at work on one GPU; cpu,cpu tests without any). What a piece of work gives may not depend on its
+device, so the kinds must not be mixed.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from console import UserError
+
+T = TypeVar("T")
+GPU_LANES = 4  # shards at work on a GPU, where no --devices are named (results/bench/h100_122b_disk.json)
 
 
 class Stopped(Exception):
@@ -51,6 +55,11 @@ def parse_devices(text: str, where: str = "--devices") -> tuple[torch.device, ..
     if len({device.type for device in found}) > 1:
         raise UserError(f"{where} {text}: a CPU beside a GPU could round otherwise; name devices of one kind")
     return tuple(found)
+
+
+def lanes(device: torch.device) -> tuple[torch.device, ...]:
+    """The device as often as shards should be at work on it: a GPU waits for the disk, which one shard does not keep busy."""
+    return (device,) * (GPU_LANES if device.type == "cuda" else 1)
 
 
 def device_peaks(devices: Sequence[torch.device]) -> dict[str, int]:
@@ -93,3 +102,59 @@ def each_device(devices: Sequence[torch.device], work: Callable[[int, torch.devi
             stop.set()
     if failed:
         raise next((error for error in failed if not isinstance(error, Stopped)), failed[0])
+
+
+@contextlib.contextmanager
+def one_ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
+    """The same items, the next of which a thread makes while the last one is used. Its errors appear in turn."""
+    end: Any = object()
+    with ThreadPoolExecutor(1, "ahead") as pool:
+
+        def run() -> Iterator[T]:
+            ahead = pool.submit(next, items, end)
+            while (item := ahead.result()) is not end:
+                ahead = pool.submit(next, items, end)
+                yield item
+
+        yield run()
+
+
+class OneBehind:
+    """Calls made by a thread, in order, at most one at a time: a call waits for the one before. Use as a context manager;
+    leaving it waits for the last. An error of a call appears at the next one, on leaving, at :meth:`wait` or :meth:`check`.
+    Leaving it by an error sets ``stop``, at which a long call looks. ``device``: what the calls may use of a GPU, on a stream
+    of their own: they would wait for what the other thread has queued."""
+
+    def __init__(self, device: torch.device | None = None, stop: threading.Event | None = None) -> None:
+        self._pool = ThreadPoolExecutor(1, "behind")
+        self._last: Future[Any] | None = None
+        self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+        self._stop = stop
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.wait()
+        self._last = self._pool.submit(self._run, function, *arguments)
+
+    def _run(self, function: Callable[..., Any], *arguments: Any) -> None:
+        with torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext():
+            function(*arguments)
+
+    def wait(self) -> None:
+        """Until the last call has ended; its error, if it had one."""
+        if self._last is not None:
+            self._last.result()
+
+    def check(self) -> None:
+        """The error of the last call, if it has ended with one."""
+        if self._last is not None and self._last.done():
+            self._last.result()
+
+    def __enter__(self) -> OneBehind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._stop is not None:
+            self._stop.set()
+        self._pool.shutdown(wait=True)
+        if kind is None:
+            self.wait()

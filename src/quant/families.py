@@ -1,16 +1,20 @@
-"""What each tensor of a checkpoint is, decided in one place per model family; a tensor that no rule names is an error.
+"""What is known of each model family, in one entry of a table: what its tensors are, and what they become in a GGUF.
 
-Not a command. `role_of("model.layers.0.mlp.gate.weight", (256, 3072), "qwen3_5_moe")` is `Role.ROUTER`.
-Experts are matched both as stored by most checkpoints (one matrix per expert) and fused ([E, 2I, H], [E, H, I]).
+Not a command. `role_of("model.layers.0.mlp.gate.weight", (256, 3072), "qwen3_5_moe")` is `Role.ROUTER`; a tensor that no rule
+names is an error. Experts are matched both as stored by most checkpoints (one matrix per expert) and fused ([E, 2I, H],
+[E, H, I]); `place_of` says where a tensor lies in transformers' module tree, which has them fused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from console import UserError
 
@@ -98,20 +102,48 @@ DEEPSEEK: Rules = (
 )
 
 QWEN_HYBRID = BLOCK + QK_NORM + DELTA_NET
-LAYER: dict[str, Rules] = {
-    "qwen3_5_moe": QWEN_HYBRID + EXPERTS + SHARED_EXPERT,
-    "qwen3_5": QWEN_HYBRID + MLP,
-    "qwen3_next": QWEN_HYBRID + EXPERTS + SHARED_EXPERT + MLP,
-    "qwen3_moe": BLOCK + QK_NORM + EXPERTS + MLP,
-    "mixtral": BLOCK + MIXTRAL,
-    "olmoe": BLOCK + QK_NORM + EXPERTS,
-    "deepseek_v3": BLOCK + DEEPSEEK + EXPERTS + MLP,
-    "llama": BLOCK + MLP,
-    "qwen2": BLOCK + MLP,
-    "qwen3": BLOCK + QK_NORM + MLP,
-    "gemma2": BLOCK + GEMMA_NORMS + MLP,
-    "gemma3": BLOCK + QK_NORM + GEMMA_NORMS + MLP,
+# How llama.cpp stores a parameter that ends so, where not as it is; the first that fits (gguf_layout.py says what it means).
+STORED_HYBRID = (
+    ("linear_attn.norm.weight", {}),
+    ("norm.weight", {"function": "plus_one"}),
+    ("linear_attn.A_log", {"function": "negative_exp", "rows": "heads"}),
+    ("linear_attn.dt_bias", {"rows": "heads"}),
+    ("linear_attn.in_proj_a.weight", {"rows": "heads"}),
+    ("linear_attn.in_proj_b.weight", {"rows": "heads"}),
+    ("linear_attn.in_proj_z.weight", {"rows": "values"}),
+    ("linear_attn.in_proj_qkv.weight", {"rows": "keys and values"}),
+    ("linear_attn.conv1d.weight", {"rows": "keys and values"}),
+    ("linear_attn.out_proj.weight", {"columns": "values"}),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """``layer``: the rules of a decoder layer's tensors; ``ggml``: llama.cpp's name of the architecture; ``stored``: what is
+    otherwise in a GGUF than in the checkpoint, None where this project writes no GGUF."""
+
+    layer: Rules
+    ggml: str
+    stored: tuple[tuple[str, Mapping[str, str]], ...] | None = None
+
+
+FAMILIES = {
+    "qwen3_5_moe": Family(QWEN_HYBRID + EXPERTS + SHARED_EXPERT, "qwen35moe", STORED_HYBRID),
+    "qwen3_5": Family(QWEN_HYBRID + MLP, "qwen35", STORED_HYBRID),
+    "qwen3_next": Family(QWEN_HYBRID + EXPERTS + SHARED_EXPERT + MLP, "qwen3next"),
+    "qwen3_moe": Family(BLOCK + QK_NORM + EXPERTS + MLP, "qwen3moe"),
+    "mixtral": Family(BLOCK + MIXTRAL, "llama"),
+    "olmoe": Family(BLOCK + QK_NORM + EXPERTS, "olmoe"),
+    "deepseek_v3": Family(BLOCK + DEEPSEEK + EXPERTS + MLP, "deepseek2"),
+    "llama": Family(BLOCK + MLP, "llama"),
+    "qwen2": Family(BLOCK + MLP, "qwen2"),
+    "qwen3": Family(BLOCK + QK_NORM + MLP, "qwen3"),
+    "gemma2": Family(BLOCK + GEMMA_NORMS + MLP, "gemma2"),
+    "gemma3": Family(BLOCK + QK_NORM + GEMMA_NORMS + MLP, "gemma3"),
 }
+# The matrices of an expert by their names on disk, and where they lie among the rows of the fused parameter.
+PARTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
+EXPERT = re.compile(rf"(.*\.mlp\.experts)\.(\d+)\.({'|'.join(PARTS)})\.weight")
 VISION_PREFIX = re.compile(r"(model\.)?(visual|vision_tower|multi_modal_projector)\.")
 MTP_PREFIX = re.compile(r"(model\.)?mtp\.")
 LAYER_PREFIX = re.compile(r"model\.layers\.(\d+)\.")
@@ -120,15 +152,15 @@ NESTINGS = ((r"^model\.language_model\.", "model."), (r"^language_model\.(model\
 
 
 @functools.cache
-def _compiled(family: str) -> tuple[list[tuple[re.Pattern[str], Role]], list[tuple[re.Pattern[str], Role]]]:
-    return tuple([(re.compile(pattern), role) for pattern, role in rules] for rules in (TOP, LAYER[family]))
+def _compiled(rules: Rules) -> list[tuple[re.Pattern[str], Role]]:
+    return [(re.compile(pattern), role) for pattern, role in rules]
 
 
 def family_of(model_type: str) -> str:
     """The key of the table for config.json's model_type; the text part of a multimodal model has its family."""
     family = model_type.removesuffix("_text")
-    if family not in LAYER:
-        raise UserError(f"model_type {model_type!r} is not supported; supported: {', '.join(LAYER)}")
+    if family not in FAMILIES:
+        raise UserError(f"model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     return family
 
 
@@ -139,10 +171,36 @@ def text_name(name: str) -> str:
     return name
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor of the checkpoint lies in transformers' module tree: a parameter, and for an expert's matrix on disk
+    which expert and which rows ("gate", "up" or "down") of the fused parameter."""
+
+    parameter: str
+    expert: int | None = None
+    part: str | None = None
+
+    def view(self, fused: Tensor) -> Tensor:
+        """The part of the parameter that this tensor is; shares its memory."""
+        if self.expert is None:
+            return fused
+        rows = fused[self.expert]
+        return rows if self.part == "down" else rows.chunk(2)[self.part == "up"]
+
+
+def place_of(name: str) -> Place:
+    """The place of a checkpoint tensor, by its name alone."""
+    text = text_name(name).replace(".block_sparse_moe.", ".mlp.")
+    if not (match := EXPERT.fullmatch(text)):
+        return Place(text)
+    part = PARTS[match[3]]
+    return Place(f"{match[1]}.{'down_proj' if part == 'down' else 'gate_up_proj'}", int(match[2]), part)
+
+
 def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | None = None) -> Role:
     """The role of tensor ``name``. A decoder layer at or past ``num_layers`` is multi-token prediction (deepseek_v3
     stores it there). Raises :class:`UserError` on an unknown model_type, tensor, or number of dimensions."""
-    top, layer = _compiled(family_of(model_type))
+    family = FAMILIES[family_of(model_type)]
     if VISION_PREFIX.match(name):
         return Role.VISION
     if MTP_PREFIX.match(name):
@@ -151,8 +209,8 @@ def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | 
     prefix = LAYER_PREFIX.match(text)
     if prefix and num_layers is not None and int(prefix[1]) >= num_layers:
         return Role.MTP
-    rules, rest = (layer, text[prefix.end() :]) if prefix else (top, text)
-    role = next((role for pattern, role in rules if pattern.fullmatch(rest)), None)
+    rules, rest = (family.layer, text[prefix.end() :]) if prefix else (TOP, text)
+    role = next((role for pattern, role in _compiled(rules) if pattern.fullmatch(rest)), None)
     if role is None:
         raise UserError(f"tensor {name} {list(shape)}: no rule for it in model_type {model_type} (families.py)")
     if len(shape) not in DIMENSIONS.get(role, (len(shape),)):

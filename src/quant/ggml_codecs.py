@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from console import UserError
-from ggml_lattice import lattice_codec
+from ggml_lattice import LatticeCodec
 from ggml_scalar import ScalarCodec
 from ggml_types import CHUNK_WEIGHTS, LATTICE, BlockType, Codec, Scales, known, row_bytes
 
@@ -22,15 +22,12 @@ class CastCodec(Codec):
 
     DTYPES = {"f32": (torch.float32, torch.int32), "f16": (torch.float16, torch.int16), "bf16": (torch.bfloat16, torch.int16)}
 
-    integers = {}
-
     def __init__(self, block_type: BlockType) -> None:
         super().__init__(block_type)
         self.dtype, self.integer = self.DTYPES[block_type.name]
 
     def fit(self, w: Tensor, importance: Tensor) -> Scales:
-        one = torch.ones_like(w)
-        return Scales(one, torch.zeros_like(w), ())
+        return Scales(torch.ones_like(w), torch.zeros_like(w), ())
 
     def nearest(self, x: Tensor, scale: Tensor, offset: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         codes = x.to(self.dtype).contiguous().view(self.integer).int()
@@ -52,12 +49,8 @@ class CastCodec(Codec):
 @functools.cache
 def codec(name: str) -> Codec:
     """The codec of a type; :class:`UserError` on a name that is not in TYPES."""
-    block_type = known(name)
-    if name in LATTICE:
-        return lattice_codec(block_type)
-    if name in CastCodec.DTYPES:
-        return CastCodec(block_type)
-    return ScalarCodec(block_type)
+    kind = known(name)
+    return (LatticeCodec if name in LATTICE else CastCodec if name in CastCodec.DTYPES else ScalarCodec)(kind)
 
 
 def balanced(importance: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ rounded to v has the output error  (w - v) H (w - v)^T, which depends on no othe
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -93,12 +94,13 @@ def sweep_block(
     group, vector = kind.type.group, kind.type.vector
     values, errors = torch.empty_like(block), torch.empty_like(block)
     codes = torch.empty(experts * outputs, size // vector, dtype=torch.int32, device=block.device)
-    kernels = kind.group_kernels(block)
-    code_group = kernels.sweep_group if kernels else sweep_group
     for index, outer in enumerate(spans(size, group)):
-        own = (block[:, outer], values[:, outer], errors[:, outer], codes[:, outer.start // vector : outer.stop // vector])
-        scale, offset = scales.scale[:, index, None], scales.offset[:, index, None]
-        code_group(*own, scale, offset, factor[:, outer, outer], importance[:, outer], kind)
+        own = (
+            block[:, outer], values[:, outer], errors[:, outer], codes[:, outer.start // vector : outer.stop // vector],
+            scales.scale[:, index, None], scales.offset[:, index, None], factor[:, outer, outer], importance[:, outer],
+        )  # fmt: skip
+        if not kind.sweep_group(*own):
+            sweep_group(*own, kind)
         behind = slice(outer.stop, size)
         block[:, behind].baddbmm_(factor[:, outer, behind].transpose(1, 2), errors[:, outer], alpha=-1)
     return codes, values, errors
@@ -130,7 +132,7 @@ def forward_error(own: Tensor, difference: Tensor) -> Tensor:
 
 
 def sweep(wt: Tensor, factor: Tensor, kind: Codec, passes: int, sizes: tuple[float, ...] = SIZES) -> Rounded:
-    """Round ``wt`` [E, I, O] with error feedback along the inputs; ``factor`` is U of :func:`rounding.inverse_factor`.
+    """Round ``wt`` [E, I, O] with error feedback along the inputs; ``factor`` is U of :func:`moe_ptq.inverse_factor`.
 
     A block is improved ``passes`` times before its errors go on, under the metric of its loss, (U_bb^T U_bb)^-1.
     """
@@ -141,11 +143,9 @@ def sweep(wt: Tensor, factor: Tensor, kind: Codec, passes: int, sizes: tuple[flo
     for part in spans(wt.shape[1], kind.type.block):
         x, own = work[:, part], factor[:, part, part]
         fitted = fit_blocks(kind, rows_of(x), balanced(per_row(importance[:, part], outputs)))
-        best = None
-        for size in sizes:
-            trial = fitted if size == 1 else kind.rescaled(fitted, torch.full_like(x[:, 0], size).view(-1))
-            best = better_block(best, (*sweep_block(x.clone(), trial, own, importance[:, part], kind), trial), kind)
-        code, values[:, part], errors, scale = best
+        trials = (fitted if size == 1 else kind.rescaled(fitted, torch.full_like(x[:, 0], size).view(-1)) for size in sizes)
+        found = ((*sweep_block(x.clone(), trial, own, importance[:, part], kind), trial) for trial in trials)
+        code, values[:, part], errors, scale = functools.reduce(functools.partial(better_block, kind), found)
         if passes:
             metric = torch.cholesky_inverse(own, upper=True)
             for _ in range(passes):
@@ -159,10 +159,8 @@ def sweep(wt: Tensor, factor: Tensor, kind: Codec, passes: int, sizes: tuple[flo
     return Rounded(values, torch.cat(codes, 1), scales)
 
 
-def better_block(old: tuple | None, new: tuple, kind: Codec) -> tuple:
+def better_block(kind: Codec, old: tuple, new: tuple) -> tuple:
     """Of two (codes, values, errors, scales) of a block, row by row the one of smaller loss."""
-    if old is None:
-        return new
     better = new[2].square().sum(1) < old[2].square().sum(1)  # [E, O]
     row = better.reshape(-1, 1)
     values, errors = (torch.where(better[:, None], n, o) for n, o in zip(new[1:3], old[1:3]))
@@ -198,10 +196,12 @@ class Block:
         of the groups behind it as it was."""
         self.rescale()
         raw = tuple(part.clone() for part in self.scales.raw)
-        kernels = self.kind.group_kernels(self.values)
-        improve_group = kernels.descend_group if kernels else Block.improve_group
         for index, group in enumerate(spans(self.values.shape[1], self.kind.type.group)):
-            moved = improve_group(self, raw, index, group)
+            inverses = None if self.inverses is None else self.inverses[:, self.places(group)]
+            own = (self.values[:, group], self.residual[:, group], self.codes[:, self.places(group)])
+            moved = self.kind.improve_group(*own, self.metric[:, group, group], inverses, raw, index)
+            if moved is None:
+                moved = self.improve_group(raw, index, group)
             self.residual[:, group.stop :].baddbmm_(self.metric[:, group.stop :, group], moved, alpha=-1)
         self.scales = self.kind.scales_of(*raw)
 
@@ -212,9 +212,13 @@ class Block:
             for step in (1, -1):
                 self.step_integer(raw, index, group, place, step)
         own = self.kind.scales_of(*one_group(raw, index))
-        for vector in self.vectors[group.start // self.vector : group.stop // self.vector]:
+        for vector in self.vectors[self.places(group)]:
             self.recode(vector, group, own)
         return self.values[:, group] - before
+
+    def places(self, part: slice) -> slice:
+        """The vectors of the inputs ``part``."""
+        return slice(part.start // self.vector, part.stop // self.vector)
 
     def accept(self, part: slice, value: Tensor) -> tuple[Tensor, Tensor]:
         """Move the inputs ``part`` to ``value`` [E, P, O] where that lowers the form: which rows [E, 1, O], and the change."""
@@ -230,7 +234,7 @@ class Block:
         image = torch.bmm(self.metric, self.values)
         factor = 1 + (self.values * self.residual).sum(1) / (self.values * image).sum(1).clamp_min(1e-30)
         trial = self.kind.rescaled(self.scales, factor.reshape(-1))
-        values = block_values(self.codes, trial, self.kind)
+        values = self.kind.block_values(self.codes, trial)
         better, change = self.accept(slice(None), columns_of(values, len(self.values)))
         self.scales = pick_scales(better.view(-1, 1), trial, self.scales, self.kind)
         self.residual = self.residual.baddbmm(self.metric, change, alpha=-1)
@@ -240,11 +244,7 @@ class Block:
         own = list(one_group(raw, index))
         own[place] = (own[place] + step).clamp(*self.kind.integers[place])
         target = self.values[:, group] + self.residual[:, group] / self.diagonal[:, group, None]
-        code, value = self.nearest(target, group, self.kind.scales_of(*own))
-        better, change = self.accept(group, value)
-        self.residual[:, group].baddbmm_(self.metric[:, group, group], change, alpha=-1)
-        row, codes = better.view(-1, 1), self.codes[:, group.start // self.vector : group.stop // self.vector]
-        codes.copy_(torch.where(row, code, codes))
+        row = self.take_nearest(target, group, group, self.kind.scales_of(*own))
         raw[place][:, index] = torch.where(row, own[place], raw[place][:, index, None])[:, 0]
 
     def recode(self, part: slice, group: slice, scales: Scales) -> None:
@@ -256,28 +256,23 @@ class Block:
                 step = torch.bmm(self.inverses[:, part.start // self.vector], pull)
             else:
                 step = pull / self.diagonal[:, part, None]
-            code, value = self.nearest(self.values[:, part] + step, part, scales)
-            better, change = self.accept(part, value)
-            self.residual[:, inner].baddbmm_(self.metric[:, inner, part], change, alpha=-1)
-            codes = self.codes[:, part.start // self.vector : part.stop // self.vector]
-            codes.copy_(torch.where(better.view(-1, 1), code, codes))
+            self.take_nearest(self.values[:, part] + step, part, inner, scales)
 
-    def nearest(self, target: Tensor, part: slice, scales: Scales) -> tuple[Tensor, Tensor]:
-        """Codes [R, P/V] and values [E, P, O] near ``target`` [E, P, O] for the scales of one group."""
+    def take_nearest(self, target: Tensor, part: slice, inner: slice, scales: Scales) -> Tensor:
+        """Move the inputs ``part`` near ``target`` [E, P, O], for the scales of their group, where that lowers the form; the
+        residual of the inputs ``inner`` follows. Which rows, [R, 1]."""
         importance = per_row(self.diagonal[:, part], target.shape[2])
         code, value = self.kind.nearest(rows_of(target), scales.scale, scales.offset, importance)
-        return code, columns_of(value, len(target))
+        better, change = self.accept(part, columns_of(value, len(target)))
+        self.residual[:, inner].baddbmm_(self.metric[:, inner, part], change, alpha=-1)
+        row, codes = better.view(-1, 1), self.codes[:, self.places(part)]
+        codes.copy_(torch.where(row, code, codes))
+        return row
 
 
 def one_group(raw: tuple[Tensor, ...], index: int) -> tuple[Tensor, ...]:
     """The stored fields of one group of every block."""
     return tuple(part[:, index, None] if part.ndim > 1 else part for part in raw)
-
-
-def block_values(codes: Tensor, scales: Scales, kind: Codec) -> Tensor:
-    """The values [R, B] of a block, as decoded."""
-    units = kind.units(codes).view(len(codes), -1, kind.type.group)
-    return (units * scales.scale[..., None] - scales.offset[..., None]).view(len(codes), -1)
 
 
 def descend(wt: Tensor, state: Rounded, hessian: Tensor, kind: Codec) -> Rounded:

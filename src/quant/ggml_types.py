@@ -1,9 +1,8 @@
-"""Block types of ggml: what a block stores, how it is read, and how the scalar types are written.
+"""Block types of ggml: what a block stores, where its bits lie, and what a codec of a type can do.
 
-Not a command. `encode(weight [..., I], "q4_K", importance)` returns the bytes that llama.cpp reads, `decode_rows` the weights
-that it sees. Letters: N blocks, G groups of a block, I inputs. A block is a run of 1, 32 or 256 inputs of one row; a group is
-the part of it that shares a scale, a vector the weights that are coded together (1; 8 for the lattice types of
-:mod:`ggml_lattice`). A value is  scale[group] * unit(code) - offset[group].
+Not a command. The bytes that llama.cpp reads come from :mod:`ggml_codecs`. Letters: N blocks, G groups of a block, I inputs. A
+block is a run of 1, 32 or 256 inputs of one row; a group is the part of it that shares a scale, a vector the weights that are
+coded together (1; 8 for the lattice types of :mod:`ggml_lattice`). A value is  scale[group] * unit(code) - offset[group].
 
 The layouts are those of ggml-common.h and ggml-quants.c of llama.cpp; the tests compare with gguf-py and with the C library.
 """
@@ -11,7 +10,8 @@ The layouts are those of ggml-common.h and ggml-quants.c of llama.cpp; the tests
 from __future__ import annotations
 
 import dataclasses
-import types
+import functools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,12 +21,15 @@ from torch import Tensor
 from console import UserError
 
 HALF_MAX = 65504.0
+SMALL, LARGE = 1e-12, 1e9  # what lies below the least half float counts as 0, and what no type reaches is cut
+TINY = 1e-30  # the least divisor
 CHUNK_WEIGHTS = {"cpu": 1 << 16, "cuda": 1 << 25}  # coded together: what fits a core's cache, what fills a GPU
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockType:
-    """A type of tensor in a GGUF: ``block`` weights in ``bytes``, a scale per ``group``, ``vector`` weights per code."""
+    """A type of tensor in a GGUF: ``block`` weights in ``bytes``, a scale per ``group``, ``vector`` weights per code;
+    ``smaller``: the type with a block of 32 that llama-quantize takes for rows that the block does not fit."""
 
     name: str
     ggml: GGMLQuantizationType
@@ -34,6 +37,7 @@ class BlockType:
     bytes: int
     group: int
     vector: int
+    smaller: str
 
     @property
     def bits(self) -> float:
@@ -41,18 +45,48 @@ class BlockType:
         return 8 * self.bytes / self.block
 
 
-def _block_type(name: str, group: int, vector: int = 1) -> BlockType:
-    ggml = GGMLQuantizationType[name.upper()]
-    return BlockType(name, ggml, *GGML_QUANT_SIZES[ggml], group, vector)
-
-
-LATTICE = ("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs")
-_GROUPS = {
-    "f32": 1, "f16": 1, "bf16": 1, "q8_0": 32, "q5_1": 32, "q5_0": 32, "q4_0": 32, "iq4_nl": 32,
-    "q6_K": 16, "q5_K": 32, "q4_K": 32, "iq4_xs": 32, "q3_K": 16, "q2_K": 16,
-    "iq3_s": 32, "iq3_xxs": 32, "iq2_s": 16, "iq2_xs": 16, "iq2_xxs": 32,
+_FACTS: dict[str, tuple] = {  # group, vector, smaller
+    "f32": (1,), "f16": (1,), "bf16": (1,), "q8_0": (32,), "q5_1": (32,), "q5_0": (32,), "q4_0": (32,), "iq4_nl": (32,),
+    "q6_K": (16, 1, "q8_0"), "q5_K": (32, 1, "q5_1"), "q4_K": (32, 1, "q5_0"), "iq4_xs": (32, 1, "iq4_nl"),
+    "q3_K": (16, 1, "q4_0"), "q2_K": (16, 1, "q4_0"), "iq3_s": (32, 8, "iq4_nl"), "iq3_xxs": (32, 8, "iq4_nl"),
+    "iq2_s": (16, 8, "iq4_nl"), "iq2_xs": (16, 8, "iq4_nl"), "iq2_xxs": (32, 8, "iq4_nl"),
 }  # fmt: skip
-TYPES = {name: _block_type(name, group, 8 if name in LATTICE else 1) for name, group in _GROUPS.items()}
+
+
+def _block_type(name: str, group: int, vector: int = 1, smaller: str = "") -> BlockType:
+    ggml = GGMLQuantizationType[name.upper()]
+    return BlockType(name, ggml, *GGML_QUANT_SIZES[ggml], group, vector, smaller or name)
+
+
+TYPES = {name: _block_type(name, *facts) for name, facts in _FACTS.items()}
+LATTICE = tuple(name for name, kind in TYPES.items() if kind.vector == 8)
+
+
+def known(name: str) -> BlockType:
+    """The block type of a name; :class:`UserError` on one that is not in TYPES."""
+    if name not in TYPES:
+        raise UserError(f"ggml type {name!r} is unknown; known: {', '.join(TYPES)}")
+    return TYPES[name]
+
+
+def row_bytes(name: str, inputs: int) -> int:
+    """Bytes of a row of ``inputs`` weights; :class:`UserError` where its length is no multiple of the block."""
+    kind = known(name)
+    if inputs % kind.block:
+        raise UserError(f"a row of {inputs} weights is no multiple of the {kind.block} of {name}; use {fallback(name, inputs)}")
+    return inputs // kind.block * kind.bytes
+
+
+def fallback(name: str, inputs: int) -> str:
+    """The type that llama-quantize takes instead for rows of ``inputs``: the name itself where its block fits, else a type
+    with a block of 32, else f16 (tensor_type_fallback in llama-quant.cpp)."""
+    if inputs % known(name).block == 0:
+        return name
+    other = TYPES[name].smaller
+    return other if inputs % TYPES[other].block == 0 else "f16"
+
+
+# ---------------------------------------------------------------- what a type can do
 
 
 class Scales(NamedTuple):
@@ -70,18 +104,10 @@ class Codec:
     ``integers``: which of the ``raw`` of Scales hold an integer per group, and their least and largest value.
     """
 
-    integers: dict[int, tuple[int, int]] = {1: (0, 15)}
+    integers: dict[int, tuple[int, int]] = {}
 
     def __init__(self, block_type: BlockType) -> None:
         self.type = block_type
-
-    def kernels(self, x: Tensor) -> types.ModuleType | None:
-        """The module of fused kernels for weights on the device of ``x``, if there is one."""
-        return None
-
-    def group_kernels(self, x: Tensor) -> types.ModuleType | None:
-        """The one that sweeps and descends for them, in fewer launches than ggml_round itself."""
-        return self.kernels(x)
 
     def fit(self, w: Tensor, importance: Tensor) -> Scales:
         """Scales of small ``sum importance * (w - value)**2``; w, importance [N, block] float32."""
@@ -110,9 +136,14 @@ class Codec:
         """uint8 [N, bytes] of the scales and the codes [N, block/vector]."""
         raise NotImplementedError
 
+    def unpack(self, data: Tensor) -> tuple[Scales, Tensor]:
+        """uint8 [N, bytes] -> the scales and the codes int32 [N, block/vector]."""
+        raise NotImplementedError
+
     def decode(self, data: Tensor) -> Tensor:
         """uint8 [N, bytes] -> float32 [N, block]."""
-        raise NotImplementedError
+        scales, codes = self.unpack(data)
+        return self.block_values(codes, scales)
 
     def block_codes(self, w: Tensor, scales: Scales, importance: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`nearest` for whole blocks: codes [N, block/vector] and values [N, block] of ``w`` [N, block]."""
@@ -121,8 +152,28 @@ class Codec:
         codes, values = self.nearest(w.reshape(rows, size), scale, offset, importance.reshape(rows, size))
         return codes.reshape(len(w), -1), values.reshape(w.shape)
 
+    def block_values(self, codes: Tensor, scales: Scales) -> Tensor:
+        """The values [N, block] of whole blocks of codes, as decoded."""
+        units = self.units(codes).view(len(codes), -1, self.type.group)
+        return (units * scales.scale[..., None] - scales.offset[..., None]).view(len(codes), -1)
 
-# ---------------------------------------------------------------- bits and half floats
+    def sweep_group(
+        self, block: Tensor, values: Tensor, errors: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, factor: Tensor,
+        importance: Tensor,
+    ) -> bool:  # fmt: skip
+        """What :func:`ggml_round.sweep_group` does, by one kernel that leaves ``block`` as it was; False: there is none."""
+        return False
+
+    def improve_group(
+        self, values: Tensor, residual: Tensor, codes: Tensor, metric: Tensor, inverses: Tensor | None,
+        raw: tuple[Tensor, ...], index: int,
+    ) -> Tensor | None:  # fmt: skip
+        """What :meth:`ggml_round.Block.improve_group` does, by one kernel that leaves ``residual`` as it was; None: there is
+        none. ``inverses``: of the metric of each vector; ``raw``: stored fields of the block, ``index``: which group it is."""
+        return None
+
+
+# ---------------------------------------------------------------- half floats and bits
 
 
 def half(values: Tensor) -> Tensor:
@@ -135,58 +186,84 @@ def half_bytes(values: Tensor) -> Tensor:
     return values.clamp(-HALF_MAX, HALF_MAX).half()[:, None].contiguous().view(torch.uint8)
 
 
-def bytes_half(data: Tensor) -> Tensor:
-    """uint8 [N, 2] -> float32 [N]."""
-    return data.contiguous().view(torch.float16)[:, 0].float()
+class Field(NamedTuple):
+    """``repeat`` numbers of one name in a word: ``bits`` bits of each, from its bit ``shift`` on. All words of a run hold
+    the numbers from ``first`` on."""
+
+    name: str
+    bits: int
+    shift: int = 0
+    repeat: int = 1
+    first: int = 0
 
 
-def split_bits(data: Tensor, bits: int, inner: int) -> Tensor:
-    """The ``bits``-wide fields of uint8 [N, B], as uint8 [N, B * 8/bits].
+class Run(NamedTuple):
+    """``bytes`` bytes of a block: little-endian words of ``size`` bytes, each with the fields from its lowest bits up. Of every
+    ``inner`` words in a row the first numbers come first, then the second ones."""
 
-    Bytes come in runs of ``inner``: the lowest bits of a run give the first ``inner`` fields, the next bits the next ones.
-    """
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)[:, None]
-    fields = (data.reshape(len(data), -1, 1, inner) >> shifts) & (2**bits - 1)
-    return fields.reshape(len(data), -1)
+    bytes: int
+    fields: tuple[Field, ...]
+    inner: int = 1
+    size: int = 1
 
-
-def join_bits(fields: Tensor, bits: int, inner: int) -> Tensor:
-    """The inverse of :func:`split_bits`: integers [N, F] below 2**bits -> uint8 [N, F * bits/8]."""
-    runs = fields.to(torch.uint8).reshape(len(fields), -1, 8 // bits, inner)
-    out = runs[:, :, 0].clone()
-    for k in range(1, 8 // bits):
-        out |= runs[:, :, k] << (k * bits)
-    return out.reshape(len(fields), -1)
+    def numbers(self, field: Field) -> slice:
+        return slice(field.first, field.first + self.bytes // self.size * field.repeat)
 
 
-# ---------------------------------------------------------------- types without a scale
+def run(size: int, name: str, bits: int, shift: int = 0, inner: int = 1) -> Run:
+    """``size`` bytes full of one field."""
+    return Run(size, (Field(name, bits, shift, 8 // bits),), inner)
 
 
-# ---------------------------------------------------------------- rows of a tensor
+def join_fields(values: Mapping[str, Tensor], layout: Sequence[str | Run]) -> Tensor:
+    """uint8 [N, bytes] of blocks: half floats [N] where ``layout`` is a name, else integers [N, numbers] in runs."""
+    parts = []
+    for part in layout:
+        if isinstance(part, str):
+            parts.append(half_bytes(values[part]))
+            continue
+        terms, offset = [], 0
+        for field in part.fields:
+            own = (values[field.name][:, part.numbers(field)] >> field.shift) & (2**field.bits - 1)
+            own = own.to(torch.uint8 if part.size == 1 else torch.long).reshape(len(own), -1, field.repeat, part.inner)
+            terms += [own[:, :, k] << (offset + k * field.bits) for k in range(field.repeat)]
+            offset += field.repeat * field.bits
+        word = functools.reduce(torch.bitwise_or, terms)
+        if part.size > 1:
+            word = (word[..., None] >> 8 * torch.arange(part.size, device=word.device) & 255).to(torch.uint8)
+        parts.append(word.flatten(1))
+    return torch.cat(parts, 1)
 
 
-def known(name: str) -> BlockType:
-    """The block type of a name; :class:`UserError` on one that is not in TYPES."""
-    if name not in TYPES:
-        raise UserError(f"ggml type {name!r} is unknown; known: {', '.join(TYPES)}")
-    return TYPES[name]
-
-
-def row_bytes(name: str, inputs: int) -> int:
-    """Bytes of a row of ``inputs`` weights; :class:`UserError` where its length is no multiple of the block."""
-    kind = known(name)
-    if inputs % kind.block:
-        raise UserError(f"a row of {inputs} weights is no multiple of the {kind.block} of {name}; use {fallback(name, inputs)}")
-    return inputs // kind.block * kind.bytes
-
-
-_SMALLER_BLOCK = {"q2_K": "q4_0", "q3_K": "q4_0", "q4_K": "q5_0", "q5_K": "q5_1", "q6_K": "q8_0", "iq4_xs": "iq4_nl"}
-
-
-def fallback(name: str, inputs: int) -> str:
-    """The type that llama-quantize takes instead for rows of ``inputs``: the name itself where its block fits, else a type
-    with a block of 32, else f16 (tensor_type_fallback in llama-quant.cpp)."""
-    if inputs % known(name).block == 0:
-        return name
-    other = "iq4_nl" if name in LATTICE else _SMALLER_BLOCK.get(name, name)
-    return other if inputs % TYPES[other].block == 0 else "f16"
+def split_fields(data: Tensor, layout: Sequence[str | Run], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """The inverse of :func:`join_fields`; ``counts``: how many numbers int32 a block has of each name."""
+    found: dict[str, Tensor] = {}
+    at = 0
+    for part in layout:
+        size = 2 if isinstance(part, str) else part.bytes
+        own = data[:, at : at + size]
+        at += size
+        if isinstance(part, str):
+            found[part] = own.contiguous().view(torch.float16)[:, 0].float()
+            continue
+        word, offset = own.reshape(len(own), -1, 1, part.inner, part.size), 0
+        if part.size == 1:
+            word = word[..., 0]
+        else:
+            word = (word.long() << 8 * torch.arange(part.size, device=data.device)).sum(-1)
+        for field in part.fields:
+            shifted = word >> offset
+            if field.repeat > 1:
+                last = field.bits * field.repeat
+                shifted = shifted >> torch.arange(0, last, field.bits, dtype=word.dtype, device=data.device)[:, None]
+            numbers = (shifted & (2**field.bits - 1)).flatten(1).int()
+            numbers = numbers << field.shift if field.shift else numbers
+            if field.name not in found and numbers.shape[1] == counts[field.name]:
+                found[field.name] = numbers
+            else:
+                whole = found.setdefault(field.name, numbers.new_zeros(len(data), counts[field.name]))
+                whole[:, part.numbers(field)] |= numbers
+            offset += field.bits * field.repeat
+    for name in counts.keys() - found.keys():
+        found[name] = torch.zeros(len(data), counts[name], dtype=torch.int32, device=data.device)
+    return found

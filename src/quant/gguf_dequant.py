@@ -11,29 +11,29 @@ from __future__ import annotations
 import argparse
 import hashlib
 import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import gguf
 import torch
 from torch import Tensor
 
-from calibration import place_of
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
-from families import family_of
+from families import FAMILIES, family_of, place_of
 from ggml_codecs import decode_rows
 from gguf_format import GgufFile
 from gguf_layout import Piece, into_parameter, parameter_shape, pieces_of
-from imatrix import ARCHITECTURES
-from quant_save import sidecars
+from plans import sidecars
 from records import DECODED_MARK, header_sha256
 from run_dir import check_output, staged_directory
 from safetensors_file import CheckpointWriter
 
+LOSSLESS = ("f32", "bf16")  # what is stored so is as the checkpoint has it
+
 
 def check_match(file: GgufFile, checkpoint: Checkpoint, pieces: list[Piece]) -> None:
     """Raise :class:`UserError` unless the file is one of this model."""
-    expected = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[family_of(checkpoint.config["model_type"])]]
+    expected = FAMILIES[family_of(checkpoint.config["model_type"])].ggml
     if file.architecture() != expected:
         raise UserError(f"{file.path}: architecture {file.architecture()}, but {checkpoint.path} is {expected}")
     for piece in pieces:
@@ -42,17 +42,24 @@ def check_match(file: GgufFile, checkpoint: Checkpoint, pieces: list[Piece]) -> 
             raise UserError(f"{file.path}: {piece.name} is {found}, {checkpoint.path} needs {list(piece.shape)}")
 
 
-def lossy(file: GgufFile, piece: Piece) -> bool:
-    """Whether the file's values may differ from the checkpoint's."""
-    return file.kind(piece.name) not in ("f32", "bf16")
+def decoded(file: GgufFile, checkpoint: Checkpoint, by_parameter: Mapping[str, Sequence[Piece]]) -> Callable[[str], Tensor]:
+    """What gives a tensor of the checkpoint as the file has it. It keeps two parameters: an expert's matrices alternate."""
+    kept: dict[str, Tensor] = {}
 
+    def value(name: str) -> Tensor:
+        info, place = checkpoint.info(name), place_of(name)
+        if place.parameter not in by_parameter:
+            return checkpoint.read(name)
+        if place.parameter not in kept:
+            pieces = by_parameter[place.parameter]
+            if len(kept) > 1:
+                kept.pop(next(iter(kept)))
+            full = kept[place.parameter] = torch.empty(parameter_shape(checkpoint, pieces[0].sources))
+            for piece in pieces:
+                into_parameter(piece, decode_rows(file.data(piece.name), file.kind(piece.name)).view(piece.shape), full)
+        return place.view(kept[place.parameter]).to(info.dtype).reshape(info.shape)
 
-def decoded_parameter(file: GgufFile, pieces: list[Piece], shape: tuple[int, ...]) -> Tensor:
-    """The parameter [shape] float32 that these pieces of the file make up."""
-    full = torch.empty(shape)
-    for piece in pieces:
-        into_parameter(piece, decode_rows(file.data(piece.name), file.kind(piece.name)).view(piece.shape), full)
-    return full
+    return value
 
 
 def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_bytes: int = 4 << 30) -> None:
@@ -63,7 +70,7 @@ def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_by
     by_parameter: dict[str, list[Piece]] = {}
     for piece in pieces:
         by_parameter.setdefault(piece.parameter, []).append(piece)
-    by_parameter = {name: ps for name, ps in by_parameter.items() if any(lossy(file, piece) for piece in ps)}
+    by_parameter = {name: ps for name, ps in by_parameter.items() if any(file.kind(p.name) not in LOSSLESS for p in ps)}
     check_output(checkpoint.path, out, force, checkpoint.bytes, DECODED_MARK)
     head = path.open("rb").read(1 << 20)
     made_from = {"file": path.name, "bytes": path.stat().st_size, "head_sha256": hashlib.sha256(head).hexdigest()}
@@ -76,32 +83,12 @@ def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_by
             progress(sum(info.bytes for info in checkpoint.tensors.values()), "dequantize", "B", True) as bar,
             CheckpointWriter(partial, plan, shard_bytes) as writer,
         ):
-            values = Decoded(file, checkpoint, by_parameter)
+            value = decoded(file, checkpoint, by_parameter)
             for name, info in checkpoint.tensors.items():
                 if not writer.is_done(name):
-                    writer.append(name, values.of(name))
+                    writer.append(name, value(name))
                 bar.update(info.bytes)
         write_json(partial / DECODED_MARK, job)
-
-
-class Decoded:
-    """Checkpoint tensors as the file has them; keeps the last parameter, since its experts follow one another."""
-
-    def __init__(self, file: GgufFile, checkpoint: Checkpoint, by_parameter: dict[str, list[Piece]]) -> None:
-        self.file, self.checkpoint, self.by_parameter = file, checkpoint, by_parameter
-        self.kept: dict[str, Tensor] = {}
-
-    def of(self, name: str) -> Tensor:
-        info, place = self.checkpoint.info(name), place_of(name)
-        if place.parameter not in self.by_parameter:
-            return self.checkpoint.read(name)
-        if place.parameter not in self.kept:
-            pieces = self.by_parameter[place.parameter]
-            shape = parameter_shape(self.checkpoint, pieces[0].sources)
-            if len(self.kept) > 1:  # an expert's gate_up and down alternate
-                self.kept.pop(next(iter(self.kept)))
-            self.kept[place.parameter] = decoded_parameter(self.file, pieces, shape)
-        return place.view(self.kept[place.parameter]).to(info.dtype).reshape(info.shape)
 
 
 def main() -> None:

@@ -2,25 +2,30 @@
 
 Not a command. Format (llama.cpp, ggml/include/gguf.h): magic, key-values, a table of tensors with offsets, then the tensors,
 each padded to 32 bytes. The offsets are known before the first tensor is, so the file only ever grows.
+
+llama.cpp's importance matrix is such a file too (tools/imatrix): for every weight a float32 tensor NAME.in_sum2 [matrices,
+inputs], the summed squared inputs, and NAME.counts [matrices, 1], what they are divided by; keys general.type "imatrix",
+imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size. `python src/quant/moe_probe.py --imatrix FILE` writes one.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
 import llama_cpp
-from console import UserError, read_json, write_json
+from console import UserError, atomic_path, read_json, write_json, writing
 from ggml_types import TYPES, row_bytes
 
 ALIGNMENT = 32
@@ -33,10 +38,7 @@ def padded(size: int) -> int:
 
 def tensor_bytes(shape: Sequence[int], kind: str) -> int:
     """Bytes of a tensor of this type, without padding."""
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows * row_bytes(kind, shape[-1])
+    return math.prod(shape[:-1]) * row_bytes(kind, shape[-1])
 
 
 def run_converter(*arguments: object) -> None:
@@ -73,7 +75,7 @@ class GgufWriter:
         if state.exists():
             saved = read_json(state)
             self.done, self.facts = saved["tensors"], saved["facts"]
-        with self._explained():
+        with writing(self.path):
             self._stream = path.open("r+b" if self.done else "wb")
             if not self.done:
                 self._stream.write(header)
@@ -82,18 +84,11 @@ class GgufWriter:
             self._stream.truncate(self.ends[self.done])
             self._stream.seek(self.ends[self.done])
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot write ({error.strerror})") from None
-
     def __enter__(self) -> GgufWriter:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        with self._explained(), self._stream as stream:
+        with writing(self.path), self._stream as stream:
             stream.flush()
             os.fsync(stream.fileno())
         if kind is None and self.done != len(self.plan):
@@ -105,7 +100,7 @@ class GgufWriter:
         view = memoryview(data.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         if name != wanted or self._written + len(view) > size:
             raise ValueError(f"{name} ({len(view)} bytes) is not next in the plan (next: {wanted})")
-        with self._explained():
+        with writing(self.path):
             self._stream.write(view)
             self._written += len(view)
             if self._written == size:
@@ -114,7 +109,7 @@ class GgufWriter:
 
     def sync(self) -> None:
         """Make what was appended survive a kill."""
-        with self._explained():
+        with writing(self.path):
             self._stream.flush()
             os.fsync(self._stream.fileno())
         write_json(self.state, {"tensors": self.done, "facts": self.facts})
@@ -161,3 +156,43 @@ class GgufFile:
             if stream.readinto(memoryview(raw.numpy())) != len(raw):
                 raise UserError(f"{self.path}: truncated inside {name}; write it again")
         return raw.view(*shape[:-1], row_bytes(self.kind(name), shape[-1]))
+
+
+class Entry(NamedTuple):
+    """``sums`` [matrices, inputs] of (weighted) squared inputs and ``counts`` [matrices], both float32."""
+
+    sums: np.ndarray
+    counts: np.ndarray
+
+
+def write_imatrix(path: str | Path, entries: Mapping[str, Entry], datasets: Iterable[str], chunks: int, length: int) -> None:
+    """Write ``entries``; ``chunks`` sequences of ``length`` tokens were read. The file appears when it is complete."""
+    with atomic_path(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, arch="")
+        # Not gguf-py's own general.architecture: llama-quantize knows an imatrix by general.type alone.
+        writer.kv_data[0].pop(gguf.Keys.General.ARCHITECTURE, None)
+        writer.add_string("general.type", "imatrix")
+        writer.add_array("imatrix.datasets", list(datasets))
+        writer.add_uint32("imatrix.chunk_count", chunks)
+        writer.add_uint32("imatrix.chunk_size", length)
+        for name, entry in sorted(entries.items()):
+            writer.add_tensor(f"{name}.in_sum2", np.ascontiguousarray(entry.sums, dtype=np.float32))
+            writer.add_tensor(f"{name}.counts", np.ascontiguousarray(entry.counts, dtype=np.float32)[:, None])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def read_imatrix(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """(entries, {"datasets", "chunk_count", "chunk_size"}) of an imatrix; another file is a :class:`UserError`."""
+    file = GgufFile(path)
+    if file.fields.get("general.type") != "imatrix":
+        raise UserError(f"{path}: a GGUF file, but not an imatrix (general.type)")
+    tensors = {name: np.array(tensor.data, dtype=np.float32) for name, tensor in file.tensors.items()}
+    names = [name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")]
+    lost = next((name for name in names if f"{name}.counts" not in tensors), None)
+    if lost or 2 * len(names) != len(tensors):
+        raise UserError(f"{path}: {lost or 'a tensor'} has sums or counts but not both; write it again")
+    entries = {name: Entry(tensors[f"{name}.in_sum2"], tensors[f"{name}.counts"].reshape(-1)) for name in names}
+    return entries, {key: file.fields[f"imatrix.{key}"] for key in ("datasets", "chunk_count", "chunk_size")}

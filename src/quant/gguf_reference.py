@@ -10,7 +10,6 @@ reuses the conversion and the imatrix. A step with other settings than its file 
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -18,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
-from calibration_text import add_calibration_arguments, calibration_of
-from checkpoint import Checkpoint
-from console import UserError, file_sha256, read_json, run_cli, write_json
+from calibration import Calibration
+from console import UserError, file_sha256, read_json, write_json
 from gguf_format import GgufFile, run_converter
-from gguf_pack import Pack, plan_pack, report, table, write_mmproj
-from gguf_recipe import read_patterns, type_named
-from records import add_record_arguments, check_record_arguments, describe_model, sha256_text, write_result
+from gguf_layout import Patterns, file_name
+from hf_model import load_tokenizer
+from pack_plan import Pack, report, table, write_mmproj
+from records import sha256_text
 
 STEPS = "steps.json"
-LLAMA_NAMES = {"q3_K": "Q3_K_M", "q4_K": "Q4_K_M", "q5_K": "Q5_K_M"}
 
 
 def run_tool(name: str, arguments: Sequence[object], log: Path) -> None:
@@ -54,7 +52,7 @@ class Steps:
         if not self.made and any(out.iterdir()):
             raise UserError(f"{out}: not an output of this command (no {STEPS}); choose another")
 
-    def step(self, name: str, settings: dict[str, Any], make: Callable[[Path], None]) -> Path:
+    def step(self, name: str, settings: dict[str, Any], make: Callable[[Path], object]) -> Path:
         """The file ``name``, made by ``make(temporary name)`` unless it is there."""
         path, before = self.out / name, self.made.get(name)
         if path.exists() and before == settings:
@@ -71,89 +69,48 @@ class Steps:
         return path
 
 
-def calibration_text(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The text of the tokens that the calibrated pass would read, and their record."""
-    from hf_model import load_tokenizer
-
-    ids, entry = calibration_of(args)
-    tokenizer = load_tokenizer(args.model)
-    return tokenizer.decode(ids.flatten(), skip_special_tokens=False, clean_up_tokenization_spaces=False), entry
-
-
-def make_reference(args: argparse.Namespace, pack: Pack, patterns: Path | None) -> tuple[Path, dict[str, Any]]:
-    """Run all steps; (the quantized file, the record of the calibration text)."""
-    name, steps = pack.checkpoint.path.resolve().name, Steps(args.out, args.force)
-    text, entry = calibration_text(args)
-    model = {"config_sha256": pack.checkpoint.config_sha256, "bytes": pack.checkpoint.bytes}
+def make_reference(
+    pack: Pack, calibration: Calibration, out: Path, patterns: Patterns = (), force: bool = False
+) -> dict[str, Any]:
+    """Run all steps, on the text of the tokens that the calibrated pass would read; the report of the quantized file."""
+    model, steps = pack.checkpoint.path, Steps(out, force)
+    name, length = model.resolve().name, calibration.ids.shape[1]
+    text = load_tokenizer(model).decode(
+        calibration.ids.flatten(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    source = {"config_sha256": pack.checkpoint.config_sha256, "bytes": pack.checkpoint.bytes}
     # The direct path leaves multi-token prediction out as well; llama-imatrix does not reach it.
     plain = steps.step(
-        f"{name}-BF16.gguf", model,
-        lambda out: run_converter("convert", args.model, "--outfile", out, "--outtype", "bf16", "--no-mtp"),
+        f"{name}-BF16.gguf", source,
+        lambda path: run_converter("convert", model, "--outfile", path, "--outtype", "bf16", "--no-mtp"),
     )  # fmt: skip
-    calibration = {"sha256": sha256_text(text), "length": args.calib_length}
-    written = steps.step("calibration.txt", calibration, lambda out: out.write_text(text, encoding="utf-8"))
-    log = args.out / "llama.log"
-    context = ["-c", args.calib_length, "-b", args.calib_length, "--parse-special", "--no-ppl"]
+    read = {"sha256": sha256_text(text), "length": length}
+    written = steps.step("calibration.txt", read, lambda path: path.write_text(text, encoding="utf-8"))
+    log = out / "llama.log"
+    context = ["-c", length, "-b", length, "--parse-special", "--no-ppl"]
     imatrix = steps.step(
-        "imatrix.gguf", model | calibration,
-        lambda out: run_tool("llama-imatrix", ["-m", plain, "-f", written, *context, "-o", out], log),
+        "imatrix.gguf", source | read,
+        lambda path: run_tool("llama-imatrix", ["-m", plain, "-f", written, *context, "-o", path], log),
     )  # fmt: skip
-    types = [line for line in patterns.read_text(encoding="utf-8").splitlines()] if patterns else []
-    base = LLAMA_NAMES.get(pack.base, pack.base.upper())
-    settings = model | calibration | {"types": dict(pack.types)}
 
-    def quantize(out: Path) -> None:
+    def quantize(path: Path) -> None:
         flags: list[object] = ["--pure", "--imatrix", imatrix]
-        if types:
-            stripped = args.out / "tensor_types.txt"  # llama.cpp knows no comments
-            stripped.write_text("".join(f"{pattern}={kind}\n" for pattern, kind in read_patterns(patterns)), encoding="utf-8")
+        if patterns:
+            stripped = out / "tensor_types.txt"  # llama.cpp knows no comments
+            stripped.write_text("".join(f"{pattern}={kind}\n" for pattern, kind in patterns), encoding="utf-8")
             flags += ["--tensor-type-file", stripped]
-        run_tool("llama-quantize", [*flags, plain, out, base], log)
+        run_tool("llama-quantize", [*flags, plain, path, file_name(pack.base)], log)
 
-    file = steps.step(pack.file_name, settings, quantize)
-    write_mmproj(pack.checkpoint, args.out)
-    return file, entry
+    file = GgufFile(steps.step(pack.file_name, source | read | {"types": dict(pack.types)}, quantize))
+    write_mmproj(pack.checkpoint, out)
+    check_types(file, pack)
+    made = report(pack, file.path.stat().st_size) | {"file": file.path.name, "sha256": file_sha256(file.path)}
+    print(table(made))
+    return made
 
 
 def check_types(file: GgufFile, pack: Pack) -> None:
-    """The types are those that gguf_recipe has worked out; anything else would make a comparison at equal bytes void."""
+    """The types are those that were planned; anything else would make a comparison at equal bytes void."""
     for piece in pack.pieces:
         if file.kind(piece.name) != pack.types[piece.name]:
             raise UserError(f"{file.path}: {piece.name} is {file.kind(piece.name)}, expected {pack.types[piece.name]}")
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
-    parser.add_argument("--out", required=True, type=Path, help="directory for the files")
-    parser.add_argument("--base-type", required=True, help="of what --tensor-types does not name")
-    parser.add_argument("--tensor-types", type=Path, help="file of PATTERN=TYPE lines")
-    add_calibration_arguments(parser)
-    parser.add_argument("--force", action="store_true", help="make files again that have other settings")
-    add_record_arguments(parser, force=False)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_arguments()
-    check_record_arguments(args)
-    started = time.time()
-    patterns = read_patterns(args.tensor_types) if args.tensor_types else []
-    base = type_named(args.base_type, "--base-type")
-    pack, notes = plan_pack(Checkpoint(args.model), base, patterns, "nearest")
-    print("\n".join(notes), end="\n" if notes else "", flush=True)
-    path, entry = make_reference(args, pack, args.tensor_types)
-    file = GgufFile(path)
-    check_types(file, pack)
-    made = report(pack, path.stat().st_size) | {"file": path.name, "sha256": file_sha256(path)}
-    if args.result:
-        recipe = pack.recipe() | {"method": "llama-quantize"}
-        write_result(
-            args.result, kind="pack", tag=args.tag, started=started, model=describe_model(args.model), recipe=recipe,
-            data=[entry], metrics=made,
-        )  # fmt: skip
-    print(f"{table(made)}\nwrote {path} in {time.time() - started:.1f} s", flush=True)
-
-
-if __name__ == "__main__":
-    run_cli(main)

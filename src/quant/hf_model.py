@@ -62,6 +62,7 @@ def load_weights(
     with init_empty_weights():
         kind = type(auto.from_config(config))
     values = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    # No path: transformers 5 refuses one beside a state_dict.
     return kind.from_pretrained(None, config=config, state_dict=values, dtype=dtype, device_map=places)
 
 

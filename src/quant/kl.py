@@ -7,12 +7,14 @@ studies all call it. Text: transcripts of the tiny tasks (prompt and reference t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from console import UserError
 from hf_model import render_chat
@@ -39,6 +41,29 @@ def summarize_kl(kl: np.ndarray, agree: np.ndarray) -> dict[str, Any]:
         "max": float(kl.max()),
         "top1": float(agree.mean()),
     }
+
+
+def measured(parts: Iterable[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+    """Metrics over all parts of (logits [N, V], the reference's or None, next tokens [N], mask [N] of the assistant's turn);
+    ``answer`` in their names: over its positions only."""
+    kls, agrees, answers, losses = [], [], [], []
+    for logits, expected, target, answer in parts:
+        losses.append(F.cross_entropy(logits.float(), target, reduction="none").cpu())
+        answers.append(answer)
+        if expected is not None:
+            kl, agree = divergence(expected, logits)
+            kls.append(kl.cpu())
+            agrees.append(agree.cpu())
+    loss, answer = torch.cat(losses), torch.cat(answers)
+    metrics: dict[str, Any] = {
+        "tokens": len(loss),
+        "ppl": loss.mean().exp().item(),
+        "ppl_answer": loss[answer].mean().exp().item(),
+    }
+    if kls:
+        kl, agree, answer = torch.cat(kls).double().numpy(), torch.cat(agrees).numpy(), answer.numpy()
+        metrics |= {"kl": summarize_kl(kl, agree), "kl_answer": summarize_kl(kl[answer], agree[answer])}
+    return metrics
 
 
 def tiny_texts(tokenizer: Any, count: int, split: str = "test") -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -74,11 +99,8 @@ def batches(tokenizer: Any, pairs: list[tuple[str, str]], size: int, context: in
     result = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        ids = torch.zeros(len(part), max(len(row) for _, row in part), dtype=torch.long)
-        real, answer = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-        for i, (head, row) in enumerate(part):
-            ids[i, : len(row)] = torch.tensor(row)
-            real[i, : len(row)] = True
-            answer[i, head : len(row)] = True
-        result.append((ids, real, answer))
+        ids = pad_sequence([torch.tensor(row) for _, row in part], batch_first=True)
+        heads, lengths = torch.tensor([[head, len(row)] for head, row in part]).t()[:, :, None]
+        place = torch.arange(ids.shape[1])
+        result.append((ids, place < lengths, (place >= heads) & (place < lengths)))
     return result

@@ -1,27 +1,22 @@
 """Codes of the lattice types as Triton kernels for NVIDIA GPUs: every point, and every sign to flip, tried in registers.
 
-Not a command; ggml_lattice and ggml_round call it for weights on a GPU. `nearest` and `scores` do what LatticeCodec.nearest
-and the scores of search_scales do, without the matrix of scores (256 to 1,024 floats for every four or eight weights), the
-lists of vectors with an odd number of signs, and the waits for their lengths. `sweep_group` and `descend_group` do what
-ggml_round does with a group of inputs in one launch; the rows of an expert share the importance of its inputs there, so the
-squares of a point are weighted once for all, and a flipped sign is one more product. Sums run in the order of the inputs in
+Not a command; ggml_lattice calls it for weights on a GPU. `nearest` and `scores` do what its searches for points and for scales
+do, without the matrix of scores (256 to 1,024 floats for every four or eight weights), the lists of vectors with an odd number
+of signs, and the waits for their lengths. `sweep_group` and `improve_group` do what ggml_round does with a group of inputs in
+one launch; the rows of an expert share the importance of its inputs there, so the squares of a point are weighted once for all,
+and a flipped sign is one more product. Sums run in the order of the inputs in
 float32; where two points cost the same to the last bits a matrix product may choose the other, so the results agree in cost,
 not always in the index.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from ggml_lattice import FAR, INDEX_BITS, LatticeCodec
-
-if TYPE_CHECKING:
-    from ggml_round import Block
 
 VECTORS, POINTS, WARPS = 16, 256, 4  # of a program: vectors, points at once
 # Of a program that goes through a group. One warp: with more, the search for eight inputs would be done by each of them again.
@@ -30,21 +25,22 @@ GROUP_ROWS, GROUP_POINTS, GROUP_WARPS = 16, 64, 1
 ANYWHERE = ("codes", "scales", "levels")
 
 
-@triton.jit
-def _prepare_kernel(
-    x, scales, weights, own, pull, count, a_row, far, VECTORS: tl.constexpr
-):  # fmt: skip
-    """Weights over the largest of their vector, and those times |x / scale|."""
-    row = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
-    at = row[:, None] * 8 + tl.arange(0, 8)[None, :]
-    inside = (row < count)[:, None]
-    scale = tl.load(scales + row // a_row, mask=row < count, other=0.0)
-    inverse = tl.where(scale > 0, tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), 0.0)
-    w = tl.load(weights + at, mask=inside, other=0.0)
-    w = tl.div_rn(w, tl.broadcast_to(tl.maximum(tl.max(w, 1), 1e-30)[:, None], (VECTORS, 8)))
-    t = tl.minimum(tl.abs(tl.load(x + at, mask=inside, other=0.0) * inverse[:, None]), far)
-    tl.store(own + at, w, mask=inside)
-    tl.store(pull + at, w * t, mask=inside)
+class Points(NamedTuple):
+    """A grid: ``table`` [16 / parts, P], squares above sizes; ``parts``: points of a vector; ``even``: as many signs are minus;
+    ``far``: the largest |x| / scale; ``bits`` of an index in a code."""
+
+    table: Tensor
+    parts: int
+    even: bool
+    far: float
+    bits: int
+
+    def constants(self, vectors: int, points: int, warps: int) -> dict[str, int | bool]:
+        """What kernels are compiled for."""
+        return {
+            "PARTS": self.parts, "WIDTH": 8 // self.parts, "EVEN": self.even, "COUNT": self.table.shape[1], "BITS": self.bits,
+            "VECTORS": vectors, "POINTS": min(points, self.table.shape[1]), "num_warps": warps,
+        }  # fmt: skip
 
 
 @triton.jit
@@ -74,52 +70,33 @@ def _best(
 
 @triton.jit
 def _nearest_kernel(
-    x, scales, own, pull, table, codes, values, count, a_row, PARTS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
-    COUNT: tl.constexpr, BITS: tl.constexpr, VECTORS: tl.constexpr, POINTS: tl.constexpr,
+    scaled, own, pull, table, codes, count, PARTS: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr, COUNT: tl.constexpr,
+    BITS: tl.constexpr, VECTORS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)
     inside = row < count
-    scale = tl.load(scales + row // a_row, mask=inside, other=0.0)
-    inverse = tl.where(scale > 0, tl.div_rn(1.0, tl.where(scale > 0, scale, 1.0)), 0.0)
-    signs = tl.zeros((VECTORS,), tl.int32)
-    odd = tl.zeros((VECTORS,), tl.int32)
+    signs, odd = tl.zeros((VECTORS,), tl.int32), tl.zeros((VECTORS,), tl.int32)
     for column in tl.static_range(8):
-        minus = (tl.load(x + row * 8 + column, mask=inside, other=0.0) * inverse < 0).to(tl.int32)
+        minus = (tl.load(scaled + row * 8 + column, mask=inside, other=0.0) < 0).to(tl.int32)
         signs |= minus << column
         odd ^= minus
-    score, index = _best(own, pull, table, row, inside, -1, 0, WIDTH, COUNT, VECTORS, POINTS)
-    other_score, other = score, index
-    if PARTS == 2:
-        other_score, other = _best(own, pull, table, row, inside, -1, 1, WIDTH, COUNT, VECTORS, POINTS)
+    least = tl.full((VECTORS,), float("inf"), tl.float32)
+    place, chosen = tl.zeros((VECTORS,), tl.int32), tl.zeros((VECTORS,), tl.int32)
+    code = tl.zeros((VECTORS,), tl.int32)
+    for part in tl.static_range(PARTS):
+        score, index = _best(own, pull, table, row, inside, -1, part, WIDTH, COUNT, VECTORS, POINTS)
+        code |= index << (8 + BITS * part)
+        if EVEN:
+            for flip in range(part * WIDTH, part * WIDTH + WIDTH):
+                cost, point = _best(own, pull, table, row, inside, flip, part, WIDTH, COUNT, VECTORS, POINTS)
+                better = cost - score < least
+                least = tl.where(better, cost - score, least)
+                place = tl.where(better, flip, place)
+                chosen = tl.where(better, (point ^ index) << (8 + BITS * part), chosen)
     if EVEN:
-        least = tl.full((VECTORS,), float("inf"), tl.float32)
-        place = tl.zeros((VECTORS,), tl.int32)
-        chosen = tl.zeros((VECTORS,), tl.int32)
-        for flip in range(0, WIDTH):
-            cost, point = _best(own, pull, table, row, inside, flip, 0, WIDTH, COUNT, VECTORS, POINTS)
-            better = cost - score < least
-            least = tl.where(better, cost - score, least)
-            place, chosen = tl.where(better, flip, place), tl.where(better, point, chosen)
-        if PARTS == 2:
-            for flip in range(WIDTH, 8):
-                cost, point = _best(own, pull, table, row, inside, flip, 1, WIDTH, COUNT, VECTORS, POINTS)
-                better = cost - other_score < least
-                least = tl.where(better, cost - other_score, least)
-                place, chosen = tl.where(better, flip, place), tl.where(better, point, chosen)
         signs = tl.where(odd == 1, signs ^ (1 << place), signs)
-        index = tl.where((odd == 1) & (place < WIDTH), chosen, index)
-        other = tl.where((odd == 1) & (place >= WIDTH), chosen, other)
-    code = signs | (index << 8)
-    if PARTS == 2:
-        code |= other << (8 + BITS)
-    tl.store(codes + row, code, mask=inside)
-    for column in tl.static_range(8):
-        point = index
-        if PARTS == 2 and column >= WIDTH:
-            point = other
-        unit = tl.load(table + (WIDTH + column % WIDTH) * COUNT + point)
-        value = scale * tl.where((signs >> column) & 1 == 1, -unit, unit)
-        tl.store(values + row * 8 + column, value, mask=inside)
+        code = tl.where(odd == 1, code ^ chosen, code)
+    tl.store(codes + row, code | signs, mask=inside)
 
 
 @triton.jit
@@ -348,25 +325,14 @@ def _descent_kernel(
     tl.store(levels + row * level_step, level, mask=real)
 
 
-def nearest(
-    x: Tensor, scale: Tensor, importance: Tensor, table: Tensor, parts: int, even: bool, far: float, bits: int
-) -> tuple[Tensor, Tensor]:
-    """Codes int32 [R, S/8] and values [R, S] for x, importance [R, S] and scale [R, 1]; ``table`` [16 / parts, P]."""
-    x, importance, scale = x.contiguous(), importance.contiguous(), scale.contiguous()
-    codes = x.new_empty(len(x), x.shape[1] // 8, dtype=torch.int32)
-    values = x.new_empty(x.shape)
-    count = codes.numel()
-    if count:
-        own, pull = torch.empty_like(x), torch.empty_like(x)
-        many = 8 * VECTORS
-        _prepare_kernel[(triton.cdiv(count, many),)](
-            x, scale, importance, own, pull, count, codes.shape[1], far, VECTORS=many, num_warps=WARPS
+def nearest(scaled: Tensor, own: Tensor, pull: Tensor, points: Points) -> Tensor:
+    """Codes int32 [M] of vectors [M, 8]: weights over their scale, importance, and that times the size."""
+    codes = torch.empty(len(scaled), dtype=torch.int32, device=scaled.device)
+    if len(codes):
+        _nearest_kernel[(triton.cdiv(len(codes), VECTORS),)](
+            scaled, own, pull, points.table, codes, len(codes), **points.constants(VECTORS, POINTS, WARPS)
         )
-        _nearest_kernel[(triton.cdiv(count, VECTORS),)](
-            x, scale, own, pull, table, codes, values, count, codes.shape[1], PARTS=parts, WIDTH=8 // parts, EVEN=even,
-            COUNT=table.shape[1], BITS=bits, VECTORS=VECTORS, POINTS=min(POINTS, table.shape[1]), num_warps=WARPS,
-        )  # fmt: skip
-    return codes, values
+    return codes
 
 
 def scores(features: Tensor, tables: Tensor) -> Tensor:
@@ -381,41 +347,32 @@ def scores(features: Tensor, tables: Tensor) -> Tensor:
     return out
 
 
-def _options(kind: LatticeCodec, device: torch.device) -> tuple[Tensor, dict[str, object]]:
-    """The table of a type and the constants of the kernels."""
-    table, layout = kind.grid(device).table, kind.layout
-    return table, {
-        "PARTS": layout.parts, "WIDTH": kind.width, "EVEN": layout.even, "COUNT": table.shape[1], "BITS": INDEX_BITS,
-        "GROUP": kind.type.group, "VECTORS": GROUP_ROWS, "POINTS": min(GROUP_POINTS, table.shape[1]),
-        "num_warps": GROUP_WARPS,
-    }  # fmt: skip
-
-
 def sweep_group(
-    block: Tensor, values: Tensor, errors: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, factor: Tensor,
-    importance: Tensor, kind: LatticeCodec,
+    block: Tensor, values: Tensor, errors: Tensor, codes: Tensor, scale: Tensor, factor: Tensor, importance: Tensor,
+    points: Points,
 ) -> None:  # fmt: skip
-    """:func:`ggml_round.sweep_group`, but for ``block``, which stays as it was."""
-    experts, _, outputs = block.shape
-    table, options = _options(kind, block.device)
+    """Code a group ``block`` [E, S, O] vector by vector: see Codec.sweep_group."""
+    experts, size, outputs = block.shape
     _sweep_kernel[(triton.cdiv(outputs, GROUP_ROWS), experts)](
-        block, values, errors, codes, scale, importance, factor, table, outputs, FAR, block.stride(0), values.stride(0),
-        codes.stride(0), scale.stride(0), *importance.stride(), *factor.stride(), **options,
+        block, values, errors, codes, scale, importance, factor, points.table, outputs, points.far, block.stride(0),
+        values.stride(0), codes.stride(0), scale.stride(0), *importance.stride(), *factor.stride(), GROUP=size,
+        **points.constants(GROUP_ROWS, GROUP_POINTS, GROUP_WARPS),
     )  # fmt: skip
 
 
-def descend_group(block: Block, raw: tuple[Tensor, ...], index: int, group: slice) -> Tensor:
-    """:meth:`ggml_round.Block.improve_group`, but for the residual, which stays as it was."""
-    kind, vectors = block.kind, slice(group.start // 8, group.stop // 8)
-    values, residual, codes = block.values[:, group], block.residual[:, group], block.codes[:, vectors]
-    metric, inverses = block.metric[:, group, group], block.inverses[:, vectors].contiguous()
+def improve_group(
+    values: Tensor, residual: Tensor, codes: Tensor, metric: Tensor, inverses: Tensor, d: Tensor, level: Tensor,
+    limits: tuple[float, int, int], points: Points,
+) -> Tensor:  # fmt: skip
+    """A better level and codes for a group [E, S, O]; returns the change of its values: see Codec.improve_group.
+
+    d, level [R]; ``limits``: a scale is the first times d (2 level + 1), a level between the other two."""
     experts, size, outputs = values.shape
+    inverses, (step, *levels) = inverses.contiguous(), limits
     moved = torch.empty(experts, size, outputs, dtype=values.dtype, device=values.device)
-    d, level = raw
-    table, options = _options(kind, values.device)
     _descent_kernel[(triton.cdiv(outputs, GROUP_ROWS), experts)](
-        values, residual, codes, moved, d, level[:, index], metric, inverses, table, outputs, FAR, kind.layout.step,
-        values.stride(0), residual.stride(0), codes.stride(0), level.stride(0), *metric.stride(), inverses.stride(0),
-        *kind.integers[1], **options,
+        values, residual, codes, moved, d, level, metric, inverses, points.table, outputs, points.far, step, values.stride(0),
+        residual.stride(0), codes.stride(0), level.stride(0), *metric.stride(), inverses.stride(0), *levels, GROUP=size,
+        **points.constants(GROUP_ROWS, GROUP_POINTS, GROUP_WARPS),
     )  # fmt: skip
     return moved

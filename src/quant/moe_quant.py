@@ -95,15 +95,26 @@ def _search(w: Tensor, bits: int, factors: list[float]) -> Tensor:
     return torch.where(errors == errors.amin(0), scales, 0.0).amax(0)
 
 
-def _columns(weight: Tensor, group: int, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
-    """Groups of ``weight`` in pieces of bounded size: (slice of N, float32 [G, n]). Groups lie in columns so that
-    reductions over a group run along contiguous memory."""
-    groups = weight.detach().reshape(-1, group)  # [N, G]
-    count = max(1, (chunk or CHUNK.get(weight.device.type, CHUNK["cpu"])) // group)
-    for start in range(0, len(groups), count):
-        piece = slice(start, start + count)
-        # copy: callers work in place, and a single float32 column would otherwise be a view of the weight
-        yield piece, groups[piece].t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+def pieces(groups: Tensor, chunk: int | None = None) -> Iterator[slice]:
+    """Slices of groups [N, G] that are worked on at once, of ``chunk`` elements."""
+    count = max(1, (chunk or CHUNK.get(groups.device.type, CHUNK["cpu"])) // groups.shape[1])
+    return (slice(start, start + count) for start in range(0, len(groups), count))
+
+
+def _rounded(weight: Tensor, bits: int, group: int, chunk: int | None, scale_of: Callable[[Tensor], Tensor]) -> Quantized:
+    """The codes of ``weight`` for the scales [N] that ``scale_of`` gives groups in columns, float32 [G, N]."""
+    check_grid(weight.shape, bits, group)
+    qmax = 2 ** (bits - 1) - 1
+    codes = torch.empty(weight.numel() // group, group, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(len(codes), dtype=torch.float32, device=weight.device)
+    groups = weight.detach().reshape(-1, group)
+    for piece in pieces(groups, chunk):
+        # In columns, so that reductions over a group run along contiguous memory. A copy, since it is worked on in place.
+        w = groups[piece].t().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        scale = scale_of(w)
+        scales[piece] = scale
+        codes[piece] = w.mul_(inverse_scale(scale)).round_().clamp_(-qmax, qmax).t()
+    return Quantized(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1))
 
 
 def quantize_group(
@@ -116,16 +127,7 @@ def quantize_group(
     ``chunk`` bounds the elements worked on at once and does not change the result. Raises :class:`UserError` on a
     group that does not divide, bits outside 2..8, NaN or infinity.
     """
-    check_grid(weight.shape, bits, group)
-    qmax = 2 ** (bits - 1) - 1
-    factors = clip_factors(bits, clip_steps, clip_low)
-    codes = torch.empty(weight.numel() // group, group, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(len(codes), dtype=torch.float32, device=weight.device)
-    for piece, w in _columns(weight, group, chunk):
-        scale = _search(w, bits, factors)
-        scales[piece] = scale
-        codes[piece] = w.mul_(inverse_scale(scale)).round_().clamp_(-qmax, qmax).t()
-    return Quantized(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1))
+    return _rounded(weight, bits, group, chunk, lambda w: _search(w, bits, clip_factors(bits, clip_steps, clip_low)))
 
 
 def ternary(weight: Tensor, group: int, chunk: int | None = None) -> Quantized:
@@ -133,23 +135,14 @@ def ternary(weight: Tensor, group: int, chunk: int | None = None) -> Quantized:
 
     Source: BitNet b1.58 (Ma et al. 2024, "The Era of 1-bit LLMs", section 2), per group instead of per tensor.
     """
-    check_grid(weight.shape, 2, group)
-    codes = torch.empty(weight.numel() // group, group, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(len(codes), dtype=torch.float32, device=weight.device)
-    for piece, w in _columns(weight, group, chunk):
-        scale = _rounded_scale(tree_sum_(w.abs()), torch.tensor(1 / group).item())
-        scales[piece] = scale
-        codes[piece] = w.mul_(inverse_scale(scale)).round_().clamp_(-1, 1).t()
-    return Quantized(codes.view(weight.shape), scales.view(*weight.shape[:-1], -1))
+    return _rounded(weight, 2, group, chunk, lambda w: _rounded_scale(tree_sum_(w.abs()), torch.tensor(1 / group).item()))
 
 
 def dequantize(q: Quantized, group: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """code * scale in float32 (exact), rounded once to ``dtype``; [..., I]."""
     codes, scales = q.codes.reshape(-1, group), q.scale.reshape(-1, 1)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    count = max(1, CHUNK.get(codes.device.type, CHUNK["cpu"]) // group)
-    for start in range(0, len(codes), count):
-        piece = slice(start, start + count)
+    for piece in pieces(codes):
         out[piece] = codes[piece] * scales[piece]
     return out.view(q.codes.shape)
 

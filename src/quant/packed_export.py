@@ -20,15 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from checkpoint import Checkpoint
 from console import UserError, progress, read_json, run_cli, write_json
+from devices import OneBehind, one_ahead
 from families import roles_of
-from overlap import OneBehind, one_ahead
-from packed_layout import PackedWriter, describe, plan_container, summary
+from packed_format import PackedWriter, describe, plan_container, summary
 from packed_view import PACKED, read_manifest
-from quant_save import CHUNK_BYTES, bits_argument, plan_jobs, sidecars
+from plans import CHUNK_BYTES, plan_jobs, sidecars
 from recipe import RECIPE_FILE, Job, Recipe, read_recipe
 from records import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
 from run_dir import check_output, staged_directory
@@ -113,26 +112,21 @@ def check(packed: Path, model: Path) -> dict[str, int]:
         raise UserError(f"{packed} and {model}: {what}")
     found = {"tensors": len(one.tensors), "bit_equal": 0, "different_values": 0, "zeros_of_other_sign": 0}
     with progress(sum(info.bytes for info in one.tensors.values()), "check", "B", True) as bar:
-        for name in one.tensors:
-            different, signs = _compare(one, other, name, bar)
+        for name, info in one.tensors.items():
+            different = signs = 0
+            if (info.dtype, info.shape) != (other.info(name).dtype, other.info(name).shape):
+                found["different_values"] += info.numel
+                continue
+            for (_, a), (_, b) in zip(one.read_chunks(name, CHUNK_BYTES), other.read_chunks(name, CHUNK_BYTES), strict=True):
+                same = a == b
+                different += int((~same).sum())
+                if a.is_floating_point():
+                    signs += int(((torch.signbit(a) != torch.signbit(b)) & same).sum())
+                bar.update(a.nbytes)
             found["different_values"] += different
             found["zeros_of_other_sign"] += signs
             found["bit_equal"] += not different and not signs
     return found
-
-
-def _compare(one: Checkpoint, other: Checkpoint, name: str, bar: tqdm) -> tuple[int, int]:
-    """(values that differ, zeros of other sign) of a tensor."""
-    if (one.info(name).dtype, one.info(name).shape) != (other.info(name).dtype, other.info(name).shape):
-        return one.info(name).numel, 0
-    different = signs = 0
-    for (_, a), (_, b) in zip(one.read_chunks(name, CHUNK_BYTES), other.read_chunks(name, CHUNK_BYTES), strict=True):
-        same = a == b
-        different += int((~same).sum())
-        if a.is_floating_point():
-            signs += int(((torch.signbit(a) != torch.signbit(b)) & same).sum())
-        bar.update(a.nbytes)
-    return different, signs
 
 
 def sizes(config_file: Path, recipe: Recipe) -> dict[str, Any]:
@@ -162,7 +156,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--unpack", type=Path, help="a packed checkpoint to write as BF16 again")
     parser.add_argument("--check", type=Path, help="a packed checkpoint to compare with --model, bit for bit")
     parser.add_argument("--sizes", type=Path, help="config.json of a model whose packed size to count")
-    parser.add_argument("--expert-bits", type=bits_argument, default=3, help="with --sizes (default 3)")
+    parser.add_argument("--expert-bits", type=float, default=3, help="with --sizes (default 3)")
     parser.add_argument("--linear-bits", type=int, default=4, help="with --sizes (default 4)")
     parser.add_argument("--group", type=int, default=128, help="with --sizes (default 128)")
     keep = "leave the routed experts in BF16: vLLM on a CPU without AMX has no kernel for packed ones"

@@ -24,14 +24,12 @@ import torch
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, read_json, run_cli
 from families import Role, roles_of, text_config
-from gguf_pack import Pack, plan_pack, report
-from gguf_recipe import read_patterns, type_named
-from pack_run import PackConfig
-from quant_save import plan_jobs, summarize
-from quantize_run import QuantizeConfig
+from gguf_layout import read_patterns
+from pack_plan import Pack, TypeSettings, plan_pack, report
+from plans import plan_jobs, summarize
 from recipe import Recipe
 from records import REPO, read_result
-from settings import load_config
+from settings import read_part
 from size_model import SHAPES, Shape, config_of, fit, plan_of, predict, sizes_of, state_bytes, tensor_shapes, write_skeleton
 
 BEGIN, END = "<!-- written by src/quant/page_sizes.py -->", "<!-- end of what is written -->"
@@ -55,15 +53,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], right: bool = F
 
 def published_recipe() -> Recipe:
     """configs/clip_122b.env: experts int3, the rest int4."""
-    keys = load_config(QuantizeConfig, REPO / "configs/clip_122b.env")
-    return Recipe(keys.expert_bits, keys.linear_bits, keys.group, keys.clip_steps, method=keys.method)
+    return read_part(Recipe, REPO / "configs/clip_122b.env")
 
 
 def published_pack(checkpoint: Checkpoint) -> tuple[Pack, str]:
     """(the plan of configs/gguf_iq3.env for a checkpoint, its base type)."""
-    keys = load_config(PackConfig, REPO / "configs/gguf_iq3.env")
-    types = read_patterns(REPO / keys.tensor_types)
-    return plan_pack(checkpoint, type_named(keys.base_type, "BASE_TYPE"), types, keys.method)[0], keys.base_type
+    types = read_part(TypeSettings, REPO / "configs/gguf_iq3.env")
+    return plan_pack(checkpoint, types.base, read_patterns(REPO / str(types.tensor_types)), "ldlq")[0], types.base_type
 
 
 # ---------------------------------------------------------------- MOE_PIPELINE.md: one model in each format

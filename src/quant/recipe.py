@@ -8,14 +8,16 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from console import UserError, read_json
 from families import Role
-from moe_ptq import METHODS, zero_point_bits
+from moe_ptq import CALIBRATED, DATA_FREE, METHODS, zero_point_bits
 from moe_quant import CLIP_LOW
 from safetensors_file import TensorInfo
+from settings import setting
 
 RECIPE_FILE = "recipe.json"
 KEEP = 16  # bits that mean "leave as it is"
@@ -29,6 +31,10 @@ LINEAR_ROLES = (
 )
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """expert_bits and linear_bits: 2..8, or 16 to leave those tensors as they are; a fraction of expert_bits gives that
@@ -36,12 +42,15 @@ class Recipe:
     (pattern, bits) pairs, a pattern as of fnmatch for names of transformers' parameters; the last that matches wins.
     experts: (module, bits of each of its experts) pairs, such as ("model.layers.0.mlp.experts", (2, 3, 4, 3))."""
 
-    expert_bits: float
-    linear_bits: int
-    group: int
-    clip_steps: int
+    expert_bits: float = setting(
+        help="bits of the routed experts, 2 to 8, or 16 to leave them; a fraction (2.5) gives that share of each layer's "
+        "experts one bit more, with a calibrated method"
+    )
+    linear_bits: int = setting(help="bits of every other matrix, embedding and head: 2 to 8, or 16")
+    group: int = setting(128, "inputs that share a scale; must divide every matrix's inputs")
+    clip_steps: int = setting(16, f"ratios of the clip search, from 1.0 down to {CLIP_LOW}; 1 is absmax")
     clip_low: float = CLIP_LOW
-    method: str = "clip"
+    method: str = setting("clip", f"{_listed(DATA_FREE)}; with text {_listed(CALIBRATED)}")
     scale_dtype: str = "bfloat16"
     overrides: tuple[tuple[str, float], ...] = ()
     experts: tuple[tuple[str, tuple[int, ...]], ...] = ()

@@ -8,12 +8,13 @@ with other settings is refused. What only a resumed run needs lies in its folder
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import filelock
 
 from console import UserError, read_json, write_json
 from recipe import RECIPE_FILE
@@ -56,6 +57,8 @@ def check_resume(out: Path, job: Mapping[str, Any]) -> bool:
     path = partial_of(out) / JOB
     if not path.exists():
         return False
+    with _locked(path.parent):  # of a run that is alive nothing else is worth saying
+        pass
     before = read_json(path)
     if before == dict(job):
         return True
@@ -69,11 +72,11 @@ def check_resume(out: Path, job: Mapping[str, Any]) -> bool:
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Hold the lock of a directory; it ends with the process, however that ends."""
-    with (directory / LOCK).open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{directory}: another run is writing this output; wait for it or stop it") from None
+    try:
+        lock = filelock.FileLock(directory / LOCK, timeout=0).acquire()
+    except filelock.Timeout:
+        raise UserError(f"{directory}: another run is writing this output; wait for it or stop it") from None
+    with lock:
         yield
 
 

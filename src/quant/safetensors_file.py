@@ -1,28 +1,27 @@
 """Read and write safetensors files tensor by tensor, in bounded memory (plain reads, no mmap).
 
 Not a command. Format: https://github.com/huggingface/safetensors (8 bytes little-endian header length, JSON header,
-data without holes). Every header is checked against its file's size and against the index before anything is read.
+data without holes). Every header is checked, by the library, and compared with the index before anything is read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from console import UserError, write_json
+from console import UserError, read_json, write_json, writing
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_HEADER = 100_000_000  # the format's own limit
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -71,100 +70,56 @@ class TensorInfo:
 
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         """The tensor, or ``count`` rows of its first axis from ``start``, in memory of its own."""
-        begin, shape = self.begin, self.shape
+        offset, shape = self.begin, self.shape
         if count is not None:
-            begin, shape = begin + start * (self.bytes // shape[0]), (count, *shape[1:])
+            offset, shape = offset + start * (self.bytes // shape[0]), (count, *shape[1:])
+        size = math.prod(shape) * self.dtype.itemsize
+        buffer = torch.empty(size, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())
+        parts = [(first, min(first + SLICE_BYTES, size)) for first in range(0, size, SLICE_BYTES)]
+
+        def read(part: tuple[int, int]) -> int:
+            first, stop = part
+            while first < stop and (got := os.preadv(descriptor, [view[first:stop]], offset + first)):
+                first += got
+            return stop - first
+
         with self.file.open("rb") as stream:
-            return _read_bytes(stream, self, begin, shape)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON object hook: json keeps the last of two equal keys without a word, which would hide a broken file."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise UserError(f"{twice} is named twice")
-    return result
-
-
-def _parse_json(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); download the file again") from None
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: not a JSON object; download the file again")
-    return value
-
-
-def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    def natural(values: Any) -> bool:
-        return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
-
-    if not isinstance(entry, dict) or not natural(entry.get("shape")) or not natural(entry.get("data_offsets")):
-        raise UserError(f"{file}: the header entry of {name} is malformed; download the file again")
-    if entry.get("dtype") not in DTYPES:
-        raise UserError(f"{file}: tensor {name} has dtype {entry.get('dtype')!r}; known: {', '.join(DTYPES)}")
-    dtype, shape, offsets = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    size = math.prod(shape) * dtype.itemsize
-    if len(offsets) != 2 or offsets[1] - offsets[0] != size:
-        raise UserError(f"{file}: tensor {name} needs {size} bytes but lies at {offsets}; download the file again")
-    return TensorInfo(dtype, shape, file, data_start + offsets[0], data_start + offsets[1])
+            descriptor = stream.fileno()
+            if len(parts) < 2:
+                missing = sum(map(read, parts))
+            else:
+                os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)  # all of it is asked of the disk at once
+                with ThreadPoolExecutor(READERS, "read") as pool:
+                    missing = sum(pool.map(read, parts))
+        if missing:
+            raise UserError(f"{self.file}: became shorter while it was read")
+        return buffer.view(self.dtype).view(shape)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file in the order of their bytes. Raises :class:`UserError` on a file that is
     truncated, too long, or whose tensors overlap or leave a hole."""
     try:
-        actual = file.stat().st_size
-        with file.open("rb") as stream:
+        with safe_open(file, "pt"), file.open("rb") as stream:  # the library has checked it all
             length = int.from_bytes(stream.read(8), "little")
-            if actual < 8 or length > MAX_HEADER:
-                raise UserError(f"{file}: not a safetensors file ({actual} bytes); download it again")
-            data = stream.read(length)
+            header = json.loads(stream.read(length))
+    except SafetensorError as error:
+        raise UserError(f"{file}: truncated, or not a safetensors file ({error}); download it again") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot read ({error.strerror})") from None
-    if len(data) < length:
-        raise UserError(f"{file}: truncated: expected at least {8 + length} bytes, has {actual}; download it again")
-    header = _parse_json(data, f"{file}: header")
+        raise UserError(f"{file}: cannot read ({error.strerror or error})") from None
     header.pop("__metadata__", None)
-    infos = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
-    infos = dict(sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end)))
-    expected = 8 + length
-    for name, info in infos.items():
-        if info.begin != expected:
-            fault = "overlaps the tensor before it" if info.begin < expected else "leaves a hole before it"
-            raise UserError(f"{file}: tensor {name} {fault}; download the file again")
-        expected = info.end
-    if actual != expected:
-        fault = "truncated" if actual < expected else "too long"
-        raise UserError(f"{file}: {fault}: expected {expected} bytes, has {actual}; download it again")
+    infos = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{file}: tensor {name} has dtype {entry['dtype']!r}; known: {', '.join(DTYPES)}")
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        infos[name] = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), file, begin, end)
     return infos
 
 
-def _read_index(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """(shards in order of name, tensor name -> shard name) of an index."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from None
-    weight_map = _parse_json(data, str(path)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path}: has no weight_map; download it again")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise UserError(f"{path}: {name} is said to lie in {shard!r}, which is not a file name in this directory")
-    shards = [path.parent / shard for shard in sorted(set(weight_map.values()))]
-    missing = [shard.name for shard in shards if not shard.is_file()]
-    if missing:
-        raise UserError(f"{path.parent}: {len(missing)} of {len(shards)} shards missing: {missing[0]}; download again")
-    return shards, weight_map
-
-
 def open_tensors(directory: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
+    """(the shards in order of name, the tensors in the order of the shards and of their bytes) of a directory."""
     single, index = directory / SINGLE, directory / INDEX
     if single.is_file() and index.is_file():
         raise UserError(f"{directory}: has both {SINGLE} and {INDEX}; remove the one that does not belong")
@@ -172,60 +127,38 @@ def open_tensors(directory: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
         return [single], read_header(single)
     if not index.is_file():
         raise UserError(f"{directory}: has neither {SINGLE} nor {INDEX}; other weight formats are not read")
-    shards, weight_map = _read_index(index)
+    found = read_json(index)
+    weight_map = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map; download it again")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UserError(f"{index}: {name} is said to lie in {shard!r}, which is not a file name in this directory")
+    shards = [directory / shard for shard in sorted(set(weight_map.values()))]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise UserError(f"{directory}: {len(missing)} of {len(shards)} shards missing: {missing[0]}; download again")
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         for name, info in read_header(shard).items():
-            if name in tensors:
-                raise UserError(f"{directory}: tensor {name} is in both {tensors[name].file.name} and {shard.name}")
             if weight_map.get(name) != shard.name:
                 raise UserError(f"{directory}: {shard.name} holds {name}, which the index places in {weight_map.get(name)}")
             tensors[name] = info
-    lost = next((name for name in weight_map if name not in tensors), None)
-    if lost:
-        raise UserError(f"{directory}: the index lists {lost} in {weight_map[lost]}, which does not hold it")
+    if lost := weight_map.keys() - tensors.keys():
+        name = min(lost)
+        raise UserError(f"{directory}: the index lists {name} in {weight_map[name]}, which does not hold it")
     return shards, tensors
-
-
-def read_tensor(info: TensorInfo) -> Tensor:
-    """The tensor that lies at ``info``, in memory of its own."""
-    return info.read()
-
-
-def _read_bytes(stream: BinaryIO, info: TensorInfo, offset: int, shape: tuple[int, ...]) -> Tensor:
-    size = math.prod(shape) * info.dtype.itemsize
-    if not size:
-        return torch.empty(shape, dtype=info.dtype)
-    buffer = torch.empty(size, dtype=torch.uint8)
-    view, descriptor = memoryview(buffer.numpy()), stream.fileno()
-    parts = [(start, min(start + SLICE_BYTES, size)) for start in range(0, size, SLICE_BYTES)]
-
-    def read(part: tuple[int, int]) -> int:
-        start, stop = part
-        while start < stop and (got := os.preadv(descriptor, [view[start:stop]], offset + start)):
-            start += got
-        return stop - start
-
-    if len(parts) == 1:
-        missing = read(parts[0])
-    else:
-        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)  # all of it is asked of the disk at once
-        with ThreadPoolExecutor(READERS, "read") as pool:
-            missing = sum(pool.map(read, parts))
-    if missing:
-        raise UserError(f"{info.file}: became shorter while it was read")
-    return buffer.view(info.dtype).view(shape)
 
 
 Plan = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
-def split_plan(
-    plan: Plan, shard_bytes: int, breaks: Collection[str]
-) -> list[list[tuple[str, torch.dtype, tuple[int, ...], int]]]:
+Shard = list[tuple[str, torch.dtype, tuple[int, ...], int]]  # of a plan, with sizes in bytes
+
+
+def split_plan(plan: Plan, shard_bytes: int, breaks: Collection[str]) -> list[Shard]:
     """Tensors with their sizes, in plan order, in shards of at most ``shard_bytes`` (a larger tensor has its own); a
     tensor in ``breaks`` begins a shard."""
-    shards: list[list[tuple[str, torch.dtype, tuple[int, ...], int]]] = [[]]
+    shards: list[Shard] = [[]]
     filled = 0
     for name, dtype, shape in plan:
         size = math.prod(shape) * dtype.itemsize
@@ -275,12 +208,12 @@ class CheckpointWriter:
         self._own = set(self.files[share[0] :: share[1]])
         self._done = {file for file in self.files if file.exists()}
         self.closed: set[Path] = set()  # shards that this run has completed
-        self._pending = iter([name for name in self.tensors if self.is_own(name) and not self.is_done(name)])
+        names = (name for name, info in self.tensors.items() if info.numel and self.is_own(name))
+        self._pending = iter([name for name in names if not self.is_done(name)])
         self._name = next(self._pending, None)
         self._written = 0  # bytes of the current tensor
         self._stream: BinaryIO | None = None
         self._open: Path | None = None  # the shard that is being written
-        self._skip_empty()
 
     def is_done(self, name: str) -> bool:
         """Whether the shard of this tensor was complete when the writer was made."""
@@ -300,12 +233,12 @@ class CheckpointWriter:
     def write_empty(self) -> None:
         """Make every shard as its header before a hole that reads as zeros, and the index: a plan that takes no disk."""
         for file in self.files:
-            with self._explained(file), file.open("wb") as stream:
+            with writing(file), file.open("wb") as stream:
                 stream.write(self._starts[file])
                 stream.truncate(max(info.end for info in self.tensors.values() if info.file == file))
         self._write_index()
 
-    def _lay_out(self, file: Path, shard: list[tuple[str, torch.dtype, tuple[int, ...], int]]) -> None:
+    def _lay_out(self, file: Path, shard: Shard) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, dtype, shape, size in sorted(shard, key=lambda item: -item[1].itemsize):
@@ -340,26 +273,18 @@ class CheckpointWriter:
         if len(self.files) > 1:
             total = sum(info.bytes for info in self.tensors.values())
             weight_map = {name: info.file.name for name, info in self.tensors.items()}
-            with self._explained(self.out_dir / INDEX):
+            with writing(self.out_dir / INDEX):
                 write_json(self.out_dir / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    @staticmethod
-    @contextlib.contextmanager
-    def _explained(file: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{file}: cannot write ({error.strerror})") from None
-
     def _open_shard(self, file: Path) -> None:
-        with self._explained(file):
+        with writing(file):
             self._stream = partial_name(file).open("wb")
             self._stream.write(self._starts[file])
         self._open = file
 
     def _close_shard(self) -> None:
         if self._stream and self._open:
-            with self._explained(self._open):
+            with writing(self._open):
                 with self._stream as stream:
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -367,10 +292,6 @@ class CheckpointWriter:
                 partial_name(self._open).rename(self._open)
             self.closed.add(self._open)
         self._stream = self._open = None
-
-    def _skip_empty(self) -> None:
-        while self._name is not None and not self.tensors[self._name].numel:
-            self._name = next(self._pending, None)
 
     def encode(self, name: str, value: Tensor) -> Tensor:
         """What :meth:`append` takes for ``value``: itself. The writer of a packed checkpoint makes codes of it."""
@@ -389,7 +310,7 @@ class CheckpointWriter:
         if self._open != info.file:
             self._close_shard()
             self._open_shard(info.file)
-        with self._explained(info.file):
+        with writing(info.file):
             self._stream.seek(info.begin + self._written)
             self._stream.write(data)
             if len(data) >= SLICE_BYTES:
@@ -398,6 +319,5 @@ class CheckpointWriter:
         self._written += len(data)
         if self._written == info.bytes:
             self._name, self._written = next(self._pending, None), 0
-            self._skip_empty()
             if self._name is None or self.tensors[self._name].file != info.file:
                 self._close_shard()

@@ -9,8 +9,7 @@ in another order, so near ties may fall otherwise.
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,12 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from devices import numbers_on
-from ggml_fit import LARGE, SMALL, TINY, Choice
-from ggml_types import HALF_MAX
-
-if TYPE_CHECKING:
-    from ggml_round import Block
-    from ggml_scalar import ScalarCodec
+from ggml_types import HALF_MAX, LARGE, SMALL, TINY
 
 SWEEP_ROWS, DESCENT_ROWS, FIT_WEIGHTS = 32, 16, 1024  # of a program
 WARPS, FIT_WARPS = 1, 4
@@ -33,23 +27,18 @@ _SMALL, _LARGE, _TINY, _HALF_MAX = (tl.constexpr(value) for value in (SMALL, LAR
 
 
 class Units(NamedTuple):
-    """The units of a type: ``low`` to ``high`` with code = unit + ``zero``, or those of ``table`` [2, L]: the midpoints between
-    neighbours (one fewer than units, then padding) and the steps from each unit to the next; the first unit is ``low``."""
+    """The units of a type: ``low`` to ``high`` with code = unit + ``zero``, or those of ``table`` [2 L]: the midpoints between
+    neighbours (one fewer than units, then padding) and the steps from each unit to the next; the first unit is ``low``. A
+    table of one number is none."""
 
     low: float
     high: float
     zero: int
-    table: Tensor | None
+    table: Tensor
 
-
-@functools.lru_cache(maxsize=64)
-def table_of(units: tuple[float, ...], device: torch.device) -> Tensor:
-    """The table of :class:`Units` for rising ``units``."""
-    values = torch.tensor(units, dtype=torch.float32)
-    rows = torch.zeros(2, len(units))
-    rows[0, :-1] = (values[1:] + values[:-1]) / 2
-    rows[1, :-1] = values[1:] - values[:-1]
-    return rows.to(device)
+    @property
+    def levels(self) -> int:
+        return len(self.table) // 2
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -225,42 +214,36 @@ def _descent_kernel(
         tl.store(minimums + row * raw_step, minimum, mask=inside)
 
 
-def _levels(units: Units) -> int:
-    return 0 if units.table is None else units.table.shape[1]
-
-
 def sweep_group(
-    block: Tensor, values: Tensor, errors: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, factor: Tensor,
-    importance: Tensor, kind: ScalarCodec,
-) -> None:  # fmt: skip
-    """:func:`ggml_round.sweep_group`, but for ``block``, which stays as it was."""
+    block: Tensor, values: Tensor, errors: Tensor, codes: Tensor, scale: Tensor, offset: Tensor, factor: Tensor, units: Units
+) -> None:
+    """Code a group ``block`` [E, S, O] column by column: see Codec.sweep_group."""
     experts, group, outputs = block.shape
-    units = kind.kernel_units(block.device)
     _sweep_kernel[(triton.cdiv(outputs, SWEEP_ROWS), experts)](
-        block, values, errors, codes, scale, offset, factor, block if units.table is None else units.table, outputs,
-        block.stride(0), values.stride(0), codes.stride(0), scale.stride(0), *factor.stride(), units.low, units.high,
-        units.zero, LEVELS=_levels(units), GROUP=group, ROWS=SWEEP_ROWS, num_warps=WARPS, enable_fp_fusion=False,
+        block, values, errors, codes, scale, offset, factor, units.table, outputs, block.stride(0), values.stride(0),
+        codes.stride(0), scale.stride(0), *factor.stride(), units.low, units.high, units.zero, LEVELS=units.levels, GROUP=group,
+        ROWS=SWEEP_ROWS, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def descend_group(block: Block, raw: tuple[Tensor, ...], index: int, group: slice) -> Tensor:
-    """:meth:`ggml_round.Block.improve_group`, but for the residual, which stays as it was."""
-    kind, metric, (d, multiplier, m, minimum) = block.kind, block.metric[:, group, group], raw
-    values, residual, codes = block.values[:, group], block.residual[:, group], block.codes[:, group]
-    units = kind.kernel_units(values.device)
+def improve_group(
+    values: Tensor, residual: Tensor, codes: Tensor, metric: Tensor, raw: tuple[Tensor, ...], index: int,
+    integers: dict[int, tuple[int, int]], units: Units,
+) -> Tensor:  # fmt: skip
+    """Better integers and codes for group ``index``, [E, S, O]; returns the change of its values: see Codec.improve_group."""
+    d, multiplier, m, minimum = raw
     experts, size, outputs = values.shape
     moved = torch.empty(experts, size, outputs, dtype=values.dtype, device=values.device)
     _descent_kernel[(triton.cdiv(outputs, DESCENT_ROWS), experts)](
-        values, residual, codes, moved, d, multiplier[:, index], m, minimum[:, index], metric,
-        values if units.table is None else units.table, outputs, values.stride(0), residual.stride(0), codes.stride(0),
-        multiplier.stride(0), *metric.stride(), units.low, units.high, units.zero, *kind.integers.get(1, (0, 0)),
-        FIRST=1 in kind.integers, SECOND=3 in kind.integers, LEVELS=_levels(units), GROUP=size, ROWS=DESCENT_ROWS,
-        num_warps=WARPS, enable_fp_fusion=False,
+        values, residual, codes, moved, d, multiplier[:, index], m, minimum[:, index], metric, units.table, outputs,
+        values.stride(0), residual.stride(0), codes.stride(0), multiplier.stride(0), *metric.stride(), units.low, units.high,
+        units.zero, *integers.get(1, (0, 0)), FIRST=1 in integers, SECOND=3 in integers, LEVELS=units.levels, GROUP=size,
+        ROWS=DESCENT_ROWS, num_warps=WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return moved
 
 
-# ---------------------------------------------------------------- scales without a minimum (see ggml_fit for the method)
+# ---------------------------------------------------------------- scales without a minimum (see ggml_scalar for the method)
 
 
 @triton.jit
@@ -360,20 +343,20 @@ def _fit_symmetric_kernel(
 
 def fit_symmetric(
     w: Tensor, importance: Tensor, group: int, units: Units, tops: list[float], block_tops: list[float], low: int, high: int
-) -> Choice:
-    """:func:`ggml_fit.fit_symmetric` of blocks w, importance [N, block]."""
+) -> tuple[Tensor, ...]:
+    """:func:`ggml_scalar.fit_symmetric` of blocks w, importance [N, block]."""
     w, importance = w.contiguous(), importance.contiguous()
     count, size = w.shape
     d, multiplier = w.new_zeros(count), w.new_zeros(count, size // group)
     blocks = max(1, FIT_WEIGHTS // size)
     if count:
         _fit_symmetric_kernel[(triton.cdiv(count, blocks),)](
-            w, importance, numbers_on(tuple(tops), w.device), numbers_on(tuple(block_tops) or (0.0,), w.device),
-            w if units.table is None else units.table, d, multiplier, count, len(tops), len(block_tops), units.low, units.high,
-            float(low), float(high), SPREAD=bool(block_tops), LEVELS=_levels(units), GROUPS=size // group, GROUP=group,
-            BLOCKS=blocks, num_warps=FIT_WARPS, enable_fp_fusion=False,
+            w, importance, numbers_on(tuple(tops), w.device), numbers_on(tuple(block_tops) or (0.0,), w.device), units.table, d,
+            multiplier, count, len(tops), len(block_tops), units.low, units.high, float(low), float(high),
+            SPREAD=bool(block_tops), LEVELS=units.levels, GROUPS=size // group, GROUP=group, BLOCKS=blocks,
+            num_warps=FIT_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
-    return Choice(d, multiplier, torch.zeros_like(d), torch.zeros_like(multiplier))
+    return d, multiplier, torch.zeros_like(d), torch.zeros_like(multiplier)
 
 
 # ---------------------------------------------------------------- scales with a minimum
@@ -406,7 +389,7 @@ def _best(a, b, q, x, w):
 
 @triton.jit
 def _sums(unit, linear, w):
-    """a, b, q of the codes: see ggml_fit.Form."""
+    """a, b, q of the codes: see ggml_scalar.Form."""
     weighted = w * unit
     return tl.sum(unit * weighted, 2), tl.sum(linear * unit, 2), tl.sum(weighted, 2)
 
@@ -436,31 +419,26 @@ def _refit_minimum(d, k, m, n, a, b, q, x, w):
 
 
 @triton.jit
-def _spread_minimum(scale, a, b, q, x, w, factors, factor_count, top, BLOCKS: tl.constexpr, GROUPS: tl.constexpr):
-    """d, m [N, 1] and integers [N, G] for wanted scales."""
-    peak = tl.max(scale, 1, keep_dims=True)
-    cheapest = tl.full((BLOCKS, 1), float("inf"), tl.float32)
-    d, m = tl.zeros((BLOCKS, 1), tl.float32), tl.zeros((BLOCKS, 1), tl.float32)
-    k, n = tl.zeros((BLOCKS, GROUPS), tl.float32), tl.zeros((BLOCKS, GROUPS), tl.float32)
+def _spread(
+    wanted, s, a, b, q, x, w, factors, factor_count, top, SCALES: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """The half float [N, 1] and the integers [N, G] whose products, near what is ``wanted``, cost least: as SCALES with the
+    offset that each would like, else as offsets for the scales s."""
+    peak = tl.max(wanted, 1, keep_dims=True)
+    cheapest, half = tl.full((BLOCKS, 1), float("inf"), tl.float32), tl.zeros((BLOCKS, 1), tl.float32)
+    integers = tl.zeros((BLOCKS, GROUPS), tl.float32)
     for t in range(factor_count):
         trial = _half(_divided(peak, tl.load(factors + t)))
-        near = _round(scale * _inverse(trial), 0.0, top)
-        s = trial * near
-        cost = tl.sum(_cost(s, _offset(s, q, x, w), a, b, q, x, w), 1, keep_dims=True)
-        better = cost < cheapest
-        cheapest, d, k = tl.where(better, cost, cheapest), tl.where(better, trial, d), tl.where(better, near, k)
-    s = d * k
-    wanted = _offset(s, q, x, w)
-    deepest = tl.max(wanted, 1, keep_dims=True)
-    cheapest = tl.full((BLOCKS, 1), float("inf"), tl.float32)
-    for t in range(factor_count):
-        trial = _half(_divided(deepest, tl.load(factors + t)))
         near = _round(wanted * _inverse(trial), 0.0, top)
-        cost = tl.sum(_cost(s, trial * near, a, b, q, x, w), 1, keep_dims=True)
+        own = trial * near
+        if SCALES:
+            cost = tl.sum(_cost(own, _offset(own, q, x, w), a, b, q, x, w), 1, keep_dims=True)
+        else:
+            cost = tl.sum(_cost(s, own, a, b, q, x, w), 1, keep_dims=True)
         better = cost < cheapest
-        cheapest, m, n = tl.where(better, cost, cheapest), tl.where(better, trial, m), tl.where(better, near, n)
-    d, m = _refit_minimum(d, k, m, n, a, b, q, x, w)
-    return d, k, m, n
+        cheapest, half = tl.where(better, cost, cheapest), tl.where(better, trial, half)
+        integers = tl.where(better, near, integers)
+    return half, integers
 
 
 @triton.jit
@@ -486,7 +464,10 @@ def _fit_minimum_kernel(
         best, scale, offset = tl.where(better, cost, best), tl.where(better, s, scale), tl.where(better, o, offset)
         a, b, q = tl.where(better, own_a, a), tl.where(better, own_b, b), tl.where(better, own_q, q)
     if SPREAD:
-        d, k, m, n = _spread_minimum(scale, a, b, q, all_x, all_w, factors, factor_count, top, BLOCKS, GROUPS)
+        d, k = _spread(scale, scale, a, b, q, all_x, all_w, factors, factor_count, top, True, BLOCKS, GROUPS)
+        wanted = _offset(d * k, q, all_x, all_w)
+        m, n = _spread(wanted, d * k, a, b, q, all_x, all_w, factors, factor_count, top, False, BLOCKS, GROUPS)
+        d, m = _refit_minimum(d, k, m, n, a, b, q, all_x, all_w)
     else:
         d, m = _half(tl.max(scale, 1, keep_dims=True)), _half(tl.max(offset, 1, keep_dims=True))
         k, n = tl.full((BLOCKS, GROUPS), 1.0, tl.float32), tl.full((BLOCKS, GROUPS), 1.0, tl.float32)
@@ -523,19 +504,18 @@ def _fit_minimum_kernel(
 
 
 def fit_minimum(
-    w: Tensor, importance: Tensor, group: int, highest: int, tries: list[tuple[float, float]], levels: int, steps: int = 12
-) -> Choice:
-    """:func:`ggml_fit.fit_minimum` of blocks w, importance [N, block]."""
+    w: Tensor, importance: Tensor, group: int, units: Units, tries: list[tuple[float, float]], block_tops: list[float], top: int
+) -> tuple[Tensor, ...]:
+    """:func:`ggml_scalar.fit_minimum` of blocks w, importance [N, block]."""
     w, importance = w.contiguous(), importance.contiguous()
     count, size = w.shape
     d, m = w.new_zeros(count), w.new_zeros(count)
     multiplier, minimum = w.new_zeros(count, size // group), w.new_zeros(count, size // group)
-    factors = tuple((levels - 1) * (0.8 + 0.3 * k / (steps - 1)) for k in range(steps))
     blocks = max(1, FIT_WEIGHTS // size)
     if count:
         _fit_minimum_kernel[(triton.cdiv(count, blocks),)](
-            w, importance, *(numbers_on(column, w.device) for column in zip(*tries)), numbers_on(factors, w.device), d,
-            multiplier, m, minimum, count, len(tries), steps, float(highest), float(levels - 1), SPREAD=levels > 1,
+            w, importance, *(numbers_on(column, w.device) for column in zip(*tries)), numbers_on(tuple(block_tops), w.device),
+            d, multiplier, m, minimum, count, len(tries), len(block_tops), units.high, float(top), SPREAD=top > 0,
             GROUPS=size // group, GROUP=group, BLOCKS=blocks, num_warps=FIT_WARPS, enable_fp_fusion=False,
         )  # fmt: skip
-    return Choice(d, multiplier, m, minimum)
+    return d, multiplier, m, minimum

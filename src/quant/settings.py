@@ -9,8 +9,9 @@
     settings = parse_settings(Settings, __doc__)
 
 An option (--expert-bits 3) wins over the environment (EXPERT_BITS=3), which wins over the file of --config, which wins over
-the default. The environment counts only where --config is given, so that a command typed in full means what it says. Files are
-read without shell evaluation; an unknown key is an error.
+the default. The environment counts only where --config is given, so that a command typed in full means what it says; such a
+command is printed, and is what a record says, where --config was given. Files are read without shell evaluation; an unknown
+key is an error.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shlex
+import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +41,12 @@ def setting(default: Any = NOTHING, help: str = "", choices: tuple[str, ...] = (
 def part(cls: type, **defaults: Any) -> Any:
     """A field that holds another dataclass, whose fields are settings too; ``defaults`` differ from its own here."""
     return dataclasses.field(default=NOTHING, metadata={"part": cls, "defaults": defaults})
+
+
+def same(cls: type, name: str, default: Any = NOTHING) -> Any:
+    """A field that another dataclass declares, here without its other fields; with a default of its own where one is given."""
+    field = next(field for field in dataclasses.fields(cls) if field.name == name)
+    return dataclasses.field(default=field.default if default is NOTHING else default, metadata=field.metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +71,22 @@ class Key:
 
     def value(self, text: str, where: str) -> Any:
         """The value that ``text`` says; :class:`UserError` that begins with ``where`` if it says none."""
-        if self.optional and not text:
-            return None
+        if not text and (self.optional or self.kind is bool):
+            return None if self.optional else False
         found = convert(text, self.kind, where)
         if self.choices and found not in self.choices:
             raise UserError(f"{where}={text}: expected one of {', '.join(self.choices)}")
         return found
 
 
-def keys_of(cls: type, **defaults: Any) -> Iterator[Key]:
+def keys_of(cls: type, every: bool = False, **defaults: Any) -> Iterator[Key]:
     """The settings that a dataclass declares, those of its parts among them. A field without help or part is no setting, if it
-    has a default."""
+    has a default, unless ``every`` field is one."""
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if inner := field.metadata.get("part"):
             yield from keys_of(inner, **field.metadata["defaults"])
-        elif "help" in field.metadata or field.default is NOTHING and field.default_factory is NOTHING:
+        elif every or "help" in field.metadata or field.default is NOTHING and field.default_factory is NOTHING:
             kind, optional = kinds[field.name], False
             if isinstance(kind, types.UnionType):
                 kind, optional = typing.get_args(kind)[0], True
@@ -96,44 +105,110 @@ def made(cls: type[T], values: Mapping[str, Any]) -> T:
     return cls(**found)
 
 
+def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
+    """An option for every setting of a dataclass."""
+    for key in keys_of(cls):
+        shown = key.help if key.default in (NOTHING, None, "", False) else f"{key.help} (default {key.default})"
+        more: dict[str, Any] = {"action": "store_const", "const": "1"} if key.kind is bool else {"metavar": key.variable}
+        parser.add_argument(key.option, help=shown.replace("%", "%%"), **more)
+
+
+def settings_of(cls: type[T], args: argparse.Namespace, config: Path | None = None) -> T:
+    """The settings that the options of :func:`add_settings` say, with ``config`` also the environment and that file."""
+    keys = list(keys_of(cls))
+    texts = texts_of(config) if config else {}
+    if config:
+        texts |= {k.variable: (k.variable, os.environ[k.variable]) for k in keys if k.variable in os.environ}
+    for key in keys:
+        if (given := getattr(args, key.name)) is not None:
+            texts[key.variable] = (key.option, given)
+    return from_texts(cls, keys, texts, config)
+
+
+def texts_of(path: str | Path) -> dict[str, tuple[str, str]]:
+    """By variable of a file: what says it, and what it says."""
+    return {name: (f"{path}: {name}", text) for name, text in read_env_file(path).items()}
+
+
+def from_texts(
+    cls: type[T], keys: Sequence[Key], texts: Mapping[str, tuple[str, str]], where: str | Path | None, part: bool = False
+) -> T:
+    """The dataclass that ``texts`` say; what they set beside its keys is an error, unless it is a ``part`` of theirs.
+    ``where``: the file that should have set what is missing; None: the command line."""
+    if unknown := sorted(set(texts) - {key.variable for key in keys}) if not part else []:
+        known = ", ".join(sorted(key.variable for key in keys))
+        raise UserError(f"{where}: unknown key {', '.join(unknown)}; known: {known}")
+    if missing := [key for key in keys if key.default is NOTHING and key.variable not in texts]:
+        names = ", ".join(key.variable if where else key.option for key in missing)
+        raise UserError(f"{where}: {names} not set" if where else f"{names} not set")
+    said = {key.name: key.value(*reversed(texts[key.variable])) for key in keys if key.variable in texts}
+    return made(cls, {key.name: key.default for key in keys} | said)
+
+
 def parse_settings(
-    cls: type[T], doc: str, add: Callable[[argparse.ArgumentParser], None] | None = None, argv: list[str] | None = None
+    cls: type[T], doc: str, add: Callable[[argparse.ArgumentParser], Any] | None = None, argv: list[str] | None = None
 ) -> tuple[T, argparse.Namespace]:
     """(the settings, the parsed command line). ``doc``: the module's docstring; ``add`` declares options that are no settings
     (--tag, --dry-run)."""
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     parser.add_argument("--config", type=Path, help="KEY=VALUE file of the settings below; the environment may change them")
-    keys = list(keys_of(cls))
-    for key in keys:
-        shown = key.help if key.default in (NOTHING, None, "", False) else f"{key.help} (default {key.default})"
-        more: dict[str, Any] = {"action": "store_const", "const": "1"} if key.kind is bool else {"metavar": key.variable}
-        parser.add_argument(key.option, help=shown.replace("%", "%%"), **more)
+    add_settings(parser, cls)
     if add:
         add(parser)
     args = parser.parse_args(argv)
-    texts: dict[str, tuple[str, str]] = {}  # by variable: what says it, and what it says
+    settings = settings_of(cls, args, args.config)
     if args.config:
-        texts = {name: (f"{args.config}: {name}", text) for name, text in read_env_file(args.config).items()}
-        if unknown := sorted(set(texts) - {key.variable for key in keys}):
-            known = ", ".join(sorted(key.variable for key in keys))
-            raise UserError(f"{args.config}: unknown key {', '.join(unknown)}; known: {known}")
-        texts |= {k.variable: (k.variable, os.environ[k.variable]) for k in keys if k.variable in os.environ}
+        sys.argv[1:] = typed(keys_of(cls), flat(settings))
+        print("+ " + shlex.join(["python", *sys.argv]), flush=True)
+    return settings, args
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with sizes and times, and write nothing")
+
+
+def typed(keys: Iterable[Key], values: Mapping[str, Any]) -> list[str]:
+    """The options that say ``values``; defaults are left out."""
+    options = []
     for key in keys:
-        if (given := getattr(args, key.name)) is not None:
-            texts[key.variable] = (key.option, given)
-    if missing := [key for key in keys if key.default is NOTHING and key.variable not in texts]:
-        where = f"{args.config}: " if args.config else ""
-        raise UserError(where + ", ".join(k.variable if args.config else k.option for k in missing) + " not set")
-    values = {k.name: k.value(texts[k.variable][1], texts[k.variable][0]) if k.variable in texts else k.default for k in keys}
-    return made(cls, values), args
+        value = values[key.name]
+        if key.kind is bool:
+            options += [key.option] if value else []
+        elif value != key.default and value is not None:
+            options += [key.option, f"{value:g}" if key.kind is float else str(value)]
+    return options
+
+
+def typed_settings(settings: Any, *classes: type) -> list[str]:
+    """The options that say those parts of ``settings`` that are of ``classes``, for another command that has them too."""
+    options = []
+    for field in dataclasses.fields(settings):
+        if (inner := field.metadata.get("part")) in classes:
+            options += typed(keys_of(inner, **field.metadata["defaults"]), flat(getattr(settings, field.name)))
+    return options
+
+
+def flat(settings: Any) -> dict[str, Any]:
+    """The values of a settings dataclass by name, those of its parts among them."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        found |= flat(value) if field.metadata.get("part") else {field.name: value}
+    return found
+
+
+def read_part(cls: type[T], path: str | Path) -> T:
+    """The settings of one declaration from a file that sets those of others too."""
+    return from_texts(cls, list(keys_of(cls)), texts_of(path), path, part=True)
 
 
 def table_of_keys(cls: type) -> list[str]:
     """The settings of a dataclass as a Markdown table, for configs/README.md."""
     lines = ["| key | meaning | default |", "| --- | --- | --- |"]
     for key in keys_of(cls):
-        default = "" if key.default in (NOTHING, None, "") else int(key.default) if key.kind is bool else key.default
-        lines.append(f"| `{key.variable}` | {key.help} | {default} |")
+        default = "" if key.default in (NOTHING, None, "") else key.default
+        shown = f" {default:g}" if isinstance(default, int | float) else f" {default}" if default else ""
+        lines.append(f"| `{key.variable}` | {key.help} |{shown} |")
     return lines
 
 
@@ -168,30 +243,12 @@ def convert(value: str, kind: type, where: str) -> Any:
         raise UserError(f"{where}={value}: expected {kind.__name__}") from None
 
 
-def build_config(cls: type[T], pairs: Mapping[str, str], where: str) -> T:
-    """An instance of the dataclass ``cls`` from upper-case keys; fields without a key keep their defaults."""
-    kinds = typing.get_type_hints(cls)
-    fields = {field.name.upper(): field for field in dataclasses.fields(typing.cast(Any, cls))}
-    unknown = sorted(set(pairs) - set(fields))
-    if unknown:
-        raise UserError(f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(sorted(fields))}")
-    missing = [
-        key
-        for key, field in fields.items()
-        if key not in pairs and field.default is NOTHING and field.default_factory is NOTHING
-    ]
-    if missing:
-        raise UserError(f"{where}: {', '.join(missing)} not set")
-    values = {fields[key].name: convert(value, kinds[fields[key].name], f"{where}: {key}") for key, value in pairs.items()}
-    return cls(**values)
-
-
 def from_environment(cls: type) -> dict[str, str]:
     """The upper-case keys of the dataclass ``cls`` that the environment sets."""
-    keys = [field.name.upper() for field in dataclasses.fields(cls)]
-    return {key: os.environ[key] for key in keys if key in os.environ}
+    return {key.variable: os.environ[key.variable] for key in keys_of(cls, every=True) if key.variable in os.environ}
 
 
 def load_config(cls: type[T], path: str | Path, overrides: Mapping[str, str] | None = None) -> T:
-    """Read ``path`` and build ``cls``; ``overrides`` (same upper-case keys) win over the file."""
-    return build_config(cls, {**read_env_file(path), **(overrides or {})}, str(path))
+    """Every field of ``cls`` from ``path``; ``overrides`` (same upper-case keys) win over the file."""
+    texts = texts_of(path) | {name: (f"{path}: {name}", text) for name, text in (overrides or {}).items()}
+    return from_texts(cls, list(keys_of(cls, every=True)), texts, path)

@@ -39,21 +39,23 @@ from torch import Tensor
 
 import ggml_lattice
 import ggml_scalar
-import gguf_pack
 from calibrated_pass import CalibratedPass
 from calibration import Calibration, Moments
 from checkpoint import SYNTHETIC, Checkpoint, is_synthetic
 from console import UserError, progress, read_json, run_cli
-from devices import default_device
+from devices import default_device, lanes
 from ggml_codecs import decode_rows
 from ggml_round import ldlq
-from gguf_pass import GgufPass, encoded, is_quantized
-from gguf_recipe import read_patterns, type_named
+from gguf_layout import read_patterns, type_named
+from gguf_pack import write_pack
 from moe_ptq import Grid, output_error, round_weight
 from moe_quant import dequantize, fake_quant, quantize_group
-from quant_save import lanes, quantize_checkpoint
+from pack_plan import plan_pack
+from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
+from round_ggml import GgmlRounder, encoded, is_quantized
+from round_grid import GridRounder
 from safetensors_file import release
 from size_model import Shape, layer_plan, plan_of
 
@@ -99,7 +101,7 @@ def grids(device: torch.device) -> dict[str, Any]:
     rate = weight.numel() / 1e9
     found: dict[str, Any] = {"shape": list(shape), "limit_copy": rate / seconds(lambda: out.copy_(weight), device)}
     for name, bits, steps in (("absmax_int4", 4, 1), ("clip16_int3", 3, 16), ("clip16_int4", 4, 16)):
-        found[name] = rate / seconds(lambda b=bits, s=steps: fake_quant(weight, b, 128, s), device)
+        found[name] = rate / seconds(functools.partial(fake_quant, weight, bits, 128, steps), device)
     plain = dequantize(quantize_group(weight, 3, 128, 16), 128)
     found["plain_clip16_int3"] = rate / seconds(lambda: dequantize(quantize_group(weight, 3, 128, 16), 128), device, 3)
     found["identical_to_plain"] = torch.equal(fake_quant(weight, 3, 128, 16).view(torch.int16), plain.view(torch.int16))
@@ -126,7 +128,9 @@ def layers_of(name: str, types: Sequence[str], device: torch.device) -> tuple[di
     experts, shapes, tokens = LAYERS[name]
     found: dict[str, Any] = {"experts": experts, "shapes": [list(s) for s in shapes], "tokens": tokens, "statistics_s": 0.0}
     found |= {method: {"seconds": 0.0, "error_ratio": []} for method in METHODS}
-    ggml = {kind: {method: {"seconds": 0.0, "error_ratio": []} for method in GGML_METHODS} for kind in types}
+    ggml: dict[str, dict[str, Any]] = {kind: {} for kind in types}
+    for made in ggml.values():
+        made |= {method: {"seconds": 0.0, "error_ratio": []} for method in GGML_METHODS}
     ways = [("", method) for method in METHODS] + [(kind, method) for kind in types for method in GGML_METHODS]
     with progress(len(shapes) * len(ways), "layer", "matrix") as bar:
         for outputs, inputs in shapes:
@@ -345,8 +349,8 @@ def disk(args: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def layer_clock(times: list[tuple[str, float]], rounding: list[float]) -> Iterator[None]:
     """Note when the calibrated pass begins each layer and the head, and the seconds in which each rounds."""
-    names = ("layer", "head", "_round", "_round_waiting")
-    kept = [(cls, name, cls.__dict__[name]) for cls in (CalibratedPass, GgufPass) for name in names if name in vars(cls)]
+    places = [(CalibratedPass, "layer"), (CalibratedPass, "head"), (GridRounder, "round"), (GgmlRounder, "round")]
+    kept = [(cls, name, cls.__dict__[name]) for cls, name in places]
 
     def now() -> float:
         if torch.cuda.is_available():
@@ -387,11 +391,10 @@ def run_method(method: str, model: Path, out: Path, calibration: Calibration, he
     if method != "ldlq":
         report = quantize_checkpoint(model, out, Recipe(3, 4, 128, 16, method=method), calibration=calibration, force=True)
         return {role: entry.relative_error for role, entry in report.roles.items()}
-    plan = gguf_pack.plan_pack(Checkpoint(model), "iq3_xxs", read_patterns(TYPES), "nearest")[0]
+    plan = plan_pack(Checkpoint(model), "iq3_xxs", read_patterns(TYPES), "nearest")[0]
     pack = dataclasses.replace(plan, method="ldlq", calibration=calibration)
-    if header is not None:  # llama.cpp's converter is not here: the file's head was made elsewhere
-        gguf_pack._header = lambda *_: header.read_bytes()
-    return gguf_pack.write_pack(pack, out, force=True)["calibration"]["relative_output_error"]
+    made = write_pack(pack, out, force=True, header=header.read_bytes() if header else None)
+    return made["calibration"]["relative_output_error"]
 
 
 def compile_kernels(device: torch.device) -> None:
@@ -496,7 +499,7 @@ def parse_arguments() -> argparse.Namespace:
                 "--group-kernels", action=argparse.BooleanOptionalAction, default=True,
                 help="ldlq on a GPU by the kernels of whole groups (default: yes)",
             )  # fmt: skip
-            part.add_argument("--header", type=Path, help="ldlq: file of synthetic_gguf --header-only for this model")
+            part.add_argument("--header", type=Path, help="ldlq: file of synthetic_moe --header-only for this model")
         add_record_arguments(part)
     return parser.parse_args()
 

@@ -45,11 +45,10 @@ from devices import Stopped, default_device, each_device, parse_devices
 from families import Role
 from ggml_codecs import encode
 from gguf_format import GgufWriter, make_header
-from gguf_layout import Piece, to_gguf
-from gguf_pack import Pack, cast, plan_pack, report
-from gguf_pass import is_quantized
-from gguf_recipe import file_type, read_patterns, type_named
+from gguf_layout import Piece, file_type, read_patterns, to_gguf, type_named
+from pack_plan import Pack, cast, plan_pack, report
 from records import REPO, add_record_arguments, check_record_arguments, write_result
+from round_ggml import is_quantized
 from safetensors_file import TensorInfo, release
 from size_model import SHARD_BYTES, Shape, config_of, plan_of, shape_arguments, shape_from, write_skeleton
 

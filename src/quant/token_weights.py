@@ -21,12 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from calibration import Calibration, LayerStream
+from calibration import Calibration, LayerStream, output
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, progress
 from families import text_config
 from records import header_sha256
-from refine import output
 
 FILE = "token-weights.st"
 
@@ -102,24 +101,18 @@ def _head_gradients(stream: LayerStream, hidden: Sequence[Tensor], seed: int) ->
     With signs e:  sum over tokens y of sqrt(p(y)) e(y) d log p(y). Its square is near the trace in every draw, where the
     gradient of one drawn token is nearly 0 at most positions and large at a few. A sequence at a time.
     """
-    norm, head = stream.decoder.norm, stream.model.lm_head
-    stream.fill(norm, "model.norm.")
-    stream.fill(head, "lm_head." if "lm_head.weight" in stream.by_parameter else "model.embed_tokens.")
-    cap = getattr(stream.decoder.config, "final_logit_softcapping", None)  # gemma2's
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for batch in hidden:
-        rows = []
-        for row in batch:
-            with torch.enable_grad():
-                x = row.to(stream.device).requires_grad_(True)
-                logits = head(norm(x))
-                logits = logits if cap is None else cap * torch.tanh(logits / cap)
-                (gradient,) = torch.autograd.grad(logits, x, score(logits.detach(), generator))
-            rows.append(gradient.cpu())
-        found.append(torch.stack(rows))
-    stream.empty(norm)
-    stream.empty(head)
+    with stream.predictions() as logits_of:
+        for batch in hidden:
+            rows = []
+            for row in batch:
+                with torch.enable_grad():
+                    x = row.to(stream.device).requires_grad_(True)
+                    logits = logits_of(x)
+                    (gradient,) = torch.autograd.grad(logits, x, score(logits.detach(), generator))
+                rows.append(gradient.cpu())
+            found.append(torch.stack(rows))
     return found
 
 

@@ -1,20 +1,27 @@
-"""Which tensors of a quantized checkpoint lie packed in 4 bits, under which names, and what config.json says of it.
+"""The packed form of a quantized checkpoint: 4-bit codes in int32, which tensors lie so, and what config.json says of it.
 
-Not a command; quant_save --packed and packed_export use it. The container is compressed-tensors' "pack-quantized": for every
-matrix weight_packed, weight_scale and weight_shape in place of weight, experts one by one. A matrix that the container or
-vLLM's kernels cannot take stays in BF16 with the values that the grid gave it, so the model is the same. Shapes and
-fusions that kernels ask for: vLLM 0.32, model_executor/layers/quantization/{utils/marlin_utils,compressed_tensors}.
+Not a command; quant_save --packed and packed_export write it. The container is compressed-tensors' "pack-quantized" (0.17,
+https://github.com/vllm-project/compressed-tensors): for every matrix weight_packed, weight_scale and weight_shape in place of
+weight, experts one by one. Letters: N groups, G group size, O outputs, I inputs.
+
+    value  = dtype(code * scale), code -7..7 (int3: -3..3), scale bfloat16, one for G consecutive inputs
+    packed = sum over k of (code[8 j + k] + 8) << 4 k, int32 [O, I/8]: offset binary, the first code in the lowest bits
+
+A matrix that the container or vLLM's kernels cannot take stays in BF16 with the values that the grid gave it, so the model is
+the same. Shapes and fusions that kernels ask for: vLLM 0.32, model_executor/layers/quantization/{utils/marlin_utils,
+compressed_tensors}.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +29,12 @@ from torch import Tensor
 from console import UserError, write_json
 from devices import default_device
 from families import LAYER_PREFIX, MTP_PREFIX, VISION_PREFIX, Role, text_name
-from packed_int4 import codes_of, pack_codes
-from packed_view import BITS, CODES_A_WORD, FORMAT, PACKED, matrices_of
-from recipe import Recipe
-from safetensors_file import DTYPE_NAMES, CheckpointWriter, Plan, TensorInfo, split_plan
+from moe_ptq import SYMMETRIC
+from moe_quant import Quantized, inverse_scale, pieces
+from packed_view import BITS, CHUNK, CODES_A_WORD, FORMAT, PACKED, matrices_of
+from recipe import Job, Recipe
+from safetensors_file import DTYPE_NAMES, CheckpointWriter, Plan, split_plan
 
-if TYPE_CHECKING:
-    from recipe import Job
-
-SYMMETRIC = ("absmax", "clip", "wclip", "gptq", "gptq_refit")  # code * scale; other methods shift or rescale
 GROUPS = (32, 64, 128)  # group sizes that vLLM's kernels have
 ENCODED_AT_ONCE = 1 << 25  # weights
 OUTPUTS, INPUTS = 64, 128  # a kernel's matrix is made of tiles of so many
@@ -43,6 +47,71 @@ FUSIONS = (  # vLLM makes one matrix of these, so they are packed together or no
     (re.compile(r"(.*)\.(?:q_a_proj|kv_a_proj_with_mqa)"), r"\1.fused_qkv_a_proj"),
 )
 FEW_OUTPUTS = re.compile(r".*\.in_proj_(a|b|ba)\.weight")
+NEIGHBOURS = (0, 1, -1, 2, -2)  # of a quotient in bfloat16: the stored maximum is rounded, so the scale may lie beside it
+
+
+# ---------------------------------------------------------------- codes
+
+
+def bfloat16_neighbour(value: Tensor, steps: int) -> Tensor:
+    """The positive bfloat16 ``steps`` away from each bfloat16 in float32 ``value``, as float32."""
+    return (value.bfloat16().view(torch.int16) + steps).clamp_min(0).view(torch.bfloat16).float()
+
+
+def recover_scales(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """(scale float32 [N], whether it was found [N]) of groups ``values`` [N, G] in their stored dtype.
+
+    The scale is the bfloat16 s with values == dtype(code * s) for whole codes up to qmax; a group of zeros has scale 0. The
+    largest value is taken to be the largest code first, so a group that fits several scales gets the smallest.
+    """
+    qmax = 2 ** (bits - 1) - 1
+    largest = values.float().abs().amax(1)
+    scale, found = torch.zeros_like(largest), largest == 0
+    for code in range(qmax, 0, -1):
+        for steps in NEIGHBOURS:
+            rest = (~found).nonzero()[:, 0]
+            if not len(rest):
+                return scale, found
+            guess = bfloat16_neighbour(largest[rest] / code, steps)
+            own = values[rest]
+            codes = (own.float() * inverse_scale(guess)[:, None]).round().clamp_(-qmax, qmax)
+            fits = ((codes * guess[:, None]).to(own.dtype) == own).all(1)
+            scale[rest[fits]] = guess[fits]
+            found[rest[fits]] = True
+    return scale, found
+
+
+def codes_of(values: Tensor, bits: Sequence[int], group: int) -> Quantized:
+    """Codes int8 [..., I] and scales float32 [..., I/G] with dtype(code * scale) == values, exactly; a zero has no sign.
+
+    ``bits``: the grids that a group is tried on, in turn. Raises :class:`UserError` where a group lies on none of them.
+    """
+    groups = values.reshape(-1, group)
+    codes = torch.empty(groups.shape, dtype=torch.int8, device=values.device)
+    scales = torch.empty(len(groups), dtype=torch.float32, device=values.device)
+    for piece in pieces(groups, CHUNK.get(values.device.type)):
+        own = groups[piece]
+        scale, found = recover_scales(own, bits[0])
+        for other in bits[1:]:
+            rest = (~found).nonzero()[:, 0]
+            scale[rest], found[rest] = recover_scales(own[rest], other)
+        if not bool(found.all()):
+            raise UserError(
+                f"not on a symmetric grid of {' or '.join(map(str, bits))} bits in groups of {group}, so it cannot be packed; "
+                f"pack what quant_save makes with {', '.join(SYMMETRIC[:-1])} or {SYMMETRIC[-1]}"
+            )
+        scales[piece] = scale
+        codes[piece] = own.float().mul_(inverse_scale(scale)[:, None]).round_().clamp_(-7, 7)
+    return Quantized(codes.view(values.shape), scales.view(*values.shape[:-1], -1))
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """int8 [..., I] in -8..7, I a multiple of 8 -> int32 [..., I/8]."""
+    shifted = (codes + 8).view(torch.uint8)
+    return (shifted[..., 0::2] | shifted[..., 1::2] << 4).view(torch.int32)  # a byte holds two codes, the lower one first
+
+
+# ---------------------------------------------------------------- what is packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,29 +131,22 @@ def unit_of(name: str) -> str:
     return next((pattern.sub(unit, module) for pattern, unit in FUSIONS if pattern.fullmatch(module)), module)
 
 
-def shape_fault(name: str, shape: tuple[int, ...]) -> str | None:
-    """Why no 4-bit kernel of vLLM takes the matrices of this tensor; None if one does."""
-    rows, inputs = matrices_of(name, shape)[0][1], shape[-1]
-    if rows % OUTPUTS or inputs % INPUTS:
-        return f"no kernel takes {rows} outputs by {inputs} inputs (multiples of {OUTPUTS} and {INPUTS})"
-    return None
-
-
 def _fault(job: Job, experts: bool) -> str | None:
-    """Why a tensor is not packed, whatever it is fused with."""
+    """Why a tensor is not packed, whatever it is fused with; None if nothing speaks against it."""
     if job.bits is None:
         return "not quantized"
     if job.role is Role.ROUTED_EXPERT and not experts:
         return "routed experts, kept by --keep-experts"
-    if job.role is Role.EMBEDDING:
-        return "vLLM reads embeddings in BF16"
-    if job.role is Role.LM_HEAD:
-        return "vLLM reads the head in BF16"
+    if job.role in (Role.EMBEDDING, Role.LM_HEAD):
+        return f"vLLM reads {'embeddings' if job.role is Role.EMBEDDING else 'the head'} in BF16"
     if FEW_OUTPUTS.fullmatch(job.name):
         return "too few outputs to gain from it"
     if max(job.by_expert, default=job.bits) > BITS:
         return f"more than {BITS} bits"
-    return shape_fault(job.name, job.info.shape)
+    rows, inputs = matrices_of(job.name, job.info.shape)[0][1], job.info.shape[-1]
+    if rows % OUTPUTS or inputs % INPUTS:
+        return f"no kernel takes {rows} outputs by {inputs} inputs (multiples of {OUTPUTS} and {INPUTS})"
+    return None
 
 
 def plan_container(jobs: Sequence[Job], recipe: Recipe, experts: bool = True) -> Container:
@@ -127,30 +189,25 @@ def stored_tensors(name: str, shape: tuple[int, ...], group: int) -> Iterator[tu
         yield f"{module}.weight_shape", torch.int64, (2,)
 
 
-def packed_bytes(name: str, shape: tuple[int, ...], group: int) -> int:
-    """Bytes of a packed tensor: half a byte a weight, two bytes a scale, 16 bytes a matrix for its shape."""
-    weights = 1
-    for size in shape:
-        weights *= size
-    return weights * BITS // 8 + weights // group * 2 + 16 * len(matrices_of(name, shape))
+def bytes_of(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in tensors)
 
 
 def summary(jobs: Sequence[Job], container: Container) -> dict[str, Any]:
     """Counts and bytes of the container, for the record: in all, packed, and of what stays as it is, by its reason."""
     packed = [job for job in jobs if job.name in container.packed]
-    kept = [job for job in jobs if job.name not in container.packed]
-    size = sum(packed_bytes(job.name, job.info.shape, container.group) for job in packed)
-    by_reason: dict[str, int] = {}
-    for job in kept:
-        reason = container.kept.get(job.name, "not quantized")
-        by_reason[reason] = by_reason.get(reason, 0) + job.info.bytes
+    size = sum(bytes_of(stored_tensors(job.name, job.info.shape, container.group)) for job in packed)
+    by_reason: dict[str, int] = collections.Counter()
+    for job in jobs:
+        if job.name not in container.packed:
+            by_reason[container.kept.get(job.name, "not quantized")] += job.info.bytes
     return {
         "format": "compressed-tensors pack-quantized",
         "bytes": size + sum(by_reason.values()),
         "packed_tensors": len(packed),
         "packed_parameters": sum(job.info.numel for job in packed),
         "packed_bytes": size,
-        "kept_bytes": by_reason,
+        "kept_bytes": dict(by_reason),
     }
 
 
@@ -160,11 +217,9 @@ def describe(facts: dict[str, Any]) -> str:
     def size(count: int) -> str:
         return f"{count / 1e6:,.2f} MB"
 
-    lines = [
-        f"packed for vLLM: {size(facts['bytes'])}; {facts['packed_parameters']:,} weights in {size(facts['packed_bytes'])}"
-    ]
-    lines += [f"{size(count):>17}  as it is: {reason}" for reason, count in sorted(facts["kept_bytes"].items())]
-    return "\n".join(lines)
+    weights = f"{facts['packed_parameters']:,} weights in {size(facts['packed_bytes'])}"
+    kept = [f"{size(count):>17}  as it is: {reason}" for reason, count in sorted(facts["kept_bytes"].items())]
+    return "\n".join([f"packed for vLLM: {size(facts['bytes'])}; {weights}", *kept])
 
 
 def ignored(jobs: Sequence[Job], packed: Collection[str]) -> list[str]:
@@ -189,17 +244,18 @@ def ignored(jobs: Sequence[Job], packed: Collection[str]) -> list[str]:
 
 def quantization_config(jobs: Sequence[Job], packed: Collection[str], group: int) -> dict[str, Any]:
     """What config.json says: one group of 4-bit symmetric linears, and what it leaves out."""
-    weights = {"num_bits": BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
-    scheme = {"targets": ["Linear"], "weights": weights | {"dynamic": False, "actorder": None}, "input_activations": None,
-              "output_activations": None, "format": "pack-quantized"}  # fmt: skip
-    return {
-        "quant_method": "compressed-tensors",
+    weights = {
+        "num_bits": BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": group, "dynamic": False,
+        "actorder": None,
+    }  # fmt: skip
+    scheme = {
+        "targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None,
         "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
-        "ignore": ignored(jobs, packed),
-        "kv_cache_scheme": None,
-    }
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": scheme}, "ignore": ignored(jobs, packed), "kv_cache_scheme": None,
+    }  # fmt: skip
 
 
 class PackedWriter:
@@ -222,28 +278,20 @@ class PackedWriter:
         stored = [tensor for tensors in self._stored.values() for tensor in tensors]
         starts = {self._stored[name][0][0] for name in self._starts(shard_bytes, breaks)}
         self._writer = CheckpointWriter(out, stored, 1 << 62, starts, share)
-        self._matrices: Iterator[tuple[str, int]] = iter(())  # of the tensor that is being written
-        self._module, self._rows = "", 0  # the matrix that is being written, and its rows to come
-        self._scales: list[Tensor] = []
+        self.tensors, self.closed = self._writer.tensors, self._writer.closed
+        self._matrices: collections.deque[tuple[str, int]] = collections.deque()  # of this tensor, each with its rows to come
+        self._scales: list[Tensor] = []  # of the matrix that is being written
         self.device = default_device()
 
     def _starts(self, shard_bytes: int, breaks: Collection[str]) -> Iterator[str]:
         """The tensors that begin a file: all that one is stored as lies in one file, so that it is complete or not."""
         filled = 0
         for place, (name, stored) in enumerate(self._stored.items()):
-            size = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in stored)
+            size = bytes_of(stored)
             if place and (filled + size > shard_bytes or name in breaks):
                 yield name
                 filled = 0
             filled += size
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return self._writer.tensors
-
-    @property
-    def closed(self) -> set[Path]:
-        return self._writer.closed
 
     def __enter__(self) -> PackedWriter:
         self._writer.__enter__()
@@ -268,18 +316,17 @@ class PackedWriter:
         """What :meth:`append` takes for ``value``: (packed, scale) of its rows, or itself."""
         if name not in self.container.packed:
             return value.cpu()
-        matrix = value.reshape(-1, value.shape[-1])
-        step = max(1, ENCODED_AT_ONCE // matrix.shape[1])
-        try:
-            parts = [self._encode_rows(name, matrix[start : start + step]) for start in range(0, len(matrix), step)]
-        except UserError as error:
-            raise UserError(f"tensor {name}: {error}") from None
+        parts = []
+        for rows in value.reshape(-1, value.shape[-1]).split(max(1, ENCODED_AT_ONCE // value.shape[-1])):
+            try:
+                own = codes_of(
+                    rows if rows.is_cuda else rows.to(self.device), self.container.packed[name], self.container.group
+                )
+            except UserError as error:
+                raise UserError(f"tensor {name}: {error}") from None
+            parts.append((pack_codes(own.codes).cpu(), own.scale.bfloat16().cpu()))
         packed, scale = zip(*parts)
         return torch.cat(packed), torch.cat(scale)
-
-    def _encode_rows(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-        codes = codes_of(rows if rows.is_cuda else rows.to(self.device), self.container.packed[name], self.container.group)
-        return pack_codes(codes.codes).cpu(), codes.scale.bfloat16().cpu()
 
     def append(self, name: str, piece: Any) -> None:
         """Write the next rows of ``name``; the scales of a matrix follow it once it is whole."""
@@ -287,28 +334,20 @@ class PackedWriter:
             self._put(name, piece)
             return
         packed, scale = piece
+        shape = self._plan[name][1]
         while len(packed):
-            if not self._rows:
-                self._module, self._rows = self._next_matrix(name)
-            count = min(self._rows, len(packed))
-            self._put(f"{self._module}.weight_packed", packed[:count])
-            self._scales.append(scale[:count])
-            packed, scale, self._rows = packed[count:], scale[count:], self._rows - count
-            if not self._rows:
-                self._finish(name)
-
-    def _next_matrix(self, name: str) -> tuple[str, int]:
-        found = next(self._matrices, None)
-        if found is None:
-            self._matrices = iter(matrices_of(name, self._plan[name][1]))
-            found = next(self._matrices)
-        return found
-
-    def _finish(self, name: str) -> None:
-        rows = sum(map(len, self._scales))
-        self._put(f"{self._module}.weight_scale", torch.cat(self._scales))
-        self._put(f"{self._module}.weight_shape", torch.tensor([rows, self._plan[name][1][-1]]))
-        self._scales = []
+            if not self._matrices:
+                self._matrices.extend(matrices_of(name, shape))
+            module, missing = self._matrices.popleft()
+            self._put(f"{module}.weight_packed", packed[:missing])
+            self._scales.append(scale[:missing])
+            if len(packed) < missing:
+                self._matrices.appendleft((module, missing - len(packed)))
+                return
+            packed, scale = packed[missing:], scale[missing:]
+            whole, self._scales = torch.cat(self._scales), []
+            self._put(f"{module}.weight_scale", whole)
+            self._put(f"{module}.weight_shape", torch.tensor([len(whole), shape[-1]]))
 
     def _put(self, name: str, value: Tensor) -> None:
         self._writer.append(name, value)
@@ -324,13 +363,9 @@ class PackedWriter:
 
 
 def open_writer(
-    out: Path,
-    plan: Plan,
-    shard_bytes: int,
-    breaks: Collection[str] = (),
-    container: Container | None = None,
+    out: Path, plan: Plan, shard_bytes: int, breaks: Collection[str] = (), container: Container | None = None,
     share: tuple[int, int] = (0, 1),
-) -> CheckpointWriter | PackedWriter:
+) -> CheckpointWriter | PackedWriter:  # fmt: skip
     """The writer of a dequantized checkpoint, or of one packed into ``container``."""
     if container is None:
         return CheckpointWriter(out, plan, shard_bytes, breaks, share)

@@ -1,18 +1,17 @@
 """Intervals for accuracies and for differences of two models on the same items. Pure functions of numbers.
 
-Not a command. Sources: Wilson 1927 (score interval); McNemar 1947, exact binomial form.
+Not a command. Sources: Wilson 1927 (score interval); McNemar 1947, exact binomial form. Quantiles are scipy's.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import stats
 
-Z95 = 1.959963984540054
-T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)  # Student's t for 1 to 9 degrees of freedom
+Z95 = float(stats.norm.ppf(0.975))
 
 
 def wilson(correct: float, n: float, z: float = Z95) -> tuple[float, float]:
@@ -40,44 +39,18 @@ def clustered_interval(shares: Sequence[float], samples: int) -> tuple[float, fl
     return wilson(mean * effective if mean < 1 else effective, effective)
 
 
-def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
-    """(b over a, its 95 % interval) from 2 to 10 pairs of positive values: the geometric mean of their ratios, and Student's
-    interval of its logarithm."""
-    logs = [math.log(y / x) for x, y in zip(a, b, strict=True)]
-    mean, half = statistics.fmean(logs), T95[len(logs) - 2] * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
-
-
-def discordant(a: Sequence[bool], b: Sequence[bool]) -> tuple[int, int]:
-    """(items that only ``a`` has right, items that only ``b`` has right)."""
-    pairs = list(zip(a, b, strict=True))
-    return sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
-
-
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Exact two-sided p-value that two models are equally good, from the items on which exactly one of them is right."""
-    lost, won = discordant(a, b)
-    n, k = lost + won, min(lost, won)
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-
-
 def clustered_mcnemar(a: Sequence[int], b: Sequence[int]) -> float:
     """McNemar's test where each item was sampled several times: right answers of each model [N], the same number of samples.
 
     Exact and two-sided: if the models are equal on every item, each difference of counts is as likely with either sign; the
-    p-value is the share of all sign patterns whose sum is at least as far from zero. With one sample it is `mcnemar`.
+    p-value is the share of all sign patterns whose sum is at least as far from zero. With one sample it is McNemar's own test.
     """
     sizes = [abs(y - x) for x, y in zip(a, b, strict=True) if x != y]
     if not sizes:
         return 1.0
-    total, seen = sum(sizes), abs(sum(b) - sum(a))
-    chance = np.zeros(2 * total + 1)  # of each sum from -total to total
-    chance[total] = 1.0
-    for size in sizes:
-        moved = np.zeros_like(chance)
-        moved[size:] += chance[:-size] / 2
-        moved[:-size] += chance[size:] / 2
-        chance = moved
+    total, seen, chance = sum(sizes), abs(sum(b) - sum(a)), np.ones(1)
+    for size in sizes:  # chance [2 * total + 1] of each sum from -total to total
+        chance = np.convolve(chance, [0.5, *[0.0] * (2 * size - 1), 0.5])
     return min(1.0, float(chance[np.abs(np.arange(-total, total + 1)) >= seen].sum()))
 
 
@@ -92,10 +65,10 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int = 0, roun
     return float(difference.mean()), float(low), float(high)
 
 
-def minimum_detectable(n: int, share: float, power_z: float = 0.8416212335729143) -> float:
-    """The smallest difference in accuracy that n paired items show at 5 % with 80 % power when a ``share``
+def minimum_detectable(n: int, share: float, power: float = 0.8) -> float:
+    """The smallest difference in accuracy that n paired items show at 5 % with this ``power`` when a ``share``
     of the items differs between the models (Connor 1987, normal approximation)."""
-    return (Z95 + power_z) * math.sqrt(share / n) if n else 1.0
+    return (Z95 + float(stats.norm.ppf(power))) * math.sqrt(share / n) if n else 1.0
 
 
 def discordance(a: Sequence[float], b: Sequence[float]) -> float:
@@ -105,6 +78,9 @@ def discordance(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.mean(difference**2)) or 3 / len(difference)
 
 
-def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
-    """Members up to the first that differs."""
-    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """(b over a, its 95 % interval) from pairs of positive values: the geometric mean of their ratios, and Student's interval
+    of its logarithm."""
+    logs = np.log(np.asarray(b) / np.asarray(a))
+    bounds = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
+    return math.exp(logs.mean()), math.exp(bounds.low), math.exp(bounds.high)

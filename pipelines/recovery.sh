@@ -1,14 +1,47 @@
 #!/usr/bin/env bash
-# What recovery wins back on razor-tiny, measured:  bash pipelines/recovery_study.sh            (configs/recovery_study.env)
+# What recovery wins back on razor-tiny, measured:  bash pipelines/recovery.sh            (configs/recovery_study.env)
 # Parts run JOBS at a time (default: 1; on a GPU, which razor-tiny leaves mostly idle, all at once) for at most PART_SECONDS.
 # PARTS="policy teacher" runs some of them. What exists is kept, so that the same command goes on. Logs: WORK/logs.
 # GATHER=DIR also packs records, samples, blocks and recovered models into DIR, most important first, in pieces of 15 MiB.
+#
+# The model recovered through IQ2_XS, as a GGUF in llama-server and decoded in transformers:  bash pipelines/recovery.sh gguf
+# First, best on a GPU: PARTS="students cache before iq2_xs" bash pipelines/recovery.sh. Then twenty minutes on a CPU core; a
+# killed run goes on where it stopped. WORK is that of the study; LIMIT=N takes other numbers of items.
 # shellcheck disable=SC2086,SC2012 # lists of words that are meant to be split; names of our own
 set -uo pipefail
-OPTIONS_FOLLOW=none source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh" || exit
+source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh" || exit
 cd "$MOE_LOWBIT_ROOT" || exit
-study=src/distill/recovery_study.py
+study=src/distill/study_recovery.py
 work=${WORK:-$(sed -n 's/^WORK=\([^ ]*\).*/\1/p' configs/recovery_study.env)}
+
+gguf() {
+    set -e
+    local teacher=models/razor-tiny name=recovery_gguf_iq2_xs made=$work/recovery_iq2_xs out=$SCRATCH/recovery_gguf state file decoded
+    evaluate() { # tag options...: accuracy
+        [ -e "results/eval/$1.json" ] || python src/eval/vllm_eval8.py --tag "$1" "${@:2}"
+    }
+    judge() { # tag file reference: KL
+        [ -e "results/kl/$1.json" ] || python src/eval/gguf_kl.py --model "$2" --reference "$3" --tag "$1" --items 64
+    }
+    for state in before recovered; do
+        file=$out/$state/$state-BF16.gguf decoded=$out/decoded_$state
+        [ -e "$file" ] || python src/quant/gguf_pack.py --model "$made/$state" --blocks "$made/$state/ggml.safetensors" \
+            --base-type BF16 --method nearest --out "$out/$state"
+        [ -d "$decoded" ] || python src/quant/gguf_dequant.py --gguf "$file" --model "$made/$state" --out "$decoded"
+        evaluate "${name}_$state" --model "$file" --tokenizer "$teacher" --limit "${LIMIT:-1000}"
+        evaluate "recovery_iq2_xs_$state" --model "$decoded" --backend hf --batch 250 --limit "${LIMIT:-500}"
+        judge "${name}_$state" "$file" "$teacher"
+    done
+    judge "${name}_recovered_dequantized" "$file" "$decoded"
+    python src/eval/compare_tags.py "${name}_before" "${name}_recovered" --teacher recovery_bf16
+    python src/eval/compare_tags.py recovery_iq2_xs_before recovery_iq2_xs_recovered
+    python src/eval/compare_tags.py recovery_iq2_xs_recovered "${name}_recovered"
+}
+case ${1:-} in
+gguf) gguf; exit ;;
+?*) echo "error: $1: expected nothing, or gguf; --help explains it" >&2; exit 2 ;;
+esac
+
 results=${RESULTS:-results}
 mkdir -p "$work/logs"
 parts=${PARTS:-$(python $study --list) default} || exit # default: bash pipelines/distill.sh as it is; compare: the last of all

@@ -1,6 +1,6 @@
 """What pipelines/multi_gpu.sh runs: everything that claims to work on several GPUs, beside the same on one.
 
-    python src/distill/multi_gpu_run.py --part quantize --work /dev/shm/multi --records results/bench [--processes 2] [--tiny]
+    python src/distill/speed_multi_gpu.py --part quantize --work /dev/shm/multi --records results/bench [--processes 2] [--tiny]
 
     quantize   quant_save on one device and on all: the same bytes, data-free and calibrated; seconds
     distill    distill.sh --smoke, then a recovery of razor-tiny by one process, by one again and by N from the same rollouts:
@@ -18,11 +18,11 @@ their place. --tiny: the same with sizes for a test. The commands are those of t
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import itertools
 import os
+import random
 import re
 import shutil
 import signal
@@ -35,27 +35,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from backend import Sampling
+from backend_hf import HfBackend, Replicas
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
 from devices import parse_devices
-from distill_run import shared_cores
 from families import text_config
-from opd_budget import Plan, Shape, memory
-from opd_train_fsdp import ADAPTER, ADAPTER_JSON
-from paired_stats import common_prefix
-from quant_save import RECIPE_FILE
-from recipe import Recipe
+from fsdp_setup import shared_cores
+from hf_model import load_tokenizer
+from opd_budget import budget
+from opd_data import ADAPTER, ADAPTER_JSON, write_rollouts
+from opd_score import score_rollouts
+from opd_settings import Scoring
+from recipe import RECIPE_FILE, Recipe
 from records import REPO, read_result, write_result
 from sample_log import read_samples
+from settings import parse_settings, setting
 from size_model import SHAPES, plan_of
 from size_model import Shape as ModelShape
 from synthetic_moe import prepare
-from synthetic_rollouts import give_tokenizer
-from vllm_form import write_form
+from task_list import get_benchmarks
 
 RECIPE = ["--expert-bits", 3, "--linear-bits", 4, "--group", 128, "--clip-steps", 16]
 DISTILL = {"TASKS": "tiny_know,tiny_math,tiny_reason", "LIMIT": "32", "STEPS": "40", "ROWS": "16"}
@@ -65,7 +68,7 @@ DISTILL_TINY |= {"FINISHED_ONLY": "0", "MAX_TOKENS": "12", "TASKS": "tiny_know,t
 RUNS = ("one", "again", "many")
 NEAR = 1e-3  # relative, of losses and norms of gradients that count as equal
 SLICES = (2, 4)  # layers of the 122B
-RANK, ROWS, TOKENS, STEPS = 8, 4, 1024, 4
+RANK, ROWS, PROMPT, TOKENS, STEPS = 8, 4, 32, 1024, 4
 FIT_STEPS = 3  # of the largest slice
 PARALLEL = (1, 2, 4)  # GPUs that vLLM divides a layer by
 VLLM_TINY = ["--batches", "1,4", "--prompt", 16, "--generate", 16]
@@ -73,6 +76,8 @@ KV_GIB, ENGINE_ROOM = 3, 9e9  # cache of an engine on each GPU; bytes that it ne
 VLLM_SIZE = ["--batches", "1,16,32", "--prompt", 256, "--generate", 128]
 # no NVLink multicast; on a CPU, cores that others use too
 VLLM_ENVIRONMENT = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+NOISE_WIDTH = 16  # of the random hidden states whose products with a random head are the scores
+NOISE_TOKENS = 4096  # of the vocabulary that can be likely
 RAZOR = REPO / "models/razor-tiny"
 VOCABULARY = 32768  # of the quantized layers: the experts are what is measured
 # in a log that ends with torchrun's own summary
@@ -80,18 +85,18 @@ ERROR = re.compile(r"(\[rank\d+\]: )?(error: |[\w.]*(Error|Exception)\b: ).*")
 FREE_GB = 3.0  # of a GPU, for the CUDA context and NCCL
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Where a part works, and on what. ``gpus``: 0 where processes on the CPU stand in."""
+    """What is measured, where and on what."""
 
-    work: Path
-    records: Path
-    part: str
-    processes: int
-    gpus: int
-    tiny: bool
-    vllm_python: str = sys.executable
-    layers: int = 40
+    part: str = setting(help="what to measure")
+    work: Path = setting(help="large files; for the 35B 140 GB, in memory best (/dev/shm)")
+    records: Path = setting(help="directory of multi_gpu_PART.json")
+    processes: int = setting(0, "GPUs, or CPU processes; 0: all, at least 2")
+    vllm_python: str = setting(sys.executable, "an interpreter that has vLLM, where it stands apart")
+    layers: int = setting(40, "of the 35B in part vllm: with 20 all its engines fit at once")
+    tiny: bool = setting(False, "sizes for a test")
+    gpus: int = 0  # 0 where processes on the CPU stand in
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def devices(self, each: int = 1) -> str:
@@ -145,20 +150,60 @@ class Bench:
         return round(time.monotonic() - started, 2)
 
 
-def same_bytes(a: Path, b: Path) -> bool:
-    """Whether two files are equal; read in pieces of 64 MiB."""
-    if a.stat().st_size != b.stat().st_size:
-        return False
-    one, two = (np.memmap(path, dtype=np.uint8, mode="r") for path in (a, b))
-    pieces = (slice(start, start + (1 << 26)) for start in range(0, len(one), 1 << 26))
-    return all(np.array_equal(one[piece], two[piece]) for piece in pieces)
+def same_files(a: Path, *others: Path) -> bool:
+    """Whether checkpoints have the same shards with the same bytes."""
+    found = [([file.name for file in made.files], made.sha256()) for made in map(Checkpoint, (a, *others))]
+    return all(other == found[0] for other in found)
 
 
-def same_files(a: Path, b: Path) -> bool:
-    """Whether two checkpoints have the same shards with the same bytes."""
-    one, two = Checkpoint(a), Checkpoint(b)
-    with ThreadPoolExecutor() as pool:
-        return [f.name for f in one.files] == [f.name for f in two.files] and all(pool.map(same_bytes, one.files, two.files))
+def random_rollouts(bench: Bench, teacher: Path, out: Path) -> float:
+    """Rollouts of random tokens and random scores of them, in the formats of phases A and B: to try phase C at a size, whose
+    losses then mean nothing. They belong to the teacher as its own would, with razor-tiny's tokenizer where it has none: fewer
+    tokens than its vocabulary has, which changes no size that matters. Returns the seconds; works on the CPU alone."""
+    started = time.monotonic()
+    give_tokenizer(teacher)
+    tokenizer, draw, tokens = load_tokenizer(teacher), random.Random(0), 40 if bench.tiny else TOKENS
+    words = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    rows = []
+    for number in range(2 * bench.rows):
+        asked, said = (tokenizer.decode(draw.choices(words, k=length)) for length in (PROMPT, tokens))
+        made = len(tokenizer(said, add_special_tokens=False)["input_ids"])
+        rows.append({"benchmark": "random", "id": f"{number:06d}", "prompt": asked, "text": said, "tokens": made})
+        rows[-1] |= {"finish_reason": "length", "correct": None}  # it ran out of tokens
+    settings = {"model": "random tokens", "seed": 0, "tokens": tokens, "prompt": PROMPT}
+    choice, total = {"finished_only": False, "correct_only": False}, sum(row["tokens"] for row in rows)
+    write_rollouts(out / "rollouts", rows, rows, settings, choice, time.monotonic() - started, total)
+    scoring = Scoring(score_batch=4)
+    score_rollouts(scoring, teacher, out / "rollouts", out / "scores", lambda _: RandomTeacher(len(tokenizer), 0))
+    return round(time.monotonic() - started, 2)
+
+
+class RandomTeacher(nn.Module):
+    """What opd_score asks of a model: a decoder and a head, here noise of a small width."""
+
+    def __init__(self, vocabulary: int, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+        self.head = nn.Linear(NOISE_WIDTH, min(vocabulary, NOISE_TOKENS), bias=False)
+        self.head.weight.data.normal_(generator=self.generator)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.head
+
+    get_output_embeddings = get_input_embeddings
+
+    def get_decoder(self) -> Any:
+        return self.hidden
+
+    def hidden(self, input_ids: Tensor, **_: Any) -> tuple[Tensor]:
+        return (torch.randn(*input_ids.shape, NOISE_WIDTH, generator=self.generator),)
+
+
+def give_tokenizer(teacher: Path) -> None:
+    """razor-tiny's tokenizer for a checkpoint that has none."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if not (teacher / name).exists() and (RAZOR / name).exists():
+            shutil.copyfile(RAZOR / name, teacher / name)
 
 
 # ---------------------------------------------------------------- quantize
@@ -183,7 +228,7 @@ def quantize_part(bench: Bench) -> dict[str, Any]:
     for name in ("one", "all"):
         found["calibrated"][name] = quantized(bench, source, f"gptq-{name}", runs[name], 4, "gptq", *calibration)
     outputs = [bench.work / name for name in runs]
-    found["data_free"]["same_bytes"] = all(same_files(outputs[0], other) for other in outputs[1:])
+    found["data_free"]["same_bytes"] = same_files(*outputs)
     found["calibrated"]["same_bytes"] = same_files(bench.work / "gptq-one", bench.work / "gptq-all")
     if not found["calibrated"]["same_bytes"]:  # does one GPU repeat itself?
         quantized(bench, source, "gptq-again", bench.one, 4, "gptq", *calibration)
@@ -226,20 +271,16 @@ def distill_part(bench: Bench) -> dict[str, Any]:
     bench.run(*command, "--smoke", **base, WORK=str(bench.work / "opd"), PROCESSES=many)
     one = bench.work / "one"
     bench.run(*command, **base, WORK=str(one), TAG="one", PROCESSES="1")
-    found: dict[str, Any] = {"smoke": smoke_facts(bench.work / "opd-smoke/distill/smoke.json")}
     same = {"STUDENT": str(one / "student"), "CACHE": str(one / "teacher")}
     for tag, processes in (("again", "1"), ("many", many)):
         (bench.work / tag / "kl").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(one / "kl/before.json", bench.work / tag / "kl/before.json")
         bench.run(*command, **base, **same, WORK=str(bench.work / tag), TAG=tag, PROCESSES=processes)
+    metrics = read_result(bench.work / "opd-smoke/distill/smoke.json", "distill")["metrics"]
+    kl = {f"kl_{state}": metrics[f"kl_{state}"]["mean"] for state in ("before", "after")}
+    found: dict[str, Any] = {"smoke": kl | {"train": metrics["phases"]["opd_train"]}}
     base["TEACHER"] = Path(base["TEACHER"]).name
     return found | {"settings": base, "seconds": round(time.monotonic() - started, 1)} | compared(bench)
-
-
-def smoke_facts(record: Path) -> dict[str, Any]:
-    metrics = read_result(record, "distill")["metrics"]
-    return {"kl_before": metrics["kl_before"]["mean"], "kl_after": metrics["kl_after"]["mean"],
-            "train": metrics["phases"]["opd_train"]}  # fmt: skip
 
 
 def compared(bench: Bench) -> dict[str, Any]:
@@ -309,15 +350,16 @@ def trained(bench: Bench, shape: str, layers: int, keep: bool = False) -> dict[s
         for path in (teacher, student, data):  # of a run that was killed
             shutil.rmtree(path, ignore_errors=True)
         found["synthetic_seconds"] = synthetic(bench, teacher, layers, shape)
-        tokens = 40 if bench.tiny else TOKENS
-        rollouts = ["--teacher", teacher, "--out", data, "--rollouts", 2 * bench.rows, "--tokens", tokens]
-        making = bench.start("src/distill/synthetic_rollouts.py", *rollouts, CUDA_VISIBLE_DEVICES="")
         paths = ["--model", teacher, "--out", student, "--devices", bench.devices(1 if bench.tiny else 4), "--shard-gib", 2]
-        found["quantize_seconds"] = bench.run("src/quant/quant_save.py", *paths, *RECIPE)
-        bench.finish(making)
+        with ThreadPoolExecutor(1) as pool:
+            making = pool.submit(random_rollouts, bench, teacher, data)
+            found["quantize_seconds"] = bench.run("src/quant/quant_save.py", *paths, *RECIPE)
+            making.result()
     found["parameters"] = sum(info.numel for info in Checkpoint(student).tensors.values())
-    found |= fitted(bench, student, teacher, data, out, ["--base", "teacher"])
-    found["predicted_gpu_gb"] = predicted(bench, shape, layers, found["parameters"])
+    found |= fitted(bench, student, teacher, data, out)
+    needs = budget(student, gpus=bench.processes, rank=RANK, rows=bench.rows, micro_rows=1, tokens=TOKENS)["gpu"]
+    parts = {name: round(size / 1e9, 2) for name, size in needs.items()}
+    found["predicted_gpu_gb"] = parts | {"total": round(sum(parts.values()), 2)}
     shutil.rmtree(teacher)
     shutil.rmtree(out)
     if not keep:
@@ -326,23 +368,15 @@ def trained(bench: Bench, shape: str, layers: int, keep: bool = False) -> dict[s
 
 
 def fitted(
-    bench: Bench, student: Path, teacher: Path, data: Path, out: Path, more: Sequence[object], steps: int = STEPS
+    bench: Bench, student: Path, teacher: Path, data: Path, out: Path, base: str = "teacher", steps: int = STEPS
 ) -> dict[str, Any]:
     """Phase C by all processes: seconds in all, its own account, the losses."""
     paths = ["--student", student, "--teacher", teacher, "--rollouts", data / "rollouts", "--scores", data / "scores"]
     size = ["--steps", steps, "--rows", bench.rows, "--micro-rows", 1, "--rank", RANK, "--save-every", steps, "--warmup", 0]
-    total = bench.run("src/distill/opd_train_fsdp.py", *paths, "--out", out, *size, *more, processes=bench.processes)
+    arguments = [*paths, "--out", out, *size, "--base", base]
+    total = bench.run("src/distill/opd_train_fsdp.py", *arguments, processes=bench.processes)
     train, curve = read_json(out / "phase.json"), read_json(out / ADAPTER_JSON)["curve"]
     return {"seconds": total, "train": train, "curve": curve, "steps": steps, "rows": bench.rows, "rank": RANK}
-
-
-def predicted(bench: Bench, shape: str, layers: int, parameters: int) -> dict[str, float]:
-    """What opd_budget says of a GPU's memory for the same run."""
-    own = SHAPES[shape]
-    sizes = Shape(layers, own.experts, own.top_k, own.hidden, own.inner, own.vocab, parameters, parameters)
-    plan = Plan(bench.processes, RANK, bench.rows, 1, TOKENS, STEPS, 2 * bench.rows, 32, 4e14, 2.98e12, 3e11, 1.0)
-    parts = {name: round(size / 1e9, 2) for name, size in memory(sizes, plan).items()}
-    return parts | {"total": round(sum(parts.values()), 2)}
 
 
 def fitting_layers(work: Path, shape: ModelShape) -> int:
@@ -365,10 +399,8 @@ def fit122b_part(bench: Bench) -> dict[str, Any]:
     prepare(student, dataclasses.replace(SHAPES["tiny" if bench.tiny else "122b"], layers=layers), 0)
     give_tokenizer(student)
     write_json(student / RECIPE_FILE, {"recipe": Recipe(3, 4, 128, 16).to_json()})
-    tokens = 40 if bench.tiny else TOKENS
-    rollouts = ["--teacher", student, "--out", data, "--rollouts", 2 * bench.rows, "--tokens", tokens]
-    made = bench.run("src/distill/synthetic_rollouts.py", *rollouts, CUDA_VISIBLE_DEVICES="")
-    found = fitted(bench, student, student, data, base / "adapter", ["--base", "codes"], FIT_STEPS)
+    made = random_rollouts(bench, student, data)
+    found = fitted(bench, student, student, data, base / "adapter", "codes", FIT_STEPS)
     parameters = sum(info.numel for info in Checkpoint(student).tensors.values())
     shutil.rmtree(base)
     return {"layers": layers, "parameters": parameters, "rollouts_seconds": made, **found}
@@ -391,11 +423,6 @@ def eval35b_part(bench: Bench) -> dict[str, Any]:
 
 def answers(bench: Bench, model: Path, limit: int, tokens: int, copies: bool = True) -> dict[str, Any]:
     """The same prompts by each way of using the GPUs."""
-    from backend import Sampling
-    from backend_hf import HfBackend
-    from replicas import Replicas
-    from task_list import get_benchmarks
-
     everything = parse_devices(bench.devices())
     ways: dict[str, Callable[[], Any]] = {"one": lambda: HfBackend(model, 16, parse_devices(bench.one))}
     if copies:
@@ -440,13 +467,15 @@ def vllm_part(bench: Bench) -> dict[str, Any]:
     small, large = bench.work / "razor-tiny", bench.work / "35b"
     shutil.rmtree(small, ignore_errors=True)
     sizes = [n for n in PARALLEL if n <= bench.processes]
-    write_form("qwen3_5" if bench.gpus else "qwen3_next", RAZOR, small, sizes[-1])
+    form = "src/eval/vllm_form.py"
+    named = "qwen3_5" if bench.gpus else "qwen3_next"
+    bench.run(form, "--form", named, "--model", RAZOR, "--out", small, "--key-heads", sizes[-1])
     if bench.tiny:
         large = small
     elif not (large / "preprocessor_config.json").exists():
         shutil.rmtree(large, ignore_errors=True)
         synthetic(bench, large, bench.layers, "35b")
-        write_form("qwen3_5", large, large)
+        bench.run(form, "--model", large, "--in-place")
     forced = {n: bench.work / f"forced-{n}.json" for n in sizes}
     for round_ in placed([n for n in sizes if not forced[n].exists()], Checkpoint(large).bytes, bench.gpus):
         measured_in_turn(bench, [(*forced_command(bench, large, n, forced[n]), gpus) for n, gpus in round_])
@@ -557,7 +586,7 @@ def same_tokens(one: Sequence[str], two: Sequence[str]) -> dict[str, int]:
     """Of pairs of texts of token ids: how many tokens are equal up to the first that differs, of how many; first tokens and
     whole texts."""
     pairs = [(a.split(), b.split()) for a, b in zip(one, two, strict=True)]
-    prefix = sum(common_prefix(a, b) for a, b in pairs)
+    prefix = sum(len(os.path.commonprefix(pair)) for pair in pairs)
     return {
         "same_tokens": prefix, "tokens": sum(len(a) for a, _ in pairs), "answers": len(pairs),
         "equal_first_tokens": sum(a[:1] == b[:1] for a, b in pairs), "equal_answers": sum(a == b for a, b in pairs),
@@ -570,57 +599,28 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def headline(part: str, metrics: dict[str, Any]) -> str:
-    """One line of a part's record."""
-    if part == "quantize":
-        free = metrics["data_free"]
-        same = free["same_bytes"] and metrics["calibrated"]["same_bytes"]
-        return f"same bytes: {same}; GB/s {', '.join(str(free[name]['gb_per_second']) for name in ('one', 'all', 'all_twice'))}"
-    if part == "distill":
-        equal = {tag: found["equal_steps"] for tag, found in metrics["apart"].items()}
-        return f"KL after {metrics['kl_after']}, equal steps {equal}, {metrics['speedup']:.2f} times as fast"
-    if part in ("train35b", "fit122b"):
-        return f"{metrics['layers']} layers, {metrics['train']['median_step_seconds']} s a step, {metrics['train']['ranks']}"
-    if part == "train122b":
-        return f"{metrics['mib_a_layer']:.0f} MiB a layer and process; fit: {metrics.get('layers_that_fit')}"
-    if part == "vllm":
-        equal = [f"{m['equal_answers']} of {m['answers']}" for m in metrics["questions"].values()]
-        rates = [f"{n} {max(m['decode_tokens_per_s'] for m in made['eval_speed']['vllm'].values()):.0f} tokens/s, "
-                 f"{made['same_tokens']} of {made['tokens']} tokens" for n, made in metrics["forced"].items()]  # fmt: skip
-        return f"equal answers {', '.join(equal)}; {'; '.join(rates)}"
-    return ", ".join(f"{way} {m['tokens_per_second']} tokens/s" for way, m in metrics.items())
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--part", choices=PARTS, required=True, help="what to measure")
-    parser.add_argument("--work", type=Path, required=True, help="large files; for the 35B 140 GB, in memory best (/dev/shm)")
-    parser.add_argument("--records", type=Path, required=True, help="directory of multi_gpu_PART.json")
-    gpus = torch.cuda.device_count()
-    parser.add_argument("--processes", type=int, default=max(2, gpus), help="GPUs (default: all), or CPU processes")
-    parser.add_argument("--vllm-python", default=sys.executable, help="an interpreter that has vLLM, where it stands apart")
-    parser.add_argument("--layers", type=int, default=40, help="of the 35B in part vllm: with 20 all its engines fit at once")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a test")
-    args = parser.parse_args()
-    if args.processes < 2 or gpus and args.processes > gpus:
-        raise UserError(f"--processes {args.processes}: several, and not more than there are GPUs ({gpus})")
-    path = args.records / f"multi_gpu_{args.part}.json"
+    bench, _ = parse_settings(Bench, __doc__)
+    if bench.part not in PARTS:
+        raise UserError(f"--part {bench.part}: expected one of {', '.join(PARTS)}")
+    gpus, work = torch.cuda.device_count(), bench.work.resolve() / bench.part
+    processes = bench.processes or max(2, gpus)
+    if processes < 2 or gpus and processes > gpus:
+        raise UserError(f"--processes {processes}: several, and not more than there are GPUs ({gpus})")
+    bench = dataclasses.replace(bench, work=work, processes=processes, gpus=processes if gpus else 0)
+    path, started = bench.records / f"multi_gpu_{bench.part}.json", time.time()
     if path.exists():
         print(f"{path}: done before", flush=True)
         return
-    work, started = args.work.resolve() / args.part, time.time()
-    bench = Bench(
-        work, args.records, args.part, args.processes, args.processes if gpus else 0, args.tiny, args.vllm_python, args.layers
-    )
     work.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     try:
-        metrics = PARTS[args.part](bench)
+        metrics = PARTS[bench.part](bench)
     finally:
         bench.stop()
-    extra = {"gpus": bench.gpus, "processes": bench.processes}
-    write_result(path, kind="bench", tag=f"multi_gpu_{args.part}", started=started, metrics=metrics, extra=extra)
-    print(f"{args.part}: {headline(args.part, metrics)}; {time.time() - started:.0f} s; {path}", flush=True)
+    extra = {"gpus": bench.gpus, "processes": processes}
+    write_result(path, kind="bench", tag=path.stem, started=started, metrics=metrics, extra=extra)
+    print(f"{bench.part}: {time.time() - started:.0f} s; {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""The floors of the house and the index of its modules, docs/MODULES.md: python src/eval/page_house.py [--check]
+
+FLOORS is the one table of where a module stands. Imports go down only, and src/quant <- src/eval <- src/distill;
+tests/test_house.py holds the rules, and this command writes the index from the table and the first line of each docstring.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+
+from console import UserError, atomic_path, run_cli
+
+REPO = Path(__file__).resolve().parents[2]
+DOCUMENT = REPO / "docs" / "MODULES.md"
+MEASURING = ("speed_", "study_", "tiny_", "page_")  # what no product module imports
+FLOORS = {  # by folder, from the lowest floor up; a module imports from its own floor and from below
+    "quant": {
+        "ground": "",
+    },
+    "eval": {},
+    "distill": {},
+}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of src by its name."""
+    return {file.stem: file for file in sorted((REPO / "src").glob("*/*.py"))}
+
+
+def floors() -> dict[str, tuple[int, int, str]]:
+    """By module: (number of its folder, number of its floor in it, name of the floor)."""
+    found: dict[str, tuple[int, int, str]] = {}
+    for folder_number, folder in enumerate(FLOORS.values()):
+        for number, (floor, names) in enumerate(folder.items()):
+            for name in names.split():
+                if name in found:
+                    raise UserError(f"FLOORS: {name} stands on two floors")
+                found[name] = (folder_number, number, floor)
+    return found
+
+
+def first_line(file: Path) -> str:
+    """The first line of a module's docstring, without the command that some of them end in."""
+    text = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0]
+    return text.split(": python src/")[0].split(": bash pipelines/")[0].rstrip(":.") + "."
+
+
+def index() -> str:
+    """docs/MODULES.md."""
+    known, files = floors(), modules()
+    if missing := sorted(files.keys() - known.keys()):
+        raise UserError(f"FLOORS: {', '.join(missing)}: on no floor")
+    if gone := sorted(known.keys() - files.keys()):
+        raise UserError(f"FLOORS: {', '.join(gone)}: no such module")
+    lines = [
+        "# Modules",
+        "",
+        "Written by `python src/eval/page_house.py` from its table of floors and the first line of each module. Imports go down only:",
+        "`src/quant` <- `src/eval` <- `src/distill`, and inside a folder from its last floor here to its first. `speed_*`, `study_*`,",
+        "`tiny_*` and `page_*` measure, train toys and write pages; no product module imports them. `tests/test_house.py` holds the rules.",
+        "",
+    ]
+    for folder, stories in FLOORS.items():
+        count = sum(len(names.split()) for names in stories.values())
+        lines += [f"## src/{folder}: {count} modules", "", "| floor | module | what it is |", "| --- | --- | --- |"]
+        for floor, names in stories.items():
+            for name in names.split():
+                lines.append(f"| {floor} | [{name}](../src/{folder}/{name}.py) | {first_line(files[name])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="fail where docs/MODULES.md is another")
+    args = parser.parse_args()
+    made = index()
+    if args.check:
+        same = DOCUMENT.exists() and DOCUMENT.read_text(encoding="utf-8") == made
+        print(f"{DOCUMENT.name}: {'current' if same else 'old; run python src/eval/page_house.py'}", flush=True)
+        return int(not same)
+    with atomic_path(DOCUMENT) as temporary:
+        temporary.write_text(made, encoding="utf-8")
+    print(f"wrote {DOCUMENT.relative_to(REPO)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,355 @@
+"""An evaluation from its options to its record: plan it, generate what its log lacks, grade, keep log and clock, write.
+
+Not a command: vllm_eval8 and mm_eval read top to bottom in its steps; regrade and opd_gen grade by it. `--dry-run` stops after
+the plan, which reads headers, configs/eval.env, a log that an earlier run left and the records in results/eval; it loads no
+model, downloads nothing and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from backend import Backend, Completion, Sampling
+from checkpoint import Checkpoint
+from console import UserError, progress
+from eval_settings import EvalSettings, check_sampling, eval_records, gate_axis, gate_text, load_settings
+from graders import GRADER_VERSION, opens_thinking, split_thinking
+from intervals import clustered_interval
+from pictures import pictures_of
+from recipe import recipe_record
+from records import data_entry, describe_model, sha256_json, sha256_text, write_result
+from sample_log import SampleLog, WorkClock, find_log, packed_path, read_log, sample_key
+from size_model import RESULTS, Rates, duration, machine, records_of
+from task import Benchmark, HubBenchmark
+from task_text import Item
+
+BUDGETS = {"32k": 32_768, "64k": 65_536, "80k": 81_920}
+FLUSH_ROWS, FLUSH_SECONDS = 64, 30.0  # finished samples that a kill may cost; programs are graded many at a time
+SAMPLE_STEP = 1_000_003  # seeds of the samples of an item lie this far apart
+
+
+# ---- the plan ----
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, benchmarks: str, backends: str, batch: int) -> None:
+    """The options of every evaluation; the last three arguments are what text and pictures differ in."""
+    parser.add_argument("--tag", required=True, help="name of the run: results/eval/TAG.json")
+    parser.add_argument("--benchmarks", default=benchmarks, help="comma-separated names")
+    parser.add_argument("--backend", default="auto", help=backends)
+    parser.add_argument("--budget", default="32k", choices=list(BUDGETS), help="tokens a sample may generate; 80k for contests")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each item (small sets); the interval is by item")
+    parser.add_argument("--limit", type=int, help="first N items of each benchmark")
+    parser.add_argument("--data-dir", type=Path, help="read the benchmarks' rows from files here")
+    parser.add_argument("--out", type=Path, default=Path("results/eval"))
+    parser.add_argument("--family", help="family of configs/eval.env (default: by the model's shape); none for no family")
+    parser.add_argument("--temperature", type=float, help="instead of the vendor's; 0 is greedy")
+    parser.add_argument("--top-p", type=float, help="instead of the vendor's")
+    parser.add_argument("--top-k", type=int, help="instead of the vendor's; 0 is off")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch", type=int, default=batch, help="prompts at once with --backend hf; a GPU takes many")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads the model over")
+    parser.add_argument("--force", action="store_true", help="run again and replace an earlier result of this tag")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with items, tokens and times, and write nothing")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    if not args.tag or any(not (c.isalnum() or c in "._-") for c in args.tag) or args.tag.startswith("."):
+        raise UserError(f"--tag {args.tag!r}: use letters, digits, '.', '_' and '-'")
+    for name in ("limit", "samples", "batch", "tensor_parallel", "parallel"):
+        value = getattr(args, name, None)  # mm_eval has no server
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    result = args.out / f"{args.tag}.json"
+    if result.exists() and not args.force:
+        raise UserError(f"{result}: exists; give another --tag, or --force to run again and replace it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """``source``: where the sampling stands; ``path``: how the record names the model."""
+
+    args: argparse.Namespace
+    rules: EvalSettings
+    backend: str
+    path: str
+    family: str | None
+    sampling: Sampling
+    source: str
+
+    def settings(self, model: dict[str, Any]) -> dict[str, Any]:
+        """The first line of the log, which every sample of it shares. ``model``: the record's entry of the model."""
+        args = self.args
+        found = {"model": model["path"], "weights_sha256": model["weights_sha256"], "backend": self.backend}
+        found |= {"sampling": self.sampling.to_json(), "limit": args.limit, "samples": args.samples, "grader": GRADER_VERSION}
+        return found | ({"server_args": args.server_args} if getattr(args, "server_args", None) else {})
+
+
+def make_plan(args: argparse.Namespace, backend: str, path: str, config: dict[str, Any]) -> Plan:
+    """Family and sampling of a run, printed. ``config``: config.json of the model or what stands for it."""
+    rules = load_settings()
+    family = rules.check_family(args.family) if args.family else rules.family_of(config)
+    sampling, source = choose_sampling(args, rules, family, config)
+    print(f"{path}: family {family or 'unknown'}, {backend}; {sampling} ({source})", flush=True)
+    return Plan(args, rules, backend, path, family, sampling, source)
+
+
+def choose_sampling(args: argparse.Namespace, settings: EvalSettings, family: str | None, config: dict) -> tuple[Sampling, str]:
+    """(sampling, where each of its parts comes from): the vendor's, then what the command line says."""
+    vendor, source = settings.sampling_for(family, config)
+    given = {key: getattr(args, key) for key in ("temperature", "top_p", "top_k") if getattr(args, key) is not None}
+    if given:
+        source = f"command line ({', '.join(given)}), else {source}"
+    sampling = Sampling(**{**vendor, **given}, seed=args.seed, max_tokens=BUDGETS[args.budget])
+    check_sampling(sampling, "sampling")
+    if args.samples > 1 and sampling.temperature == 0:
+        raise UserError(f"--samples {args.samples}: greedy decoding answers alike each time; give --temperature, or one sample")
+    return sampling, source
+
+
+def counted(benchmark: Benchmark, limit: int | None) -> int | None:
+    """Items of a benchmark that are at hand; None for one that would have to be downloaded to be counted."""
+    if isinstance(benchmark, HubBenchmark) and benchmark.data_dir is None:
+        return limit
+    return len(benchmark.load(limit))
+
+
+def usual_tokens(results: Path, name: str) -> float | None:
+    """Median of the mean number of tokens of an answer over the recorded evaluations; None without one."""
+    found = [record["metrics"][name]["mean_tokens"] for _, record in records_of(results, "eval") if name in record["metrics"]]
+    return statistics.median(found) if found else None
+
+
+def token_rates(results: Path, backend: str) -> Rates:
+    """The best recorded tokens a second of each machine with this backend."""
+    found: Rates = {}
+    for file, record in records_of(results, "eval"):
+        if record["sampling"].get("backend") == backend and record["seconds"] > 0:
+            answers = record["metrics"].values()
+            tokens = sum(m["n"] * m.get("samples", 1) * m["mean_tokens"] for m in answers)
+            entry = (tokens / record["seconds"], file)
+            found[machine(record)] = max(found.get(machine(record), entry), entry)
+    return found
+
+
+def answered(log: Path) -> dict[str, int]:
+    """Samples of each benchmark that an unfinished run of the tag has left in its log, whose last line may be torn."""
+    found: dict[str, int] = {}
+    for benchmark, _, _ in {sample_key(row) for row in read_log(log)[0][1:]} if log.exists() else ():
+        found[benchmark] = found.get(benchmark, 0) + 1
+    return found
+
+
+def plan_text(plan: Plan, benchmarks: Sequence[Benchmark]) -> str:
+    """Items, tokens and time of each benchmark; times at the recorded rates of the same backend."""
+    args, log = plan.args, plan.args.out / f"{plan.args.tag}.samples.jsonl"
+    done, total, known = answered(log), 0.0, True
+    lines = [f"{'benchmark':<16}{'items':>8}{'samples':>9}{'in the log':>12}{'tokens each, as recorded':>26}{'at most':>9}"]
+    for benchmark in benchmarks:
+        count, tokens = counted(benchmark, args.limit), usual_tokens(RESULTS, benchmark.name)
+        most = min(plan.sampling.max_tokens, benchmark.max_tokens or plan.sampling.max_tokens)
+        if count is None or tokens is None:
+            known = False
+        else:
+            total += max(0, count * args.samples - done.get(benchmark.name, 0)) * tokens
+        items = "?" if count is None else f"{count:,}"
+        each = "no record" if tokens is None else f"{tokens:.0f}"
+        lines.append(f"{benchmark.name:<16}{items:>8}{args.samples:>9}{done.get(benchmark.name, 0):>12,}{each:>26}{most:>9,}")
+    if not known:
+        lines.append("?: known after the download. Without a record of its tokens a benchmark's time is not estimated.")
+    without = "" if known else " without those"
+    lines.append(f"about {total:,.0f} tokens{without}, at recorded rates of this backend:")
+    rates = token_rates(RESULTS, plan.backend)
+    for name, (rate, file) in sorted(rates.items()):
+        lines.append(f"  {duration(total / rate):>8}  {name} ({rate:,.0f} tokens/s, {file})")
+    if not rates:
+        lines.append(f"  no recorded rate of {plan.backend}; the run shows its own after a few seconds")
+    return "\n".join([*lines, f"writes {log} and {args.tag}.json", "dry run: nothing was written"])
+
+
+# ---- samples and their grades ----
+
+
+def extract_answer(benchmark: Benchmark, item: Item, text: str, finish_reason: str, opened: bool = True) -> str | None:
+    """The answer in a completion; None when it ran out of tokens or never ended its thinking, whatever it contains.
+    ``opened``: the prompt ended inside a thought."""
+    _, answer = split_thinking(text, opened)
+    return benchmark.extract(item, answer) if finish_reason == "stop" and answer is not None else None
+
+
+def graded_rows(
+    benchmark: Benchmark, items: Sequence[Item], prompts: Sequence[str], completions: Sequence[Completion], sample: int = 0
+) -> list[dict[str, Any]]:
+    """Log rows of finished samples, graded."""
+    pairs = list(zip(items, completions, strict=True))
+    opened = [opens_thinking(prompt) for prompt in prompts]
+    extracted = [
+        extract_answer(benchmark, item, done.text, done.finish_reason, inside)
+        for (item, done), inside in zip(pairs, opened, strict=True)
+    ]
+    verdicts = benchmark.grade_all(items, extracted)
+    rows = zip(items, prompts, opened, completions, extracted, verdicts, strict=True)
+    return [
+        {
+            "benchmark": benchmark.name,
+            "id": item.id,
+            "sample": sample,
+            "messages_sha256": sha256_json(benchmark.messages(item)),
+            "prompt_sha256": sha256_text(prompt),
+            "prompt_ids_sha256": completion.prompt_ids_sha256,
+            "prompt_opens_thinking": inside,
+            "prompt_tokens": completion.prompt_tokens,
+            "tokens": completion.tokens,
+            "finish_reason": completion.finish_reason,
+            "text": completion.text,
+            "extracted": answer,
+            "gold": item.gold,
+            "correct": bool(verdict),
+            "grader": GRADER_VERSION,
+        }
+        for item, prompt, inside, completion, answer, verdict in rows
+    ]
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of one benchmark from its log rows: the mean over items of the share of right answers, and its interval."""
+    verdicts: dict[str, list[bool]] = {}
+    for row in rows:
+        verdicts.setdefault(row["id"], []).append(row["correct"])
+    samples, correct = len(rows) // len(verdicts), sum(row["correct"] for row in rows)
+    finished = [row for row in rows if row["finish_reason"] == "stop"]
+    low, high = clustered_interval([sum(own) / samples for own in verdicts.values()], samples)
+    return {
+        "n": len(verdicts),
+        "samples": samples,
+        "correct": correct,
+        "acc": correct / len(rows),
+        "acc_low": low,
+        "acc_high": high,
+        "acc_finished": sum(row["correct"] for row in finished) / len(finished) if finished else 0.0,
+        "trunc": (len(rows) - len(finished)) / len(rows),
+        "no_answer": sum(row["extracted"] is None for row in finished) / len(rows),
+        "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
+        "max_tokens": max(row["tokens"] for row in rows),
+    }
+
+
+def benchmark_metrics(benchmark: Benchmark, items: Sequence[Item], rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What every benchmark reports, and what this one adds (strata, an official aggregate)."""
+    return summarize(rows) | benchmark.aggregate(items, rows)
+
+
+class Runner:
+    """Generates and grades what a log lacks, and keeps the log and the clock of the work together."""
+
+    def __init__(self, backend: Backend, sampling: Sampling, samples: int, log: SampleLog, clock: WorkClock) -> None:
+        self.backend, self.sampling, self.samples, self.log, self.clock = backend, sampling, samples, log, clock
+
+    def run(self, benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
+        """Metrics of all items of one benchmark."""
+        prompts = [self.backend.render(benchmark.messages(item)) for item in items]
+        keys = [(benchmark.name, item.id, sample) for sample in range(self.samples) for item in items]
+        with progress(len(keys), benchmark.name, "sample") as bar:
+            bar.update(sum(key in self.log.done for key in keys))
+            for sample in range(self.samples):
+                self._one_sample_each(benchmark, items, prompts, sample, bar)
+        return benchmark_metrics(benchmark, items, [self.log.done[key] for key in keys])
+
+    def _one_sample_each(
+        self, benchmark: Benchmark, items: Sequence[Item], prompts: Sequence[str], sample: int, bar: Any
+    ) -> None:
+        missing = [i for i, item in enumerate(items) if (benchmark.name, item.id, sample) not in self.log.done]
+        if not missing:  # a resumed run; a tokenizer refuses an empty list
+            return
+        limit = min(self.sampling.max_tokens, benchmark.max_tokens or self.sampling.max_tokens)
+        own = dataclasses.replace(self.sampling, seed=self.sampling.seed + SAMPLE_STEP * sample, max_tokens=limit)
+        pending: list[tuple[int, Completion]] = []
+        flushed = time.monotonic()
+
+        def flush() -> None:
+            chosen = [missing[index] for index, _ in pending]
+            done = [completion for _, completion in pending]
+            own_items, own_prompts = [items[i] for i in chosen], [prompts[i] for i in chosen]
+            self.log.append(graded_rows(benchmark, own_items, own_prompts, done, sample))
+            self.clock.save()
+            pending.clear()
+
+        try:
+            for index, completion in self.backend.generate([prompts[i] for i in missing], own):
+                pending.append((index, completion))
+                bar.update()
+                if len(pending) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS:
+                    flush()
+                    flushed = time.monotonic()
+        finally:  # what is finished stays finished when a server dies
+            flush()
+
+
+def table(metrics: dict[str, dict[str, Any]], gates: dict[str, str]) -> str:
+    head = f"{'benchmark':<14}{'n':>6}{'acc':>8}  {'95 % interval':<16}{'finished':>9}{'trunc':>8}{'tokens':>8}"
+    lines = [head + ("  gate" if gates else "")]
+    for name, m in metrics.items():
+        interval = f"{100 * m['acc_low']:.1f} - {100 * m['acc_high']:.1f}"
+        count = f"{m['n']}x{m['samples']}" if m.get("samples", 1) > 1 else str(m["n"])
+        lines.append(
+            f"{name:<14}{count:>6}{100 * m['acc']:>7.1f}%  {interval:<16}{100 * m['acc_finished']:>8.1f}%"
+            f"{100 * m['trunc']:>7.1f}%{m['mean_tokens']:>8.0f}  {gates.get(name, '')}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """The record's entry of a model that was evaluated: describe_model and the digest of its weights."""
+    return describe_model(path) | {"weights_sha256": Checkpoint(path).sha256()}
+
+
+def item_record(benchmark: Benchmark, item: Item) -> list[Any]:
+    """What a record's digest of the data covers: question, gold and every picture."""
+    pictures = pictures_of(benchmark.messages(item))
+    return [item.id, item.question, item.gold, *([pictures] if pictures else [])]
+
+
+def benchmark_data(benchmark: Benchmark, items: Sequence[Item]) -> dict[str, Any]:
+    """The record's entry of the items of one benchmark."""
+    return data_entry(benchmark.name, benchmark.revision, [item_record(benchmark, item) for item in items])
+
+
+def evaluate(loaded: Iterable[tuple[Benchmark, Sequence[Item]]], runner: Runner) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(metrics, data entries) of benchmarks with their items; one is read when it is its turn."""
+    metrics, data = {}, []
+    for benchmark, items in loaded:
+        metrics[benchmark.name] = runner.run(benchmark, items)
+        data.append(benchmark_data(benchmark, items))
+    return metrics, data
+
+
+def start_log(args: argparse.Namespace, settings: dict[str, Any]) -> tuple[SampleLog, WorkClock]:
+    """The sample log and the clock of this tag; --force begins both anew."""
+    log_path, clock_path = args.out / f"{args.tag}.samples.jsonl", args.out / f".{args.tag}.clock"
+    if args.force:
+        for path in (log_path, packed_path(log_path), clock_path, args.out / f"{args.tag}.json"):
+            path.unlink(missing_ok=True)
+    elif not find_log(log_path).exists():
+        clock_path.unlink(missing_ok=True)
+    return SampleLog(log_path, settings), WorkClock(clock_path)
+
+
+def finish(
+    plan: Plan, model: dict[str, Any], runner: Runner, metrics: dict[str, Any], data: Sequence[dict[str, Any]], **extra: Any
+) -> None:
+    """Write the record, and print the table with the gate of every axis. ``model``: its entry in the record."""
+    args, log, clock = plan.args, runner.log, runner.clock
+    record = write_result(
+        args.out / f"{args.tag}.json", kind="eval", tag=args.tag, started=clock.started, seconds=clock.seconds,
+        model=model | {"family": plan.family}, recipe=recipe_record(args.model), data=data, metrics=metrics,
+        sampling=plan.sampling.to_json() | {"budget": args.budget, "backend": plan.backend, "source": plan.source},
+        extra={"samples": log.path.name, "settings_sha256": sha256_json(plan.settings(model)), "parts": clock.parts, **extra},
+    )  # fmt: skip
+    clock.remove()
+    others = eval_records(args.out)
+    print(table(metrics, {axis: gate_text(gate_axis(record, axis, plan.rules, others)) for axis in metrics}), flush=True)

@@ -1,0 +1,350 @@
+"""What a GGUF is made of, its tensors and their types, and the file as it is written.
+
+Not a command; gguf_pack, gguf_reference and the plans of sizes use it. `plan_pack(checkpoint, "iq3_xxs", patterns, "ldlq")`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from calibration import Calibration, layer_bytes
+from checkpoint import Checkpoint
+from console import UserError, explained, file_sha256
+from families import Role, roles_of
+from ggml_codecs import CastCodec, decode_rows, encode
+from ggml_types import row_bytes
+from gguf_format import Entry, GgufWriter, make_header, padded, run_converter, tensor_bytes
+from gguf_layout import (
+    NEED_IMPORTANCE,
+    Piece,
+    file_type,
+    pieces_of,
+    read_parameter,
+    read_patterns,
+    to_gguf,
+    type_named,
+    types_of,
+)
+from recipe import LINEAR_ROLES, Job
+from records import header_sha256
+from round_ggml import DAMPING, METHODS, Encoded, is_quantized
+from settings import setting
+from size_model import BASE_BYTES, RESULTS, recorded_rates, times
+
+HEADER = "header.bin"  # what make_header writes
+
+
+@dataclasses.dataclass(frozen=True)
+class TypeSettings:
+    """Which type each tensor of a GGUF gets."""
+
+    base_type: str = setting(help="type of what `TENSOR_TYPES` does not name: the routed experts")
+    tensor_types: Path | None = setting(None, "file of `PATTERN=TYPE` lines; empty: all matrices get `BASE_TYPE`")
+
+    @property
+    def base(self) -> str:
+        return type_named(self.base_type, "--base-type")
+
+    def patterns(self) -> list[tuple[str, str]]:
+        return read_patterns(self.tensor_types) if self.tensor_types else []
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeSettings:
+    """How large a GGUF may be."""
+
+    target_gib: float | None = setting(None, "above 0: types chosen by measured sensitivity, the file at most this large")
+
+
+class Blocks:
+    """Parameters that are packed already, in the file that merge_adapter writes: uint8 [E, O, row bytes] by parameter."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with safe_open(path, "pt") as file:
+                kind = (file.metadata() or {}).get("type", "")
+                self.shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--blocks {path}: not the ggml.safetensors of merge_adapter ({error})") from None
+        self.kind, self.sha256 = type_named(kind, f"--blocks {path}"), file_sha256(path)
+
+    def check(self, pieces: Sequence[Piece]) -> None:
+        """Raise :class:`UserError` unless every packed parameter is one of ``pieces`` in its shape."""
+        known: dict[str, tuple[int, ...]] = {}
+        for piece in pieces:
+            rows = piece.shape[-2] * (1 if piece.half is None else 2) if len(piece.shape) > 1 else 0
+            known[piece.parameter] = (*piece.shape[:-2], rows, piece.shape[-1])
+        for name, shape in self.shapes.items():
+            own = known.get(name)
+            if own is None or (*own[:-1], row_bytes(self.kind, own[-1])) != shape:
+                raise UserError(f"--blocks {self.path}: {name} {list(shape)} does not fit the checkpoint; pack its own one")
+
+    def data(self, piece: Piece) -> Tensor:
+        """The bytes of a piece."""
+        with safe_open(self.path, "pt") as file:
+            whole = file.get_tensor(piece.parameter)
+        return (whole if piece.half is None else whole.chunk(2, -2)[piece.half == "up"]).contiguous()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """What is made of a checkpoint: the pieces of the file in order, their types, and how they are rounded."""
+
+    checkpoint: Checkpoint
+    base: str
+    method: str
+    pieces: Sequence[Piece]
+    types: Mapping[str, str]
+    calibration: Calibration | None = None
+    importance: Mapping[str, Entry] | None = None
+    blocks: Blocks | None = None
+    damping: float = DAMPING
+    weights_file: Path | None = None
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.checkpoint.path.resolve().name}-{self.base.upper()}.gguf"
+
+    def bytes_of(self, piece: Piece) -> int:
+        return tensor_bytes(piece.shape, self.types[piece.name])
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(padded(self.bytes_of(piece)) for piece in self.pieces)
+
+    def recipe(self) -> dict[str, Any]:
+        more = {"damping": self.damping} if self.method == "ldlq" else {}
+        return {"format": "gguf", "base_type": self.base, "method": self.method, **more, "types": dict(self.types)}
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for an unfinished run to go on."""
+        calibration = self.calibration.settings() if self.calibration else None
+        sums = {name: float(entry.sums.sum()) for name, entry in (self.importance or {}).items()}
+        source = {"config_sha256": self.checkpoint.config_sha256, "header_sha256": header_sha256(self.checkpoint)}
+        made = {"recipe": self.recipe(), **source, "calibration": calibration, "importance": sums}
+        return made | ({"blocks": self.blocks.sha256} if self.blocks else {})
+
+    def data(self, piece: Piece, device: torch.device) -> Tensor:
+        """The bytes of a piece without calibration: those that are packed already, or its values encoded on the device."""
+        if self.blocks is not None and piece.parameter in self.blocks.shapes:
+            return self.blocks.data(piece)
+        kind, value = self.types[piece.name], to_gguf(piece, read_parameter(self.checkpoint, piece)).to(device)
+        importance = mean_square((self.importance or {}).get(piece.name), piece)
+        with explained(f"tensor {piece.name}"):
+            if not is_quantized(kind):
+                return cast(value, kind)
+            return encode(value, kind, None if importance is None else importance.to(device))
+
+    def header(self, run: Path) -> bytes:
+        """The file's header; a resumed run takes the one it began with."""
+        kept = run / "header.kept"
+        if not kept.exists():
+            make_header(
+                self.checkpoint.path, [(p.name, p.shape, self.types[p.name]) for p in self.pieces], file_type(self.base), run
+            )
+            (run / HEADER).rename(kept)
+        return kept.read_bytes()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether its method reads text: anything but the embedding gets a block type, and nothing else says how."""
+        given = self.importance is not None or self.blocks is not None
+        return not given and any(is_quantized(self.types[p.name]) and p.role is not Role.EMBEDDING for p in self.pieces)
+
+
+def plan_pack(
+    checkpoint: Checkpoint, base: str, patterns: Sequence[tuple[str, str]], method: str,
+    calibration: Calibration | None = None, importance: Mapping[str, Entry] | None = None, blocks: Blocks | None = None,
+) -> tuple[Pack, list[str]]:  # fmt: skip
+    """(the pack, notes on substituted types); raises :class:`UserError` on whatever cannot be done."""
+    if method not in METHODS:
+        raise UserError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
+    if importance is not None and method != "nearest":
+        raise UserError(f"--imatrix holds no second moments; use --method nearest, or {method} without it")
+    if checkpoint.config.get("quantization_config"):
+        raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
+    pieces = pieces_of(checkpoint)
+    types, notes = types_of({piece.name: piece.shape for piece in pieces}, base, patterns)
+    if blocks is not None:
+        if method != "nearest" or importance is not None:
+            raise UserError("--blocks holds rounded weights; the rest goes to nearest: --method nearest and no --imatrix")
+        blocks.check(pieces)
+        types |= {piece.name: blocks.kind for piece in pieces if piece.parameter in blocks.shapes}
+    pack = Pack(checkpoint, base, method, pieces, types, calibration, importance, blocks)
+    if importance is not None:
+        _check_importance(pack, importance)
+    return pack, notes
+
+
+def _check_importance(pack: Pack, importance: Mapping[str, Entry]) -> None:
+    for piece in pack.pieces:
+        entry, kind = importance.get(piece.name), pack.types[piece.name]
+        if entry is None and kind in NEED_IMPORTANCE and piece.role not in (Role.EMBEDDING, Role.LM_HEAD):
+            raise UserError(
+                f"the imatrix has no entry for {piece.name}, and {kind} needs one; compute it again from this model"
+            )
+        shape = (piece.shape[0] if len(piece.shape) == 3 else 1, piece.shape[-1])
+        if entry is not None and entry.sums.shape != shape:
+            raise UserError(
+                f"the imatrix has {list(entry.sums.shape)} for {piece.name}, not {list(shape)}; it is another model's"
+            )
+
+
+def mean_square(entry: Entry | None, piece: Piece) -> Tensor | None:
+    """Importance of a piece's inputs, [I] or [E, 1, I]; an expert without a token counts all inputs alike, as llama.cpp."""
+    if entry is None:
+        return None
+    counts = torch.from_numpy(entry.counts)[:, None]
+    mean = torch.where(counts > 0, torch.from_numpy(entry.sums) / counts.clamp_min(1e-30), 1.0)
+    return mean[:, None] if len(piece.shape) == 3 else mean[0]
+
+
+def cast(value: Tensor, kind: str) -> Tensor:
+    """The bytes of a value in f32, f16 or bf16 (encode gives the same ones in small pieces, slower)."""
+    stored = value.to(CastCodec.DTYPES[kind][0])
+    if not bool(torch.isfinite(stored).all()):
+        raise UserError(f"a weight to be written as {kind} is NaN or infinite")
+    return stored.contiguous().view(torch.uint8)
+
+
+class GgufSink:
+    """The writer of the calibrated pass (calibrated_pass.Writer): the pieces of a plan in order, those that the pass has
+    encoded and the others as the checkpoint has them. ``errors``: by piece, what the pass has found."""
+
+    def __init__(self, pack: Pack, writer: GgufWriter, bar: Any) -> None:
+        self.pack, self.writer, self.bar, self.stop = pack, writer, bar, threading.Event()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.before, *self.parts = in_parts(pack.pieces)
+        self.errors: dict[str, list[float]] = dict(writer.facts.get("errors", {}))
+        self.embedded: dict[str, Tensor] = {}  # what stands before the decoder, as encoded
+        self.ready = writer.done
+        bar.update(sum(map(pack.bytes_of, pack.pieces[: writer.done])))
+
+    def begin(self) -> int:
+        after, whole = len(self.before), 0
+        for part in self.parts[:-1]:
+            after += len(part)
+            whole += after <= self.ready
+        if not whole:  # killed before the first layer: encoding again gives the same bytes
+            self.embedded = {piece.name: self.pack.data(piece, self.device) for piece in self.before}
+            if self.ready < len(self.before):
+                self._append(self.before, self.embedded)
+        return whole
+
+    def embedding(self) -> dict[str, Tensor]:
+        encoded, self.embedded = self.embedded, {}
+        types = self.pack.types
+        return {p.sources[0]: decode_rows(encoded[p.name], types[p.name]).view(p.shape).cpu() for p in self.before}
+
+    def write(self, part: int, values: Mapping[str, Encoded]) -> None:
+        self.errors |= {name: value.errors for name, value in values.items()}
+        self.writer.facts = {"errors": self.errors}
+        self._append(self.parts[part], {name: value.data for name, value in values.items()})
+
+    def write_data_free(self) -> None:
+        """All pieces, without calibration."""
+        end = 0
+        for part in (self.before, *self.parts):
+            end += len(part)
+            if end > self.ready:
+                self._append(part, {})
+
+    def _append(self, pieces: Sequence[Piece], values: Mapping[str, Tensor]) -> None:
+        for piece in pieces:
+            self.writer.append(piece.name, values[piece.name] if piece.name in values else self.pack.data(piece, self.device))
+            self.bar.update(self.pack.bytes_of(piece))
+        self.writer.sync()
+
+    def complete(self) -> bool:
+        return self.ready == len(self.pack.pieces)
+
+    def relative_errors(self) -> dict[str, float]:
+        """Squared error of the outputs as a share of the squared outputs, by role."""
+        sums: dict[str, list[float]] = {}
+        for piece in self.pack.pieces:
+            if piece.name in self.errors:
+                total = sums.setdefault(str(piece.role), [0.0, 0.0])
+                for place, value in enumerate(self.errors[piece.name]):
+                    total[place] += value
+        return {role: float(f"{error / size:.4g}") if size else 0.0 for role, (error, size) in sums.items()}
+
+
+def in_parts(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """The pieces before the decoder, of each of its layers, and after it."""
+    parts: list[list[Piece]] = [[] for _ in range(pieces[-1].layer + 2)]
+    for piece in pieces:
+        parts[piece.layer + 1].append(piece)
+    return parts
+
+
+def report(pack: Pack, file_bytes: int) -> dict[str, Any]:
+    """Sizes, bits a weight and the types of each role."""
+    roles: dict[str, dict[str, Any]] = {}
+    for piece in pack.pieces:
+        entry = roles.setdefault(str(piece.role), {"tensors": 0, "parameters": 0, "bytes": 0, "types": {}})
+        entry["tensors"] += 1
+        entry["parameters"] += piece.numel
+        entry["bytes"] += pack.bytes_of(piece)
+        kinds, kind = entry["types"], pack.types[piece.name]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    parameters = sum(piece.numel for piece in pack.pieces)
+    bits = {"bits_per_weight": round(8 * file_bytes / parameters, 4)}
+    if experts := roles.get(str(Role.ROUTED_EXPERT)):
+        bits["expert_bits_per_weight"] = round(8 * experts["bytes"] / experts["parameters"], 4)
+    return {"file_bytes": file_bytes, "gib": round(file_bytes / 2**30, 6), "parameters": parameters, **bits, "roles": roles}
+
+
+def table(made: Mapping[str, Any]) -> str:
+    lines = [f"{'role':<17}{'tensors':>8}{'parameters':>17}{'bits':>8}{'MB':>11}  types"]
+    for role, entry in made["roles"].items():
+        bits = f"{8 * entry['bytes'] / entry['parameters']:.3f}"
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(entry["types"].items()))
+        lines.append(
+            f"{role:<17}{entry['tensors']:>8,}{entry['parameters']:>17,}{bits:>8}{entry['bytes'] / 1e6:>11.2f}  {kinds}"
+        )
+    size = f"{made['file_bytes'] / 1e6:,.2f} MB ({made['gib']:.3f} GiB)"
+    return "\n".join([*lines, f"{size}, {made['bits_per_weight']:.4f} bits a weight over all"])
+
+
+def write_mmproj(checkpoint: Checkpoint, directory: Path) -> str | None:
+    """The vision tower as NAME-mmproj-f16.gguf, by llama.cpp's converter; None for a model without one."""
+    roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
+    if Role.VISION not in roles.values():
+        return None
+    name = f"{checkpoint.path.resolve().name}-mmproj-f16.gguf"
+    if not (directory / name).exists():
+        temporary = directory / f".{name}"
+        run_converter("convert", checkpoint.path, "--outfile", temporary, "--outtype", "f16", "--mmproj")
+        temporary.rename(directory / name)
+    return name
+
+
+def memory_bytes(pack: Pack) -> int:
+    """What the calibrated pass has in memory at most, about."""
+    if pack.calibration is None:
+        return BASE_BYTES
+    tensors = pack.checkpoint.tensors
+    roles = roles_of({name: info.shape for name, info in tensors.items()}, pack.checkpoint.config)
+    encoded = (*LINEAR_ROLES, Role.ROUTED_EXPERT)
+    jobs = [Job(name, info, roles[name], 4 if roles[name] in encoded else None) for name, info in tensors.items()]
+    return BASE_BYTES + layer_bytes(jobs, pack.calibration)
+
+
+def pack_times(pack: Pack, method: str) -> list[str]:
+    """How long ``method`` (one of ours, or llama-quantize) would take where it was measured, as lines of text."""
+
+    def units(record: dict[str, Any]) -> float:
+        recipe = record["recipe"]
+        return record["metrics"]["parameters"] if (recipe["method"], recipe["base_type"]) == (method, pack.base) else 0
+
+    rates, amount = recorded_rates(RESULTS, "pack", units), sum(piece.numel for piece in pack.pieces)
+    return ["time, extrapolated by parameters from recorded runs:", *times(rates, amount, f"{method} at {pack.base}")]

@@ -1,0 +1,253 @@
+"""What would become of every tensor of a checkpoint: the plan that a run prints before it writes, and what it reports after.
+
+Not a command. Everything comes from headers: `plan_jobs(Checkpoint(model), recipe)`, `summarize(jobs, recipe)`, and
+`quantize_times(jobs, recipe)` from the rates in results/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration import Calibration, layer_bytes, place_of
+from checkpoint import CONSUMED, Checkpoint
+from console import UserError
+from families import Role, roles_of
+from moe_ptq import CALIBRATED, zero_point_bits
+from moe_quant import average_bits
+from packed_format import describe
+from packed_view import PACKED
+from recipe import RECIPE_FILE, Job, Recipe
+from run_dir import check_output, partial_of
+from safetensors_file import INDEX
+from settings import setting
+from size_model import BASE_BYTES, RESULTS, Rates, machine, recorded_rates, records_of, times
+
+CHUNK_BYTES = 64 << 20  # quantized at once, while the next is read and the last written
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
+MAX_SIDECAR_BYTES = 64 << 20  # the largest tokenizers are about half of it
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordSettings:
+    """Where a run of quant_save or gguf_pack is recorded, and whether it replaces what is there."""
+
+    tag: str | None = setting(None, "also record the run under this name, in `results/KIND/TAG.json`")
+    result: Path | None = setting(None, "in this file instead")
+    force: bool = setting(False, "1: replace an earlier output, and record, once the new one is complete")
+
+    def file(self, kind: str) -> Path | None:
+        """The record's file; one that exists is a :class:`UserError` without ``force``."""
+        if self.result and not self.tag:
+            raise UserError("--result and --tag go together")
+        file = self.result or (Path("results") / kind / f"{self.tag}.json" if self.tag else None)
+        if file and file.exists() and not self.force:
+            raise UserError(f"{file}: exists; give another --result, or --force to replace it")
+        return file
+
+
+@dataclasses.dataclass
+class RoleReport:
+    """What happened to the tensors of one role. ``relative_error`` is sum (w - q)**2 / sum w**2; None if copied."""
+
+    tensors: int = 0
+    parameters: int = 0
+    bits: float | None = None
+    bytes: int = 0
+    packed_bytes: int = 0
+    relative_error: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeReport:
+    """``weight_bits`` and ``stored_bits`` (with 16-bit scales) are per quantized parameter, ``overall_bits`` is the
+    packed size per parameter of the whole checkpoint, copied tensors included. ``container``: what --packed wrote."""
+
+    tensors: int
+    parameters: int
+    output_bytes: int
+    packed_bytes: int
+    weight_bits: float
+    stored_bits: float
+    overall_bits: float
+    roles: dict[str, RoleReport]
+    calibration: dict[str, Any] | None = None
+    container: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        value = dataclasses.asdict(self)
+        if self.container is None:
+            del value["container"]
+        return value
+
+
+def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
+    """A job for every tensor; raises :class:`UserError` on whatever the recipe cannot be applied to."""
+    if checkpoint.config.get("quantization_config"):
+        raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
+    roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
+    parameters = {name: place_of(name).parameter for name in checkpoint.tensors}
+    for pattern, _ in recipe.overrides:
+        if not fnmatch.filter(parameters.values(), pattern):
+            raise UserError(f"overrides: {pattern}: no parameter of {checkpoint.path} has such a name")
+    allocated = _allocated(checkpoint, recipe)
+    jobs = []
+    for name, info in checkpoint.tensors.items():
+        bits = recipe.bits_of(parameters[name], roles[name]) if info.numel else None
+        by_expert = allocated.get(name, ())
+        if by_expert:
+            bits = sum(by_expert) / len(by_expert)
+        if info.dtype.itemsize == 1 and info.dtype.is_floating_point or bits and info.dtype not in FLOATS:
+            raise UserError(f"tensor {name}: dtype {info.dtype} is already quantized; use a BF16, F16 or F32 checkpoint")
+        if bits and info.shape[-1] % recipe.group:
+            raise UserError(
+                f"tensor {name}: group {recipe.group} does not divide the last axis of shape {list(info.shape)}; "
+                f"choose a --group that divides {info.shape[-1]}"
+            )
+        if bits and bits != int(bits) and not by_expert and recipe.method not in CALIBRATED:
+            known = ", ".join(CALIBRATED)
+            raise UserError(f"tensor {name}: {bits} bits: a mix of two grids needs a calibrated method: {known}")
+        jobs.append(Job(name, info, roles[name], bits, by_expert if len(by_expert) > 1 else ()))
+    return jobs
+
+
+def _allocated(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """The bits that ``recipe.experts`` gives to each expert of a fused tensor, or to the one whose matrix a tensor is."""
+    known, found, used = dict(recipe.experts), {}, set()
+    for name, info in checkpoint.tensors.items() if known else ():
+        place = place_of(name)
+        module = place.parameter.rpartition(".")[0]
+        if module not in known:
+            continue
+        count = info.shape[0] if place.expert is None else place.expert + 1
+        if len(known[module]) < count or place.expert is None and len(known[module]) != count:
+            raise UserError(f"experts: {module}: {len(known[module])} bits, but {name} needs {count}")
+        found[name] = known[module] if place.expert is None else (known[module][place.expert],)
+        used.add(module)
+    if missing := known.keys() - used:
+        raise UserError(f"experts: {min(missing)}: no such module of experts in {checkpoint.path}")
+    return found
+
+
+def summarize(jobs: list[Job], recipe: Recipe) -> QuantizeReport:
+    """Counts, sizes and bits of a plan; the errors are still None."""
+    roles: dict[str, RoleReport] = {}
+    for job in jobs:
+        entry = roles.setdefault(job.role, RoleReport(bits=0.0 if job.bits else None))
+        entry.bits = entry.bits + job.bits * job.info.numel if job.bits and entry.bits is not None else entry.bits
+        entry.tensors += 1
+        entry.parameters += job.info.numel
+        entry.bytes += job.info.bytes
+        entry.packed_bytes += job.packed_bytes(recipe)
+    for entry in roles.values():
+        if entry.bits:
+            entry.bits = round(entry.bits / entry.parameters, 4)
+    parameters = sum(entry.parameters for entry in roles.values())
+    packed = sum(entry.packed_bytes for entry in roles.values())
+    zero = zero_point_bits(recipe.method, recipe.linear_bits)
+    quantized = [(job.info.numel, job.bits, recipe.group) for job in jobs if job.bits]
+    weight_bits, stored_bits = average_bits(quantized, 16 + zero)
+    return QuantizeReport(
+        tensors=len(jobs),
+        parameters=parameters,
+        output_bytes=sum(entry.bytes for entry in roles.values()),
+        packed_bytes=packed,
+        weight_bits=round(weight_bits, 4),
+        stored_bits=round(stored_bits, 4),
+        overall_bits=round(8 * packed / max(1, parameters), 4),
+        roles={str(role): roles[role] for role in Role if role in roles},
+    )
+
+
+def table(report: QuantizeReport) -> str:
+    """The report by role, as lines of text."""
+    lines = [f"{'role':<17}{'tensors':>8}{'parameters':>17}{'bits':>6}{'MB packed':>12}{'rel. error':>12}"]
+    for role, entry in report.roles.items():
+        bits, error = f"{entry.bits:g}" if entry.bits else "kept", entry.relative_error
+        shown = "" if error is None else f"{error:.3e}"
+        megabytes = f"{entry.packed_bytes / 1e6:.2f}"
+        lines.append(f"{role:<17}{entry.tensors:>8,}{entry.parameters:>17,}{bits:>6}{megabytes:>12}{shown:>12}")
+    lines.append(
+        f"{report.tensors:,} tensors, {report.parameters:,} parameters; {report.weight_bits:.2f} weight bits, "
+        f"{report.stored_bits:.2f} stored bits with 16-bit scales (quantized tensors), {report.overall_bits:.2f} overall"
+    )
+    lines.append(f"on disk {report.output_bytes / 1e6:,.2f} MB dequantized; {report.packed_bytes / 1e6:,.2f} MB if packed")
+    if report.container:
+        lines[-1] = describe(report.container)
+    return "\n".join(lines)
+
+
+def sidecars(model: Path, unpacking: bool = False) -> list[Path]:
+    """The files of a model directory to copy: configuration, tokenizer, templates; no weights, nothing hidden. Those of a
+    packed checkpoint are of use only for ``unpacking`` it."""
+    if (model / PACKED).is_file() and not unpacking:
+        unpack = f"python src/quant/packed_export.py --unpack {model} --out DIR"
+        raise UserError(f"{model}: is packed, and a checkpoint made from it would not be; unpack it first: {unpack}")
+    return [
+        file
+        for file in sorted(model.iterdir())
+        if file.is_file()
+        and not file.name.startswith(".")
+        and file.suffix not in WEIGHT_SUFFIXES
+        and not file.name.endswith(".index.json")
+        and file.name not in (INDEX, RECIPE_FILE, CONSUMED)
+        and file.stat().st_size <= MAX_SIDECAR_BYTES
+    ]
+
+
+def preflight(
+    jobs: list[Job], out: Path, needed: int, chunk_bytes: int, calibration: Calibration | None, devices: int = 1
+) -> str:
+    """What the run will need, said before it starts: disk, and the bound on memory."""
+    ancestor = next(parent for parent in out.parents if parent.exists())
+    largest = max((job.info.bytes // job.info.shape[0] for job in jobs if job.info.shape and job.info.numel), default=0)
+    memory = BASE_BYTES + 4 * max(chunk_bytes, largest) * (1 if calibration else devices)
+    if calibration:
+        memory += layer_bytes(jobs, calibration)
+    free = shutil.disk_usage(ancestor).free
+    return f"disk {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free; memory at most about {memory / 2**30:.1f} GiB"
+
+
+def bench_rates(results: Path, recipe: Recipe) -> Rates:
+    """Parameters a second that bench.sh measured for a method: the grid alone, or one layer of a mixture of experts."""
+    found: Rates = {}
+    for file, record in records_of(results, "bench"):
+        grids, layer = record["metrics"].get("grids", {}), record["metrics"].get("layer", {})
+        grid = f"clip16_int{recipe.expert_bits:g}" if recipe.method == "clip" else f"{recipe.method}_int{recipe.expert_bits:g}"
+        if recipe.method in layer:
+            weights = layer["experts"] * sum(math.prod(shape) for shape in layer["shapes"])
+            found[machine(record)] = (weights / (layer["statistics_s"] + layer[recipe.method]["seconds"]), file)
+        elif grid in grids:
+            found[machine(record)] = (1e9 * grids[grid], file)
+    return found
+
+
+def quantize_times(jobs: Sequence[Job], recipe: Recipe) -> list[str]:
+    """How long the rounding would take where it was measured, as lines of text."""
+
+    def rounded(record: Mapping[str, Any]) -> float:
+        roles = record["metrics"].get("roles", {})
+        same = record["recipe"].get("method") == recipe.method
+        return sum(role["parameters"] for role in roles.values() if role["bits"]) if same else 0
+
+    rates = recorded_rates(RESULTS, "quantize", rounded) | bench_rates(RESULTS, recipe)
+    head = "time of the rounding, extrapolated from recorded rates (reading and writing at the disk's speed on top):"
+    return [head, *times(rates, sum(job.info.numel for job in jobs if job.bits), recipe.method)]
+
+
+def dry_run_notes(model: Path, out: Path, force: bool, needed: int) -> list[str]:
+    """How a dry run ends: what stands in the way of the output, as notes."""
+    notes = [f"note: {partial_of(out)} holds an unfinished run, which goes on"] if partial_of(out).exists() else []
+    try:
+        check_output(model, out, force, needed)
+    except UserError as error:
+        notes.append(f"note: the run would stop: {error}")
+    return [*notes, "dry run: nothing was written"]

@@ -1,0 +1,136 @@
+"""The rounder of the calibrated pass for llama.cpp's block types: each parameter becomes the blocks of its pieces.
+
+Not a command; gguf_pack gives it to calibrated_pass. A parameter is left with what its blocks decode to, so the activations go
+on through them: what a layer is calibrated on is what the file gives it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from calibrated_pass import MomentSettings, Take
+from console import UserError, explained
+from families import Role
+from ggml_codecs import decode_rows, encode
+from ggml_round import ldlq
+from ggml_types import TYPES
+from gguf_layout import Piece, into_parameter, ordered_hessian, to_gguf
+from settings import part, setting
+
+METHODS = ("ldlq", "nearest")
+DAMPING = 0.1  # of the mean second moment, added to each: inputs that the calibration text hardly uses keep some worth
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundingSettings:
+    """How weights are rounded into blocks, for a file or to choose its types."""
+
+    method: str = setting("ldlq", "`ldlq`: error feedback over the second moments; `nearest`: their diagonal as importance")
+    moments: MomentSettings = part(MomentSettings, token_power=0.4, damping=DAMPING)
+    token_weights: Path | None = setting(
+        None, "a file that keeps the tokens' weights for other runs on the same model and text"
+    )
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
+        if not self.moments.damping:
+            raise UserError("--damping must be above 0 for blocks")
+
+
+class Encoded(NamedTuple):
+    """The bytes of a piece; the squared error of its output and the squared output, over calibration inputs."""
+
+    data: Tensor
+    errors: list[float]
+
+
+def is_quantized(kind: str) -> bool:
+    return TYPES[kind].block > 1
+
+
+def encoded(value: Tensor, kind: str, method: str, hessian: Tensor, damping: float = DAMPING) -> Tensor:
+    """Bytes of ``value`` [E, O, I] with second moments ``hessian`` [E, I, I] of its inputs."""
+    if method == "ldlq" and is_quantized(kind):
+        return ldlq(value, kind, hessian, damping)
+    return encode(value.float(), kind, hessian.diagonal(dim1=1, dim2=2)[:, None])
+
+
+def output_error(difference: Tensor, hessian: Tensor) -> float:
+    """Sum over matrices of tr(D H D^T); D [E, O, I], H [E, I, I]."""
+    total = 0.0
+    for d, h in zip(difference, hessian, strict=True):
+        total += ((d @ h) * d).sum(dtype=torch.float64).item()
+    return total
+
+
+class GgmlRounder:
+    """``targets``: the pieces of every parameter that has a quantized one, but for the embedding, which has no inputs."""
+
+    def __init__(self, pieces: Sequence[Piece], types: Mapping[str, str], method: str, damping: float) -> None:
+        self.types, self.method, self.damping = types, method, damping
+        found: dict[str, list[Piece]] = {}
+        for piece in pieces:
+            if piece.role is not Role.EMBEDDING:
+                found.setdefault(piece.parameter, []).append(piece)
+        self.targets = {name: own for name, own in found.items() if any(is_quantized(types[piece.name]) for piece in own)}
+        self.encoded: dict[str, Encoded] = {}
+
+    def round(self, parameters: Mapping[str, Tensor], take: Take) -> None:
+        """Experts one parameter after the other. Then the matrices; those of one type and the same inputs (queries, keys and
+        values) are encoded as one: a sweep takes as long for a few rows as for many, since its columns come one by one."""
+        for name, parameter in parameters.items():
+            if parameter.ndim != 2:
+                with explained(name):
+                    hessian = take(name)[0].hessian
+                    for alike in self._alike(self.targets[name]):
+                        self._encode([(piece, parameter) for piece in alike], ordered_hessian(alike[0], hessian))
+        groups: list[tuple[list[tuple[Piece, Tensor]], Tensor]] = []
+        for name, parameter in parameters.items():
+            if parameter.ndim != 2:
+                continue
+            with explained(name):
+                hessian = take(name)[0].hessian
+            for piece in self.targets[name]:
+                own = ordered_hessian(piece, hessian)
+                for members, other in groups:
+                    if self.types[members[0][0].name] == self.types[piece.name] and torch.equal(other, own):
+                        members.append((piece, parameter))
+                        break
+                else:
+                    groups.append(([(piece, parameter)], own))
+        for members, hessian in groups:
+            with explained(members[0][0].parameter):
+                self._encode(members, hessian)
+
+    def _alike(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
+        """The pieces of one parameter; those of one type (the gates of experts and what they gate) together, since the factor
+        of their second moments is one. Pieces with an order of inputs of their own stay alone."""
+        found: dict[tuple[str, int], list[Piece]] = {}
+        for number, piece in enumerate(pieces):
+            found.setdefault((self.types[piece.name], -1 if piece.columns is None else number), []).append(piece)
+        return list(found.values())
+
+    def _encode(self, members: Sequence[tuple[Piece, Tensor]], hessian: Tensor) -> None:
+        """Encode pieces of one type, with their parameters, whose inputs have the same second moments."""
+        kind = self.types[members[0][0].name]
+        values = [to_gguf(piece, parameter) for piece, parameter in members]
+        values = [value if value.ndim == 3 else value[None] for value in values]
+        value = values[0] if len(values) == 1 else torch.cat(values, 1)
+        data = encoded(value.contiguous(), kind, self.method, hessian, self.damping)  # ldlq makes floats of a few experts
+        for (piece, parameter), value, own in zip(members, values, data.split([value.shape[1] for value in values], 1)):
+            value, decoded = value.float(), decode_rows(own.contiguous(), kind)
+            sizes = (output_error(value - decoded, hessian), output_error(value, hessian))
+            into_parameter(piece, decoded.view(piece.shape), parameter)
+            self.encoded[piece.name] = Encoded(own.contiguous().cpu(), [float(f"{size:.6g}") for size in sizes])
+
+    def taken(self, parameters: Mapping[str, Tensor]) -> dict[str, Encoded]:
+        """The pieces that were encoded since the last call."""
+        values, self.encoded = self.encoded, {}
+        return values

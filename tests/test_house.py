@@ -1,0 +1,115 @@
+"""The rules of the house, read off the code: folders, floors, commands, circles, and each setting declared once."""
+
+import ast
+from collections import defaultdict
+
+import pytest
+
+from page_house import FLOORS, MEASURING, REPO, floors, modules
+
+FILES = modules()
+TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
+COMMANDS = {name for name, file in FILES.items() if "run_cli(main)" in file.read_text(encoding="utf-8")} - {"console"}
+OWN = {
+    "model",
+    "out",
+    "tag",
+    "result",
+    "force",
+    "config",
+    "check",
+    "dry_run",
+    "results",
+    "data_dir",
+}  # a command may have its own
+
+
+def imported(tree: ast.AST) -> dict[str, set[str]]:
+    """Modules of src that a module imports, lazily or for types too, each with the names that it takes ("" for the module)."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module in FILES:
+            found[node.module] |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name in FILES:
+                    found[alias.name].add("")
+    return found
+
+
+IMPORTS = {name: imported(tree) for name, tree in TREES.items()}
+
+
+def test_every_module_has_a_floor():
+    assert floors().keys() == FILES.keys()
+    for folder, stories in FLOORS.items():
+        assert {FILES[name].parent.name for names in stories.values() for name in names.split()} <= {folder}
+
+
+def test_imports_go_down_only():
+    floor = floors()
+    up = [f"{a} -> {b}" for a, others in IMPORTS.items() for b in others if floor[b][:2] > floor[a][:2]]
+    assert not up
+
+
+def test_no_product_module_imports_what_measures():
+    product = [name for name in FILES if not name.startswith(MEASURING)]
+    assert not [f"{a} -> {b}" for a in product for b in IMPORTS[a] if b.startswith(MEASURING)]
+
+
+def test_a_command_is_imported_by_commands_as_a_step_only():
+    entries = defaultdict(set)
+    for name, others in IMPORTS.items():
+        for other in others.keys() & COMMANDS:
+            assert name in COMMANDS, f"{name} is no command and imports the command {other}"
+            entries[other] |= others[other]
+    assert not {name: taken for name, taken in entries.items() if len(taken) > 1}
+
+
+def test_no_circle_of_files():
+    state: dict[str, int] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if state.get(name) == 1:
+            pytest.fail("circle: " + " -> ".join([*path[path.index(name) :], name]))
+        if name not in state:
+            state[name] = 1
+            for other in IMPORTS[name]:
+                visit(other, (*path, name))
+            state[name] = 2
+
+    for name in FILES:
+        visit(name, ())
+
+
+def declared(tree: ast.AST) -> list[str]:
+    """Names of the settings that a module declares: fields made by setting(), options of argparse."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name):
+            found += [node.target.id] * (node.value.func.id == "setting")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.Constant) and str(first.value).startswith("--"):
+                found.append(first.value.removeprefix("--").replace("-", "_"))
+    return found
+
+
+def test_a_setting_of_a_recipe_is_declared_once():
+    fields = defaultdict(list)
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
+                if isinstance(node.value.func, ast.Name) and node.value.func.id == "setting":
+                    fields[node.target.id].append(name)
+    options = defaultdict(list)
+    for name, tree in TREES.items():
+        for option in declared(tree):
+            options[option].append(name)
+    twice = {key: options[key] for key in fields if key not in OWN and len(options[key]) > 1}
+    assert not twice
+
+
+def test_the_house_is_no_larger_than_was_agreed():
+    assert len(FILES) <= 100 and sum(len(file.read_text().splitlines()) for file in FILES.values()) <= 22_000
+    assert len(list((REPO / "pipelines").glob("*.sh"))) <= 16
