@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from console import atomic_path, run_cli
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default results)")
     results = parser.parse_args().results
-    pages = {results / "RESULTS.md": page}
+    pages: dict[Path, Callable[[Path], str]] = {results / "RESULTS.md": page}
     if (docs := results.absolute().parent / "docs").is_dir():
         pages[docs / "LADDER_RESULTS.md"] = ladder
     for file, made in pages.items():

@@ -268,8 +268,9 @@ def recovery_rows(r: Record) -> Rows:
 
 def largest(at: str, values: Mapping[str, float] | Sequence[float]) -> dict[str, str]:
     """The place of the GPU that took the most memory."""
-    named = values if isinstance(values, Mapping) else dict(enumerate(values))
-    return {"memory": f"{at}.{max(named, key=named.__getitem__)}"} if named else {}
+    named = values.items() if isinstance(values, Mapping) else enumerate(values)
+    place = max(((size, name) for name, size in named), default=None)
+    return {} if place is None else {"memory": f"{at}.{place[1]}"}
 
 
 def rank_memory(r: Record, at: str) -> dict[str, str]:

@@ -209,7 +209,7 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def run(
-    backends: Callable[[int], Backend],
+    backends: Callable[[int], Any],
     weights: Sequence[Weight],
     config: Mapping[str, Any],
     rate: float,
@@ -309,7 +309,7 @@ def main() -> None:
     made = time.time() - started
     with turn(args.in_turn):
         speed, answers = run(backends, weights, config, rate * args.tensor_parallel, args)
-        metrics = {"made_seconds": made, "eval_speed": speed | {"tensor_parallel": args.tensor_parallel}}
+        metrics: dict[str, Any] = {"made_seconds": made, "eval_speed": speed | {"tensor_parallel": args.tensor_parallel}}
         if args.answers:
             write_json(args.answers, answers)
         if args.result:

@@ -146,7 +146,9 @@ def layer_plan(shape: Shape, index: int) -> Iterator[tuple[str, torch.dtype, tup
 
 def plan_of(shape: Shape) -> Plan:
     """(name, dtype, shape) of every tensor, in the order of the shards."""
-    plan = [("model.language_model.embed_tokens.weight", BF16, (shape.vocab, shape.hidden))]
+    plan: list[tuple[str, torch.dtype, tuple[int, ...]]] = [
+        ("model.language_model.embed_tokens.weight", BF16, (shape.vocab, shape.hidden))
+    ]
     for index in range(shape.layers):
         plan += layer_plan(shape, index)
     return [*plan, ("model.language_model.norm.weight", BF16, (shape.hidden,)), ("lm_head.weight", BF16, plan[0][2])]

@@ -24,6 +24,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import mmap
 import os
 import shutil
