@@ -1,10 +1,8 @@
 """Draw the README's picture and those of the documents from the records: python src/eval/page_plots.py
 
-docs/razor_tiny_bits.png: accuracy (Wilson intervals) and KL to BF16 against the bits of the whole model, for the checkpoints
-of razor-tiny that were evaluated on the most items. docs/razor_tiny_gguf.png: KL of GGUF files against their size, ours
-beside those of llama-quantize with the same types, and KL of the integer grids at 3 bits. docs/razor_tiny_methods.png: KL
-against packed bytes for every quantized razor-tiny that has both records. docs/razor_tiny_training.png: loss by training
-tokens. A picture without records is not drawn.
+docs/razor_tiny_gguf.png: KL of GGUF files against their size, ours beside those of llama-quantize with the same types, and KL
+of the integer grids at 3 bits. docs/razor_tiny_methods.png: KL against packed bytes for every quantized razor-tiny that has
+both records. A picture without records is not drawn.
 """
 
 from __future__ import annotations
@@ -20,30 +18,12 @@ from matplotlib.figure import Figure
 from console import UserError, atomic_path, run_cli
 from page_tables import made_of, method_of, records
 
-COLORS = ("#0b6e99", "#d1495b", "#2e8b57", "#b8860b")
-BF16_BITS = 16.0
+COLORS = ("#888888", "#0b6e99", "#d1495b")
 
 
 def quantized(results: Path) -> list[dict[str, Any]]:
     """The records of razor-tiny's quantized checkpoints; razor-tiny-vl has tables of its own."""
     return [r for _, r in records(results, "quantize") if made_of(r)]
-
-
-def points(results: Path) -> list[dict[str, Any]]:
-    """One entry a checkpoint that was evaluated on as many items as any: tag, bits of the whole model, accuracies, KL (None
-    for BF16). GGUF files and recovered models have tables of their own; those of fewer items would crowd the picture."""
-    bits = {r["tag"]: r["metrics"]["overall_bits"] for r in quantized(results)}
-    kl = {tag: found["mean"] for tag, found in tags_kl(results).items()}
-    everything = [r for _, r in records(results, "eval")]
-    evaluated = [next((r for r in everything if made_of(r)), None), *(r for r in everything if r["tag"] in bits)]
-    evaluated = [r for r in evaluated if r]
-    most = max((m["n"] for r in evaluated for m in r["metrics"].values()), default=0)
-    found = [
-        {"tag": r["tag"], "bits": bits.get(r["tag"], BF16_BITS), "axes": r["metrics"], "kl": kl.get(r["tag"])}
-        for r in evaluated
-        if any(m["n"] == most for m in r["metrics"].values())
-    ]
-    return sorted(found, key=lambda point: point["bits"])
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -63,36 +43,6 @@ def drawing(width: float, height: float, columns: int = 1) -> tuple[Figure, list
 def tags_kl(results: Path) -> dict[str, dict[str, Any]]:
     """{tag: what moe_eval measured of its KL}."""
     return {r["tag"]: r["metrics"]["kl"] for _, r in records(results, "kl") if "kl" in r["metrics"]}
-
-
-def bits_picture(found: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy on the left, KL (logarithmic) on the right, both against bits a parameter."""
-    figure, (left, right) = drawing(10, 4, 2)
-    names = list(dict.fromkeys(name for point in found for name in point["axes"]))
-    for index, name in enumerate(names):
-        has = [point for point in found if name in point["axes"]]
-        metrics = [point["axes"][name] for point in has]
-        acc = [100 * m["acc"] for m in metrics]
-        errors = [[100 * (m["acc"] - m["acc_low"]) for m in metrics], [100 * (m["acc_high"] - m["acc"]) for m in metrics]]
-        offset = 1 + 0.012 * (index - (len(names) - 1) / 2)  # side by side where records share their bits
-        at = [point["bits"] * offset for point in has]
-        left.errorbar(at, acc, yerr=errors, fmt="o", ms=4, capsize=2, color=COLORS[index % len(COLORS)], label=name)
-    left.set(xscale="log", xlabel="bits per parameter, whole model", ylabel="accuracy, %", ylim=(-3, 103))
-    left.legend(frameon=False, fontsize=8)
-    measured = [point for point in found if point["kl"] and point["bits"] < BF16_BITS]
-    right.plot([p["bits"] for p in measured], [p["kl"] for p in measured], "o", color="#333333")
-    for point in measured:
-        same = sorted(other["kl"] for other in measured if abs(other["bits"] - point["bits"]) < 0.05)
-        label = point["tag"].removeprefix("razor_tiny_").replace("_", " ")
-        shift = (7, -10) if point["kl"] == same[0] < same[-1] else (7, 3)  # of several at a size, the lowest below its point
-        right.annotate(label, (point["bits"], point["kl"]), xytext=shift, textcoords="offset points", fontsize=8)
-    right.set(yscale="log", xlabel="bits per parameter, whole model", ylabel="mean KL to BF16, nats")
-    right.margins(x=0.25, y=0.15)
-    for axes in (left, right):
-        ticks = sorted({round(point["bits"], 1) for point in (found if axes is left else measured)})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
-    save(figure, path)
 
 
 def methods_picture(results: Path, path: Path) -> None:
@@ -136,7 +86,7 @@ def gguf_points(results: Path) -> dict[str, dict[str, tuple[float, float, float]
 def gguf_picture(results: Path, path: Path) -> None:
     """On the left KL against the size of the file, a line a method; on the right KL of each method of int3 experts."""
     figure, (left, right) = drawing(10, 3.8, 2)
-    for color, (method, points_of) in zip(("#888888", COLORS[0], COLORS[1]), gguf_points(results).items()):
+    for color, (method, points_of) in zip(COLORS, gguf_points(results).items()):
         own = sorted(points_of.items(), key=lambda item: item[1])
         left.plot([p[0] for _, p in own], [p[1] for _, p in own], "o-", ms=5, lw=1.2, color=color, label=GGUF_METHODS[method])
         if method == "llama-quantize":
@@ -152,20 +102,11 @@ def gguf_picture(results: Path, path: Path) -> None:
         if tag in kl and uniform:
             bars[method_of(record).replace(", ", ",\n")] = kl[tag]["mean"]
     ordered = sorted(bars.items(), key=lambda item: -item[1])
-    right.barh([name for name, _ in ordered], [value for _, value in ordered], color=COLORS[0], height=0.6)
+    right.barh([name for name, _ in ordered], [value for _, value in ordered], color=COLORS[1], height=0.6)
     for place, (_, value) in enumerate(ordered):
         right.annotate(f"{value:.4f}", (value, place), xytext=(4, -3), textcoords="offset points", fontsize=8)
     right.set(xlabel="mean KL to the original, nats: int3 experts, int4 rest")
     right.margins(x=0.12)
-    save(figure, path)
-
-
-def training_picture(record: dict[str, Any], path: Path) -> None:
-    curve, recipe = record["metrics"]["curve"], record["recipe"]
-    tokens = [point["step"] * recipe["rows"] * recipe["length"] / 1e6 for point in curve]
-    figure, (axes,) = drawing(7, 3.5)
-    axes.plot(tokens, [point["loss"] for point in curve], color=COLORS[0])
-    axes.set(xlabel="training tokens, millions", ylabel="loss, nats per weighted token")
     save(figure, path)
 
 
@@ -174,17 +115,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default results)")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="directory of the pictures (default docs)")
     args = parser.parse_args()
-    found, runs = points(args.results), records(args.results, "train")
-    if not found and not runs:
+    made, packed = quantized(args.results), records(args.results, "pack")
+    if not made and not packed:
         raise UserError(f"{args.results}: holds no record to draw")
-    if found:
-        bits_picture(found, args.out / "razor_tiny_bits.png")
-    if records(args.results, "pack"):
+    if packed:
         gguf_picture(args.results, args.out / "razor_tiny_gguf.png")
-    if quantized(args.results):
+    if made:
         methods_picture(args.results, args.out / "razor_tiny_methods.png")
-    for record in (r for _, r in runs if made_of(r)):
-        training_picture(record, args.out / f"{record['tag']}_training.png")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python src/eval/speed_gguf.py --gguf F.gguf --on-gpu --experts-on-cpu 999,24 [--threads 8,16] [--flash-attention on,off]
 
 A file is loaded twice for a placement of its weights: llama-bench tries all settings (batch sizes of prefill, flash attention,
-threads) after one load, llama-batched-bench decodes several sequences at once (llama-server where that tool is missing).
+threads) after one load, llama-server decodes several sequences at once.
 Placements: all weights on the GPU, and the experts of the first N layers in the CPU's memory (--n-cpu-moe N); without either
 option both on a machine with a GPU, and `cpu` on another. The limit of one sequence is the memory's: bytes of the weights that
 a token needs, at the rate at which this machine copies memory. A file that fits the caches can beat it.
@@ -30,7 +30,7 @@ import torch
 from backend_openai import in_parallel
 from console import UserError, numbers, progress, run_cli
 from gguf_info import architecture_value, describe_gguf, gguf_files, open_gguf
-from llama_cpp import Incomplete, asked, tool, tools
+from llama_cpp import tool
 from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
 from records import add_record_arguments, check_record_arguments, peak_rss_mib, write_result
 from size_model import copy_rate
@@ -99,9 +99,9 @@ class VramWatch:
             self.thread.join()
 
 
-def run_tool(name: str, *arguments: object) -> tuple[str, str, int]:
-    """(what a tool of llama.cpp printed, what it said of itself, its peak resident memory in MiB)."""
-    command = [str(tool(name)), *map(str, arguments)]
+def llama_bench(*arguments: object) -> tuple[list[dict[str, Any]], int]:
+    """(its rows, its peak resident memory in MiB)."""
+    command = [str(tool("llama-bench")), *map(str, arguments), "--output", "json"]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, preexec_fn=die_with_parent(os.getpid())
@@ -109,63 +109,41 @@ def run_tool(name: str, *arguments: object) -> tuple[str, str, int]:
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0), errors.seek(0)
-        said = errors.read().decode("utf-8", "replace")
         if child.returncode:
-            raise UserError(f"{name} ended with {child.returncode}: {' | '.join(said.strip().splitlines()[-3:])}")
-        return out.read().decode("utf-8", "replace"), said, usage.ru_maxrss // 1024
+            last = " | ".join(errors.read().decode("utf-8", "replace").strip().splitlines()[-3:])
+            raise UserError(f"llama-bench ended with {child.returncode}: {last}")
+        return json.loads(out.read()), usage.ru_maxrss // 1024
 
 
-def by_server(args: argparse.Namespace, options: Sequence[str]) -> tuple[dict[str, dict[str, float]], int]:
+def together(args: argparse.Namespace, options: Sequence[str]) -> tuple[dict[str, dict[str, float]], int]:
     """(tokens a second of all sequences that llama-server decodes at once, by their number; its peak resident memory)."""
     fields = {"prompt": [1], "n_predict": args.generate, "ignore_eos": True, "temperature": 0.0, "cache_prompt": False}
-    found, peak = {}, 0
-    for count in args.sequences:
-        with LlamaServer(args.gguf, args.generate + 64, count, options) as server:
-            work = lambda _: server.client.call("/completion", fields)["tokens_predicted"]  # noqa: B023, E731
+    found = {}
+    with LlamaServer(args.gguf, args.generate + 64, max(args.sequences), options) as server:
+        work = lambda _: server.client.call("/completion", fields)["tokens_predicted"]  # noqa: E731
+        for count in args.sequences:
             list(in_parallel(work, count, count))  # warms up
             started = time.perf_counter()
             tokens = sum(n for _, n in in_parallel(work, count, count))
             found[str(count)] = {"tokens_per_s": tokens / (time.perf_counter() - started)}
-            peak = max(peak, peak_rss_mib(server.process.pid))
-    return found, peak
-
-
-def together(args: argparse.Namespace, options: Sequence[str]) -> tuple[dict[str, dict[str, float]], int]:
-    """The same by llama-batched-bench after one load, where it was built."""
-    if not (tools() / "llama-batched-bench").is_file():
-        return by_server(args, options)
-    context = max(args.sequences) * (args.sequence_prompt + args.generate)
-    command = [
-        "llama-batched-bench", "-m", args.gguf, *options, "-c", context, "-npp", args.sequence_prompt, "-ntg", args.generate,
-        "-npl", ",".join(map(str, args.sequences)), "-fa", "on", "--output-format", "jsonl", *thread_arguments(),
-    ]  # fmt: skip
-
-    def rows() -> tuple[dict[str, dict[str, float]], int]:
-        printed, said, peak = run_tool(*command)
-        lines = [json.loads(line[line.index("{") :]) for line in (printed + said).splitlines() if '{"n_kv_max"' in line]
-        if len(lines) != len(args.sequences):
-            last = " | ".join(said.splitlines()[-3:])
-            raise Incomplete(f"llama-batched-bench printed {len(lines)} of {len(args.sequences)} rows: {last}")
-        return {str(r["pl"]): {"tokens_per_s": r["speed_tg"], "prefill_tokens_per_s": r["speed_pp"]} for r in lines}, peak
-
-    return asked(rows)
+        return found, peak_rss_mib(server.process.pid)
 
 
 def measure(args: argparse.Namespace, options: Sequence[str], threads: Sequence[int], several: bool) -> dict[str, Any]:
     """All settings of one placement. ``several``: also decode several sequences at once, which loads the file again."""
     sizes = ",".join(map(str, args.batches))
     command = ["--model", args.gguf, *options, "--repetitions", args.repetitions, "-p", ",".join(map(str, args.prompt))]
-    command += ["-n", args.generate, "-b", max(args.batches), "-ub", sizes, "--output", "json"]
+    command += ["-n", args.generate, "-b", max(args.batches), "-ub", sizes]
     command += ["-fa", args.flash_attention] if args.flash_attention else []
     command += ["-t", ",".join(map(str, threads))] if threads else thread_arguments()
     with VramWatch() as watch:
         started = time.time()
-        printed, _, peak = run_tool("llama-bench", *command)
+        rows, peak = llama_bench(*command)
         seconds = time.time() - started
         more, other = together(args, options) if several else ({}, 0)
     settings = [
         {key: row[key] for key in SETTINGS if key in row} | {"tokens_per_s": row["avg_ts"], "deviation": row["stddev_ts"]}
-        for row in json.loads(printed)
+        for row in rows
     ]
     prefill: dict[str, Any] = {}
     for row in settings:
@@ -228,7 +206,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=3, help="of each measurement (default 3)")
     parser.add_argument("--batches", type=numbers, default=[32, 128, 512], help="batch sizes of prefill (default 32,128,512)")
     parser.add_argument("--sequences", type=numbers, default=[4, 16], help="sequences decoded at once (default 4,16)")
-    parser.add_argument("--sequence-prompt", type=int, default=64, help="tokens before those (default 64)")
     parser.add_argument("--flash-attention", default="", help="on, off or on,off (default: llama.cpp's choice)")
     add_record_arguments(parser)
     return parser.parse_args()
@@ -237,8 +214,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_record_arguments(args)
-    if min(args.generate, args.repetitions, args.sequence_prompt) < 1:
-        raise UserError("--generate, --repetitions and --sequence-prompt must be at least 1")
+    if min(args.generate, args.repetitions) < 1:
+        raise UserError("--generate and --repetitions must be at least 1")
     started, gpu = time.time(), has_gpu()
     large = sum(file.stat().st_size for file in gguf_files(args.gguf)) >= LARGE
     # the digest of a large file takes longer than the measurement

@@ -14,10 +14,10 @@ disk can stream all.
 Weights are normal times a log-normal spread for every weight (excess kurtosis 1.3), for every row (heavy-tailed rows) and for a
 few loud inputs that all layers share (outlier channels), scaled as trained networks are: 1/sqrt(inputs), less at the way out.
 
-A GGUF has the types and names of gguf_pack (configs/gguf_iq3.env: 3.38 bits a weight). Of each kind of tensor one is drawn and
-encoded, of a stack of experts --encode-experts of them, of the vocabulary's matrices some rows; their bytes are repeated in
-every layer and expert, each at its own place in the file. Decoding reads all of them as it would the real ones, and says noise.
-The vocabulary is razor-tiny's, filled up to the real size.
+A GGUF has the names of gguf_pack and the types of configs/gguf_iq3.env (3.38 bits a weight). Of each kind of tensor one is
+drawn and encoded, of a stack of experts --encode-experts of them, of the vocabulary's matrices some rows; their bytes are
+repeated in every layer and expert, each at its own place in the file. Decoding reads all of them as it would the real ones, and
+says noise. The vocabulary is razor-tiny's, filled up to the real size.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ from devices import Stopped, default_device, each_device, parse_devices
 from families import Role
 from ggml_codecs import encode
 from gguf_format import GgufWriter, make_header
-from gguf_layout import Piece, file_type, read_patterns, to_gguf, type_named
-from pack_plan import Pack, cast, plan_pack, report
+from gguf_layout import Piece, file_type, to_gguf
+from pack_plan import Pack, TypeSettings, cast, plan_pack, report
 from records import REPO, add_record_arguments, check_record_arguments, write_result
 from round_ggml import is_quantized
 from safetensors_file import TensorInfo, release
+from settings import add_settings, read_part
 from size_model import SHARD_BYTES, Shape, config_of, plan_of, shape_arguments, shape_from, write_skeleton
 
 TOKENIZER = REPO / "models" / "razor-tiny"
-TYPES = REPO / "configs" / "gguf_tensor_types_iq3.txt"
 VOCABULARY_ROWS = 4096  # encoded, and repeated
 CHUNK_BYTES = 256 << 20  # drawn at once
 WEIGHT_SPREAD, ROW_SPREAD = 0.3, 0.35  # of the logarithm
@@ -234,8 +234,9 @@ def gguf(args: argparse.Namespace, started: float) -> None:
         prepare(model, shape_from(args), args.seed)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copyfile(TOKENIZER / name, model / name)
-        base = type_named(args.base_type, "--base-type")
-        pack = plan_pack(Checkpoint(model), base, read_patterns(args.tensor_types), "nearest")[0]
+        types = read_part(TypeSettings, REPO / "configs/gguf_iq3.env")
+        types = TypeSettings(args.base_type or types.base_type, REPO / (args.tensor_types or str(types.tensor_types)))
+        pack = plan_pack(Checkpoint(model), types.base, types.patterns(), "nearest")[0]
         header = args.header.read_bytes() if args.header else header_of(pack)
         if args.header_only:
             with atomic_path(args.out) as temporary:
@@ -259,11 +260,8 @@ def parse_arguments() -> argparse.Namespace:
         "--devices", default="", help="cuda:0,cuda:0,cuda:1,cuda:1: that many shards at a time, to the same bytes"
     )
     parser.add_argument("--empty", action="store_true", help="headers only: no weights, no disk")
-    more = parser.add_argument_group("of a GGUF")
-    more.add_argument("--base-type", default="IQ3_XXS", help="of what --tensor-types does not name (default IQ3_XXS)")
-    more.add_argument(
-        "--tensor-types", type=Path, default=TYPES, help="file of PATTERN=TYPE lines (default: the published recipe)"
-    )
+    more = parser.add_argument_group("of a GGUF, by default of the types of configs/gguf_iq3.env")
+    add_settings(more, TypeSettings)
     more.add_argument("--encode-experts", type=int, default=8, help="experts of a layer that are encoded (default 8)")
     more.add_argument("--header", type=Path, help="file of --header-only, where llama.cpp's converter is not at hand")
     more.add_argument("--header-only", action="store_true", help="write only what stands before the first tensor")
