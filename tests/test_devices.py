@@ -16,6 +16,7 @@ from moe_ptq import Grid, Statistics, round_weight
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from safetensors_file import CheckpointWriter
+from size_model import SHAPES
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def test_shards_on_several_devices_are_the_same_bytes(random_tiny, tmp_path, dev
 
 def test_a_source_is_consumed_by_several_devices(tmp_path):
     model = tmp_path / "m"
-    synthetic_moe.prepare(model, synthetic_moe.SHAPES["tiny"], 0, shard_bytes=4 << 20)
+    synthetic_moe.prepare(model, SHAPES["tiny"], 0, shard_bytes=4 << 20)
     synthetic_moe.fill_all(model)
     quantize_checkpoint(model, tmp_path / "one", Recipe(3, 4, 128, 1), shard_bytes=2 << 20)
     many = [CPU] * 3

@@ -24,13 +24,13 @@ from backend_hf import HfBackend
 from backend_openai import Client, OpenAIBackend, in_parallel
 from console import UserError
 from eval_settings import load_settings
-from gguf_bench import active_bytes
 from gguf_format import run_converter
 from gguf_info import config_of_gguf, describe_gguf, open_gguf
 from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, read_logprobs, write_logprobs
 from hf_model import load_tokenizer, render_chat
 from llama_cpp import tool
 from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, free_port
+from speed_gguf import active_bytes
 from task_list import get_benchmarks
 
 REPO = Path(__file__).resolve().parent.parent

@@ -240,18 +240,18 @@ def test_logs_of_pictures_are_regraded_and_shown(tmp_path):
     import shutil
 
     from eval_settings import load_settings
-    from make_report import page
+    from page_report import page
     from regrade import regrade
 
     (tmp_path / "eval").mkdir()
-    for name in ("razor_tiny_vl_int2_int2.json", "razor_tiny_vl_int2_int2.samples.jsonl.gz"):
+    for name in ("razor_tiny_vl_int3_int4.json", "razor_tiny_vl_int3_int4.samples.jsonl.gz"):
         shutil.copy(REPO / "results/eval" / name, tmp_path / "eval" / name)
-    before = json.loads((tmp_path / "eval/razor_tiny_vl_int2_int2.json").read_text())
-    packed = (tmp_path / "eval/razor_tiny_vl_int2_int2.samples.jsonl.gz").read_bytes()
-    record, changed = regrade(tmp_path / "eval", "razor_tiny_vl_int2_int2", None, None)
+    before = json.loads((tmp_path / "eval/razor_tiny_vl_int3_int4.json").read_text())
+    packed = (tmp_path / "eval/razor_tiny_vl_int3_int4.samples.jsonl.gz").read_bytes()
+    record, changed = regrade(tmp_path / "eval", "razor_tiny_vl_int3_int4", None, None)
     assert changed == 0 and record["metrics"] == before["metrics"] and record["data"] == before["data"]
     assert record["pixels"] == before["pixels"] and (tmp_path / "eval" / before["samples"]).with_suffix(".jsonl.gz").exists()
-    assert (tmp_path / "eval/razor_tiny_vl_int2_int2.samples.jsonl.gz").read_bytes() == packed
+    assert (tmp_path / "eval/razor_tiny_vl_int3_int4.samples.jsonl.gz").read_bytes() == packed
     shown = json.loads(page(tmp_path, load_settings()).split('id="data">')[1].split("</script>")[0])
     assert len(shown) == 120 and all(entry["question"] and len(entry["pictures"]) == 1 for entry in shown)
     image = Picture(base64.b64decode(shown[0]["pictures"][0].partition(",")[2]))

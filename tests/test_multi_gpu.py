@@ -10,9 +10,9 @@ import pytest
 from conftest import REPO
 
 from check_results import check_text
-from make_results import page
+from page_results import page
+from size_model import SHAPES
 from speed_multi_gpu import RandomTeacher
-from synthetic_moe import SHAPES
 
 
 def pipeline(tmp_path, *parts, **environment):

@@ -12,15 +12,16 @@ import pytest
 from conftest import REPO
 
 import study_recovery
-from make_results import PIPELINES, commands, pipeline_of
+from page_results import RENAMED, commands
+from page_tables import PIPELINES, pipeline_of
 from records import read_result
 from settings import parse_settings, read_env_file
 
 KINDS = {
     "vllm_eval8": "eval", "mm_eval": "eval", "compare_tags": "compare", "moe_eval": "kl", "mm_kl": "kl", "gguf_kl": "kl",
-    "gguf_spread": "spread",
+    "study_spread": "spread",
     "quant_save": "quantize", "packed_export": "quantize", "gguf_pack": "pack", "moe_alloc": "probe", "vllm_tokens": "probe",
-    "gguf_bench": "bench", "gguf_sweep": "bench", "size_bench": "bench", "eval_bench": "bench", "quant_bench": "bench",
+    "speed_gguf": "bench", "speed_eval": "bench", "speed_quant": "bench",
     "speed_multi_gpu": "bench", "tiny_train": "train", "distill_run": "distill",
 }  # fmt: skip
 STUB = """#!/bin/sh
@@ -70,7 +71,7 @@ def asked(root: Path, pipeline: str) -> set[str]:
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
     own = {"ASKED": log, "MOE_LOWBIT_VENV": root / "venv", "MOE_LOWBIT_VLLM_VENV": root / "venv", "SHM": root / "shm"}
     own |= {"WORK": root / "work"}
-    if pipeline.startswith("bench_h100"):
+    if pipeline == "bench.sh h100":
         own |= {"PYTHON": root / "venv/bin/python", "LLAMA_CPP": root / "no-llama"}
     command = ["bash", *shlex.split(f"pipelines/{pipeline}")]
     environment = kept | {key: str(value) for key, value in own.items()}
@@ -109,7 +110,7 @@ def test_every_row_is_made_by_the_pipeline_that_the_page_names(elsewhere, tmp_pa
     for file in sorted(REPO.glob("results/*/*.json")):
         record = read_result(file)
         pipeline = pipeline_of(record)
-        assert pipeline, f"{file.name}: make_results.PIPELINES has no pipeline for it"
+        assert pipeline, f"{file.name}: page_tables.PIPELINES has no pipeline for it"
         wanted.setdefault(pipeline, set()).add(f"{record['kind']}/{record['tag']}")
     for pipeline in dict.fromkeys(pipeline for _, pipeline in PIPELINES):
         study = pipeline == "recovery.sh"
@@ -118,11 +119,21 @@ def test_every_row_is_made_by_the_pipeline_that_the_page_names(elsewhere, tmp_pa
         assert made and names <= made, f"{pipeline} does not make {sorted(names - made)}"
 
 
+def test_a_command_of_a_record_exists_or_is_said_to_be_renamed():
+    gone = set()
+    for file in REPO.glob("results/*/*.json"):
+        script = next(word for word in read_result(file)["command"] if word.endswith(".py"))
+        if not (REPO / script).is_file():
+            gone.add(Path(script).stem)
+    modules = {file.stem for file in REPO.glob("src/*/*.py")}
+    assert gone == set(RENAMED) and {name.split()[0] for name in RENAMED.values()} <= modules
+
+
 def test_commands_stand_under_their_pipelines():
     rows = [{"kind": "kl", "tag": tag, "command": ["python", tag]} for tag in ("razor_tiny_bf16", "razor_tiny_int4", "mine")]
     shown = commands([("", row) for row in rows])
     assert shown[2:-2] == [
-        "# bash pipelines/tiny_results.sh",
+        "# bash pipelines/results.sh tiny",
         "python razor_tiny_bf16",
         "python razor_tiny_int4",
         "# by hand",

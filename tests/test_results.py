@@ -7,13 +7,13 @@ import time
 import pytest
 from conftest import REPO
 
-from check_results import check_text, refreshed, render
+from check_results import check_text, refreshed
 from console import UserError
-from gguf_spread import check_pairs, spread
 from intervals import clustered_mcnemar, minimum_detectable, paired_bootstrap, paired_ratio, wilson
-from make_results import page
-from records import public_path, write_result
+from page_results import page
+from records import public_path, render, write_result
 from sample_log import SampleLog, read_samples
+from study_spread import check_pairs, spread
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_a_record_has_what_the_design_asks(results):
 def test_the_page_passes_and_every_kind_of_doctoring_fails(results):
     text = (results / "RESULTS.md").read_text()
     count, faults = check_text(text, results)
-    assert count == 11 and not faults
+    assert count == 8 and not faults
     doctored = {
         text.replace("[94.2 %]", "[94.3 %]"): "is 94.2 %",
         text.replace("(eval/a.json#metrics.tiny_math.acc)", "(eval/b.json#metrics.tiny_math.acc)"): "does not exist",
@@ -59,6 +59,13 @@ def test_the_page_passes_and_every_kind_of_doctoring_fails(results):
     absent = text.replace("tiny_math.n)", "tiny_math.m)")
     assert refreshed(absent, results) == absent
     (results / "RESULTS.md").unlink()
+
+
+def test_the_page_of_our_records_is_current_with_one_figure_a_cell():
+    text = (REPO / "results/RESULTS.md").read_text()
+    assert page(REPO / "results") == text, "run python src/eval/page_results.py"
+    cells = [cell for line in text.splitlines() if line.startswith("| ") for cell in line.strip("| ").split(" | ")]
+    assert max(cell.count("](") for cell in cells) == 1
 
 
 def test_the_checker_is_a_gate(results, command):
@@ -86,7 +93,7 @@ def test_two_tags_are_compared_in_pairs(results, command):
     done = command("src/eval/compare_tags.py", "base", "same", "--results", results)
     assert "no difference shown (n 200, minimum detectable 2.0)" in done.stdout
     count, faults = check_text(page(results), results)
-    assert not faults and "## Differences" in page(results) and count == 17
+    assert not faults and "## Differences" in page(results) and count == 10
     evaluation("fewer", range(20), limit=50)  # the first items of the same benchmark: those are compared
     done = command("src/eval/compare_tags.py", "base", "fewer", "--results", results)
     assert done.returncode == 0 and "100.0 ->  40.0" in done.stdout, done.stderr
@@ -97,13 +104,12 @@ def test_two_tags_are_compared_in_pairs(results, command):
 
 
 def test_pictures_are_of_razor_tiny_alone():
-    """Neither its sibling that sees nor recovered models stand among its recipes, and BF16 stands there once."""
-    from plot_results import BF16_BITS, points, quantized
+    """Neither its sibling that sees nor recovered models stand among its recipes."""
+    from page_plots import gguf_points, quantized
 
-    made, found = quantized(REPO / "results"), points(REPO / "results")
+    made = quantized(REPO / "results")
     assert len(made) > 20 and not [r["tag"] for r in made if "_vl_" in r["tag"]]
-    assert {point["tag"] for point in found} <= {"razor_tiny_bf16", *(r["tag"] for r in made)}
-    assert [point["tag"] for point in found if point["bits"] == BF16_BITS] == ["razor_tiny_bf16"]
+    assert all(len(points) == 4 for points in gguf_points(REPO / "results").values())
 
 
 def test_render():

@@ -14,12 +14,13 @@ import torch
 
 from checkpoint import Checkpoint
 from console import UserError
-from cost_model import BEGIN, END, MODELS, Sizes, calibrated_fit, fit, predict, read_records, sizes_of, table
 from families import Role, roles_of
+from page_sizes import MODELS, bytes_of, cost_table, put_into, read_records
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import read_result
-from synthetic_moe import SHAPES, config_of, fill_all, fill_shard, plan_of, prepare
+from size_model import SHAPES, Sizes, calibrated_fit, config_of, fit, plan_of, predict
+from synthetic_moe import fill_all, fill_shard, prepare
 
 REPO = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(3, 4, 128, 4)
@@ -176,7 +177,7 @@ def test_the_synthetic_gguf_holds_what_is_said(command, tmp_path):
     from gguf_format import GgufFile
 
     out = tmp_path / "t.gguf"
-    done = command("src/quant/synthetic_gguf.py", "--shape", "tiny", "--out", out, "--encode-experts", 4)
+    done = command("src/quant/synthetic_moe.py", "--shape", "tiny", "--out", out, "--encode-experts", 4)
     assert done.returncode == 0, done.stderr
     file = GgufFile(out)
     assert file.kind("blk.2.ffn_up_exps.weight") == "iq3_xxs" and file.shape("token_embd.weight") == (1024, 256)
@@ -187,9 +188,9 @@ def test_the_synthetic_gguf_holds_what_is_said(command, tmp_path):
 
 def test_the_full_gguf_has_the_published_size():
     """InstinctRazor's file is 48.04 GiB with its vocabulary; ours counts the tensors."""
-    sizes = sizes_of(MODELS["122B"])
-    assert sizes.gguf_bytes / 2**30 == pytest.approx(48.04, abs=0.1)
-    assert sizes.packed_bytes / 1e9 == pytest.approx(48.5, abs=0.1)
+    packed, gguf, _ = bytes_of(MODELS["122B"])
+    assert gguf / 2**30 == pytest.approx(48.04, abs=0.1)
+    assert packed / 1e9 == pytest.approx(48.5, abs=0.1)
 
 
 # ---------------------------------------------------------------- the cost model
@@ -201,19 +202,19 @@ def layers_record(seconds, tokens, rounding, vram=1000, rss=2000):
 
 
 def test_the_fit_gives_back_the_law_that_made_the_records():
-    at = Sizes(1000, 500, 50, 10, 0, 0, 7)
+    at = Sizes(1000, 500, 50, 10)
     law = lambda tokens: 0.02 * at.layer + 0.001 * tokens * at.layer_active  # noqa: E731
     records = {"gptq": layers_record(law(400), 400, 0.02 * at.layer)}
     assert calibrated_fit(records, "gptq", at) == pytest.approx((0.02, 0.001)) and calibrated_fit(records, "ldlq", at) is None
-    found = predict(SHAPES["tiny"], at, fit(records, at), 100)
+    found = predict(SHAPES["tiny"], at, 7, fit(records, at), 100)
     assert found["gptq_s"] == pytest.approx(4 * law(100)) and found["decode"] is None
     assert found["vram"] == pytest.approx(1000 * 2**20)
 
 
 def test_the_page_shows_what_the_records_say():
     page = (REPO / "docs/COST_MODEL.md").read_text()
-    shown = page.split(BEGIN)[1].split(END)[0].strip()
-    assert shown == table(read_records(REPO / "results/bench", "h100_122b"), 65536).strip()
+    made = cost_table(read_records(REPO / "results/bench", "h100_122b"), 65536)
+    assert put_into(page, made) == page, "run python src/quant/page_sizes.py --write"
 
 
 # ---------------------------------------------------------------- all of it
@@ -227,7 +228,7 @@ def test_the_whole_measurement_runs_small_and_again_does_nothing(tmp_path):
         "TINY": "1", "RESULTS": str(tmp_path / "results"), "SCRATCH": str(tmp_path / "work"),
         "LLAMA_CPP": str(llama_cpp.tools()), "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
-    run = ["bash", str(REPO / "pipelines/bench_h100.sh")]
+    run = ["bash", str(REPO / "pipelines/bench.sh"), "h100"]
     done = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=600)
     parts = ("disk", "gptq", "ldlq", "gguf", "eval_tiny", "eval_35b")
     made = {path.stem.removeprefix("h100_122b_"): path for path in (tmp_path / "results/bench").glob("*.json")}
@@ -243,7 +244,7 @@ def test_the_whole_measurement_runs_small_and_again_does_nothing(tmp_path):
     again = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=60)
     assert again.stdout.count("is there") >= 2 and time.time() - started < 30
     page = subprocess.run(
-        [sys.executable, REPO / "src/eval/make_results.py", "--results", tmp_path / "results"], capture_output=True, text=True
+        [sys.executable, REPO / "src/eval/page_results.py", "--results", tmp_path / "results"], capture_output=True, text=True
     )
     assert page.returncode == 0, page.stderr
     check = [sys.executable, REPO / "src/eval/check_results.py", tmp_path / "results/RESULTS.md"]

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import REPO
 
-from qwen3_next_form import convert
 from records import read_result
 from sample_log import read_samples
 from speed_multi_gpu import same_tokens
+from vllm_form import write_form
 
 VENV = Path(os.environ.get("MOE_LOWBIT_VLLM_VENV") or REPO / ".venv-vllm")
 pytestmark = [
@@ -31,7 +31,7 @@ def hybrid_moe(tmp_path_factory):
     """razor-tiny as a Qwen3-Next: a trained Gated-DeltaNet mixture of experts of a class that vLLM runs on a CPU (its module
     of Qwen3.5 imports torchvision)."""
     path = tmp_path_factory.mktemp("models") / "hybrid-moe"
-    convert(REPO / "models/razor-tiny", path)
+    write_form("qwen3_next", REPO / "models/razor-tiny", path)
     return path
 
 
@@ -89,7 +89,7 @@ def ids_of(tokenizer, rows, keys):
 
 def test_speed_at_forced_lengths(hybrid_moe, tmp_path):
     """No end token ends a row, batches of any size go through one engine, and a row is the same by itself and among others."""
-    run = [VENV / "bin/python", REPO / "src/eval/eval_bench.py", "--model", hybrid_moe, "--backend", "vllm", "--batches", "1,4"]
+    run = [VENV / "bin/python", REPO / "src/eval/speed_eval.py", "--model", hybrid_moe, "--backend", "vllm", "--batches", "1,4"]
     run += ["--prompt", 24, "--generate", 40, "--answers", tmp_path / "ids.json", "--result", tmp_path / "r.json", "--tag", "t"]
     done = subprocess.run([str(part) for part in run], capture_output=True, text=True, cwd=REPO, timeout=500, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr[-3000:]

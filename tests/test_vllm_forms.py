@@ -10,17 +10,17 @@ from conftest import REPO
 
 import speed_multi_gpu
 from console import UserError, write_json
-from eval_bench import touched_bytes, weights_of_checkpoint, weights_of_model
 from hf_model import load_model
-from qwen3_5_form import convert, repeated_key_heads, text_model
 from records import write_result
+from speed_eval import touched_bytes, weights_of_checkpoint, weights_of_model
 from speed_multi_gpu import compared_forced, placed, same_tokens
+from vllm_form import repeated_key_heads, text_model, write_form
 
 RAZOR = REPO / "models/razor-tiny"
 
 
 def test_published_form_with_more_key_heads_is_the_same_function(tmp_path):
-    convert(RAZOR, tmp_path / "m", heads=4)
+    write_form("qwen3_5", RAZOR, tmp_path / "m", 4)
     ids = torch.randint(0, 800, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         one, two = (load_model(path)(ids).logits for path in (RAZOR, tmp_path / "m"))
@@ -31,12 +31,12 @@ def test_published_form_with_more_key_heads_is_the_same_function(tmp_path):
     with pytest.raises(UserError, match="multiple of 2"):
         repeated_key_heads(tensors, config, 3)
     with pytest.raises(UserError, match="exists"):
-        convert(RAZOR, tmp_path / "m")
+        write_form("qwen3_5", RAZOR, tmp_path / "m")
 
 
 def test_the_limit_counts_the_same_weights_from_files_and_in_memory(tmp_path):
     model, config = load_model(RAZOR).to(torch.bfloat16), {"num_experts": 8, "num_experts_per_tok": 2}
-    convert(RAZOR, tmp_path / "m")
+    write_form("qwen3_5", RAZOR, tmp_path / "m")
     for batch in (1, 16):
         one, two = (touched_bytes(w, config, batch) for w in (weights_of_model(model), weights_of_checkpoint(tmp_path / "m")))
         assert one == pytest.approx(two, rel=0.01)  # norms of a Gated DeltaNet are float32 in the file
@@ -71,7 +71,7 @@ def test_engines_are_compared_with_the_first_and_with_themselves(tmp_path):
 def test_measured_in_turn(tmp_path):
     """Nothing is measured before the turn, and nothing given back before all had theirs."""
     turn, record = tmp_path / "m.turn", tmp_path / "m.json"
-    run = [sys.executable, REPO / "src/eval/eval_bench.py", "--model", RAZOR, "--batches", "1", "--prompt", 8, "--generate", 24]
+    run = [sys.executable, REPO / "src/eval/speed_eval.py", "--model", RAZOR, "--batches", "1", "--prompt", 8, "--generate", 24]
     run += ["--in-turn", turn, "--result", record, "--tag", "t"]
     process = subprocess.Popen([str(part) for part in run], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

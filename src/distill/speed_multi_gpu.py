@@ -55,8 +55,9 @@ from recipe import RECIPE_FILE, Recipe
 from records import REPO, read_result, write_result
 from sample_log import read_samples
 from settings import parse_settings, setting
-from synthetic_moe import SHAPES, plan_of, prepare
-from synthetic_moe import Shape as ModelShape
+from size_model import SHAPES, plan_of
+from size_model import Shape as ModelShape
+from synthetic_moe import prepare
 from task_list import get_benchmarks
 
 RECIPE = ["--expert-bits", 3, "--linear-bits", 4, "--group", 128, "--clip-steps", 16]
@@ -466,8 +467,9 @@ def vllm_part(bench: Bench) -> dict[str, Any]:
     small, large = bench.work / "razor-tiny", bench.work / "35b"
     shutil.rmtree(small, ignore_errors=True)
     sizes = [n for n in PARALLEL if n <= bench.processes]
-    form = "src/eval/qwen3_5_form.py"
-    bench.run(form if bench.gpus else "src/eval/qwen3_next_form.py", "--model", RAZOR, "--out", small, "--key-heads", sizes[-1])
+    form = "src/eval/vllm_form.py"
+    named = "qwen3_5" if bench.gpus else "qwen3_next"
+    bench.run(form, "--form", named, "--model", RAZOR, "--out", small, "--key-heads", sizes[-1])
     if bench.tiny:
         large = small
     elif not (large / "preprocessor_config.json").exists():
@@ -549,7 +551,7 @@ def forced_command(bench: Bench, model: Path, parallel: int, record: Path) -> tu
     run = ["--model", model, "--backend", "vllm", "--tensor-parallel", parallel, *size]
     run += ["--kv-gib", KV_GIB] if bench.gpus else []
     run += ["--answers", record.with_suffix(".ids"), "--result", record, "--tag", record.stem]
-    return "src/eval/eval_bench.py", run, record
+    return "src/eval/speed_eval.py", run, record
 
 
 def compared_questions(logs: Mapping[int, Path]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ A figure is cited as [94.2 %](eval/tag.json#metrics.tiny_math.acc): the checker 
 with the decimals and unit of the text, and compares. It fails on a difference, a missing file or path, and on any number
 outside a citation or code quotes; other documents may have such numbers:
 python src/eval/check_results.py --citations-only README.md. --refresh puts the records' figures of today into such a document
-(the words around them are its author's to read again). `render` is also what the generator uses.
+(the words around them are its author's to read again).
 """
 
 from __future__ import annotations
@@ -12,33 +12,14 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import Any
 
 from console import UserError, atomic_path, run_cli
-from records import read_result
+from records import lookup, read_result, render
 
 CITATION = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.json)#([\w.:-]+)\)")
 FIGURE = re.compile(r"(-?[\d,]+(?:\.(\d+))?)( %| MB| GB|)")
-UNITS = {"": 1.0, " %": 100.0, " MB": 1e-6, " GB": 1e-9}
 LOOSE = " is not cited"
 LOOSE_NUMBER = re.compile(r"(?<![\w.])\d[\d,.]*(?!\w)")
-
-
-def render(value: float, decimals: int, unit: str = "") -> str:
-    """A number as RESULTS.md shows it: 0.9421 with 1 and " %" is "94.2 %"; thousands have commas."""
-    return f"{value * UNITS[unit]:,.{decimals}f}{unit}"
-
-
-def lookup(record: Any, path: str) -> Any:
-    """The value at a dotted path of a JSON object (a number is a place in a list); KeyError names the part that is missing."""
-    for part in path.split("."):
-        if isinstance(record, list) and part.isdecimal() and int(part) < len(record):
-            record = record[int(part)]
-        elif isinstance(record, dict) and part in record:
-            record = record[part]
-        else:
-            raise KeyError(part)
-    return record
 
 
 def cited(shown: str, file: Path, path: str) -> str:
@@ -109,7 +90,7 @@ def main() -> int:
     failed = 0
     for file in args.files:
         if not file.is_file():
-            raise UserError(f"{file}: no such file; python src/eval/make_results.py writes results/RESULTS.md")
+            raise UserError(f"{file}: no such file; python src/eval/page_results.py writes results/RESULTS.md")
         if args.refresh:
             with atomic_path(file) as temporary:
                 temporary.write_text(refreshed(file.read_text(encoding="utf-8"), file.parent), encoding="utf-8")

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +63,12 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
     return {"likeliest": likeliest, "generated": generated, "seconds": round(time.time() - started, 2)}
 
 
-def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    return next((place for place, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
-
-
 def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Counts and shares of equal tokens of two results of :func:`run_engine` on the same texts."""
     pairs = list(zip(one["likeliest"], other["likeliest"], strict=True))
     answers = list(zip(one["generated"], other["generated"], strict=True))
     same = sum(a == b for a, b in pairs)
-    prefix, total = sum(common_prefix(a, b) for a, b in answers), sum(max(len(a), len(b)) for a, b in answers)
+    prefix, total = sum(len(os.path.commonprefix(pair)) for pair in answers), sum(max(len(a), len(b)) for a, b in answers)
     return {
         "likeliest": {"places": len(pairs), "same": same, "share": same / len(pairs)},
         "generated": {"tokens": total, "same": prefix, "share": prefix / total if total else 1.0},

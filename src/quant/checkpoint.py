@@ -19,6 +19,7 @@ from console import UserError, files_sha256, read_json, write_json
 from packed_view import PACKED, unpacked_tensors
 from safetensors_file import CheckpointWriter, TensorInfo, open_tensors
 
+SYNTHETIC = "synthetic.json"  # beside the config.json of what synthetic_moe made: its seed, its shape, the shards still empty
 CONSUMED = "consumed.json"  # in a checkpoint whose weights were given up while it was read: {"out": the output that has them}
 
 
@@ -78,6 +79,11 @@ class Checkpoint:
         step = max(1, max_bytes // row)
         for start in range(0, info.shape[0], step):
             yield start, info.read(start, min(step, info.shape[0] - start))
+
+
+def is_synthetic(model: Path) -> bool:
+    """Whether a checkpoint is one of synthetic_moe, which can be made again."""
+    return (model / SYNTHETIC).is_file()
 
 
 class SourceShards:

@@ -143,6 +143,14 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+def numbers(text: str) -> list[int]:
+    """The type of an option that is a list, "1,2,4"; argparse turns a ValueError into its own message."""
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise ValueError(text)
+    return values
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
     with atomic_path(path) as temporary:

@@ -33,12 +33,11 @@ from gguf_layout import (
     type_named,
     types_of,
 )
-from plans import BASE_BYTES
 from recipe import LINEAR_ROLES, Job
 from records import header_sha256
 from round_ggml import DAMPING, METHODS, Encoded, is_quantized
 from settings import setting
-from size_model import RESULTS, recorded_rates, times
+from size_model import BASE_BYTES, RESULTS, recorded_rates, times
 
 HEADER = "header.bin"  # what make_header writes
 

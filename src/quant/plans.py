@@ -28,10 +28,9 @@ from recipe import RECIPE_FILE, Job, Recipe
 from run_dir import check_output, partial_of
 from safetensors_file import INDEX
 from settings import setting
-from size_model import RESULTS, Rates, machine, recorded_rates, records_of, times
+from size_model import BASE_BYTES, RESULTS, Rates, machine, recorded_rates, records_of, times
 
 CHUNK_BYTES = 64 << 20  # quantized at once, while the next is read and the last written
-BASE_BYTES = 600 << 20  # the interpreter with torch
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
 MAX_SIDECAR_BYTES = 64 << 20  # the largest tokenizers are about half of it

@@ -28,7 +28,7 @@ import torch
 from calibrated_pass import CalibratedPass, MomentSettings
 from calibration import Calibration, LayerStream
 from calibration_text import CalibrationSettings
-from checkpoint import CONSUMED, Checkpoint, SourceShards
+from checkpoint import CONSUMED, Checkpoint, SourceShards, is_synthetic
 from console import UserError, progress, run_cli, write_json
 from devices import default_device, device_peaks, lanes, parse_devices
 from moe_probe import probe_model
@@ -82,7 +82,7 @@ class QuantizeSettings:
             raise UserError(f"--token-power, --damping: of a calibrated method: {known}")
         if not 0 < self.shard_gib < float("inf"):
             raise UserError(f"--shard-gib {self.shard_gib} must be above 0")
-        if self.consume_source and not (self.consume_real_source or (self.model / "synthetic.json").is_file()):
+        if self.consume_source and not (self.consume_real_source or is_synthetic(self.model)):
             raise UserError(
                 f"--consume-source: {self.model} is not of synthetic_moe.py; "
                 "--consume-real-source would delete its weights for good"

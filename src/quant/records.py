@@ -34,6 +34,7 @@ PACKAGES = (
     "datasets", "gguf", "math-verify",
 )  # fmt: skip
 REPO = Path(__file__).resolve().parent.parent.parent
+UNITS = {"": 1.0, " %": 100.0, " MB": 1e-6, " GB": 1e-9}  # of a figure on a page
 DECODED_MARK = "gguf.json"  # in a checkpoint that gguf_dequant made: the file that it was decoded from
 
 
@@ -219,4 +220,21 @@ def read_result(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     record = read_json(path)
     if not isinstance(record, dict) or record.get("schema") != SCHEMA or kind not in (None, record.get("kind")):
         raise UserError(f"{path}: not a schema {SCHEMA} record{f' of kind {kind}' if kind else ''}")
+    return record
+
+
+def render(value: float, decimals: int, unit: str = "") -> str:
+    """A number as the pages show it: 0.9421 with 1 and " %" is "94.2 %"; thousands have commas."""
+    return f"{value * UNITS[unit]:,.{decimals}f}{unit}"
+
+
+def lookup(record: Any, path: str) -> Any:
+    """The value at a dotted path of a JSON object (a number is a place in a list); KeyError names the part that is missing."""
+    for part in path.split("."):
+        if isinstance(record, list) and part.isdecimal() and int(part) < len(record):
+            record = record[int(part)]
+        elif isinstance(record, dict) and part in record:
+            record = record[part]
+        else:
+            raise KeyError(part)
     return record

@@ -1,7 +1,9 @@
-"""A synthetic checkpoint of a published MoE's shape: config, tensor names, sizes; weights drawn from a seed, shard by shard.
+"""A synthetic checkpoint, or GGUF, of a published MoE's shape: names and sizes of the real one, weights drawn from a seed.
 
     python src/quant/synthetic_moe.py --shape 122b --layers 6 --out work/synthetic-122b [--seed 0] [--experts 256 ...]
     python src/quant/synthetic_moe.py --shape 122b --out work/synthetic-122b --empty    # headers only: 245 GB that take no disk
+    python src/quant/synthetic_moe.py --shape 122b --out work/synthetic-122b.gguf [--encode-experts 8] [--header FILE]
+    python src/quant/synthetic_moe.py --shape 122b --out work/header.bin --header-only  # where llama.cpp's converter is
 
 Shapes: 122b and 35b are Qwen3.5-122B-A10B and Qwen3.5-35B-A3B (experts fused, [E, 2I, H] and [E, H, I], names nested under
 model.language_model), without vision tower and multi-token prediction; tiny is for tests. Every size is an argument. A tensor
@@ -11,6 +13,11 @@ disk can stream all.
 
 Weights are normal times a log-normal spread for every weight (excess kurtosis 1.3), for every row (heavy-tailed rows) and for a
 few loud inputs that all layers share (outlier channels), scaled as trained networks are: 1/sqrt(inputs), less at the way out.
+
+A GGUF has the names of gguf_pack and the types of configs/gguf_iq3.env (3.38 bits a weight). Of each kind of tensor one is
+drawn and encoded, of a stack of experts --encode-experts of them, of the vocabulary's matrices some rows; their bytes are
+repeated in every layer and expert, each at its own place in the file. Decoding reads all of them as it would the real ones, and
+says noise. The vocabulary is razor-tiny's, filled up to the real size.
 """
 
 from __future__ import annotations
@@ -19,6 +26,9 @@ import argparse
 import dataclasses
 import math
 import os
+import re
+import shutil
+import tempfile
 import threading
 import time
 import zlib
@@ -29,118 +39,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoint
-from console import UserError, progress, read_json, run_cli, write_json
-from devices import Stopped, each_device, parse_devices
-from safetensors_file import CheckpointWriter, Plan, TensorInfo, release
+from checkpoint import SYNTHETIC, Checkpoint
+from console import UserError, atomic_path, progress, read_json, run_cli, write_json
+from devices import Stopped, default_device, each_device, parse_devices
+from families import Role
+from ggml_codecs import encode
+from gguf_format import GgufWriter, make_header
+from gguf_layout import Piece, file_type, to_gguf
+from pack_plan import Pack, TypeSettings, cast, plan_pack, report
+from records import REPO, add_record_arguments, check_record_arguments, write_result
+from round_ggml import is_quantized
+from safetensors_file import TensorInfo, release
+from settings import add_settings, read_part
+from size_model import SHARD_BYTES, Shape, config_of, plan_of, shape_arguments, shape_from, write_skeleton
 
-MARK = "synthetic.json"  # beside config.json: this directory was made here, with this seed, and these shards are empty
-SHARD_BYTES = 4 << 30
+TOKENIZER = REPO / "models" / "razor-tiny"
+VOCABULARY_ROWS = 4096  # encoded, and repeated
 CHUNK_BYTES = 256 << 20  # drawn at once
 WEIGHT_SPREAD, ROW_SPREAD = 0.3, 0.35  # of the logarithm
 LOUD_SHARE, LOUD = 0.004, 5.0  # inputs that are larger, and how much
-BF16, F32 = torch.bfloat16, torch.float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """The sizes of a Qwen3.5 MoE text model. ``interval``: every such layer has full attention, the others Gated DeltaNet."""
-
-    layers: int = 48
-    hidden: int = 3072
-    experts: int = 256
-    top_k: int = 8
-    inner: int = 1024
-    shared_inner: int = 1024
-    vocab: int = 248320
-    heads: int = 32
-    kv_heads: int = 2
-    head_dim: int = 256
-    key_heads: int = 16
-    value_heads: int = 64
-    linear_dim: int = 128
-    conv: int = 4
-    interval: int = 4
-
-    def kind(self, layer: int) -> str:
-        return "linear_attention" if (layer + 1) % self.interval else "full_attention"
-
-
-# Model cards of Qwen3.5-122B-A10B and Qwen3.5-35B-A3B, and transformers' Qwen3_5MoeTextConfig, whose defaults are the 35B's.
-SHAPES = {
-    "122b": Shape(),
-    "35b": Shape(layers=40, hidden=2048, inner=512, shared_inner=512, heads=16, value_heads=32),
-    "tiny": Shape(
-        layers=4, hidden=256, experts=8, top_k=2, inner=256, shared_inner=256, vocab=1024, heads=4, head_dim=64,
-        key_heads=2, value_heads=4, linear_dim=64,
-    ),
-}  # fmt: skip
-
-
-def config_of(shape: Shape) -> dict[str, Any]:
-    """config.json, as the published checkpoints nest it."""
-    half = shape.head_dim // 8  # a quarter of a head turns, in pairs
-    sections = [half - 2 * (half // 3), half // 3, half // 3]
-    text = {
-        "model_type": "qwen3_5_moe_text", "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16",
-        "eos_token_id": shape.vocab - 1, "pad_token_id": None, "full_attention_interval": shape.interval,
-        "head_dim": shape.head_dim, "hidden_act": "silu", "hidden_size": shape.hidden, "initializer_range": 0.02,
-        "layer_types": [shape.kind(index) for index in range(shape.layers)],
-        "linear_conv_kernel_dim": shape.conv, "linear_key_head_dim": shape.linear_dim, "linear_num_key_heads": shape.key_heads,
-        "linear_num_value_heads": shape.value_heads, "linear_value_head_dim": shape.linear_dim,
-        "max_position_embeddings": 262144, "moe_intermediate_size": shape.inner, "num_attention_heads": shape.heads,
-        "num_experts": shape.experts, "num_experts_per_tok": shape.top_k, "num_hidden_layers": shape.layers,
-        "num_key_value_heads": shape.kv_heads, "output_router_logits": False, "partial_rotary_factor": 0.25,
-        "rms_norm_eps": 1e-6, "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": shape.shared_inner,
-        "tie_word_embeddings": False, "use_cache": True, "vocab_size": shape.vocab,
-        "rope_parameters": {
-            "mrope_interleaved": True, "mrope_section": sections, "partial_rotary_factor": 0.25, "rope_theta": 10_000_000,
-            "rope_type": "default",
-        },
-    }  # fmt: skip
-    return {
-        "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe", "text_config": text,
-        "tie_word_embeddings": False,
-    }  # fmt: skip
-
-
-def layer_plan(shape: Shape, index: int) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-    at = f"model.language_model.layers.{index}."
-    h, qkv = shape.hidden, (2 * shape.key_heads + shape.value_heads) * shape.linear_dim
-    values = shape.value_heads * shape.linear_dim
-    yield at + "input_layernorm.weight", BF16, (h,)
-    if shape.kind(index) == "linear_attention":
-        yield at + "linear_attn.A_log", F32, (shape.value_heads,)
-        yield at + "linear_attn.conv1d.weight", BF16, (qkv, 1, shape.conv)
-        yield at + "linear_attn.dt_bias", BF16, (shape.value_heads,)
-        for name, rows in (("a", shape.value_heads), ("b", shape.value_heads), ("qkv", qkv), ("z", values)):
-            yield at + f"linear_attn.in_proj_{name}.weight", BF16, (rows, h)
-        yield at + "linear_attn.norm.weight", F32, (shape.linear_dim,)
-        yield at + "linear_attn.out_proj.weight", BF16, (h, values)
-    else:
-        yield at + "self_attn.k_norm.weight", BF16, (shape.head_dim,)
-        yield at + "self_attn.k_proj.weight", BF16, (shape.kv_heads * shape.head_dim, h)
-        yield at + "self_attn.o_proj.weight", BF16, (h, shape.heads * shape.head_dim)
-        yield at + "self_attn.q_norm.weight", BF16, (shape.head_dim,)
-        yield at + "self_attn.q_proj.weight", BF16, (2 * shape.heads * shape.head_dim, h)  # queries and their gates
-        yield at + "self_attn.v_proj.weight", BF16, (shape.kv_heads * shape.head_dim, h)
-    yield at + "mlp.experts.down_proj", BF16, (shape.experts, h, shape.inner)
-    yield at + "mlp.experts.gate_up_proj", BF16, (shape.experts, 2 * shape.inner, h)
-    yield at + "mlp.gate.weight", BF16, (shape.experts, h)
-    yield at + "mlp.shared_expert.down_proj.weight", BF16, (h, shape.shared_inner)
-    yield at + "mlp.shared_expert.gate_proj.weight", BF16, (shape.shared_inner, h)
-    yield at + "mlp.shared_expert.up_proj.weight", BF16, (shape.shared_inner, h)
-    yield at + "mlp.shared_expert_gate.weight", BF16, (1, h)
-    yield at + "post_attention_layernorm.weight", BF16, (h,)
-
-
-def plan_of(shape: Shape) -> Plan:
-    """(name, dtype, shape) of every tensor, in the order of the shards."""
-    plan = [("model.language_model.embed_tokens.weight", BF16, (shape.vocab, shape.hidden))]
-    for index in range(shape.layers):
-        plan += layer_plan(shape, index)
-    return [*plan, ("model.language_model.norm.weight", BF16, (shape.hidden,)), ("lm_head.weight", BF16, plan[0][2])]
-
 
 # ---------------------------------------------------------------- values
 
@@ -201,28 +118,12 @@ def draw(name: str, shape: tuple[int, ...], layers: int, seed: int, device: torc
 _marking = threading.Lock()  # several threads fill shards of one directory
 
 
-def device_at_hand() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def prepare(out: Path, shape: Shape, seed: int, shard_bytes: int = SHARD_BYTES) -> list[Path]:
-    """Make ``out`` with config, index and every shard as its header before a hole: names and sizes are there, weights read
-    as zero and take no disk. Returns the shards, all of them still to be filled."""
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: exists; remove it or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    plan = plan_of(shape)
-    breaks = {name for name, _, _ in plan if name.endswith("input_layernorm.weight")}  # a layer begins a shard
-    writer = CheckpointWriter(out, plan, shard_bytes, breaks)
-    writer.write_empty()
-    write_json(out / "config.json", config_of(shape))
-    shards = [file.name for file in writer.files]
-    write_json(out / MARK, {"seed": seed, "shape": dataclasses.asdict(shape), "empty": shards, "device": device_at_hand().type})
-    return writer.files
-
-
-def is_synthetic(model: Path) -> bool:
-    return (model / MARK).is_file()
+    """Make ``out`` with names and sizes, without weights. Returns the shards, all of them still to be filled."""
+    files = write_skeleton(out, config_of(shape), plan_of(shape), shard_bytes)
+    mark = {"seed": seed, "shape": dataclasses.asdict(shape), "empty": [file.name for file in files]}
+    write_json(out / SYNTHETIC, mark | {"device": default_device().type})
+    return files
 
 
 def tensors_of(file: Path, tensors: Mapping[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
@@ -234,7 +135,7 @@ def fill_shard(
     model: Path, file: Path, tensors: Mapping[str, TensorInfo], advance: Any = None, device: torch.device | None = None
 ) -> None:
     """Write the weights of one shard into its place; the disk holds them when this returns."""
-    mark, device = read_json(model / MARK), device or device_at_hand()
+    mark, device = read_json(model / SYNTHETIC), device or default_device()
     with file.open("r+b", buffering=0) as stream:
         for name, info in tensors_of(file, tensors):
             stream.seek(info.begin)
@@ -248,15 +149,15 @@ def fill_shard(
         os.fsync(stream.fileno())
         release(stream.fileno(), 0, 0)
     with _marking:
-        mark = read_json(model / MARK)
-        write_json(model / MARK, mark | {"empty": [name for name in mark["empty"] if name != file.name]})
+        mark = read_json(model / SYNTHETIC)
+        write_json(model / SYNTHETIC, mark | {"empty": [name for name in mark["empty"] if name != file.name]})
 
 
 def fill_all(model: Path, devices: Sequence[torch.device] = ()) -> None:
     """Every shard that is still empty; several devices (or one, named several times) each every so many-th."""
     checkpoint = Checkpoint(model)
-    devices = tuple(devices) or (device_at_hand(),)
-    empty = [file for file in checkpoint.files if file.name in read_json(model / MARK)["empty"]]
+    devices = tuple(devices) or (default_device(),)
+    empty = [file for file in checkpoint.files if file.name in read_json(model / SYNTHETIC)["empty"]]
     total = sum(info.bytes for info in checkpoint.tensors.values() if info.file in empty)
 
     def share(number: int, device: torch.device, stop: threading.Event) -> None:
@@ -273,30 +174,110 @@ def fill_all(model: Path, devices: Sequence[torch.device] = ()) -> None:
         each_device(devices, share)
 
 
-def shape_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="122b", help="published sizes (default 122b)")
-    for field in dataclasses.fields(Shape):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="instead of the shape's")
+# ---------------------------------------------------------------- GGUF
 
 
-def shape_from(args: argparse.Namespace) -> Shape:
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Shape) if getattr(args, f.name) is not None}
-    if bad := [name for name, value in given.items() if value < 1]:
-        raise UserError(f"--{bad[0].replace('_', '-')} must be at least 1")
-    return dataclasses.replace(SHAPES[args.shape], **given)
+def header_of(pack: Pack) -> bytes:
+    tensors = [(piece.name, piece.shape, pack.types[piece.name]) for piece in pack.pieces]
+    with tempfile.TemporaryDirectory() as work:
+        return make_header(pack.checkpoint.path, tensors, file_type(pack.base), Path(work))
 
 
-def main() -> None:
+def sampled(piece: Piece, experts: int) -> Piece:
+    """The part of a piece that is drawn and encoded; its bytes fill the piece a whole number of times."""
+    wanted = experts if piece.role is Role.ROUTED_EXPERT else VOCABULARY_ROWS
+    if piece.role not in (Role.ROUTED_EXPERT, Role.EMBEDDING, Role.LM_HEAD):
+        return piece
+    size = next(size for size in range(min(wanted, piece.shape[0]), 0, -1) if piece.shape[0] % size == 0)
+    return dataclasses.replace(piece, shape=(size, *piece.shape[1:]))
+
+
+def bytes_of(pack: Pack, piece: Piece, layers: int, seed: int) -> Tensor:
+    """The encoded bytes of a (sampled) piece, on the CPU."""
+    name, kind, device = piece.sources[0], pack.types[piece.name], default_device()
+    shape = pack.checkpoint.info(name).shape
+    if piece.role in (Role.ROUTED_EXPERT, Role.EMBEDDING, Role.LM_HEAD):
+        shape = (piece.shape[0], *shape[1:])
+    value = to_gguf(piece, torch.cat(list(draw(name, shape, layers, seed, device))).bfloat16())
+    return (encode(value, kind) if is_quantized(kind) else cast(value, kind)).cpu()
+
+
+def write_synthetic(pack: Pack, header: bytes, out: Path, experts: int, seed: int) -> dict[str, Any]:
+    """Write the file; what was encoded and what was repeated."""
+    layers, kept, encoded = pack.pieces[-1].layer, {}, 0
+    sizes = [(piece.name, pack.bytes_of(piece)) for piece in pack.pieces]
+    seconds, started = 0.0, time.time()
+    with (
+        tempfile.TemporaryDirectory() as work,
+        progress(sum(size for _, size in sizes), "synthetic", "B", True) as bar,
+        GgufWriter(out, header, sizes, Path(work, "state")) as writer,
+    ):
+        for piece, (name, size) in zip(pack.pieces, sizes):
+            key = (re.sub(r"\d+", "", name), piece.shape, pack.types[name])
+            if key not in kept:
+                begun = time.time()
+                kept[key] = bytes_of(pack, sampled(piece, experts), layers, seed)
+                seconds, encoded = seconds + time.time() - begun, encoded + kept[key].numel()
+            for _ in range(size // kept[key].numel()):
+                writer.append(name, kept[key])
+            bar.update(size)
+    return {
+        "seconds": time.time() - started, "encode_seconds": seconds, "encoded_bytes": encoded, "repeated": True,
+        "encoded_experts": experts, "seed": seed,
+    }  # fmt: skip
+
+
+def gguf(args: argparse.Namespace, started: float) -> None:
+    """--out F.gguf, or the head of one."""
+    with tempfile.TemporaryDirectory(dir=args.out.parent) as work:
+        model = Path(work) / f"synthetic-{args.shape}"
+        prepare(model, shape_from(args), args.seed)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copyfile(TOKENIZER / name, model / name)
+        types = read_part(TypeSettings, REPO / "configs/gguf_iq3.env")
+        types = TypeSettings(args.base_type or types.base_type, REPO / (args.tensor_types or str(types.tensor_types)))
+        pack = plan_pack(Checkpoint(model), types.base, types.patterns(), "nearest")[0]
+        header = args.header.read_bytes() if args.header else header_of(pack)
+        if args.header_only:
+            with atomic_path(args.out) as temporary:
+                temporary.write_bytes(header)
+            print(f"wrote {args.out}: {len(header):,} bytes", flush=True)
+            return
+        made = write_synthetic(pack, header, args.out, args.encode_experts, args.seed)
+        metrics = {"synthetic_gguf": made} | report(pack, args.out.stat().st_size)
+    if args.result:
+        write_result(args.result, kind="bench", tag=args.tag, started=started, recipe=pack.recipe(), metrics=metrics)
+    size = f"{metrics['gib']:.2f} GiB, {metrics['bits_per_weight']:.3f} bits a weight"
+    print(f"{args.out}: {metrics['parameters']:,} parameters, {size}, {made['seconds']:.1f} s", flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="directory to make")
+    parser.add_argument("--out", type=Path, required=True, help="directory to make, or FILE.gguf")
     shape_arguments(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the weights (default 0)")
     parser.add_argument(
         "--devices", default="", help="cuda:0,cuda:0,cuda:1,cuda:1: that many shards at a time, to the same bytes"
     )
     parser.add_argument("--empty", action="store_true", help="headers only: no weights, no disk")
-    args = parser.parse_args()
+    more = parser.add_argument_group("of a GGUF, by default of the types of configs/gguf_iq3.env")
+    add_settings(more, TypeSettings)
+    more.add_argument("--encode-experts", type=int, default=8, help="experts of a layer that are encoded (default 8)")
+    more.add_argument("--header", type=Path, help="file of --header-only, where llama.cpp's converter is not at hand")
+    more.add_argument("--header-only", action="store_true", help="write only what stands before the first tensor")
+    add_record_arguments(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    check_record_arguments(args)
+    if args.encode_experts < 1:
+        raise UserError("--encode-experts must be at least 1")
     shape, devices, started = shape_from(args), parse_devices(args.devices), time.time()
+    if args.header_only or args.out.suffix == ".gguf":
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        return gguf(args, started)
     prepare(args.out, shape, args.seed)
     if not args.empty:
         fill_all(args.out, devices)

@@ -1,6 +1,6 @@
 """How much of a GGUF's KL is luck: several calibration texts, each rounded by llama-quantize and by us, in pairs.
 
-    python src/eval/gguf_spread.py --model models/razor-tiny --base-type IQ2_XS --texts tiny:0 tiny:1 tiny:2 --work W --tag T
+    python src/eval/study_spread.py --model models/razor-tiny --base-type IQ2_XS --texts tiny:0 tiny:1 tiny:2 --work W --tag T
 
 Which way a near tie rounds decides whether a rare fact survives, and a few such positions make up the tail of the KL: other
 text, or another number of threads, moves the 99.9th percentile by a quarter. Both sides get the same text, the same types
@@ -18,7 +18,9 @@ from typing import Any
 
 from console import UserError, progress, run_cli, run_script
 from intervals import paired_ratio
+from pack_plan import TypeSettings
 from records import add_tag_arguments, describe_model, read_result, tagged_record, write_result
+from settings import add_settings
 
 SIDES = ("llama", "ours")
 FIGURES = ("mean", "p99", "p99_9")
@@ -68,9 +70,8 @@ def check_pairs(pairs: Sequence[Sequence[dict[str, Any]]]) -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="directory of the BF16 model")
-    parser.add_argument("--base-type", required=True, help="of what --tensor-types does not name")
-    types = Path("configs/gguf_tensor_types_iq3.txt")
-    parser.add_argument("--tensor-types", type=Path, default=types, help=f"file of PATTERN=TYPE lines (default {types})")
+    add_settings(parser, TypeSettings)
+    parser.set_defaults(tensor_types="configs/gguf_tensor_types_iq3.txt")
     parser.add_argument("--texts", nargs="+", required=True, help="calibration texts, each as --calib of gguf_pack")
     parser.add_argument("--items", type=int, default=128, help="transcripts of each tiny task (default 128)")
     parser.add_argument("--work", type=Path, required=True, help="directory for the files and the record of each")
@@ -80,6 +81,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if not args.base_type:
+        raise UserError("--base-type is missing: IQ3_XXS, Q3_K, ...")
     if not 2 <= len(set(args.texts)) == len(args.texts) <= 10:
         raise UserError(f"--texts {' '.join(args.texts)}: give 2 to 10 different ones")
     result, started = tagged_record(args), time.time()

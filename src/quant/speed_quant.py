@@ -1,8 +1,14 @@
-"""The quantizers at a real model's sizes, on a synthetic checkpoint (synthetic_moe.py), beside what the machine allows.
+"""How fast the quantizers are here, beside what the machine allows: bash pipelines/bench.sh [--result FILE --tag TAG]
 
-    python src/quant/size_bench.py disk --model work/synthetic-122b-6 --work work/disk [--probe-gib 8] [--result F --tag T]
-    python src/quant/size_bench.py layers --model work/synthetic-122b-2 --work work/layers --method gptq [--result F --tag T]
+    python src/quant/speed_quant.py kernels [--layer small|122b] [--result results/bench/T.json --tag T]
+    python src/quant/speed_quant.py disk --model work/synthetic-122b-6 --work work/disk [--probe-gib 8] [--result F --tag T]
+    python src/quant/speed_quant.py layers --model work/synthetic-122b-2 --work work/layers --method gptq [--result F --tag T]
 
+kernels: data-free grids on BF16 blocks [8, 2048, 3072] of experts (smaller on a CPU), in parameters a second, beside the rate
+of a copy, which is the limit of anything that reads and writes BF16. On a GPU the fused kernel is compared bit by bit with the
+plain search. Then one MoE layer of calibrated rounding: --layer 122b is that of Qwen3.5-122B-A10B (256 experts), on synthetic
+weights and correlated activations; and the same layer encoded into --ggml block types, nearest and with error feedback.
+The others take a synthetic checkpoint of a real model's sizes (synthetic_moe.py):
 disk: the seed recipe (experts int3, the rest int4, clip-16) by quant_save in a process of its own, from a disk whose page cache
 was dropped to the same disk, and the rates of that disk, measured just before on the same files: reading, writing, and a plain
 copy, which reads and writes as the pass does and is its limit. Consumes the model.
@@ -17,6 +23,8 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
+import functools
 import mmap
 import os
 import shutil
@@ -28,33 +36,177 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import ggml_lattice
 import ggml_scalar
-from calibration import Calibration
-from checkpoint import Checkpoint
+from calibrated_pass import CalibratedPass
+from calibration import Calibration, Moments
+from checkpoint import SYNTHETIC, Checkpoint, is_synthetic
 from console import UserError, progress, read_json, run_cli
 from devices import default_device, lanes
+from ggml_codecs import decode_rows
+from ggml_round import ldlq
+from gguf_layout import read_patterns, type_named
+from gguf_pack import write_pack
+from moe_ptq import Grid, output_error, round_weight
+from moe_quant import dequantize, fake_quant, quantize_group
+from pack_plan import plan_pack
+from quant_save import quantize_checkpoint
 from recipe import Recipe
-from records import add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
+from records import REPO, add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
+from round_ggml import GgmlRounder, encoded, is_quantized
+from round_grid import GridRounder
 from safetensors_file import release
-from synthetic_moe import MARK, Shape, is_synthetic, plan_of
+from size_model import Shape, layer_plan, plan_of
 
+LAYERS = {  # experts, [O, I] of the two matrices, tokens an expert sees
+    "small": (8, ((512, 256), (256, 256)), 1024),
+    "122b": (256, ((2048, 3072), (3072, 1024)), 4096),
+}
+METHODS = ("wclip", "gptq", "gptq_refit")
+GGML_METHODS = ("nearest", "ldlq")
+PASSES = ("gptq", "gptq_refit", "ldlq")
 BLOCK, SMALL_BLOCK = 16 << 20, 1 << 20  # of the disk's measurement; the second for files that the first does not divide well
 THREADS = 4
 SEED_RECIPE = ("--expert-bits", "3", "--linear-bits", "4", "--group", "128", "--clip-steps", "16", "--method", "clip")
-METHODS = ("gptq", "gptq_refit", "ldlq")
-HERE = Path(__file__).resolve().parent
+TYPES = REPO / "configs" / "gguf_tensor_types_iq3.txt"
+
+# ---------------------------------------------------------------- kernels
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], Any], device: torch.device, repeats: int = 21) -> float:
+    """Median time of a call, after two that are not counted (they compile, and raise the clock)."""
+    function()
+    function()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        started = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    return sorted(times)[repeats // 2]
+
+
+def grids(device: torch.device) -> dict[str, Any]:
+    """Rates of the data-free grids in G parameters/s, and whether the GPU's bits are the plain search's."""
+    shape = (8, 2048, 3072) if device.type == "cuda" else (1, 1024, 3072)
+    weight = torch.randn(shape, device=device).bfloat16()
+    out = torch.empty_like(weight)
+    rate = weight.numel() / 1e9
+    found: dict[str, Any] = {"shape": list(shape), "limit_copy": rate / seconds(lambda: out.copy_(weight), device)}
+    for name, bits, steps in (("absmax_int4", 4, 1), ("clip16_int3", 3, 16), ("clip16_int4", 4, 16)):
+        found[name] = rate / seconds(functools.partial(fake_quant, weight, bits, 128, steps), device)
+    plain = dequantize(quantize_group(weight, 3, 128, 16), 128)
+    found["plain_clip16_int3"] = rate / seconds(lambda: dequantize(quantize_group(weight, 3, 128, 16), 128), device, 3)
+    found["identical_to_plain"] = torch.equal(fake_quant(weight, 3, 128, 16).view(torch.int16), plain.view(torch.int16))
+    sample = weight[:, :128]
+    on_cpu = fake_quant(sample.cpu(), 3, 128, 16)
+    found["identical_to_cpu"] = torch.equal(fake_quant(sample, 3, 128, 16).cpu().view(torch.int16), on_cpu.view(torch.int16))
+    return found
+
+
+def moments_of(experts: int, inputs: int, tokens: int, device: torch.device) -> Moments:
+    """Second moments of synthetic activations: correlated, with a few loud channels, of other size for each expert."""
+    moments = Moments(experts, inputs, device)
+    mix = torch.randn(inputs, inputs, device=device) / inputs**0.5
+    loud = torch.rand(inputs, device=device) ** 4 * 5
+    for expert in range(experts):
+        x = (torch.randn(tokens, inputs, device=device) @ mix + torch.randn(tokens, inputs, device=device)) * loud
+        moments.add(expert, x, torch.rand(tokens, device=device))
+    return moments
+
+
+def layers_of(name: str, types: Sequence[str], device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Seconds of one MoE layer for every method, and its output error relative to the clip search: on the grid, and in ggml
+    block types, whose rates are given too."""
+    experts, shapes, tokens = LAYERS[name]
+    found: dict[str, Any] = {"experts": experts, "shapes": [list(s) for s in shapes], "tokens": tokens, "statistics_s": 0.0}
+    found |= {method: {"seconds": 0.0, "error_ratio": []} for method in METHODS}
+    ggml: dict[str, dict[str, Any]] = {kind: {} for kind in types}
+    for made in ggml.values():
+        made |= {method: {"seconds": 0.0, "error_ratio": []} for method in GGML_METHODS}
+    ways = [("", method) for method in METHODS] + [(kind, method) for kind in types for method in GGML_METHODS]
+    with progress(len(shapes) * len(ways), "layer", "matrix") as bar:
+        for outputs, inputs in shapes:
+            weight = (torch.randn(experts, outputs, inputs, device=device) * 0.02).bfloat16()
+            started = time.perf_counter()
+            statistics = moments_of(experts, inputs, tokens, device).statistics(inputs)
+            synchronize(device)
+            found["statistics_s"] += time.perf_counter() - started
+            clip = error_of(weight, fake_quant(weight, 3, 128, 16), statistics.hessian)
+            for kind, method in ways:
+                if kind:  # tables are made once
+                    encoded(weight[:1, :64].float(), kind, method, statistics.hessian[:1])
+                synchronize(device)
+                started = time.perf_counter()
+                if kind:
+                    value = encoded(weight.float(), kind, method, statistics.hessian)
+                else:
+                    value = round_weight(weight, Grid(3, 128), statistics, method)
+                synchronize(device)
+                entry = ggml[kind][method] if kind else found[method]
+                entry["seconds"] += time.perf_counter() - started
+                value = decode_rows(value, kind) if kind else value
+                entry["error_ratio"].append(error_of(weight, value, statistics.hessian) / clip)
+                bar.update()
+    count = sum(experts * outputs * inputs for outputs, inputs in shapes)
+    for entry in (entry for made in ggml.values() for entry in made.values()):
+        entry["mega_parameters_per_s"] = count / 1e6 / entry["seconds"]
+    return found, ggml
+
+
+def error_of(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
+    """Summed output error, a few experts at a time."""
+    total = 0.0
+    for w, v, h in zip(weight.split(8), value.split(8), hessian.split(8), strict=True):
+        total += output_error(w.float().transpose(1, 2), v.float().transpose(1, 2), h).sum().item()
+    return total
+
+
+def kernels(args: argparse.Namespace) -> dict[str, Any]:
+    types = [type_named(kind, "--ggml") for kind in args.ggml.split(",") if kind]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    chosen = args.layer or ("122b" if device.type == "cuda" else "small")
+    rates, (layer, ggml) = grids(device), layers_of(chosen, types, device)
+    return {"grids": rates, "layer": {"name": chosen} | layer, "ggml": ggml}
+
+
+def kernels_table(found: dict[str, Any]) -> str:
+    rates, work = found["grids"], found["layer"]
+    limit = rates["limit_copy"]
+    lines = [f"BF16 {rates['shape']}, G parameters/s (a copy: {limit:.2f})"]
+    for name in ("absmax_int4", "clip16_int3", "clip16_int4", "plain_clip16_int3"):
+        lines.append(f"  {name:<20}{rates[name]:>10.3f}{100 * rates[name] / limit:>8.1f} % of a copy")
+    lines.append(f"  same bits as the plain search: {rates['identical_to_plain']}, as a CPU: {rates['identical_to_cpu']}")
+    lines.append(f"one MoE layer: {work['experts']} experts, {work['shapes']}, {work['tokens']} tokens each, int3 g128")
+    lines.append(f"  {'statistics':<14}{work['statistics_s']:>9.2f} s")
+    for method in METHODS:
+        ratios = ", ".join(f"{ratio:.3f}" for ratio in work[method]["error_ratio"])
+        lines.append(f"  {method:<14}{work[method]['seconds']:>9.2f} s   output error / clip-16: {ratios}")
+    for kind, made in found["ggml"].items():
+        for method, entry in made.items():
+            ratios = ", ".join(f"{ratio:.3f}" for ratio in entry["error_ratio"])
+            rate = f"{entry['mega_parameters_per_s']:>8.1f} M/s"
+            lines.append(f"  {kind + ' ' + method:<18}{entry['seconds']:>9.2f} s{rate}   output error / clip-16: {ratios}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the disk
 
 
 def whole_model(model: Path, layers: int) -> dict[str, int]:
     """Bytes and parameters of the same shape with all its layers."""
-    shape = Shape(**read_json(model / MARK)["shape"] | {"layers": layers})
+    shape = Shape(**read_json(model / SYNTHETIC)["shape"] | {"layers": layers})
     sizes = [(torch.Size(size).numel(), dtype.itemsize) for _, dtype, size in plan_of(shape)]
     return {"layers": layers, "parameters": sum(n for n, _ in sizes), "bytes": sum(n * item for n, item in sizes)}
-
-
-# ---------------------------------------------------------------- the disk
 
 
 def block_size(files: Sequence[Path]) -> int:
@@ -76,15 +228,19 @@ def forget(files: Sequence[Path]) -> None:
 
 
 def rate_of(
-    blocks: Sequence[tuple[Path, int, int]], work: Callable[[tuple[Path, int, int], mmap.mmap], None], finish: Any
+    blocks: Sequence[tuple[Path, int, int]],
+    work: Callable[[tuple[Path, int, int], mmap.mmap], None],
+    finish: Callable[[], None],
 ) -> float:
     """Bytes a second of ``work`` on all blocks by a few threads, each with a buffer of its own; ``finish`` is timed too."""
+    buffers = [mmap.mmap(-1, blocks[0][2]) for _ in range(THREADS)]  # page-aligned, as O_DIRECT wants it
+    for buffer in buffers:
+        buffer[:] = os.urandom(len(buffer))
     started = time.perf_counter()
 
     def share(first: int) -> None:
-        buffer = mmap.mmap(-1, blocks[0][2])  # page-aligned, as O_DIRECT wants it
         for block in blocks[first::THREADS]:
-            work(block, buffer)
+            work(block, buffers[first])
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(share, range(THREADS)))
@@ -92,57 +248,29 @@ def rate_of(
     return sum(size for _, _, size in blocks) / (time.perf_counter() - started)
 
 
-def read_rate(files: Sequence[Path], limit: int, direct: bool) -> float:
-    """Bytes a second of reading, past the page cache or through it."""
+def disk_rate(files: Sequence[Path], target: Path, limit: int, direct: bool, reads: bool, writes: bool) -> float:
+    """Bytes a second of the first ``limit`` bytes of ``files``: read, or written as random bytes to a new file that is synced,
+    or both, a plain copy. ``direct``: past the page cache."""
     forget(files)
-    with contextlib.ExitStack() as stack:
-        handles = {file: os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0)) for file in files}
-        for handle in handles.values():
-            stack.callback(os.close, handle)
-        blocks = blocks_of(files, limit)
-        return rate_of(blocks, lambda block, buffer: os.preadv(handles[block[0]], [buffer], block[1]), lambda: None)
-
-
-def write_rate(target: Path, size: int, block_bytes: int, direct: bool) -> float:
-    """Bytes a second of writing a new file of random bytes and syncing it."""
-    handle = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | (os.O_DIRECT if direct else 0))
-    data = mmap.mmap(-1, block_bytes)
-    data[:] = os.urandom(block_bytes)
-    blocks = [(target, offset, block_bytes) for offset in range(0, max(size, block_bytes), block_bytes)]
-
-    def work(block: tuple[Path, int, int], _: mmap.mmap) -> None:
-        os.pwritev(handle, [data], block[1])
-        if not direct:
-            release(handle, block[1], block_bytes)
-
-    try:
-        return rate_of(blocks, work, lambda: os.fsync(handle))
-    finally:
-        os.close(handle)
-        target.unlink()
-
-
-def copy_rate_of(files: Sequence[Path], target: Path, limit: int, direct: bool) -> float:
-    """Bytes read (and as many written) a second by a plain copy to a new file, synced."""
-    forget(files)
+    flags = os.O_DIRECT if direct else 0
     blocks = blocks_of(files, limit)
     places = {block: index * block[2] for index, block in enumerate(blocks)}
-    flags = os.O_DIRECT if direct else 0
-    handles = {file: os.open(file, os.O_RDONLY | flags) for file in files}
-    out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags)
-
-    def work(block: tuple[Path, int, int], buffer: mmap.mmap) -> None:
-        os.preadv(handles[block[0]], [buffer], block[1])
-        os.pwritev(out, [buffer], places[block])
-        if not direct:
-            release(out, places[block], block[2])
-
-    try:
-        return rate_of(blocks, work, lambda: os.fsync(out))
-    finally:
+    with contextlib.ExitStack() as stack:
+        handles = {file: os.open(file, os.O_RDONLY | flags) for file in files}
+        out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags)
+        stack.callback(target.unlink)
         for handle in (*handles.values(), out):
-            os.close(handle)
-        target.unlink()
+            stack.callback(os.close, handle)
+
+        def work(block: tuple[Path, int, int], buffer: mmap.mmap) -> None:
+            if reads:
+                os.preadv(handles[block[0]], [buffer], block[1])
+            if writes:
+                os.pwritev(out, [buffer], places[block])
+                if not direct:
+                    release(out, places[block], block[2])
+
+        return rate_of(blocks, work, lambda: os.fsync(out) if writes else None)
 
 
 def can_direct(directory: Path) -> bool:
@@ -160,18 +288,14 @@ def can_direct(directory: Path) -> bool:
 def disk_rates(files: Sequence[Path], work: Path, limit: int) -> dict[str, Any]:
     """Rates of this disk in bytes a second, each the better of past the page cache and through it."""
     found: dict[str, Any] = {}
-    ways = (True, False) if can_direct(work) else (False,)
-    tests = {
-        "read": lambda direct: read_rate(files, limit, direct),
-        "write": lambda direct: write_rate(work / "probe", limit, block_size(files), direct),
-        "copy": lambda direct: copy_rate_of(files, work / "probe", limit, direct),
-    }
+    ways = {"direct": True, "cached": False} if can_direct(work) else {"cached": False}
+    tests = {"read": (True, False), "write": (False, True), "copy": (True, True)}
     with progress(len(ways) * len(tests), "disk", "test") as bar:
-        for name, test in tests.items():
-            for direct in ways:
-                found[f"{name}_{'direct' if direct else 'cached'}"] = test(direct)
+        for name, (reads, writes) in tests.items():
+            for way, direct in ways.items():
+                found[f"{name}_{way}"] = disk_rate(files, work / "probe", limit, direct, reads, writes)
                 bar.update()
-            found[name] = max(found[f"{name}_{'direct' if direct else 'cached'}"] for direct in ways)
+            found[name] = max(found[f"{name}_{way}"] for way in ways)
     forget(files)
     return found
 
@@ -179,7 +303,7 @@ def disk_rates(files: Sequence[Path], work: Path, limit: int) -> dict[str, Any]:
 def quantize(model: Path, work: Path, shard_gib: float, devices: str) -> dict[str, Any]:
     """Run quant_save on ``model``; seconds, and the peaks that its record holds. The output is deleted."""
     out, record = work / "out", work / "quantize.json"
-    command = [sys.executable, str(HERE / "quant_save.py"), "--model", str(model), "--out", str(out), *SEED_RECIPE]
+    command = [sys.executable, str(REPO / "src/quant/quant_save.py"), "--model", str(model), "--out", str(out), *SEED_RECIPE]
     command += ["--consume-source", "--shard-gib", str(shard_gib), "--result", str(record), "--tag", "disk"]
     command += ["--devices", devices]
     started = planned = time.perf_counter()
@@ -226,10 +350,6 @@ def disk(args: argparse.Namespace) -> dict[str, Any]:
 @contextlib.contextmanager
 def layer_clock(times: list[tuple[str, float]], rounding: list[float]) -> Iterator[None]:
     """Note when the calibrated pass begins each layer and the head, and the seconds in which each rounds."""
-    from calibrated_pass import CalibratedPass
-    from round_ggml import GgmlRounder
-    from round_grid import GridRounder
-
     places = [(CalibratedPass, "layer"), (CalibratedPass, "head"), (GridRounder, "round"), (GgmlRounder, "round")]
     kept = [(cls, name, cls.__dict__[name]) for cls, name in places]
 
@@ -270,27 +390,16 @@ def random_calibration(vocabulary: int, sequences: int, length: int, batch: int,
 def run_method(method: str, model: Path, out: Path, calibration: Calibration, header: Path | None) -> dict[str, Any]:
     """The calibrated pass into ``out``; errors of the roles."""
     if method != "ldlq":
-        from quant_save import quantize_checkpoint
-
         report = quantize_checkpoint(model, out, Recipe(3, 4, 128, 16, method=method), calibration=calibration, force=True)
         return {role: entry.relative_error for role, entry in report.roles.items()}
-    import dataclasses
-
-    from gguf_pack import write_pack
-    from synthetic_gguf import TYPES, plan
-
-    pack = dataclasses.replace(plan(Checkpoint(model), "iq3_xxs", TYPES), method="ldlq", calibration=calibration)
+    plan = plan_pack(Checkpoint(model), "iq3_xxs", read_patterns(TYPES), "nearest")[0]
+    pack = dataclasses.replace(plan, method="ldlq", calibration=calibration)
     made = write_pack(pack, out, force=True, header=header.read_bytes() if header else None)
     return made["calibration"]["relative_output_error"]
 
 
 def compile_kernels(device: torch.device) -> None:
     """Round a little in every type that the file has: kernels are compiled once a machine, not once a layer."""
-    from ggml_round import ldlq
-    from gguf_layout import read_patterns, type_named
-    from round_ggml import is_quantized
-    from synthetic_gguf import TYPES
-
     for name in sorted({"iq3_xxs", *(type_named(kind, str(TYPES)) for _, kind in read_patterns(TYPES))}):
         if is_quantized(name):
             ldlq(torch.randn(2, 64, 512, device=device), name, torch.eye(512, device=device).repeat(2, 1, 1))
@@ -300,7 +409,7 @@ def layers(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each layer through the real pass, and of the whole model by the kinds of its layers."""
     if not is_synthetic(args.model):
         raise UserError(f"{args.model}: not made by synthetic_moe.py")
-    mark = read_json(args.model / MARK)
+    mark = read_json(args.model / SYNTHETIC)
     shape = Shape(**mark["shape"])
     calibration = random_calibration(shape.vocab, args.sequences, args.length, args.batch)
     times: list[tuple[str, float]] = []
@@ -340,12 +449,10 @@ def layers(args: argparse.Namespace) -> dict[str, Any]:
 
 def layer_parameters(shape: Shape) -> int:
     """Parameters of one decoder layer, the larger kind."""
-    from synthetic_moe import layer_plan
-
     return max(sum(torch.Size(size).numel() for _, _, size in layer_plan(shape, index)) for index in range(shape.layers))
 
 
-def table(metrics: dict[str, Any]) -> str:
+def full_size_table(metrics: dict[str, Any]) -> str:
     if "disk" in metrics:
         d, q, w = metrics["disk"], metrics["quantize"], metrics["whole"]
         return "\n".join([
@@ -368,6 +475,10 @@ def table(metrics: dict[str, Any]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
+    part = commands.add_parser("kernels", help="the grids and one layer, without a checkpoint")
+    part.add_argument("--layer", choices=sorted(LAYERS), help="default: 122b on a GPU, small on a CPU")
+    part.add_argument("--ggml", default="iq3_xxs,iq2_xs,q4_K", help="block types to encode the layer into; empty: none")
+    add_record_arguments(part)
     for name, help_ in (("disk", "the data-free pass beside the disk"), ("layers", "the calibrated pass, by layer")):
         part = commands.add_parser(name, help=help_)
         part.add_argument("--model", type=Path, required=True, help="a checkpoint of synthetic_moe.py")
@@ -378,7 +489,7 @@ def parse_arguments() -> argparse.Namespace:
             part.add_argument("--shard-gib", type=float, default=4.0, help="largest file of the output (default 4)")
             part.add_argument("--devices", default=",".join(map(str, lanes(default_device()))), help="as quant_save's")
         else:
-            part.add_argument("--method", choices=METHODS, required=True, help="how the layers are rounded")
+            part.add_argument("--method", choices=PASSES, required=True, help="how the layers are rounded")
             part.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
             part.add_argument("--length", type=int, default=512, help="tokens of one (default 512)")
             part.add_argument("--batch", type=int, default=8, help="sequences at once (default 8)")
@@ -389,7 +500,7 @@ def parse_arguments() -> argparse.Namespace:
                 "--group-kernels", action=argparse.BooleanOptionalAction, default=True,
                 help="ldlq on a GPU by the kernels of whole groups (default: yes)",
             )  # fmt: skip
-            part.add_argument("--header", type=Path, help="ldlq: file of synthetic_gguf --header-only for this model")
+            part.add_argument("--header", type=Path, help="ldlq: file of synthetic_moe --header-only for this model")
         add_record_arguments(part)
     return parser.parse_args()
 
@@ -398,13 +509,12 @@ def main() -> None:
     args = parse_arguments()
     check_record_arguments(args)
     started = time.time()
-    source = describe_model(args.model)
-    metrics = disk(args) if args.what == "disk" else layers(args)
+    source = None if args.what == "kernels" else describe_model(args.model)
+    measured = {"kernels": kernels, "disk": disk, "layers": layers}[args.what](args)
     if args.result:
-        write_result(
-            args.result, kind="bench", tag=args.tag, started=started, model=source, metrics={f"size_{args.what}": metrics}
-        )
-    print(table(metrics), flush=True)
+        metrics = measured if args.what == "kernels" else {f"size_{args.what}": measured}
+        write_result(args.result, kind="bench", tag=args.tag, started=started, model=source, metrics=metrics)
+    print((kernels_table if args.what == "kernels" else full_size_table)(measured), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""A text model of Qwen3.5 in the form that Qwen publishes and vLLM runs: names nested under model.language_model, and with them
-the configuration of a vision tower and of its processor.
+"""A text model of Qwen3.5 in a form that vLLM runs: the published one, or that of Qwen3-Next.
 
-    python src/eval/qwen3_5_form.py --model models/razor-tiny --out work/razor-tiny-35 [--key-heads 4]
+    python src/eval/vllm_form.py --model models/razor-tiny --out work/razor-tiny-35 [--key-heads 4]
+    python src/eval/vllm_form.py --model models/razor-tiny --out work/razor-tiny-next --form qwen3_next
+    python src/eval/vllm_form.py --model work/synthetic-35b --in-place
+
+qwen3_5, which Qwen publishes: names nested under model.language_model, and with them the configuration of a vision tower and of
+its processor. The tower itself has no weights here: with no picture allowed (VllmBackend) vLLM does not build it.
+qwen3_next: the same function in a class that vLLM runs on a CPU (its module of Qwen3.5 imports torchvision).
 
 vLLM divides the key heads of Gated DeltaNet among GPUs. A model with fewer gets copies of them (--key-heads), which is the same
-function: a key head serves several value heads, and each copy some of those.
-
-The tower itself has no weights here: with no picture allowed (VllmBackend) vLLM does not build it. A model in one file
-is converted; a synthetic checkpoint, whose names are nested already, is given what it lacks: --model DIR --in-place.
+function: a key head serves several value heads, and each copy some of those. A model in one file is converted; a synthetic
+checkpoint, whose names are nested already, is given what it lacks: --in-place.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from safetensors_file import SINGLE
 
 SEEING = REPO / "models" / "razor-tiny-vl"  # its tower's sizes and its processor stand in
 PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json")
+FORMS = ("qwen3_5", "qwen3_next")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
@@ -78,9 +82,40 @@ def text_model(model: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, load_file(model / SINGLE)
 
 
-def begin(model: Path, out: Path, heads: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What :func:`text_model` reads, with ``heads`` key heads where a number is given; its tokenizer is put into the new
-    directory ``out``."""
+def as_qwen3_next(tensors: dict[str, Tensor], heads: int, key: int, value: int) -> dict[str, Tensor]:
+    """Qwen3.5's tensors in Qwen3-Next's layout, which is the same function: q, k, v and z of one key head lie together there,
+    and so do b and a. ``heads`` key heads, ``key`` and ``value``: rows of q or k, and of v or z, that belong to one of them."""
+    made = dict(tensors)
+    for name in [name for name in tensors if name.endswith("in_proj_qkv.weight")]:
+        stem = name.removesuffix("qkv.weight")
+        qkv, z, b, a = (made.pop(f"{stem}{part}.weight") for part in ("qkv", "z", "b", "a"))
+        q, k, v = qkv.split([heads * key, heads * key, heads * value])
+        rows = [part.view(heads, -1, part.shape[-1]) for part in (q, k, v, z)]
+        made[f"{stem}qkvz.weight"] = torch.cat(rows, dim=1).flatten(0, 1)
+        made[f"{stem}ba.weight"] = torch.cat([part.view(heads, -1, part.shape[-1]) for part in (b, a)], dim=1).flatten(0, 1)
+    return {name: tensor.contiguous() for name, tensor in made.items()}
+
+
+def next_config(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the converted model. Of text alone, mrope is rope."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    renamed = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"]}
+    more = {"rope_parameters": rope, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+    return {**config, **renamed, **more, "intermediate_size": config["moe_intermediate_size"]}
+
+
+def nested_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else "model.language_model." + name.removeprefix("model.")
+
+
+def write_form(form: str, model: Path, out: Path, heads: int | None = None) -> None:
+    """``model`` in one of :data:`FORMS` in the new directory ``out``, with ``heads`` key heads where a number is given; where
+    ``out`` is the model itself, it is given what it lacks of qwen3_5."""
+    if out == model:
+        if not any(name.startswith("model.language_model.") for name in Checkpoint(model).tensors):
+            raise UserError(f"{model}: its names are not nested under model.language_model; give --out")
+        complete(model)
+        return
     config, tensors = text_model(model)
     if out.exists():
         raise UserError(f"{out}: exists; choose another --out")
@@ -90,19 +125,16 @@ def begin(model: Path, out: Path, heads: int | None) -> tuple[dict[str, Any], di
     out.mkdir(parents=True)
     for file in TOKENIZER:
         shutil.copyfile(model / file, out / file)
-    return config, tensors
-
-
-def nested_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else "model.language_model." + name.removeprefix("model.")
-
-
-def convert(model: Path, out: Path, heads: int | None = None) -> None:
-    """Write a text model in the published form to the new directory ``out``."""
-    config, tensors = begin(model, out, heads)
-    write_json(out / "config.json", config)
-    complete(out)
-    save_file({nested_name(name): tensor for name, tensor in tensors.items()}, out / SINGLE, {"format": "pt"})
+    if form == "qwen3_next":
+        heads = config["linear_num_key_heads"]
+        value = config["linear_value_head_dim"] * config["linear_num_value_heads"] // heads
+        tensors = as_qwen3_next(tensors, heads, config["linear_key_head_dim"], value)
+        write_json(out / "config.json", next_config(config))
+    else:
+        tensors = {nested_name(name): tensor for name, tensor in tensors.items()}
+        write_json(out / "config.json", config)
+        complete(out)
+    save_file(tensors, out / SINGLE, {"format": "pt"})
 
 
 def main() -> None:
@@ -111,14 +143,10 @@ def main() -> None:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", type=Path, help="directory to make")
     where.add_argument("--in-place", action="store_true", help="only add what a checkpoint of nested names lacks")
+    parser.add_argument("--form", choices=FORMS, default=FORMS[0], help="class that it is written for (default qwen3_5)")
     parser.add_argument("--key-heads", type=int, help="give it so many, by repeating its own: vLLM divides them among GPUs")
     args = parser.parse_args()
-    if args.in_place:
-        if not any(name.startswith("model.language_model.") for name in Checkpoint(args.model).tensors):
-            raise UserError(f"{args.model}: its names are not nested under model.language_model; give --out")
-        complete(args.model)
-    else:
-        convert(args.model, args.out, args.key_heads)
+    write_form(args.form, args.model, args.model if args.in_place else args.out, args.key_heads)
     print(f"wrote {args.out or args.model}", flush=True)
 
 

@@ -1,8 +1,8 @@
-"""Tokens a second of an evaluation at forced lengths, through transformers or vLLM: bash pipelines/bench_h100.sh, or
+"""Tokens a second of an evaluation at forced lengths, through transformers or vLLM: bash pipelines/bench.sh h100, or
 
-    python src/eval/eval_bench.py --model models/razor-tiny [--batches 1,32,128 --prompt 256] [--result F --tag T]
-    python src/eval/eval_bench.py --shape 35b [--layers 40] ...     # random weights of a published shape, made on the GPU
-    python src/eval/eval_bench.py --model DIR --backend vllm [--tensor-parallel 4] [--answers FILE] ...
+    python src/eval/speed_eval.py --model models/razor-tiny [--batches 1,32,128 --prompt 256] [--result F --tag T]
+    python src/eval/speed_eval.py --shape 35b [--layers 40] ...     # random weights of a published shape, made on the GPU
+    python src/eval/speed_eval.py --model DIR --backend vllm [--tensor-parallel 4] [--answers FILE] ...
 
 The prompts go the way of an evaluation (its backends: tokenizer, batches, KV cache) and no end token stops them. The limit of
 one step is that of memory: bytes of all weights that a batch of this size touches (under a uniform router) at the rate of a
@@ -26,12 +26,11 @@ import torch
 from backend import Backend, Completion, Sampling, choose_backend
 from backend_hf import HfBackend
 from checkpoint import Checkpoint
-from console import UserError, progress, read_json, run_cli, write_json
+from console import UserError, numbers, progress, read_json, run_cli, write_json
 from families import text_config
-from gguf_bench import copy_rate, numbers
 from hf_model import load_model, load_tokenizer
 from records import add_record_arguments, check_record_arguments, describe_model, write_result
-from synthetic_moe import SHAPES, config_of, shape_arguments, shape_from
+from size_model import SHAPES, config_of, copy_rate, shape_arguments, shape_from
 from vllm_eval import VllmBackend
 
 ENGINES = ("hf", "vllm")
@@ -210,7 +209,7 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def run(
-    backends: Callable[[int], Backend],
+    backends: Callable[[int], Any],
     weights: Sequence[Weight],
     config: Mapping[str, Any],
     rate: float,
@@ -310,7 +309,7 @@ def main() -> None:
     made = time.time() - started
     with turn(args.in_turn):
         speed, answers = run(backends, weights, config, rate * args.tensor_parallel, args)
-        metrics = {"made_seconds": made, "eval_speed": speed | {"tensor_parallel": args.tensor_parallel}}
+        metrics: dict[str, Any] = {"made_seconds": made, "eval_speed": speed | {"tensor_parallel": args.tensor_parallel}}
         if args.answers:
             write_json(args.answers, answers)
         if args.result:

@@ -6,10 +6,11 @@ import math
 import pytest
 
 from check_results import check_text
-from checkpoint import Checkpoint
 from console import UserError
-from deploy_arithmetic import BEGIN, END, REPO, put_into, state_bytes, tables, write_skeleton
-from make_ladder import page
+from page_results import ladder
+from page_sizes import BEGIN, END, model_tables, put_into, skeleton_of
+from records import REPO
+from size_model import state_bytes
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +19,9 @@ def shape():
 
 
 def test_the_document_holds_the_scripts_tables_and_the_published_sizes(shape):
-    made = tables(shape)
+    made = model_tables(shape)
     document = (REPO / "docs/MOE_PIPELINE.md").read_text()
-    assert put_into(document, made) == document, "run python src/quant/deploy_arithmetic.py --write"
+    assert put_into(document, made) == document, "run python src/quant/page_sizes.py --write"
     assert "122,111,526,912 parameters" in made  # 122.11 B, as the model's pages say
     file = next(line for line in made.splitlines() if "experts: the file" in line)
     gib, bits = (float(cell) for cell in file.split("|")[3:5])
@@ -39,8 +40,7 @@ def test_state_of_a_context_by_hand(shape):
 
 def test_a_skeleton_is_a_checkpoint_that_takes_no_disk(shape, tmp_path):
     small = shape["text_config"] | {"num_hidden_layers": 4, "num_experts": 8}
-    write_skeleton(small, tmp_path / "skeleton")
-    checkpoint = Checkpoint(tmp_path / "skeleton")
+    checkpoint = skeleton_of(small, tmp_path / "skeleton")
     experts = sum(info.numel for name, info in checkpoint.tensors.items() if ".experts." in name)
     assert experts == 4 * 8 * 3 * 1024 * 3072
     assert checkpoint.bytes > 2 * sum(math.prod(info.shape) for info in checkpoint.tensors.values())
@@ -50,7 +50,7 @@ def test_a_skeleton_is_a_checkpoint_that_takes_no_disk(shape, tmp_path):
 
 def test_the_ladder_is_current_and_every_figure_is_cited():
     document = (REPO / "docs/LADDER_RESULTS.md").read_text()
-    assert page(REPO / "results") == document, "run python src/eval/make_ladder.py"
+    assert ladder(REPO / "results") == document, "run python src/eval/page_results.py"
     count, faults = check_text(document, REPO / "docs")
     assert not faults and count > 100
     assert BEGIN not in document

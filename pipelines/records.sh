@@ -1,0 +1,28 @@
+# shellcheck shell=bash disable=SC2154 # $model is the caller's
+# What the pipelines that make records share. It is sourced; bash pipelines/records.sh --help prints this.
+# Each function makes one record under results/ and does nothing where it is there. $model: the original.
+
+case ${1:-} in -h | --help) [ "${BASH_SOURCE[0]}" != "$0" ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; } ;; esac
+
+quantized() { # tag options of quant_save...: the checkpoint in $SCRATCH, recorded once
+    local record=()
+    [ -e "results/quantize/$1.json" ] || record=(--result "results/quantize/$1.json" --tag "$1")
+    [ -e "$SCRATCH/$1/recipe.json" ] && [ ${#record[@]} = 0 ] ||
+        python src/quant/quant_save.py --model "$model" --out "$SCRATCH/$1" "${record[@]}" --force "${@:2}"
+}
+
+judge() { # tag model [reference]: KL to the original; of a GGUF by llama.cpp
+    [ -e "results/kl/$1.json" ] && return
+    case $2 in
+    *.gguf) python src/eval/gguf_kl.py --model "$2" --reference "${3:-$model}" --tag "$1" --items "${KL_ITEMS:-128}" ;;
+    *) python src/eval/moe_eval.py --model "$2" --reference "${3:-$model}" --tag "$1" ;;
+    esac
+}
+
+evaluate() { # tag model items [options]: accuracy; LIMIT=N takes other numbers of items
+    [ -e "results/eval/$1.json" ] || python src/eval/vllm_eval8.py --model "$2" --tag "$1" --limit "${LIMIT:-$3}" "${@:4}"
+}
+
+against() { # base other: accuracy on the same items, in pairs
+    [ -e "results/compare/$1__$2.json" ] || python src/eval/compare_tags.py "$1" "$2"
+}

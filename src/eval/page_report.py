@@ -1,0 +1,259 @@
+"""Write results/report.html from the records in results/: python src/eval/page_report.py [--results results] [--data-dir DIR]
+
+One page that needs no network: the tables of RESULTS.md, accuracy with its intervals and the gate, plots of KL and accuracy
+against bytes, and samples to browse. All text of a model is escaped or set as text. The questions beside the samples come from
+the generated tiny tasks and, with --data-dir, from benchmarks whose files lie there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+
+from console import UserError, atomic_path, run_cli
+from eval_settings import EvalSettings, gate_axis, load_settings
+from page_tables import Found, Record, Section, accuracy, axes_of, method_of, percent, records, sections
+from pictures import Picture, pictures_of
+from records import is_original
+from sample_log import find_log, read_samples
+from task import Benchmark
+from task_list import recorded_benchmarks
+from tasks_tiny import TINY_TASKS, TINY_VISION_TASKS
+
+TEMPLATE = "report_template.html"
+SAMPLE_BYTES = 2_000_000  # of all samples on the page; the rest of it is far smaller
+EACH = 40  # samples of one benchmark of one evaluation at most, half of them wrong where there are so many
+CLIP = 6000  # characters of one answer
+PICTURE_BYTES = 20_000  # of the pictures of one question
+CHIPS = {"gated": "good", "no target": ""}
+Question = tuple[str | None, Sequence[Picture]]
+NOT_READ: Question = (None, ())
+Points = dict[str, list[tuple[float, float, str]]]  # name of a series: (x, y, what the pointer shows)
+
+
+# ---------------------------------------------------------------- plots
+
+
+def svg(figure: Figure, titles: Mapping[str, str]) -> str:
+    """The figure as an element of a page. ``titles``: what the pointer shows over the mark of that gid."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": next(iter(titles))}):
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>| xmlns(:\w+)?=\"[^\"]*\"", "", out.getvalue(), flags=re.S)
+    text = re.sub(
+        r'<g id="([^"]+)">', lambda m: f"{m[0]}<title>{escape(titles[m[1]])}</title>" if m[1] in titles else m[0], text
+    )
+    return text[text.index("<svg") :]
+
+
+def scatter(points: Points, name: str, y_label: str, *, lines: bool = False, bars: Mapping[str, tuple[float, float]] = {},
+            **axis: Any) -> str:  # fmt: skip
+    """Marks of every series against megabytes; ``name``: of the plot, and unlike that of any other on the page. ``bars``: the
+    interval of a mark, by its title; series that have them stand side by side. ``axis``: as of matplotlib's Axes.set."""
+    figure = Figure(figsize=(6.2, 4.0), layout="constrained")
+    axes, titles = figure.add_subplot(), {}
+    floor = axis.get("ylim", (None,))[0]
+    for index, (series, own) in enumerate(points.items()):
+        own, color = sorted(own), matplotlib.colormaps["tab20"](index % 20)
+        apart = 1 + 0.012 * (index - (len(points) - 1) / 2) if bars else 1.0
+        axes.plot([], [], "o", color=color, label=series)
+        if lines and series != "gguf":
+            axes.plot([x for x, _, _ in own], [y for _, y, _ in own], lw=1.2, alpha=0.55, color=color)
+        for x, y, title in own:
+            gid = f"{name}-{len(titles)}"
+            titles[gid] = title
+            below = floor is not None and y < floor
+            axes.scatter(
+                x * apart,
+                floor if below else y,
+                26,
+                color=color,
+                marker="^" if below else "o",
+                gid=gid,
+                clip_on=False,
+                zorder=3,
+            )
+            if title in bars and not below:
+                axes.plot([x * apart] * 2, bars[title], lw=1.4, alpha=0.6, color=color)
+    axes.set(xlabel="packed size, MB", ylabel=y_label, **axis)
+    if axis.get("xscale") == "log":
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(which="both", color="#888888")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.grid(alpha=0.25, color="#888888")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return svg(figure, titles)
+
+
+def size_of(record: Record, packed: Mapping[str, tuple[float, str]]) -> tuple[float, str] | None:
+    """(megabytes, name of its series) of the model that a record is about: packed, a GGUF file, or an original."""
+    model = record["model"] or {}
+    if file := model if model.get("format") == "gguf" else model.get("decoded_from"):
+        return file["bytes"] / 1e6, "gguf"
+    if record["tag"] in packed:
+        return packed[record["tag"]]
+    return (model["bytes"] / 1e6, "original") if "bytes" in model and is_original(record) else None
+
+
+def kl_plots(kls: Found, packed: Mapping[str, tuple[float, str]]) -> Iterator[dict[str, str]]:
+    """Mean KL against megabytes, one colour a method; a plot of its own for every text on which KL was taken."""
+    texts: dict[str, Points] = {}
+    for _, r in kls:
+        size, mean = size_of(r, packed), r["metrics"].get("kl", {}).get("mean", 0)
+        if size and mean > 0 and size[1] != "original":
+            points = texts.setdefault(f"{r['data'][0]['name']}, {r['metrics']['tokens']:,} tokens" if r["data"] else "", {})
+            points.setdefault(size[1], []).append((size[0], mean, f"{r['tag']}: {size[0]:.2f} MB, KL {mean:.5f}"))
+    for number, (text, points) in enumerate(texts.items()):
+        plot = scatter(points, f"kl{number}", "mean KL to the original, nats", lines=True, yscale="log")
+        yield {"title": f"KL against bytes ({text})", "svg": plot}
+
+
+def accuracy_plot(evaluated: Found, packed: Mapping[str, tuple[float, str]]) -> Iterator[dict[str, str]]:
+    """Accuracy against megabytes, one colour a benchmark; the original at the size of its files."""
+    points: Points = {}
+    bars: dict[str, tuple[float, float]] = {}
+    for _, r in evaluated:
+        size = size_of(r, packed)
+        for axis, m in r["metrics"].items() if size else ():
+            title = f"{r['tag']}, {axis}: {size[0]:.2f} MB, {percent(m['acc'])} %"
+            bars[title] = (100 * m["acc_low"], 100 * m["acc_high"])
+            points.setdefault(axis, []).append((size[0], 100 * m["acc"], title))
+    if not points:
+        return
+    lows = [bars[title][0] for own in points.values() for _, y, title in own if y >= 50]
+    floor = 5.0 * (min(lows) // 5) if lows else 0.0  # models that lost everything must not flatten the others
+    foot = f" (triangles: below {floor:g} %)" if any(y < floor for own in points.values() for _, y, _ in own) else ""
+    plot = scatter(points, "accuracy", "accuracy, %", bars=bars, xscale="log", ylim=(floor, 101))
+    yield {"title": f"Accuracy against bytes{foot}", "svg": plot}
+
+
+# ---------------------------------------------------------------- samples
+
+
+def readable(names: Sequence[str], data_dir: Path | None) -> list[Benchmark]:
+    """Those of the named benchmarks that can be read here without a network: what is generated, and files of ``data_dir``."""
+    own = {task.name for task in (*TINY_TASKS, *TINY_VISION_TASKS)}
+    chosen = [name for name in names if name in own or data_dir]
+    return recorded_benchmarks(chosen, data_dir) if chosen else []
+
+
+def questions(loaded: Sequence[Benchmark]) -> dict[tuple[str, str], Question]:
+    """{(benchmark, item id): what was asked}."""
+    return {
+        (benchmark.name, item.id): (item.question, pictures_of(benchmark.messages(item)))
+        for benchmark in loaded
+        for item in benchmark.load()
+    }
+
+
+def shown_pictures(pictures: Sequence[Picture]) -> list[str]:
+    """The pictures of a question as the page holds them; large ones are left out."""
+    if sum(len(picture.data) for picture in pictures) > PICTURE_BYTES:
+        return []
+    return [picture.data_uri() for picture in pictures]
+
+
+def chosen_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most EACH rows of one benchmark: wrong and right in turn, each in the order of the items."""
+    ordered = sorted(rows, key=lambda row: (row["id"], row.get("sample", 0)))
+    wrong, right = ([row for row in ordered if row["correct"] is verdict] for verdict in (False, True))
+    return [row for pair in zip_longest(wrong, right) for row in pair if row is not None][:EACH]
+
+
+def sample_entries(tag: str, path: Path, asked: Mapping[tuple[str, str], Question]) -> Iterator[list[dict[str, Any]]]:
+    """For each benchmark of one log the samples that the page may show."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for row in read_samples(path)[1]:
+        grouped.setdefault(row["benchmark"], []).append(row)
+    for name, rows in grouped.items():
+        yield [
+            {
+                "tag": tag,
+                "benchmark": name,
+                "id": row["id"] + (f" sample {row['sample']}" if row.get("sample") else ""),
+                "question": asked.get((name, row["id"]), NOT_READ)[0],
+                "pictures": shown_pictures(asked.get((name, row["id"]), NOT_READ)[1]),
+                "text": row["text"] if len(row["text"]) <= CLIP else row["text"][:CLIP] + "\n[cut here]",
+                "extracted": row["extracted"],
+                "gold": row["gold"],
+                "correct": row["correct"],
+                "finish": row["finish_reason"],
+                "tokens": row["tokens"],
+            }
+            for row in chosen_rows(rows)
+        ]
+
+
+def samples(found: Found, directory: Path, asked: Mapping[tuple[str, str], Question]) -> list[dict[str, Any]]:
+    """The samples of all evaluations, one of each benchmark of each evaluation in turn until SAMPLE_BYTES are full."""
+    groups = []
+    for file, record in found:
+        log = find_log((directory / file).parent / str(record.get("samples")))
+        if log.is_file():
+            groups += sample_entries(record["tag"], log, asked)
+    kept, used = set(), 0
+    for turn in zip_longest(*[[(g, i) for i in range(len(group))] for g, group in enumerate(groups)]):
+        for place in filter(None, turn):
+            used += len(json.dumps(groups[place[0]][place[1]]))
+            if used <= SAMPLE_BYTES:
+                kept.add(place)
+    return [entry for g, group in enumerate(groups) for i, entry in enumerate(group) if (g, i) in kept]
+
+
+def script_json(value: Any) -> str:
+    """JSON that cannot end the script element that holds it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) -> str:
+    """The whole report."""
+    found = {kind: records(directory, kind) for kind in ("eval", "kl", "quantize")}
+    evaluated = [r for _, r in found["eval"] if r["model"]]
+
+    def gate(record: Record, axis: str) -> tuple[str, str, str] | None:
+        if not record["model"]:
+            return None
+        judged = gate_axis(record, axis, settings, evaluated)
+        return judged.status, CHIPS.get(judged.status, "warn"), judged.reason
+
+    tables: list[Section] = sections(directory, lambda own: accuracy(own, gate))
+    if not tables:
+        raise UserError(f"{directory}: holds no record; bash pipelines/eval.sh --model DIR --tag TAG makes one")
+    packed = {r["tag"]: (r["metrics"]["packed_bytes"] / 1e6, method_of(r)) for _, r in found["quantize"]}
+    runs = {file: record for table in tables for file, record in table.found}
+    shown = samples(found["eval"], directory, questions(readable(axes_of(found["eval"]), data_dir)))
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+    environment.filters["command"] = shlex.join
+    return environment.get_template(TEMPLATE).render(
+        plots=[*kl_plots(found["kl"], packed), *accuracy_plot(found["eval"], packed)], tables=tables,
+        runs=sorted(runs.values(), key=lambda record: record["started"]), shown=len(shown), each=EACH, data=script_json(shown),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default results)")
+    parser.add_argument("--data-dir", type=Path, help="files of the benchmarks, for the questions beside the samples")
+    args = parser.parse_args()
+    made, out = page(args.results, load_settings(), args.data_dir), args.results / "report.html"
+    with atomic_path(out) as temporary:
+        temporary.write_text(made, encoding="utf-8")
+    print(f"wrote {out}: {len(made.encode()) / 1e6:.2f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

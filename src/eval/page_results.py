@@ -1,0 +1,150 @@
+"""Write results/RESULTS.md and docs/LADDER_RESULTS.md from the records in results/: python src/eval/page_results.py
+
+Every figure is a citation that check_results verifies. RESULTS.md has the tables of page_tables.py; below each stand the
+commands of its rows, and the pipeline that makes a row from nothing. The bit ladder, which is written where docs/ lies beside
+the records, has one row a checkpoint of razor-tiny that has a record of its size and one of its KL, and its accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shlex
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from console import atomic_path, run_cli
+from expert_signals import STRATEGIES
+from page_tables import BLANK, Cell, Found, Record, Section, cite, made_of, markdown, pipeline_of, records, sections
+
+HEADER = """# Results
+
+Written by `python src/eval/page_results.py`; each figure links to the record that holds it, and
+`python src/eval/check_results.py` compares them. Never edited by hand.
+
+Below each table stand the commands that wrote its records, in the order of the rows. They read files under `work/` that are not
+in the repository: to reproduce a row from nothing, run the pipeline that is named above its command. A pipeline keeps records
+that are there: remove the one to make again. In minutes, for the KL of a row:
+
+    rm results/kl/razor_tiny_int4.json; bash pipelines/results.sh tiny; git diff results/RESULTS.md
+
+A command is shown as it was recorded. Since then {renamed}.
+"""
+RENAMED = {
+    "gguf_bench": "speed_gguf", "gguf_sweep": "speed_gguf", "gguf_spread": "study_spread", "eval_bench": "speed_eval",
+    "quant_bench": "speed_quant kernels", "size_bench": "speed_quant", "multi_gpu_run": "speed_multi_gpu",
+    "recovery_study": "study_recovery", "tiny_vl_train": "tiny_train",
+}  # fmt: skip
+
+
+LADDER = """# The bit ladder
+
+Written by `python src/eval/page_results.py` from the records of runs; each figure links to its record, and
+`python src/eval/check_results.py docs/LADDER_RESULTS.md` compares them. Never edited by hand. All of it is razor-tiny: `256`
+wide, `8` experts a layer, two of them a token. What it says about a large model is not measured.
+
+A rung is the bits of the routed experts; attention, shared experts, embedding and head have `4` throughout. KL is to the BF16
+model over the whole vocabulary, in nats, mean and `99.9` % percentile; accuracy is the share of right answers, truncated
+ones counted wrong. `absmax`, `clip16`: no text. `gptq_refit`: calibrated. `mix`: bits of each matrix by measured KL, at the
+same bytes.
+"""
+READING = """
+How each row is made: `bash pipelines/results.sh tiny study gguf`; the command of every record stands in it and in
+[results/RESULTS.md](../results/RESULTS.md). razor-tiny-vl is in [MULTIMODAL.md](MULTIMODAL.md). Allocations by signals are in
+[MOE_FINDINGS.md](MOE_FINDINGS.md): none of them is on the ladder, because each is worse than the uniform rung of its size.
+"""
+AXES = ("tiny_know", "tiny_math", "tiny_reason", "tiny_code")
+Kind = Mapping[str, tuple[str, Record]]
+
+
+def header() -> str:
+    return HEADER.format(renamed=", ".join(f"`{old}` became `{new}`" for old, new in RENAMED.items()))
+
+
+def commands(found: Found) -> list[str]:
+    """The commands of the rows, in their order, each group under the pipeline that makes it."""
+    lines = ["How to reproduce:", "```"]
+    for pipeline, group in itertools.groupby((record for _, record in found), pipeline_of):
+        lines.append(f"# bash pipelines/{pipeline}" if pipeline else "# by hand")
+        lines += [shlex.join(record["command"]) for record in group]
+    return [*lines, "```", ""]
+
+
+def page(directory: Path) -> str:
+    lines = [header()]
+    for section in sections(directory):
+        lines += [*markdown(section), *commands(section.found)]
+    if len(lines) == 1:
+        lines.append("No run has been recorded yet.")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# ---------------------------------------------------------------- the bit ladder
+
+
+def by_tag(results: Path, kind: str) -> dict[str, tuple[str, Record]]:
+    """{tag: (file relative to docs/, record)}."""
+    return {record["tag"]: (f"../{results.name}/{file}", record) for file, record in records(results, kind)}
+
+
+def judged(kl: Kind, evaluated: Kind, tag: str, by: str) -> list[Cell]:
+    """KL of a rung, as ``by`` measured it, and its accuracy on each axis, blank where it was not evaluated."""
+    file, record = kl[tag]
+    cells = [cite(record, file, f"metrics.{by}.{path}", 5) for path in ("mean", "p99_9")]
+    file, record = evaluated.get(tag, ("", {"metrics": {}}))
+    return cells + [cite(record, file, f"metrics.{a}.acc", 1, " %") if a in record["metrics"] else BLANK for a in AXES]
+
+
+def integer_ladder(sizes: Kind, kl: Kind, evaluated: Kind) -> Section:
+    """The rungs of the integer grids, from most to least bits; within a rung the least KL first. Allocations by signals are the
+    study's, not the ladder's."""
+    rows = []
+    for tag, (file, r) in sizes.items():
+        expert = r["metrics"]["roles"].get("routed_expert")
+        judge = kl[tag][1]["metrics"].get("kl") if tag in kl else None
+        if not expert or not judge or not made_of(r) or any(strategy in tag for strategy in STRATEGIES):
+            continue
+        cells = [Cell(tag), cite(r, file, "metrics.roles.routed_expert.bits", 2), cite(r, file, "metrics.overall_bits", 2)]
+        cells += [cite(r, file, "metrics.packed_bytes", 2, " MB"), *judged(kl, evaluated, tag, "kl")]
+        rows.append(((-expert["bits"], judge["mean"]), cells))
+    head = ["model", "bits of the experts", "of the whole model", "packed", "mean KL", "`99.9` %", *(f"`{a}`" for a in AXES)]
+    return Section("Integer grids", "", head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+
+
+def gguf_ladder(packs: Kind, kl: Kind, evaluated: Kind) -> Section:
+    """GGUF files in the order of their sizes; of one size the least KL first."""
+    rows = []
+    for tag, (file, r) in packs.items():
+        if tag not in kl or "tool" not in kl[tag][1]["metrics"]:
+            continue
+        cells = [Cell(tag), Cell(r["recipe"]["base_type"]), Cell(r["recipe"]["method"])]
+        cells += [cite(r, file, "metrics.bits_per_weight", 2), cite(r, file, "metrics.file_bytes", 2, " MB")]
+        place = (-r["metrics"]["file_bytes"], kl[tag][1]["metrics"]["tool"]["mean"])
+        rows.append((place, cells + judged(kl, evaluated, tag, "tool")))
+    note = "KL by `llama-perplexity` on chunks of its own: it compares files with one another, not with the table above."
+    head = ["file", "base type", "method", "bits a weight", "size", "mean KL", "`99.9` %", *(f"`{a}`" for a in AXES)]
+    return Section("GGUF files", note, head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+
+
+def ladder(results: Path) -> str:
+    kl, evaluated = by_tag(results, "kl"), by_tag(results, "eval")
+    lines = [LADDER, *markdown(integer_ladder(by_tag(results, "quantize"), kl, evaluated))]
+    lines += markdown(gguf_ladder(by_tag(results, "pack"), kl, evaluated))
+    return "\n".join(lines).rstrip() + "\n" + READING
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default results)")
+    results = parser.parse_args().results
+    pages: dict[Path, Callable[[Path], str]] = {results / "RESULTS.md": page}
+    if (docs := results.absolute().parent / "docs").is_dir():
+        pages[docs / "LADDER_RESULTS.md"] = ladder
+    for file, made in pages.items():
+        with atomic_path(file) as temporary:
+            temporary.write_text(made(results), encoding="utf-8")
+        print(f"wrote {file}", flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,524 @@
+"""What the pages show: each table is declared once here, and becomes Markdown (page_results) and HTML (page_report).
+
+Not a command. A cell holds at most one figure and the place in a record that it is read from; check_results reads it again.
+What does not fit into a row stays in the record.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from records import lookup, read_result, render
+
+Record = dict[str, Any]
+Found = Sequence[tuple[str, Record]]
+
+
+def records(directory: Path, kind: str) -> list[tuple[str, Record]]:
+    """(file relative to ``directory``, record) of a kind, by start time: the order in which they were made."""
+    found = []
+    for file in sorted(directory.glob("*/*.json")):
+        record = read_result(file)
+        if record["kind"] == kind:
+            found.append((str(file.relative_to(directory)), record))
+    return sorted(found, key=lambda item: item[1]["started"])
+
+
+def method_of(record: Mapping[str, Any]) -> str:
+    """The rounding of a quantize record as tables and pictures name it."""
+    recipe, calibration = record["recipe"], record["metrics"].get("calibration") or {}
+    name = "absmax" if recipe["clip_steps"] == 1 and recipe["method"] == "clip" else recipe["method"]
+    if calibration.get("token_power"):
+        name += ", tokens by gradient"
+    if recipe.get("experts"):
+        return f"{name}, by signals"
+    return f"{name}, by measured KL" if recipe.get("overrides") else name
+
+
+def made_of(record: Mapping[str, Any], model: str = "razor-tiny") -> bool:
+    """Whether a record is of this model, or of what was made of it; razor-tiny-vl has other tasks and texts."""
+    return Path(record["model"]["path"]).name == model
+
+
+def hardware(r: Record) -> str:
+    """The GPUs of a record, equal ones counted, or its processor."""
+    if not r["hardware"]["gpu"]:
+        return r["hardware"]["cpu"]
+    counts = Counter(r["hardware"]["gpu"].split(", "))
+    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in counts.items())
+
+
+def machine(r: Record) -> str:
+    return f"{r['tag']} ({hardware(r)})"
+
+
+# ---------------------------------------------------------------- cells and tables
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``source``: file#path of the figure that ``text`` is; without one it is a name. ``chip``: (word, kind, what it rests on)
+    behind it. ``small``: lines under it, which HTML alone shows."""
+
+    text: str
+    source: str = ""
+    small: tuple[str, ...] = ()
+    chip: tuple[str, str, str] | None = None
+
+
+BLANK = Cell("")
+
+
+def cite(record: Record, file: str, path: str, decimals: int, unit: str = "", **more: Any) -> Cell:
+    """The figure at ``path``; blank where the record has None there, as VRAM of a machine without a GPU."""
+    value = lookup(record, path)
+    return BLANK if value is None else Cell(render(value, decimals, unit), f"{file}#{path}", **more)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table that is filled in, and the records of its rows."""
+
+    title: str
+    note: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    found: Found = ()
+
+
+def markdown_cell(cell: Cell) -> str:
+    shown = f"[{cell.text}]({cell.source})" if cell.source else f"`{cell.text}`" if cell.text else ""
+    return f"{shown}, {cell.chip[0]}" if cell.chip else shown
+
+
+def markdown(section: Section) -> list[str]:
+    """Heading, note and table as lines."""
+    cells = [section.head, ["---"] * len(section.head), *([markdown_cell(c) for c in row] for row in section.rows)]
+    note = [section.note, ""] if section.note else []
+    return [f"## {section.title}", "", *note, *("| " + " | ".join(row) + " |" for row in cells), ""]
+
+
+Rows = Iterable[tuple[Sequence[str], Mapping[str, str]]]
+
+
+def by_tag(r: Record) -> Rows:
+    yield (r["tag"],), {}
+
+
+def by_machine(r: Record) -> Rows:
+    yield (machine(r),), {}
+
+
+@dataclass(frozen=True)
+class Table:
+    """``rows``: (cells of text, places) of every row of a record, the cells under the heads ``labels``. ``columns``: (head,
+    path in the record[, decimals or their place[, unit]]); {names} in a path are the row's places; "?" at its end: a row may
+    lack it.
+    ``wants``: which records of the kind have rows here."""
+
+    kind: str
+    title: str
+    note: str
+    labels: Sequence[str]
+    columns: Sequence[tuple[Any, ...]]
+    rows: Callable[[Record], Rows] = by_tag
+    wants: Callable[[Record], bool] = lambda record: True
+
+    def section(self, found: Found) -> Section | None:
+        chosen = [(file, record) for file, record in found if self.wants(record)]
+        rows = [
+            [*(Cell(text) for text in texts), *(figure(record, file, places, *column[1:]) for column in self.columns)]
+            for file, record in chosen
+            for texts, places in self.rows(record)
+        ]
+        heads = [*self.labels, *(column[0] for column in self.columns)]
+        return Section(self.title, self.note, heads, rows, chosen) if chosen else None
+
+
+def figure(record: Record, file: str, places: Mapping[str, str], path: str, decimals: int | str = 0, unit: str = "") -> Cell:
+    try:
+        digits = int(places[decimals]) if isinstance(decimals, str) else decimals
+        return cite(record, file, path.removesuffix("?").format_map(places), digits, unit)
+    except KeyError:
+        if path.endswith("?"):
+            return BLANK
+        raise
+
+
+def measures(key: str) -> Callable[[Record], bool]:
+    return lambda record: key in record["metrics"]
+
+
+def several(*parts: str) -> Callable[[Record], bool]:
+    """Records of these parts of multi_gpu.sh."""
+    return lambda record: record["tag"] in [f"multi_gpu_{part}" for part in parts]
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+def axes_of(found: Found) -> list[str]:
+    return list(dict.fromkeys(name for _, record in found for name in record["metrics"]))
+
+
+def percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f}"
+
+
+def accuracy(found: Found, gate: Callable[[Record, str], tuple[str, str, str] | None] = lambda r, axis: None) -> Section:
+    """One row an evaluation, one column a benchmark. ``gate``: the chip of an axis."""
+    axes, rows = axes_of(found), []
+    for file, r in found:
+        row = [Cell(r["tag"]), cite(r, file, f"metrics.{next(iter(r['metrics']))}.n", 0)]
+        for axis in axes:
+            if (m := r["metrics"].get(axis)) is None:
+                row.append(BLANK)
+                continue
+            count = f"{m['n']} x {m['samples']}" if m.get("samples", 1) > 1 else f"{m['n']}"
+            small = (f"{percent(m['acc_low'])} to {percent(m['acc_high'])}", f"n {count}, cut {percent(m['trunc'])} %")
+            row.append(cite(r, file, f"metrics.{axis}.acc", 1, " %", small=small, chip=gate(r, axis)))
+        rows.append(row)
+    note = (
+        "Share of right answers; one that ran out of tokens is wrong. The record has the interval (Wilson; by item where an"
+        " item was sampled several times), the items of each benchmark and the share that was cut."
+    )
+    return Section("Accuracy", note, ["model", "items", *(f"`{axis}`" for axis in axes)], rows, found)
+
+
+def differences(found: Found) -> Section:
+    """One row a comparison, one column a benchmark."""
+    axes, rows = axes_of(found), []
+    for file, r in found:
+        teacher = (f"teacher {r['teacher']}",) if r.get("teacher") else ()
+        row = [Cell(f"{r['base']} -> {r['other']}", small=teacher)]
+        for axis in axes:
+            if (m := r["metrics"].get(axis)) is None:
+                row.append(BLANK)
+                continue
+            kind = {"gain": "good", "loss": "bad"}.get(m["verdict"], "")
+            detectable = "" if kind else f", detectable {percent(m['minimum_detectable'])}"
+            interval = f"{100 * m['difference_low']:+.1f} to {100 * m['difference_high']:+.1f}{detectable}"
+            small = (interval, f"lost {m['lost']}, won {m['won']}, p {m['p']:.2g}")
+            row.append(cite(r, file, f"metrics.{axis}.difference", 1, " %", small=small, chip=(m["verdict"], kind, "")))
+        rows.append(row)
+    note = (
+        "Change in accuracy from the first model to the second on the same items. A verdict is given only when the paired "
+        "bootstrap interval, which the record has beside McNemar's exact p, excludes zero."
+    )
+    return Section("Differences", note, ["models", *(f"`{axis}`" for axis in axes)], rows, found)
+
+
+# ---------------------------------------------------------------- rows of more than one line or place
+
+
+def spread_rows(r: Record) -> Rows:
+    for key, name, digits in (("mean", "mean", "5"), ("p99", "percentile 99", "4"), ("p99_9", "percentile 99.9", "3")):
+        yield (r["base_type"], name), {"at": f"metrics.{key}", "digits": digits}
+
+
+def size_rows(r: Record) -> Rows:
+    """The packed size is that of the file for vLLM where one was made, else the bits of the recipe."""
+    packed = "container.bytes" if "container" in r["metrics"] else "packed_bytes"
+    yield (r["tag"], method_of(r)), {"packed": packed}
+
+
+def block_type_rows(r: Record) -> Rows:
+    for kind in r["metrics"]["ggml"]:
+        yield (machine(r), kind), {"at": f"metrics.ggml.{kind}"}
+
+
+def placement_rows(r: Record) -> Rows:
+    """The best batch of the prompt and the best number of sequences stand for the others."""
+    for place, made in r["metrics"]["placements"].items():
+        best = {kind: max(made[kind], key=lambda n: made[kind][n]["tokens_per_s"]) for kind in ("prefill", "decode")}
+        yield (machine(r), place), {"at": f"metrics.placements.{place}"} | best
+
+
+def disk_rows(r: Record) -> Rows:
+    """A device is named once for each shard at work."""
+    devices = r["metrics"]["size_disk"]["quantize"].get("devices", "")
+    yield (f"{machine(r)} {devices}" if "," in devices else machine(r),), {"at": "metrics.size_disk"}
+
+
+def layer_rows(r: Record) -> Rows:
+    yield (machine(r), r["metrics"]["size_layers"]["method"]), {"at": "metrics.size_layers"}
+
+
+def engine_rows(r: Record) -> Rows:
+    at, made = "metrics.eval_speed", r["metrics"]["eval_speed"]
+    for engine in (name for name in ("hf", "vllm") if name in made):
+        places = {"at": at} | ({"gpus": f"{at}.tensor_parallel"} if engine == "vllm" else {})
+        for batch in made[engine]:
+            yield (machine(r), engine, batch), places | {"batch": f"{at}.{engine}.{batch}"}
+
+
+def training_rows(r: Record) -> Rows:
+    yield (r["tag"],), {"seen": "tokens" if "tokens" in r["metrics"] else "pictures"}
+
+
+def recovery_rows(r: Record) -> Rows:
+    where = "peak_rss_mib" if r["metrics"]["phases"]["opd_train"]["peak_vram_mib"] is None else "peak_vram_mib"
+    yield (machine(r), f"{r['settings']['loss']}, {r['settings']['trajectories']}"), {"where": where}
+
+
+def largest(at: str, values: Mapping[str, float] | Sequence[float]) -> dict[str, str]:
+    """The place of the GPU that took the most memory."""
+    named = values.items() if isinstance(values, Mapping) else enumerate(values)
+    place = max(((size, name) for name, size in named), default=None)
+    return {} if place is None else {"memory": f"{at}.{place[1]}"}
+
+
+def rank_memory(r: Record, at: str) -> dict[str, str]:
+    """The same of the processes of a training run: what each held of its GPU, or of the host without one."""
+    ranks = lookup(r, f"{at}.ranks")
+    kind = "peak_rss_mib" if ranks[0]["peak_reserved_mib"] is None else "peak_reserved_mib"
+    return {key: f"{place}.{kind}" for key, place in largest(f"{at}.ranks", [rank[kind] for rank in ranks]).items()}
+
+
+def several_quantize_rows(r: Record) -> Rows:
+    for kind in ("data_free", "calibrated"):
+        made = r["metrics"][kind]
+        for name in (name for name in made if isinstance(made[name], dict)):
+            equal = "" if name == "one" else "same bytes" if made["same_bytes"] else "other bytes"
+            if not made.get("one_repeats_itself", True):
+                equal += " (one GPU does not repeat itself)"
+            at = f"metrics.{kind}.{name}"
+            memory = largest(f"{at}.device_peak_mib", made[name]["device_peak_mib"] or {})
+            yield (machine(r), f"{kind} {name}", equal), {"at": at} | memory
+
+
+def several_distill_rows(r: Record) -> Rows:
+    for name in r["metrics"]["kl_after"]:
+        at = f"metrics.{name}"
+        places = {"at": at, "kl": f"metrics.kl_after.{name}"} | rank_memory(r, at)
+        yield (machine(r), name), places | ({} if name == "one" else {"equal": f"metrics.apart.{name}", "steps": at})
+
+
+def several_train_rows(r: Record) -> Rows:
+    for at in [f"metrics.slices.{layers}" for layers in r["metrics"].get("slices", {})] or ["metrics"]:
+        yield (machine(r),), {"at": at} | rank_memory(r, f"{at}.train")
+
+
+def several_answer_rows(r: Record) -> Rows:
+    for way, made in r["metrics"].items():
+        at = f"metrics.{way}"
+        yield (machine(r), way), {"at": at} | largest(f"{at}.device_peak_mib", made.get("device_peak_mib", []))
+
+
+def several_vllm_rows(r: Record) -> Iterator[tuple[Sequence[str], Mapping[str, str]]]:
+    """Answers of a trained model, then forced lengths: every batch size, and the tokens that are equal in all of them."""
+    for n in r["metrics"]["questions"]:
+        at = f"metrics.questions.{n}"
+        yield (machine(r), "razor-tiny, answers", n, ""), {"equal": f"{at}.equal_answers", "of": f"{at}.answers"}
+    for n, made in r["metrics"]["forced"].items():
+        at = f"metrics.forced.{n}"
+        for batch in made["eval_speed"]["vllm"]:
+            rate = f"{at}.eval_speed.vllm.{batch}.tokens_per_s"
+            yield (machine(r), "random weights, tokens", n, batch), {"rate": rate}
+        yield (machine(r), "random weights, tokens", n, "all"), {"equal": f"{at}.same_tokens", "of": f"{at}.tokens"}
+
+
+# ---------------------------------------------------------------- the tables, by kind of record
+
+MEMORY = ("memory of the fullest GPU, MiB", "{memory}?")
+TABLES = (
+    Table(
+        "kl", "Fidelity",
+        "KL divergence to the unquantized model over the whole vocabulary, in nats, on held-out transcripts.",
+        ("model",), (
+            ("perplexity", "metrics.ppl", 4), ("mean KL", "metrics.kl.mean?", 5),
+            ("standard error", "metrics.kl.standard_error?", 5), ("percentile `99`", "metrics.kl.p99?", 4),
+            ("percentile `99.9`", "metrics.kl.p99_9?", 4), ("same top token", "metrics.kl.top1?", 2, " %"),
+        ), wants=lambda record: "tool" not in record["metrics"],
+    ),
+    Table(
+        "kl", "Fidelity of GGUF files",
+        "KL of GGUF files to the unquantized model: by `llama-perplexity`, and by our own reading of the same logits.",
+        ("file",), (
+            ("mean KL", "metrics.tool.mean", 5), ("error", "metrics.tool.mean_error", 5),
+            ("percentile `99`", "metrics.tool.p99", 4), ("percentile `99.9`", "metrics.tool.p99_9", 4),
+            ("same top token", "metrics.tool.top1", 2, " %"), ("ours: mean", "metrics.kl.mean", 5),
+            ("ours: `99.9`", "metrics.kl.p99_9", 4),
+        ), wants=measures("tool"),
+    ),
+    Table(
+        "spread", "Fidelity over calibration texts",
+        "The same over several calibration texts, each seen by both: mean and standard deviation of the KL over the texts, and "
+        "our share of llama-quantize's (geometric mean, `95` % interval of Student).",
+        ("type", "of the KL"), (
+            ("texts", "texts"), ("llama-quantize", "{at}.llama.mean", "digits"),
+            ("deviation", "{at}.llama.deviation", "digits"), ("ours", "{at}.ours.mean", "digits"),
+            ("deviation", "{at}.ours.deviation", "digits"), ("share", "{at}.ratio", 2),
+            ("from", "{at}.ratio_low", 2), ("to", "{at}.ratio_high", 2),
+        ), spread_rows,
+    ),
+    Table(
+        "quantize", "Sizes",
+        "Bytes if packed; bits of the quantized tensors without and with their scales, and of the whole model.",
+        ("model", "method"), (
+            ("packed", "metrics.{packed}", 2, " MB"), ("weight bits", "metrics.weight_bits", 2),
+            ("stored bits", "metrics.stored_bits", 2), ("overall", "metrics.overall_bits", 2),
+        ), size_rows,
+    ),
+    Table(
+        "pack", "GGUF files", "", ("file", "method", "base type"), (
+            ("size", "metrics.file_bytes", 3, " MB"), ("bits a weight", "metrics.bits_per_weight", 3), ("seconds", "seconds"),
+        ), lambda r: [((r["tag"], r["recipe"]["method"], r["recipe"]["base_type"]), {})],
+    ),
+    Table(
+        "bench", "Speed",
+        "Data-free grids in billions of parameters a second, beside a copy; one MoE layer of calibrated rounding in seconds.",
+        ("machine",), (
+            ("copy", "metrics.grids.limit_copy", 2), ("`absmax_int4`", "metrics.grids.absmax_int4", 2),
+            ("`clip16_int3`", "metrics.grids.clip16_int3", 2), ("`clip16_int4`", "metrics.grids.clip16_int4", 2),
+            ("`plain_clip16_int3`", "metrics.grids.plain_clip16_int3", 2), ("experts of the layer", "metrics.layer.experts"),
+            ("`wclip`", "metrics.layer.wclip.seconds", 1), ("`gptq`", "metrics.layer.gptq.seconds", 1),
+            ("`gptq_refit`", "metrics.layer.gptq_refit.seconds", 1),
+        ), by_machine, measures("grids"),
+    ),
+    Table(
+        "bench", "Speed of block types",
+        "One MoE layer encoded: millions of parameters a second and seconds, to the nearest block and with error feedback.",
+        ("machine", "type"), (
+            ("experts", "metrics.layer.experts"), ("nearest, M/s", "{at}.nearest.mega_parameters_per_s"),
+            ("seconds", "{at}.nearest.seconds", 1), ("feedback, M/s", "{at}.ldlq.mega_parameters_per_s"),
+            ("seconds", "{at}.ldlq.seconds", 1),
+        ), block_type_rows, measures("ggml"),
+    ),
+    Table(
+        "bench", "Speed of GGUF files",
+        "Tokens a second in llama.cpp; the limit is the bandwidth of a memory copy over the bytes that a token reads.",
+        ("file", "weights"), (
+            ("prefill, best", "{at}.prefill.{prefill}.tokens_per_s"), ("decode, one sequence", "{at}.decode.1.tokens_per_s"),
+            ("decode, best", "{at}.decode.{decode}.tokens_per_s"), ("limit, one sequence", "metrics.limit_tokens_per_s"),
+            ("memory, MiB", "{at}.peak_rss_mib"),
+        ), placement_rows, measures("placements"),
+    ),
+    Table(
+        "bench", "Data-free quantization at full size",
+        "Quantized from disk to disk, bytes a second in (and as many out), beside a plain copy and reading alone on that disk. "
+        "A device is named once for each shard at work. Peaks in MiB; the last columns are the whole model at that rate.",
+        ("run",), (
+            ("size", "{at}.quantize.bytes", 1, " GB"), ("a second", "{at}.bytes_in_per_s", 2, " GB"),
+            ("copy", "{at}.disk.copy", 2, " GB"), ("share", "{at}.share_of_copy", 0, " %"),
+            ("read", "{at}.disk.read", 2, " GB"), ("share", "{at}.share_of_read", 0, " %"),
+            ("memory", "{at}.quantize.peak_rss_mib"), ("VRAM", "{at}.quantize.peak_vram_mib"),
+            ("layers", "{at}.whole.layers"), ("seconds for all", "{at}.whole.seconds"),
+        ), disk_rows, measures("size_disk"),
+    ),
+    Table(
+        "bench", "Calibrated quantization at full size",
+        "Calibrated passes on layers of full size: seconds of the slowest layer, and of its rounding alone; peaks in MiB.",
+        ("run", "method"), (
+            ("tokens", "{at}.tokens"), ("seconds a layer", "{at}.worst_layer_seconds", 1),
+            ("rounding", "{at}.worst_rounding_seconds?", 1), ("memory", "{at}.peak_rss_mib"), ("VRAM", "{at}.peak_vram_mib"),
+            ("layers", "{at}.whole.layers?"), ("seconds for all", "{at}.whole.seconds?"),
+        ), layer_rows, measures("size_layers"),
+    ),
+    Table(
+        "bench", "Speed of evaluation",
+        "Tokens a second at forced lengths, through transformers (`hf`) or vLLM on so many GPUs: with the prompt, decoding, "
+        "and what the memory's bandwidth allows.",
+        ("run", "engine", "batch"), (
+            ("GPUs", "{gpus}?"), ("parameters", "{at}.parameters"), ("with the prompt", "{batch}.tokens_per_s"),
+            ("decoding", "{batch}.decode_tokens_per_s"), ("limit", "{batch}.limit_decode_tokens_per_s"),
+        ), engine_rows, measures("eval_speed"),
+    ),
+    Table(
+        "bench", "Quantization on several GPUs", "What one, several threads and several GPUs make.",
+        ("run", "pass", "beside one"), (("GB a second", "{at}.gb_per_second", 2), MEMORY),
+        several_quantize_rows, several("quantize"),
+    ),
+    Table(
+        "bench", "Distillation on several GPUs",
+        "One recovery by one process, again, and by several from the same rollouts; the steps that are those of the first.",
+        ("run", "processes"), (
+            ("tokens a second", "{at}.tokens_per_second"), MEMORY, ("KL after", "{kl}", 4),
+            ("equal steps", "{equal}.equal_steps?"), ("of", "{steps}.steps?"),
+        ), several_distill_rows, several("distill"),
+    ),
+    Table(
+        "bench", "Training of large shapes on several GPUs", "Phase C on synthetic weights.",
+        ("run",), (("layers", "{at}.layers"), ("seconds a step", "{at}.train.median_step_seconds", 2), MEMORY),
+        several_train_rows, several("train35b", "train122b", "fit122b"),
+    ),
+    Table(
+        "bench", "Answers on several GPUs", "Greedy answers in transformers, and how many of them are those of one GPU.",
+        ("run", "way"), (
+            ("tokens a second", "{at}.tokens_per_second", 1), MEMORY, ("equal answers", "{at}.equal_answers?"),
+            ("of", "{at}.answers?"),
+        ), several_answer_rows, several("eval", "eval35b"),
+    ),
+    Table(
+        "bench", "vLLM on several GPUs", "Tokens a second with the prompt, and what equals the run on one GPU.",
+        ("run", "of it", "GPUs", "batch"), (("tokens a second", "{rate}?"), ("equal", "{equal}?"), ("of", "{of}?")),
+        several_vllm_rows, several("vllm"),
+    ),
+    Table(
+        "train", "Training", "", ("model",), (
+            ("parameters", "metrics.parameters"), ("tokens or pictures", "metrics.{seen}"), ("seconds", "seconds"),
+            ("final loss", "metrics.final_loss", 3),
+        ), training_rows,
+    ),
+    Table(
+        "distill", "Recovery",
+        "KL to the unquantized model in nats before and after, at the same bytes; memory of the training's GPU or process.",
+        ("run", "loss, texts"), (
+            ("steps", "settings.steps"), ("rollouts", "metrics.rollouts.kept.samples"),
+            ("KL before", "metrics.kl_before.mean", 5), ("KL after", "metrics.kl_after.mean", 5),
+            ("removed", "metrics.kl_removed", 1, " %"),
+            ("in answers before", "metrics.kl_answer_before", 5), ("after", "metrics.kl_answer_after", 5),
+            ("seconds of training", "metrics.phases.opd_train.seconds"), ("MiB", "metrics.phases.opd_train.{where}"),
+        ), recovery_rows,
+    ),
+)  # fmt: skip
+
+
+def sections(directory: Path, accuracy_of: Callable[[Found], Section] = accuracy) -> list[Section]:
+    """All tables of the records of a directory; one without records is left out. ``accuracy_of``: the first of them."""
+    found = {kind: records(directory, kind) for kind in ("eval", "compare", *dict.fromkeys(table.kind for table in TABLES))}
+    made = [table(found[kind]) for kind, table in (("eval", accuracy_of), ("compare", differences)) if found[kind]]
+    return made + [section for table in TABLES if (section := table.section(found[table.kind]))]
+
+
+# ---------------------------------------------------------------- what makes a record from nothing
+
+# By kind and tag; the first pattern that fits. tests/test_reproduce.py runs each without its computations.
+PIPELINES = (
+    ("train/razor_tiny", "make_tiny.sh"),
+    ("train/razor_tiny_vl", "make_tiny.sh vl"),
+    ("distill/opd_tiny", "distill.sh"),
+    ("bench/h100_122b_*", "bench.sh h100"),
+    ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
+    ("bench/multi_gpu_eval35b", "multi_gpu.sh eval35b"),
+    ("bench/multi_gpu_vllm", "multi_gpu.sh vllm"),
+    ("bench/multi_gpu_*", "multi_gpu.sh"),
+    ("bench/h100", "bench.sh --result results/bench/h100.json --tag h100"),
+    ("bench/h200", "bench.sh --result results/bench/h200.json --tag h200"),
+    ("*/razor_tiny_vl_*", "results.sh vl"),
+    ("*/razor_tiny_vllm_*", "results.sh packed"),
+    ("quantize/razor_tiny_*_packed", "results.sh packed"),
+    ("spread/razor_tiny_gguf_*", "results.sh spread"),
+    ("*/*razor_tiny_gguf_*", "results.sh gguf"),
+    ("*/*recovery_gguf_iq2_xs_*", "recovery.sh gguf"),
+    ("eval/recovery_iq2_xs_*", "recovery.sh gguf"),
+    ("compare/recovery_iq2_xs_*", "recovery.sh gguf"),
+    ("*/recovery_*", "recovery.sh"),
+    ("*/razor_tiny_bf16", "results.sh tiny"),
+    ("*/*razor_tiny_int4", "results.sh tiny"),
+    ("*/*razor_tiny_int3_int4_clip16", "results.sh tiny"),
+    ("*/*razor_tiny_int[23]_int4_absmax", "results.sh tiny"),
+    ("*/*razor_tiny_int*", "results.sh study"),
+    ("probe/razor_tiny_allocation*", "results.sh study"),
+)
+
+
+def pipeline_of(record: Mapping[str, Any]) -> str | None:
+    """The pipeline that makes a record from nothing, with its arguments; None for one that was made by hand."""
+    name = f"{record['kind']}/{record['tag']}"
+    return next((pipeline for pattern, pipeline in PIPELINES if fnmatch.fnmatchcase(name, pattern)), None)
