@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from backend import Sampling
-from backend_hf import HfBackend
+from backend import HfBackend, Sampling
 from kl import divergence, summarize_kl
 from quant_save import quantize_checkpoint
 from recipe import Recipe

@@ -19,13 +19,11 @@ import psutil
 import pytest
 import torch
 
-from backend import Sampling
-from backend_hf import HfBackend
+from backend import HfBackend, Sampling
 from backend_openai import Client, OpenAIBackend, in_parallel
 from console import UserError
 from eval_settings import load_settings
-from gguf_format import run_converter
-from gguf_info import config_of_gguf, describe_gguf, open_gguf
+from gguf_format import config_of_gguf, describe_gguf, open_gguf, run_converter
 from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, read_logprobs, write_logprobs
 from hf_model import load_tokenizer, render_chat
 from llama_cpp import tool

@@ -8,8 +8,7 @@ import torch
 from conftest import REPO, untrained_vl
 from PIL import Image
 
-from backend import Sampling
-from backend_hf import HfMmBackend
+from backend import HfMmBackend, Sampling
 from bench_mm import MathVision, MedXpert, Mmmu, same_phrase, short_answer
 from console import UserError
 from pictures import Picture, Prompt, image_part, interleave, load_processor, render_messages, text_part, unmatched

@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import Checkpoint
 from console import UserError
-from expert_signals import bits_by_score, expert_norms, scores
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
 from records import read_result
-from sensitivity import solve
+from sensitivity import bits_by_score, expert_norms, scores, solve
 
 
 def test_the_solver_is_exact():

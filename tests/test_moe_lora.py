@@ -11,9 +11,8 @@ from fsdp_setup import World
 from merge_adapter import merge
 from moe_lora import Adapter, adapters_of, checkpoint_layer, digest, is_experts, refuse_family, trainable
 from moe_quant import fake_quant, quantize_group
-from opd_data import Example, collate, model_identity
+from opd_data import AdapterSettings, Example, TrainSettings, collate, model_identity
 from opd_losses import gathered
-from opd_settings import AdapterSettings, TrainSettings
 from opd_student import build_student
 from opd_train_fsdp import Trainer, write_adapter
 from quant_save import quantize_checkpoint

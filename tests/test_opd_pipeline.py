@@ -22,8 +22,7 @@ import opd_score
 from console import UserError, file_sha256
 from fsdp_setup import World, own_rows
 from opd_budget import Plan, memory, shape_of
-from opd_data import ScoredRollouts, read_rollouts
-from opd_settings import AdapterSettings
+from opd_data import AdapterSettings, ScoredRollouts, read_rollouts
 from opd_student import build_student
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe

@@ -12,14 +12,13 @@ from safetensors.torch import load_file, save_file
 
 import packed_format
 from calibration import Calibration
-from checkpoint import Checkpoint
+from checkpoint import PACKED, Checkpoint, unpack_codes, unpacked_values
 from console import UserError
 from families import Role
 from moe_ptq import Grid, Statistics, round_weight
 from moe_quant import dequantize, quantize_group
 from packed_export import check, pack, sizes, unpack
 from packed_format import codes_of, pack_codes, plan_container
-from packed_view import PACKED, unpack_codes, unpacked_values
 from plans import plan_jobs
 from quant_save import quantize_checkpoint
 from recipe import Recipe

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import vllm_eval8
-from backend import Sampling
-from backend_hf import HfBackend, Replicas
+from backend import HfBackend, Replicas, Sampling
 from console import UserError
 from hf_model import load_model, spread_map
 from task_list import get_benchmarks

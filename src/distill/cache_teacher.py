@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from console import run_cli
-from opd_data import INDEX
+from opd_data import INDEX, Generation, Scoring, batch_option
 from opd_gen import make_rollouts
 from opd_score import score_rollouts
-from opd_settings import Generation, Scoring, batch_option
 from settings import parse_settings
 
 

@@ -26,8 +26,7 @@ from typing import Any
 from console import UserError, read_json, run_cli, run_script, write_json
 from fsdp_setup import shared_cores
 from opd_budget import budget
-from opd_data import ADAPTER_JSON, INDEX, MANIFEST, PHASE, shown
-from opd_settings import DistillSettings, Generation, Scoring, TrainSettings, options
+from opd_data import ADAPTER_JSON, INDEX, MANIFEST, PHASE, DistillSettings, Generation, Scoring, TrainSettings, options, shown
 from recipe import RECIPE_FILE, Recipe, recipe_record
 from records import REPO, describe_model, read_result, write_result
 from settings import parse_settings

@@ -28,8 +28,7 @@ from console import UserError, atomic_path, file_sha256, progress, read_json, ru
 from families import place_of
 from fsdp_setup import World
 from moe_lora import Adapter, digest, refuse_family
-from opd_data import ADAPTER, ADAPTER_JSON, FORMAT, model_identity, same_model, write_phase
-from opd_settings import AdapterSettings
+from opd_data import ADAPTER, ADAPTER_JSON, FORMAT, AdapterSettings, model_identity, same_model, write_phase
 from opd_student import GridMaker
 from plans import CHUNK_BYTES, sidecars
 from recipe import RECIPE_FILE

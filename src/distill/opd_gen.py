@@ -19,13 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backend import PROMPT_ROOM, Backend, Completion, Sampling, choose_backend
-from backend_hf import HfBackend
+from backend import PROMPT_ROOM, Backend, Completion, HfBackend, Sampling, choose_backend
 from checkpoint import Checkpoint
 from console import UserError, file_sha256, progress, run_cli
 from graders import GRADER_VERSION
-from opd_data import shown, write_rollouts
-from opd_settings import Generation
+from opd_data import Generation, shown, write_rollouts
 from records import sha256_text
 from runner import graded_rows
 from sample_log import SampleLog, sample_key

@@ -25,6 +25,8 @@ from hf_model import load_model, load_tokenizer
 from opd_data import (
     FORMAT,
     INDEX,
+    Scoring,
+    batch_option,
     encode_rollout,
     model_identity,
     read_rollouts,
@@ -32,7 +34,6 @@ from opd_data import (
     write_phase,
 )
 from opd_losses import TopK, top_k_of
-from opd_settings import Scoring, batch_option
 from run_dir import staged_directory
 from settings import parse_settings
 

@@ -20,9 +20,8 @@ from console import UserError, progress
 from families import Place, Role, place_of, role_of
 from fsdp_setup import World, own_rows, shard
 from moe_lora import Adapter, adapt_layer, checkpoint_layer, refuse_family
-from opd_data import Batch
+from opd_data import AdapterSettings, Batch
 from opd_losses import LOSSES, TopK, position_losses
-from opd_settings import AdapterSettings
 from recipe import read_recipe
 from safetensors_file import TensorInfo
 from target_grid import GgmlGrid, IntCells, IntGrid, int_cells

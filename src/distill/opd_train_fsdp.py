@@ -36,6 +36,7 @@ from opd_data import (
     ADAPTER_JSON,
     FORMAT,
     ScoredRollouts,
+    TrainSettings,
     check_belongs,
     collate,
     model_identity,
@@ -46,7 +47,6 @@ from opd_data import (
     tokenizer_sha256,
     write_phase,
 )
-from opd_settings import TrainSettings
 from opd_student import Student, build_student
 from settings import parse_settings
 

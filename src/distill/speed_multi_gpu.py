@@ -39,8 +39,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from backend import Sampling
-from backend_hf import HfBackend, Replicas
+from backend import HfBackend, Replicas, Sampling
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
 from devices import parse_devices
@@ -48,9 +47,8 @@ from families import text_config
 from fsdp_setup import shared_cores
 from hf_model import load_tokenizer
 from opd_budget import budget
-from opd_data import ADAPTER, ADAPTER_JSON, write_rollouts
+from opd_data import ADAPTER, ADAPTER_JSON, Scoring, write_rollouts
 from opd_score import score_rollouts
-from opd_settings import Scoring
 from recipe import RECIPE_FILE, Recipe
 from records import REPO, read_result, write_result
 from sample_log import read_samples

@@ -25,8 +25,7 @@ import torch
 
 from console import UserError, atomic_path, run_cli
 from distill_run import recover
-from opd_data import INDEX
-from opd_settings import AllPhases, DistillSettings, Generation, Scoring, options
+from opd_data import INDEX, AllPhases, DistillSettings, Generation, Scoring, options
 from recipe import RECIPE_FILE, read_recipe
 from records import REPO
 from settings import parse_settings, setting

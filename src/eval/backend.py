@@ -7,6 +7,9 @@ backend_hf, vllm_eval, llamacpp_eval8 and backend_openai: same prompts in, same 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
+import queue
+import signal
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +19,9 @@ from typing import Any, Protocol
 import torch
 
 from console import UserError
-from hf_model import ids_sha256
+from devices import on_device
+from hf_model import end_token_ids, ids_sha256, load_model, load_tokenizer, load_weights, prompt_ids, render_chat
+from pictures import Prompt, load_processor, render_messages
 
 PROMPT_ROOM = 1024  # vLLM's context beyond the budget (64k: 66,560)
 
@@ -87,3 +92,162 @@ def choose_backend(name: str, model: str | Path = "") -> str:
     if name not in ("hf", "vllm", "llamacpp", "openai"):
         raise UserError(f"--backend {name}: expected auto, vllm, hf, llamacpp or openai")
     return name
+
+
+POLL_SECONDS = 2.0  # between looks at whether the other side still lives
+
+
+class HfBackend:
+    """transformers with a KV cache, in batches of prompts of like length, padded on the left; float32 on a CPU. Several
+    ``devices`` hold its layers between them."""
+
+    name = "hf"
+
+    def __init__(self, model: str | Path, batch: int = 64, devices: Sequence[torch.device] = ()) -> None:
+        self._open(model, load_tokenizer(model), load_model(model, devices), batch)
+
+    def _open(self, path: str | Path, tokenizer: Any, model: torch.nn.Module, batch: int) -> None:
+        self.tokenizer, self.model, self.batch = tokenizer, model, batch
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.ends = end_token_ids(path, tokenizer)
+        text = model.config.get_text_config()
+        text.output_router_logits = model.config.output_router_logits = False  # its loss fails with a KV cache
+        self.context = int(getattr(text, "max_position_embeddings", 1 << 30))
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return render_chat(self.tokenizer, messages)
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        ids = prompt_ids(self.tokenizer, prompts)
+        for part in length_batches(ids, self.batch):
+            seed = seed_of(prompts[part[0]], sampling.seed)
+            yield from zip(part, self.complete([ids[index] for index in part], sampling, seed), strict=True)
+
+    def complete(self, ids: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
+        """One batch of prompts."""
+        return self._continue(self.tokenizer.pad({"input_ids": ids}, return_tensors="pt"), ids, sampling, seed)
+
+    @torch.inference_mode()
+    def _continue(self, inputs: Any, ids: list[list[int]], sampling: Sampling, seed: int) -> list[Completion]:
+        """Completions of padded ``inputs``, whose prompts are ``ids``."""
+        width = inputs["input_ids"].shape[1]
+        room = min(sampling.max_tokens, self.context - width)
+        if room < 1:
+            raise UserError(f"a prompt has {width} tokens; the model's context is {self.context}")
+        draw: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            torch.manual_seed(seed)
+            draw = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        out = self.model.generate(
+            **inputs.to(self.model.device), max_new_tokens=room, eos_token_id=self.ends,
+            pad_token_id=self.tokenizer.pad_token_id, **draw,
+        )  # fmt: skip
+        rows = zip(out.tolist(), ids, strict=True)
+        return [completion_of(self.tokenizer, row[width:], prompt, self.ends) for row, prompt in rows]
+
+
+class HfMmBackend(HfBackend):
+    """The same for prompts with pictures."""
+
+    def __init__(self, model: Path, batch: int = 16) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        self.processor = load_processor(model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        loaded = load_weights(AutoModelForImageTextToText, model, dtype).to(device).eval()
+        self._open(model, self.processor.tokenizer, loaded, batch)
+
+    def render(self, messages: list[dict[str, Any]]) -> Prompt:
+        return render_messages(self.processor, messages)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index].pictures), len(prompts[index].text), index))
+        for start in range(0, len(order), self.batch):
+            part = order[start : start + self.batch]
+            yield from zip(part, self._batch([prompts[index] for index in part], sampling), strict=True)
+
+    def _batch(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        pictures = [[picture.open() for picture in prompt.pictures] for prompt in prompts]
+        inputs = self.processor(
+            text=[prompt.text for prompt in prompts], images=pictures if any(pictures) else None, padding=True,
+            add_special_tokens=False, return_tensors="pt",
+        )  # fmt: skip
+        ids = [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+        return self._continue(inputs, ids, sampling, seed_of(prompts[0], sampling.seed))
+
+
+def serve(model: str, device: torch.device, batch: int, tasks: Any, results: Any) -> None:
+    """A worker: (number, token ids, sampling, seed) in, (number, completions) out; (None, text) says what a user can mend."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
+    parent = multiprocessing.parent_process()
+    try:
+        with on_device(device):
+            backend = HfBackend(model, batch, [device])
+            results.put((-1, []))
+            while parent is None or parent.is_alive():
+                try:
+                    task = tasks.get(timeout=POLL_SECONDS)
+                except queue.Empty:
+                    continue
+                number, ids, sampling, seed = task
+                results.put((number, backend.complete(ids, sampling, seed)))
+    except UserError as error:
+        results.put((None, str(error)))
+
+
+class Replicas:
+    """The backend "hf" with a copy of the model on each of ``devices``."""
+
+    name = "hf"
+
+    def __init__(self, model: str | Path, devices: Sequence[torch.device], batch: int = 64) -> None:
+        self.tokenizer = load_tokenizer(model)
+        self.batch = batch
+        context = multiprocessing.get_context("spawn")
+        self.tasks, self.results = context.Queue(), context.Queue()
+        self.tasks.cancel_join_thread()  # an error may leave tasks that no worker will take
+        self.workers = [
+            context.Process(target=serve, args=(str(model), device, batch, self.tasks, self.results), daemon=True)
+            for device in devices
+        ]
+        for worker in self.workers:
+            worker.start()
+        for _ in self.workers:  # until every copy is loaded
+            self._result()
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return render_chat(self.tokenizer, messages)
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        ids = prompt_ids(self.tokenizer, prompts)
+        batches = length_batches(ids, self.batch)
+        for number, part in reversed(list(enumerate(batches))):  # the longest first: the last to end should be short
+            seed = seed_of(prompts[part[0]], sampling.seed)
+            self.tasks.put((number, [ids[index] for index in part], sampling, seed))
+        for _ in batches:
+            number, done = self._result()
+            yield from zip(batches[number], done, strict=True)
+
+    def _result(self) -> tuple[int, list[Completion]]:
+        while True:
+            try:
+                number, value = self.results.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                ended = next((worker for worker in self.workers if not worker.is_alive()), None)
+                if ended is not None:
+                    raise UserError(f"a copy of the model ended with code {ended.exitcode}; its error stands above") from None
+                continue
+            if number is None:
+                raise UserError(value)
+            return number, value
+
+    def close(self) -> None:
+        """End the workers; otherwise they end with this process."""
+        for worker in self.workers:
+            worker.terminate()
+            worker.join()
+        for channel in (self.tasks, self.results):
+            channel.close()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from console import UserError, file_sha256, progress, run_cli
-from gguf_info import SHARD, gguf_files, open_gguf
+from gguf_format import SHARD, gguf_files, open_gguf
 
 PIECE_BYTES = 1 << 30  # bytes of one request: a hub's links expire, and its servers end an answer at 50 GB
 SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -35,7 +35,7 @@ import torch
 from gguf import GGUFReader, TokenType
 
 from console import UserError, progress, run_cli, scratch_folder
-from gguf_info import describe_gguf, gguf_files, is_gguf, metadata, open_gguf
+from gguf_format import describe_gguf, gguf_files, is_gguf, metadata, open_gguf
 from hf_model import load_model, load_tokenizer
 from kl import summarize_kl, tiny_texts
 from llama_cpp import Incomplete, asked, tool

@@ -24,7 +24,7 @@ from pathlib import Path
 from backend import Completion, Sampling, seed_of
 from backend_openai import Client, ServerBackend
 from console import UserError
-from gguf_info import architecture_value, gguf_files, metadata, open_gguf, token_text
+from gguf_format import architecture_value, gguf_files, metadata, open_gguf, token_text
 from hf_model import ids_sha256, load_tokenizer
 from llama_cpp import tool
 

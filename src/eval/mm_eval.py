@@ -15,8 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from backend import choose_backend
-from backend_hf import HfMmBackend
+from backend import HfMmBackend, choose_backend
 from console import UserError, run_cli
 from pictures import config_with_eyes, pictures_of
 from records import public_path

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from console import atomic_path, run_cli
-from expert_signals import STRATEGIES
 from page_tables import BLANK, Cell, Found, Record, Section, cite, made_of, markdown, pipeline_of, records, sections
+from sensitivity import STRATEGIES
 
 HEADER = """# Results
 

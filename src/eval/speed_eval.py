@@ -23,8 +23,7 @@ from typing import Any
 
 import torch
 
-from backend import Backend, Completion, Sampling, choose_backend
-from backend_hf import HfBackend
+from backend import Backend, Completion, HfBackend, Sampling, choose_backend
 from checkpoint import Checkpoint
 from console import UserError, numbers, progress, read_json, run_cli, write_json
 from families import text_config

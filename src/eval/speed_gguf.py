@@ -29,7 +29,7 @@ import torch
 
 from backend_openai import in_parallel
 from console import UserError, numbers, progress, run_cli
-from gguf_info import architecture_value, describe_gguf, gguf_files, open_gguf
+from gguf_format import architecture_value, describe_gguf, gguf_files, open_gguf
 from llama_cpp import tool
 from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
 from records import add_record_arguments, check_record_arguments, peak_rss_mib, write_result

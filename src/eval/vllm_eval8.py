@@ -18,13 +18,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from backend import PROMPT_ROOM, Backend, choose_backend
-from backend_hf import HfBackend, Replicas
+from backend import PROMPT_ROOM, Backend, HfBackend, Replicas, choose_backend
 from backend_openai import OpenAIBackend, api_key
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli
 from devices import parse_devices
-from gguf_info import config_of_gguf, describe_gguf, is_gguf
+from gguf_format import config_of_gguf, describe_gguf, is_gguf
 from llamacpp_eval8 import LlamaCppBackend
 from records import public_path
 from runner import Runner, add_run_arguments, check_args, describe_checkpoint, evaluate, finish, make_plan, plan_text, start_log

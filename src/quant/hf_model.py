@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from checkpoint import Checkpoint
+from checkpoint import PACKED, Checkpoint
 from console import UserError, read_json
 from devices import default_device
-from packed_view import PACKED
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:

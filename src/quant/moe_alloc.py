@@ -34,7 +34,6 @@ from calibration import Calibration
 from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
 from console import UserError, atomic_path, run_cli, write_json
-from expert_signals import STRATEGIES, bits_by_signal, signals_of
 from families import Role, place_of
 from ggml_codecs import decode_rows
 from ggml_types import fallback
@@ -46,8 +45,8 @@ from pack_plan import SizeSettings, TypeSettings
 from plans import RecordSettings
 from recipe import Recipe
 from records import describe_model, read_result, write_result
-from round_ggml import DAMPING, RoundingSettings, encoded, is_quantized
-from sensitivity import grid_losses, solve, type_losses
+from rounders import DAMPING, RoundingSettings, encoded, is_quantized
+from sensitivity import STRATEGIES, bits_by_signal, grid_losses, signals_of, solve, type_losses
 from settings import parse_settings, part, same, setting
 
 CANDIDATES = "iq2_xs,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"

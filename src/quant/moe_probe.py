@@ -21,10 +21,10 @@ from calibration import Calibration
 from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
 from console import UserError, run_cli
-from expert_signals import probe
 from gguf_format import write_imatrix
 from plans import RecordSettings
 from records import describe_model, write_result
+from sensitivity import probe
 from settings import parse_settings, part, setting
 
 

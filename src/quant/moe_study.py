@@ -26,13 +26,13 @@ from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
 from console import UserError, progress, run_cli, write_json
 from devices import default_device, device_peaks
-from expert_signals import STRATEGIES, bits_by_signal, signals_of
 from hf_model import load_model, load_tokenizer
 from kl import batches, measured, tiny_texts
 from moe_ptq import CALIBRATED, METHODS
 from quant_save import quantize_checkpoint
 from recipe import RECIPE_FILE, Recipe
 from records import describe_model, read_result, write_result
+from sensitivity import STRATEGIES, bits_by_signal, signals_of
 from settings import parse_settings, part, same, setting
 
 CLIP_STEPS = 16

@@ -35,7 +35,7 @@ from gguf_layout import (
 )
 from recipe import LINEAR_ROLES, Job
 from records import header_sha256
-from round_ggml import DAMPING, METHODS, Encoded, is_quantized
+from rounders import DAMPING, METHODS, Encoded, is_quantized
 from settings import setting
 from size_model import BASE_BYTES, RESULTS, recorded_rates, times
 

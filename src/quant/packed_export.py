@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoint
+from checkpoint import PACKED, Checkpoint, read_manifest
 from console import UserError, progress, read_json, run_cli, write_json
 from devices import OneBehind, one_ahead
 from families import roles_of
 from packed_format import PackedWriter, describe, plan_container, summary
-from packed_view import PACKED, read_manifest
 from plans import CHUNK_BYTES, plan_jobs, sidecars
 from recipe import RECIPE_FILE, Job, Recipe, read_recipe
 from records import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result

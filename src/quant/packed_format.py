@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoint import BITS, CHUNK, CODES_A_WORD, FORMAT, PACKED, matrices_of
 from console import UserError, write_json
 from devices import default_device
 from families import LAYER_PREFIX, MTP_PREFIX, VISION_PREFIX, Role, text_name
 from moe_ptq import SYMMETRIC
 from moe_quant import Quantized, inverse_scale, pieces
-from packed_view import BITS, CHUNK, CODES_A_WORD, FORMAT, PACKED, matrices_of
 from recipe import Job, Recipe
 from safetensors_file import DTYPE_NAMES, CheckpointWriter, Plan, split_plan
 

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from calibration import Calibration, layer_bytes, place_of
-from checkpoint import CONSUMED, Checkpoint
+from checkpoint import CONSUMED, PACKED, Checkpoint
 from console import UserError
 from families import Role, roles_of
 from moe_ptq import CALIBRATED, zero_point_bits
 from moe_quant import average_bits
 from packed_format import describe
-from packed_view import PACKED
 from recipe import RECIPE_FILE, Job, Recipe
 from run_dir import check_output, partial_of
 from safetensors_file import INDEX

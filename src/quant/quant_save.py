@@ -48,7 +48,7 @@ from plans import (
 )  # fmt: skip
 from recipe import RECIPE_FILE, Job, Recipe, read_allocation
 from records import describe_model, header_sha256, write_result
-from round_grid import GridRounder
+from rounders import GridRounder
 from run_dir import check_output, check_resume, staged_directory
 from settings import add_dry_run, parse_settings, part, setting
 from token_weights import kept_bytes

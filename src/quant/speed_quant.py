@@ -55,8 +55,7 @@ from pack_plan import plan_pack
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
-from round_ggml import GgmlRounder, encoded, is_quantized
-from round_grid import GridRounder
+from rounders import GgmlRounder, GridRounder, encoded, is_quantized
 from safetensors_file import release
 from size_model import Shape, layer_plan, plan_of
 

@@ -48,7 +48,7 @@ from gguf_format import GgufWriter, make_header
 from gguf_layout import Piece, file_type, to_gguf
 from pack_plan import Pack, TypeSettings, cast, plan_pack, report
 from records import REPO, add_record_arguments, check_record_arguments, write_result
-from round_ggml import is_quantized
+from rounders import is_quantized
 from safetensors_file import TensorInfo, release
 from settings import add_settings, read_part
 from size_model import SHARD_BYTES, Shape, config_of, plan_of, shape_arguments, shape_from, write_skeleton

@@ -1,12 +1,13 @@
-"""The rounder of the calibrated pass for llama.cpp's block types: each parameter becomes the blocks of its pieces.
+"""The two rounders of the calibrated pass: integer grids, by a method of moe_ptq, and llama.cpp's blocks, by ggml_round.
 
-Not a command; gguf_pack gives it to calibrated_pass. A parameter is left with what its blocks decode to, so the activations go
-on through them: what a layer is calibrated on is what the file gives it.
+Not a command; quant_save gives one to calibrated_pass, gguf_pack the other. A parameter is left with what it was rounded to, so
+the activations go on through it: what a layer is calibrated on is what the checkpoint or the file gives it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +16,88 @@ import torch
 from torch import Tensor
 
 from calibrated_pass import MomentSettings, Take
+from calibration import LayerStream
 from console import UserError, explained
 from families import Role
 from ggml_codecs import decode_rows, encode
 from ggml_round import ldlq
 from ggml_types import TYPES
 from gguf_layout import Piece, into_parameter, ordered_hessian, to_gguf
+from moe_ptq import Grid, Statistics, output_error, round_weight
+from recipe import Job, Recipe
 from settings import part, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """How a parameter of the module tree is rounded; ``fraction`` of its experts get one bit more than the grid has,
+    chosen by what each gains, unless ``bits`` says how many each expert has."""
+
+    grid: Grid
+    fraction: float = 0.0
+    bits: tuple[int, ...] = ()
+
+
+class GridRounder:
+    """Several ``devices`` share the experts of a parameter. The embedding is no target: it has no inputs to calibrate on."""
+
+    def __init__(self, stream: LayerStream, jobs: Sequence[Job], recipe: Recipe, devices: Sequence[torch.device] = ()) -> None:
+        self.stream, self.method, self.devices = stream, recipe.method, devices
+        self.targets: dict[str, Target] = {}
+        experts = dict(recipe.experts)
+        for job in jobs:
+            if job.bits is not None and job.role not in (Role.EMBEDDING, Role.MTP):
+                whole = math.floor(job.bits)
+                grid = Grid(whole, recipe.group, recipe.clip_steps, recipe.clip_low)
+                parameter = stream.places[job.name].parameter
+                bits = experts.get(parameter.rpartition(".")[0], ())
+                self.targets[parameter] = Target(grid, 0.0 if bits else job.bits - whole, bits)
+
+    def round(self, parameters: Mapping[str, Tensor], take: Take) -> None:
+        for name, parameter in parameters.items():
+            with explained(name):
+                parameter.copy_(rounded(parameter, self.targets[name], *take(name), self.method, self.devices))
+
+    def taken(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters by checkpoint name, in the dtype and shape that they have on disk."""
+        values = {}
+        for name, full in parameters.items():
+            for source in self.stream.by_parameter[name]:
+                info = self.stream.checkpoint.tensors[source]
+                part = self.stream.places[source].view(full.detach())
+                values[source] = part.to("cpu", info.dtype, copy=True).reshape(info.shape)
+        return values
+
+
+def rounded(
+    weight: Tensor, target: Target, statistics: Statistics, mass: Tensor, method: str, devices: Sequence[torch.device] = ()
+) -> Tensor:
+    """Round a parameter [E, O, I] or [O, I]; with a fraction, the experts whose output error falls most, weighted by
+    their routing ``mass`` [E], get one bit more; with ``bits``, each expert has its own grid."""
+    if target.bits:
+        return _rounded_by_expert(weight, target, statistics, method, devices)
+    low = round_weight(weight, target.grid, statistics, method, devices)
+    if not target.fraction or weight.ndim != 3:
+        return low
+    high = round_weight(weight, dataclasses.replace(target.grid, bits=target.grid.bits + 1), statistics, method, devices)
+    transposed = weight.float().transpose(1, 2)
+    errors = [output_error(transposed, value.transpose(1, 2), statistics.hessian) for value in (low, high)]
+    count = math.floor(target.fraction * len(weight) + 1e-9)
+    chosen = ((errors[0] - errors[1]) * mass).topk(count).indices
+    low[chosen] = high[chosen]
+    return low
+
+
+def _rounded_by_expert(
+    weight: Tensor, target: Target, statistics: Statistics, method: str, devices: Sequence[torch.device]
+) -> Tensor:
+    out = torch.empty_like(weight, dtype=torch.float32)
+    for bits in sorted(set(target.bits)):
+        index = torch.tensor([e for e, own in enumerate(target.bits) if own == bits], device=weight.device)
+        own = Statistics(statistics.hessian[index], statistics.tokens[index])
+        out[index] = round_weight(weight[index], dataclasses.replace(target.grid, bits=bits), own, method, devices)
+    return out
+
 
 METHODS = ("ldlq", "nearest")
 DAMPING = 0.1  # of the mean second moment, added to each: inputs that the calibration text hardly uses keep some worth
@@ -62,7 +138,7 @@ def encoded(value: Tensor, kind: str, method: str, hessian: Tensor, damping: flo
     return encode(value.float(), kind, hessian.diagonal(dim1=1, dim2=2)[:, None])
 
 
-def output_error(difference: Tensor, hessian: Tensor) -> float:
+def squared_error(difference: Tensor, hessian: Tensor) -> float:
     """Sum over matrices of tr(D H D^T); D [E, O, I], H [E, I, I]."""
     total = 0.0
     for d, h in zip(difference, hessian, strict=True):
@@ -126,7 +202,7 @@ class GgmlRounder:
         data = encoded(value.contiguous(), kind, self.method, hessian, self.damping)  # ldlq makes floats of a few experts
         for (piece, parameter), value, own in zip(members, values, data.split([value.shape[1] for value in values], 1)):
             value, decoded = value.float(), decode_rows(own.contiguous(), kind)
-            sizes = (output_error(value - decoded, hessian), output_error(value, hessian))
+            sizes = (squared_error(value - decoded, hessian), squared_error(value, hessian))
             into_parameter(piece, decoded.view(piece.shape), parameter)
             self.encoded[piece.name] = Encoded(own.contiguous().cpu(), [float(f"{size:.6g}") for size in sizes])
 
