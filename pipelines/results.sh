@@ -153,7 +153,7 @@ vl() {
         quantized "$tag" --expert-bits "$experts" --linear-bits "$others"
         seen "$tag" "$SCRATCH/$tag"
         [ -e "results/kl/$tag.json" ] ||
-            python src/eval/mm_kl.py --model "$SCRATCH/$tag" --reference "$model" --tag "$tag" --items "${LIMIT:-250}"
+            python src/eval/moe_eval.py --pictures --model "$SCRATCH/$tag" --reference "$model" --tag "$tag" --items "${LIMIT:-250}"
         against "${name}_bf16" "$tag"
     done
     if [ ! -e "results/pack/${name}_gguf_iq3_xxs_ldlq.json" ]; then # text of the tasks' training split calibrates the text model

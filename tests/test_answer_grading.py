@@ -11,8 +11,8 @@ import pytest
 from code_sandbox import run_many
 from graders import extract_code, extract_letter, extract_math, program_of, split_thinking
 from math_answers import judge_math
+from runner import get_benchmarks
 from sample_log import read_samples
-from task_list import get_benchmarks
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO.parent / "shared" / "data"

@@ -12,8 +12,8 @@ import pytest
 
 from bench8_loaders import MMMLU_LANGUAGES, TEXT_BENCHMARKS, bbeh_match
 from console import UserError
+from runner import get_benchmarks
 from task import Source, download, stratified
-from task_list import get_benchmarks
 from task_text import Item
 from tasks_code import HumanEval, decode_tests, same_output, unpickle_str
 

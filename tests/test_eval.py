@@ -9,7 +9,7 @@ from backend import HfBackend, Sampling
 from kl import divergence, summarize_kl
 from quant_save import quantize_checkpoint
 from recipe import Recipe
-from task_list import get_benchmarks
+from runner import get_benchmarks
 
 
 def test_a_batch_generates_what_each_prompt_generates_alone(random_tiny):

@@ -28,8 +28,8 @@ from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, r
 from hf_model import load_tokenizer, render_chat
 from llama_cpp import tool
 from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, free_port
+from runner import get_benchmarks
 from speed_gguf import active_bytes
-from task_list import get_benchmarks
 
 REPO = Path(__file__).resolve().parent.parent
 MODEL = REPO / "models" / "razor-tiny"

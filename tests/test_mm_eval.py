@@ -12,7 +12,7 @@ from backend import HfMmBackend, Sampling
 from bench_mm import MathVision, MedXpert, Mmmu, same_phrase, short_answer
 from console import UserError
 from pictures import Picture, Prompt, image_part, interleave, load_processor, render_messages, text_part, unmatched
-from task_list import get_benchmarks
+from runner import get_benchmarks
 
 
 def picture(colour, size=(40, 48)):
@@ -208,7 +208,7 @@ RAZOR = REPO / "models/razor-tiny-vl"
 
 def test_the_committed_model_sees_and_its_quantized_copy_too(tmp_path, command):
     """Quantized, evaluated and compared by the commands, from the committed weights; a blank picture is not answered right."""
-    from mm_kl import held_out, inputs_of
+    from moe_eval import held_out, inputs_of
 
     done = command("src/quant/quant_save.py", "--model", RAZOR, "--out", tmp_path / "q", "--expert-bits", 3, "--linear-bits", 4)
     assert done.returncode == 0, done.stderr

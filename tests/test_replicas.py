@@ -11,7 +11,7 @@ import vllm_eval8
 from backend import HfBackend, Replicas, Sampling
 from console import UserError
 from hf_model import load_model, spread_map
-from task_list import get_benchmarks
+from runner import get_benchmarks
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from records import read_result
 from settings import parse_settings, read_env_file
 
 KINDS = {
-    "vllm_eval8": "eval", "mm_eval": "eval", "compare_tags": "compare", "moe_eval": "kl", "mm_kl": "kl", "gguf_kl": "kl",
+    "vllm_eval8": "eval", "mm_eval": "eval", "compare_tags": "compare", "moe_eval": "kl", "gguf_kl": "kl",
     "study_spread": "spread",
     "quant_save": "quantize", "packed_export": "quantize", "gguf_pack": "pack", "moe_alloc": "probe", "vllm_tokens": "probe",
     "speed_gguf": "bench", "speed_eval": "bench", "speed_quant": "bench",

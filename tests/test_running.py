@@ -199,7 +199,7 @@ class Mortal:
 
 
 def test_a_killed_run_asks_nothing_twice(tmp_path, monkeypatch):
-    from task_list import get_benchmarks
+    from runner import get_benchmarks
 
     monkeypatch.setattr(runs, "FLUSH_ROWS", 2)
     benchmark = get_benchmarks(["tiny_math"])[0]
@@ -241,7 +241,7 @@ class Mended(Echo):
 
 def evaluated(directory, monkeypatch, benchmark=Echo):
     """An evaluation as the runner makes it, with answers that the grader of Echo gets wrong."""
-    monkeypatch.setattr("task_list.get_benchmarks", lambda names, data_dir=None, pictures=False: [benchmark()])
+    monkeypatch.setattr("runner.get_benchmarks", lambda names, data_dir=None, pictures=False: [benchmark()])
 
     class Backend:
         def render(self, messages):
@@ -265,7 +265,7 @@ def evaluated(directory, monkeypatch, benchmark=Echo):
 def test_regrading_needs_no_model_and_keeps_the_generation(tmp_path, monkeypatch):
     assert evaluated(tmp_path, monkeypatch)["echo"]["correct"] == 0
     before = json.loads((tmp_path / "eval/t.json").read_text())
-    monkeypatch.setattr("task_list.get_benchmarks", lambda names, data_dir=None, pictures=False: [Mended()])
+    monkeypatch.setattr("runner.get_benchmarks", lambda names, data_dir=None, pictures=False: [Mended()])
     monkeypatch.setattr("regrade.GRADER_VERSION", "next")
     record, changed = regrade(tmp_path / "eval", "t", None, None)
     assert changed == 2 and record["metrics"]["echo"]["acc"] == 1.0

@@ -70,7 +70,7 @@ def test_nats_are_the_kl_of_a_whole_model_with_that_group_rounded(random_tiny, t
 def test_the_file_of_chosen_types_has_the_size_that_was_told(random_tiny, tmp_path, command):
     total = sum(piece.numel for piece in pieces_of(Checkpoint(random_tiny)))
     text = ["--method", "nearest", "--calib-sequences", 2, "--calib-length", 64, "--model", random_tiny]
-    flags = ["--candidates", "q4_K,q8_0", "--probe", "q4_K", "--tensor-types", REPO / "configs/gguf_protected.txt"]
+    flags = ["--candidates", "q4_K,q8_0", "--probe-type", "q4_K", "--tensor-types", REPO / "configs/gguf_protected.txt"]
     target = 7 * total / 8 / 2**30
     out, record = tmp_path / "types.txt", tmp_path / "r.json"
     flags += ["--target-gib", target, "--out", out, "--result", record, "--tag", "t"]

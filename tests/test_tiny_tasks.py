@@ -6,7 +6,7 @@ import pytest
 
 from console import UserError
 from graders import split_thinking
-from task_list import get_benchmarks
+from runner import get_benchmarks
 from task_text import split_of
 from tasks_tiny import TINY_TASKS
 from tiny_data import TinyBatches, build_tokenizer, completion_text, prompt_text

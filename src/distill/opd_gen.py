@@ -25,11 +25,10 @@ from console import UserError, file_sha256, progress, run_cli
 from graders import GRADER_VERSION
 from opd_data import Generation, shown, write_rollouts
 from records import sha256_text
-from runner import graded_rows
+from runner import get_benchmarks, graded_rows
 from sample_log import SampleLog, sample_key
 from settings import parse_settings, setting
 from task import Benchmark
-from task_list import get_benchmarks
 from task_text import Item
 from vllm_eval import VllmBackend
 

@@ -51,12 +51,12 @@ from opd_data import ADAPTER, ADAPTER_JSON, Scoring, write_rollouts
 from opd_score import score_rollouts
 from recipe import RECIPE_FILE, Recipe
 from records import REPO, read_result, write_result
+from runner import get_benchmarks
 from sample_log import read_samples
 from settings import parse_settings, setting
 from size_model import SHAPES, plan_of
 from size_model import Shape as ModelShape
 from synthetic_moe import prepare
-from task_list import get_benchmarks
 
 RECIPE = ["--expert-bits", 3, "--linear-bits", 4, "--group", 128, "--clip-steps", 16]
 DISTILL = {"TASKS": "tiny_know,tiny_math,tiny_reason", "LIMIT": "32", "STEPS": "40", "ROWS": "16"}

@@ -19,8 +19,18 @@ from backend import HfMmBackend, choose_backend
 from console import UserError, run_cli
 from pictures import config_with_eyes, pictures_of
 from records import public_path
-from runner import Runner, add_run_arguments, check_args, describe_checkpoint, evaluate, finish, make_plan, plan_text, start_log
-from task_list import get_benchmarks
+from runner import (
+    Runner,
+    add_run_arguments,
+    check_args,
+    describe_checkpoint,
+    evaluate,
+    finish,
+    get_benchmarks,
+    make_plan,
+    plan_text,
+    start_log,
+)
 from vllm_eval import VllmMmBackend
 
 

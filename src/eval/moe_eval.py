@@ -1,9 +1,10 @@
 """Perplexity and full-vocabulary KL divergence to a reference model on held-out text, and the balance of its routers.
 
     python src/eval/moe_eval.py --model work/w3 --reference models/razor-tiny --tag razor_tiny_w3 [--items 64]
-        [--text FILE] [--out results/kl] [--force]
+        [--text FILE | --pictures] [--out results/kl] [--force]
 
-Text: held-out transcripts of the tiny tasks (prompt and reference turn), or the paragraphs of --text. KL(reference || model)
+Text: held-out transcripts of the tiny tasks (prompt and reference turn), or the paragraphs of --text; --pictures: those of the
+tiny tasks with pictures, by a vision-language model. KL(reference || model)
 is over the whole vocabulary at every position, in float32; `answer` counts only the positions of the assistant's turn.
 Without --reference only perplexity and routing are measured.
 """
@@ -23,8 +24,11 @@ import torch.nn.functional as F
 from console import UserError, progress, run_cli
 from hf_model import load_model, load_tokenizer
 from kl import batches, file_texts, measured, tiny_texts
+from pictures import Prompt, config_with_eyes, load_processor, render_messages
 from recipe import recipe_record
-from records import add_tag_arguments, describe_model, tagged_record, write_result
+from records import add_tag_arguments, data_entry, describe_model, tagged_record, write_result
+from runner import describe_checkpoint, item_record
+from tasks_tiny import TINY_VISION_TASKS, VISION_REVISION
 
 
 class RouterCounter:
@@ -83,39 +87,114 @@ def measure(model: torch.nn.Module, reference: torch.nn.Module | None, data: lis
     return metrics | ({"routing": routing} if routing else {})
 
 
+def held_out(processor: Any, count: int) -> tuple[list[tuple[Prompt, str]], dict[str, Any]]:
+    """(prompt, assistant turn) of ``count`` test items of every task, and their record."""
+    pairs, rows = [], []
+    for task in (kind() for kind in TINY_VISION_TASKS):
+        for item, solution in task.load_with_solutions(count):
+            turn = solution.removeprefix("<think>\n") + processor.tokenizer.eos_token
+            pairs.append((render_messages(processor, task.messages(item)), turn))
+            rows.append([*item_record(task, item), turn])
+    return pairs, data_entry("tiny vision tasks, held-out transcripts", VISION_REVISION, rows)
+
+
+def load_with_eyes(path: Path) -> torch.nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return AutoModelForImageTextToText.from_pretrained(str(path), dtype=dtype, local_files_only=True).to(device).eval()
+
+
+def inputs_of(processor: Any, pairs: list[tuple[Prompt, str]]) -> tuple[Any, torch.Tensor]:
+    """(model inputs padded on the right, mask [N, T] of the tokens of the assistant's turn)."""
+    pictures = [[picture.open() for picture in prompt.pictures] for prompt, _ in pairs]
+    common = {"images": pictures, "padding": True, "add_special_tokens": False, "return_tensors": "pt"}
+    whole = processor(text=[prompt.text + turn for prompt, turn in pairs], **common)
+    heads = processor(text=[prompt.text for prompt, _ in pairs], **common)["attention_mask"].sum(1)
+    places = torch.arange(whole["input_ids"].shape[1])
+    return whole, (places >= heads[:, None]) & whole["attention_mask"].bool()
+
+
+@torch.inference_mode()
+def measure_pictures(
+    model: torch.nn.Module, reference: torch.nn.Module, processor: Any, pairs: list[tuple[Prompt, str]], batch: int
+) -> dict[str, Any]:
+    """Metrics over all pairs; the last position of a row predicts nothing and is left out."""
+
+    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+        with progress(len(pairs), "kl", "picture") as bar:
+            for start in range(0, len(pairs), batch):
+                part = pairs[start : start + batch]
+                inputs, answer = inputs_of(processor, part)
+                kept, target = inputs["attention_mask"].bool()[:, 1:], inputs["input_ids"][:, 1:]
+                inputs = inputs.to(model.device)
+                found, expected = (m(**inputs, use_cache=False).logits[:, :-1].float().cpu()[kept] for m in (model, reference))
+                yield found, expected, target[kept], answer[:, 1:][kept]
+                bar.update(len(part))
+
+    return {"pictures": len(pairs)} | measured(parts())
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="the checkpoint to judge")
     parser.add_argument("--reference", type=Path, help="the BF16 model that KL is taken to")
     add_tag_arguments(parser, "kl")
     parser.add_argument("--items", type=int, default=64, help="held-out transcripts of each tiny task, or paragraphs")
-    parser.add_argument("--text", type=Path, help="measure on this text file instead")
-    parser.add_argument("--batch", type=int, default=16, help="texts at once (default 16)")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", type=Path, help="measure on this text file instead")
+    text.add_argument(
+        "--pictures", action="store_true", help="measure on the tiny tasks with pictures instead; needs --reference"
+    )
+    parser.add_argument("--batch", type=int, default=16, help="texts or pictures at once (default 16)")
     return parser.parse_args()
+
+
+def of_pictures(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metrics, data entry) on pictures, by the whole model."""
+    if not args.reference:
+        raise UserError("--pictures: KL is taken to a --reference")
+    config, other = config_with_eyes(args.model), config_with_eyes(args.reference)
+    check_vocabularies(args, config["text_config"]["vocab_size"], other["text_config"]["vocab_size"])
+    processor = load_processor(args.reference)
+    processor.tokenizer.padding_side = "right"
+    pairs, entry = held_out(processor, args.items)
+    return measure_pictures(load_with_eyes(args.model), load_with_eyes(args.reference), processor, pairs, args.batch), entry
+
+
+def of_text(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metrics, data entry) on text, by the text model."""
+    tokenizer = load_tokenizer(args.reference or args.model)
+    pairs, entry = file_texts(args.text, args.items) if args.text else tiny_texts(tokenizer, args.items)
+    model = load_model(args.model)
+    reference = load_model(args.reference) if args.reference else None
+    config = model.config.get_text_config()
+    if reference is not None:
+        check_vocabularies(args, config.vocab_size, reference.config.get_text_config().vocab_size)
+    context = int(getattr(config, "max_position_embeddings", 4096))
+    return measure(model, reference, batches(tokenizer, pairs, args.batch, min(context, 4096))), entry
+
+
+def check_vocabularies(args: argparse.Namespace, own: int, other: int) -> None:
+    if own != other:
+        raise UserError(f"{args.model} and {args.reference} have different vocabularies: KL between them means nothing")
 
 
 def main() -> None:
     args = parse_args()
     if min(args.items, args.batch) < 1:
         raise UserError("--items and --batch must be at least 1")
-    result = tagged_record(args)
-    described, other = (describe_model(path) if path else None for path in (args.model, args.reference))
-    started = time.time()
-    tokenizer = load_tokenizer(args.reference or args.model)
-    pairs, entry = file_texts(args.text, args.items) if args.text else tiny_texts(tokenizer, args.items)
-    model = load_model(args.model)
-    reference = load_model(args.reference) if args.reference else None
-    if reference is not None and reference.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
-        raise UserError(f"{args.model} and {args.reference} have different vocabularies: KL between them means nothing")
-    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
-    metrics = measure(model, reference, batches(tokenizer, pairs, args.batch, min(context, 4096)))
+    result, started = tagged_record(args), time.time()
+    describe = describe_checkpoint if args.pictures else describe_model
+    described, other = (describe(path) if path else None for path in (args.model, args.reference))
+    metrics, entry = of_pictures(args) if args.pictures else of_text(args)
     write_result(
         result, kind="kl", tag=args.tag, started=started, model=described, recipe=recipe_record(args.model), data=[entry],
         metrics=metrics, extra={"reference": other},
     )  # fmt: skip
     shown = f"ppl {metrics['ppl']:.4f}"
-    if "kl" in metrics:
-        kl = metrics["kl"]
+    if kl := metrics.get("kl"):
         shown += f"  KL {kl['mean']:.5f} +- {kl['standard_error']:.5f}  99 % {kl['p99']:.4f}  99.9 % {kl['p99_9']:.4f}"
         shown += f"  top-1 {100 * kl['top1']:.2f} %"
     print(shown, flush=True)

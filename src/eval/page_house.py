@@ -17,29 +17,29 @@ DOCUMENT = REPO / "docs" / "MODULES.md"
 MEASURING = ("speed_", "study_", "tiny_", "page_")  # what no product module imports
 FLOORS = {  # by folder, from the lowest floor up; a module imports from its own floor and from below
     "quant": {
-        "ground": "console settings devices safetensors_file packed_view checkpoint families records hf_model task_text kl "
-        "llama_cpp gguf_convert",
-        "arithmetic": "moe_quant clip_kernel moe_ptq ggml_types scalar_kernel lattice_kernel ggml_scalar ggml_lattice ggml_codecs "
-        "ggml_round",
+        "ground": """console settings devices safetensors_file checkpoint families records hf_model task_text kl llama_cpp
+            gguf_convert""",
+        "arithmetic": """moe_quant clip_kernel moe_ptq ggml_types scalar_kernel lattice_kernel ggml_scalar ggml_lattice
+            ggml_codecs ggml_round""",
         "formats": "recipe run_dir packed_format gguf_format gguf_layout",
-        "passes": "calibration calibration_text token_weights calibrated_pass rounders round_ggml size_model plans pack_plan "
-        "write_checkpoint expert_signals sensitivity gguf_reference",
+        "passes": """calibration calibration_text token_weights calibrated_pass rounders size_model plans pack_plan
+            write_checkpoint sensitivity""",
         "commands": "quant_save gguf_pack gguf_dequant packed_export moe_probe moe_alloc moe_study",
         "measuring": "synthetic_moe speed_quant",
         "pages": "page_sizes",
     },
     "eval": {
-        "ground": "intervals gguf_info task pictures sample_log eval_settings backend",
+        "ground": "intervals task pictures sample_log",
         "grading": "graders math_answers sandbox_child lcb_program code_sandbox",
-        "benchmarks": "tau2_runner tasks_code tasks_tiny bench8_loaders bench_mm task_list",
-        "engines": "backend_hf vllm_eval llamacpp_eval8 backend_openai",
-        "passes": "runner",
-        "commands": "vllm_eval8 mm_eval moe_eval mm_kl gguf_kl compare_tags gate regrade fetch_gguf smoke check_results",
+        "benchmarks": "tasks_code tasks_tiny tau2_runner bench8_loaders bench_mm",
+        "engines": "backend eval_settings vllm_eval backend_openai llamacpp_eval8",
+        "evaluation": "runner",
+        "commands": "vllm_eval8 mm_eval moe_eval gguf_kl compare_tags gate regrade fetch_gguf check_results smoke",
         "measuring": "vllm_form vllm_tokens speed_eval speed_gguf study_spread",
         "pages": "page_tables page_results page_plots page_report page_house",
     },
     "distill": {
-        "ground": "opd_losses target_grid fsdp_setup moe_lora opd_settings opd_data",
+        "ground": "opd_losses target_grid fsdp_setup moe_lora opd_data",
         "passes": "opd_student opd_budget",
         "commands": "opd_gen opd_score cache_teacher opd_train_fsdp merge_adapter distill_run",
         "measuring": "tiny_data tiny_model tiny_train study_recovery speed_multi_gpu",
@@ -80,9 +80,9 @@ def index() -> str:
     lines = [
         "# Modules",
         "",
-        "Written by `python src/eval/page_house.py` from its table of floors and the first line of each module. Imports go down",
-        "only: `src/quant` <- `src/eval` <- `src/distill`, and inside a folder from its last floor here to its first. `speed_*`,",
-        "`study_*`, `tiny_*` and `page_*` measure, train toys and write pages; no product module imports them.",
+        "Written by `python src/eval/page_house.py` from its table of floors and the first line of each module. Imports go",
+        "down only: `src/quant` <- `src/eval` <- `src/distill`, and inside a folder from its last floor here to its first.",
+        "`speed_*`, `study_*`, `tiny_*` and `page_*` measure, train toys and write pages; no product module imports them.",
         "`tests/test_house.py` holds the rules.",
         "",
     ]

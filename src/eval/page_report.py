@@ -27,9 +27,9 @@ from eval_settings import EvalSettings, gate_axis, load_settings
 from page_tables import Found, Record, Section, accuracy, axes_of, method_of, percent, records, sections
 from pictures import Picture, pictures_of
 from records import is_original
+from runner import recorded_benchmarks
 from sample_log import find_log, read_samples
 from task import Benchmark
-from task_list import recorded_benchmarks
 from tasks_tiny import TINY_TASKS, TINY_VISION_TASKS
 
 TEMPLATE = "report_template.html"

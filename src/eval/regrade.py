@@ -24,10 +24,9 @@ from console import UserError, run_cli
 from graders import GRADER_VERSION
 from hf_model import load_tokenizer, render_chat
 from records import REPO, code_state, public_command, read_result, sha256_json, sha256_text, write_result
-from runner import benchmark_data, benchmark_metrics, extract_answer, table
+from runner import benchmark_data, benchmark_metrics, extract_answer, recorded_benchmarks, table
 from sample_log import Key, find_log, pack_log, read_samples, sample_key, write_log
 from task import Benchmark
-from task_list import recorded_benchmarks
 from task_text import Item
 
 GENERATION = ("command", "started", "seconds", "hardware", "packages", "peak_rss_mib", "peak_vram_mib", "code")

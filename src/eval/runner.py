@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from backend import Backend, Completion, Sampling
+from bench8_loaders import TEXT_BENCHMARKS
+from bench_mm import MM_BENCHMARKS
 from checkpoint import Checkpoint
 from console import UserError, progress
-from eval_settings import EvalSettings, check_sampling, eval_records, gate_axis, gate_text, load_settings
+from eval_settings import GROUPS, EvalSettings, check_sampling, eval_records, gate_axis, gate_text, load_settings
 from graders import GRADER_VERSION, opens_thinking, split_thinking
 from intervals import clustered_interval
 from pictures import pictures_of
@@ -28,6 +30,27 @@ from sample_log import SampleLog, WorkClock, find_log, packed_path, read_log, sa
 from size_model import RESULTS, Rates, duration, machine, records_of
 from task import Benchmark, HubBenchmark
 from task_text import Item
+from tasks_tiny import TINY_TASKS, TINY_VISION_TASKS
+
+OF_TEXT = {kind.name: kind for kind in (*TINY_TASKS, *TEXT_BENCHMARKS)}
+OF_PICTURES = {kind.name: kind for kind in (*MM_BENCHMARKS, *TINY_VISION_TASKS)}
+
+
+def get_benchmarks(names: Sequence[str], data_dir: Path | None = None, pictures: bool = False) -> list[Benchmark]:
+    """Instances of the named benchmarks, or one line that lists the known ones. ``data_dir``: local rows, see task."""
+    if data_dir is not None and not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir}: no such directory")
+    known, groups = (OF_PICTURES, GROUPS) if pictures else (OF_TEXT, {})
+    members = [member for name in names for member in groups.get(name, (name,))]
+    if unknown := [name for name in members if name not in known]:
+        raise UserError(f"unknown benchmark {', '.join(map(repr, unknown))}; known: {', '.join([*known, *groups])}")
+    return [known[name](data_dir) for name in dict.fromkeys(members)]
+
+
+def recorded_benchmarks(names: Sequence[str], data_dir: Path | None = None) -> list[Benchmark]:
+    """Instances of the benchmarks of a record, of text or of pictures, in the order of the names."""
+    return [get_benchmarks([name], data_dir, name in OF_PICTURES)[0] for name in names]
+
 
 BUDGETS = {"32k": 32_768, "64k": 65_536, "80k": 81_920}
 FLUSH_ROWS, FLUSH_SECONDS = 64, 30.0  # finished samples that a kill may cost; programs are graded many at a time

@@ -1,4 +1,4 @@
-"""What a benchmark is: load, prompt, extract, grade. One small class each; task_list maps names to classes.
+"""What a benchmark is: load, prompt, extract, grade. One small class each; runner maps names to classes.
 
 Not a command. The rows of a published benchmark come from the hub at a pinned commit, or from DIR/NAME.jsonl (or .jsonl.gz) of
 the same columns (--data-dir); there is no other source and no fallback.

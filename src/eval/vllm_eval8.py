@@ -26,8 +26,18 @@ from devices import parse_devices
 from gguf_format import config_of_gguf, describe_gguf, is_gguf
 from llamacpp_eval8 import LlamaCppBackend
 from records import public_path
-from runner import Runner, add_run_arguments, check_args, describe_checkpoint, evaluate, finish, make_plan, plan_text, start_log
-from task_list import get_benchmarks
+from runner import (
+    Runner,
+    add_run_arguments,
+    check_args,
+    describe_checkpoint,
+    evaluate,
+    finish,
+    get_benchmarks,
+    make_plan,
+    plan_text,
+    start_log,
+)
 from vllm_eval import VllmBackend
 
 

@@ -150,7 +150,7 @@ class AllocSettings:
     measured: Path | None = setting(None, "record of an earlier run: take its sensitivities, another budget")
     tensor_types: Path | None = same(TypeSettings, "tensor_types")
     candidates: str = setting(CANDIDATES, "of a GGUF: types to choose from")
-    probe: str = setting(PROBE, "of a GGUF: type at which the KL of a group is measured")
+    probe_type: str = setting(PROBE, "of a GGUF: type at which the KL of a group is measured")
     probe_sequences: int = setting(PROBE_SEQUENCES, "of the calibration sequences, on how many KL is taken")
     rounding: RoundingSettings = part(RoundingSettings)
     record: RecordSettings = part(RecordSettings)
@@ -183,7 +183,7 @@ def types_for_size(settings: AllocSettings, target_gib: float) -> Found:
     rounding, checkpoint = settings.rounding, Checkpoint(settings.model)
     candidates = [type_named(text, "--candidates") for text in settings.candidates.split(",")]
     patterns = read_patterns(settings.tensor_types) if settings.tensor_types else []
-    probe = type_named(settings.probe, "--probe")
+    probe = type_named(settings.probe_type, "--probe-type")
     ids, entry = settings.calibration.ids(settings.model)
     calibration = Calibration(ids, entry, token_power=0.0 if rounding.method == "nearest" else rounding.moments.token_power)
     _, metrics = allocate_types(

@@ -11,7 +11,7 @@ tensor and prints the size. --sizes counts bytes from a config alone. Everything
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,11 +26,12 @@ from console import UserError, progress, read_json, run_cli, write_json
 from devices import OneBehind, one_ahead
 from families import roles_of
 from packed_format import PackedWriter, describe, plan_container, summary
-from plans import CHUNK_BYTES, plan_jobs, sidecars
+from plans import CHUNK_BYTES, RecordSettings, ShardSettings, plan_jobs, sidecars
 from recipe import RECIPE_FILE, Job, Recipe, read_recipe
-from records import add_record_arguments, check_record_arguments, describe_model, header_sha256, write_result
+from records import describe_model, header_sha256, write_result
 from run_dir import check_output, staged_directory
 from safetensors_file import CheckpointWriter, TensorInfo
+from settings import parse_settings, part, same, setting
 
 
 def copy_tensors(checkpoint: Checkpoint, writer: CheckpointWriter | PackedWriter, label: str) -> None:
@@ -148,33 +149,30 @@ def sizes(config_file: Path, recipe: Recipe) -> dict[str, Any]:
     return facts | {"parameters": sum(job.info.numel for job in jobs), "dequantized_bytes": sum(j.info.bytes for j in jobs)}
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, help="a checkpoint that quant_save wrote")
-    parser.add_argument("--out", type=Path, help="directory to make")
-    parser.add_argument("--unpack", type=Path, help="a packed checkpoint to write as BF16 again")
-    parser.add_argument("--check", type=Path, help="a packed checkpoint to compare with --model, bit for bit")
-    parser.add_argument("--sizes", type=Path, help="config.json of a model whose packed size to count")
-    parser.add_argument("--expert-bits", type=float, default=3, help="with --sizes (default 3)")
-    parser.add_argument("--linear-bits", type=int, default=4, help="with --sizes (default 4)")
-    parser.add_argument("--group", type=int, default=128, help="with --sizes (default 128)")
-    keep = "leave the routed experts in BF16: vLLM on a CPU without AMX has no kernel for packed ones"
-    parser.add_argument("--keep-experts", action="store_true", help=keep)
-    parser.add_argument("--shard-gib", type=float, default=4.0, help="largest weight file (default 4)")
-    parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
-    add_record_arguments(parser, force=False)
-    return parser.parse_args()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """--model and --out pack, --unpack and --out unpack, --check and --model compare, --sizes counts."""
 
+    model: Path | None = setting(None, "a checkpoint that quant_save wrote")
+    out: Path | None = setting(None, "directory to make")
+    unpack: Path | None = setting(None, "a packed checkpoint to write as BF16 again")
+    check: Path | None = setting(None, "a packed checkpoint to compare with --model, bit for bit")
+    sizes: Path | None = setting(None, "config.json of a model whose packed size to count, by the recipe of the next three")
+    expert_bits: float = same(Recipe, "expert_bits", 3)
+    linear_bits: int = same(Recipe, "linear_bits", 4)
+    group: int = same(Recipe, "group")
+    keep_experts: bool = setting(
+        False, "leave the routed experts in BF16: vLLM on a CPU without AMX has no kernel for packed ones"
+    )
+    shards: ShardSettings = part(ShardSettings)
+    record: RecordSettings = part(RecordSettings)
 
-def check_arguments(args: argparse.Namespace) -> None:
-    check_record_arguments(args)
-    given = sorted(name for name in ("model", "out", "unpack", "check", "sizes") if getattr(args, name))
-    if given not in (["model", "out"], ["out", "unpack"], ["check", "model"], ["sizes"]):
-        raise UserError("give --model and --out, --unpack and --out, --check and --model, or --sizes (see --help)")
-    if args.result and given != ["model", "out"]:
-        raise UserError("--result goes with --model and --out")
-    if not 0 < args.shard_gib < float("inf"):
-        raise UserError(f"--shard-gib {args.shard_gib} must be above 0")
+    def __post_init__(self) -> None:
+        given = sorted(name for name in ("model", "out", "unpack", "check", "sizes") if getattr(self, name))
+        if given not in (["model", "out"], ["out", "unpack"], ["check", "model"], ["sizes"]):
+            raise UserError("give --model and --out, --unpack and --out, --check and --model, or --sizes (see --help)")
+        if self.record.tag and given != ["model", "out"]:
+            raise UserError("--result goes with --model and --out")
 
 
 def show_check(found: dict[str, int]) -> str:
@@ -184,39 +182,38 @@ def show_check(found: dict[str, int]) -> str:
     return text
 
 
-def pack_and_check(args: argparse.Namespace) -> int:
+def pack_and_check(model: Path, out: Path, settings: ExportSettings) -> int:
     """Pack, compare with what was packed, record; 1 if a value differs."""
-    started = time.time()
-    report = pack(args.model, args.out, args.force, int(args.shard_gib * 2**30), not args.keep_experts)
-    found = check(args.out, args.model)
-    output = describe_model(args.out)
-    print(f"{show_check(found)}\nwrote {args.out}: {output['bytes'] / 1e6:,.2f} MB of weights, "
+    result, started = settings.record.file("quantize"), time.time()
+    report = pack(model, out, settings.record.force, settings.shards.bytes, not settings.keep_experts)
+    found = check(out, model)
+    output = describe_model(out)
+    print(f"{show_check(found)}\nwrote {out}: {output['bytes'] / 1e6:,.2f} MB of weights, "
           f"{report['output_bytes'] / 1e6:,.2f} MB dequantized, in {time.time() - started:.1f} s", flush=True)  # fmt: skip
     if found["different_values"]:
         return 1
-    if args.result:
+    if result:
         write_result(
-            args.result, kind="quantize", tag=args.tag, started=started, model=describe_model(args.model),
-            recipe=read_recipe(args.out).to_json(), metrics=report | {"check": found}, extra={"output": output},
+            result, kind="quantize", tag=settings.record.tag, started=started, model=describe_model(model),
+            recipe=read_recipe(out).to_json(), metrics=report | {"check": found}, extra={"output": output},
         )  # fmt: skip
     return 0
 
 
 def main() -> int:
-    args = parse_arguments()
-    check_arguments(args)
-    if args.sizes:
-        facts = sizes(args.sizes, Recipe(args.expert_bits, args.linear_bits, args.group, 16))
+    settings, _ = parse_settings(ExportSettings, __doc__)
+    if settings.sizes:
+        facts = sizes(settings.sizes, Recipe(settings.expert_bits, settings.linear_bits, settings.group, 16))
         print(f"{facts['parameters']:,} parameters, {facts['dequantized_bytes'] / 1e9:,.2f} GB in BF16\n{describe(facts)}")
-    elif args.unpack:
-        unpack(args.unpack, args.out, args.force)
-        print(f"wrote {args.out}", flush=True)
-    elif args.check:
-        found = check(args.check, args.model)
+    elif settings.unpack and settings.out:
+        unpack(settings.unpack, settings.out, settings.record.force)
+        print(f"wrote {settings.out}", flush=True)
+    elif settings.check and settings.model:
+        found = check(settings.check, settings.model)
         print(show_check(found), flush=True)
         return int(found["different_values"] > 0)
-    else:
-        return pack_and_check(args)
+    elif settings.model and settings.out:
+        return pack_and_check(settings.model, settings.out, settings)
     return 0
 
 

@@ -53,6 +53,21 @@ class RecordSettings:
         return file
 
 
+@dataclasses.dataclass(frozen=True)
+class ShardSettings:
+    """How a checkpoint is divided into files."""
+
+    shard_gib: float = setting(4.0, "largest weight file")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.shard_gib < float("inf"):
+            raise UserError(f"--shard-gib {self.shard_gib} must be above 0")
+
+    @property
+    def bytes(self) -> int:
+        return int(self.shard_gib * 2**30)
+
+
 @dataclasses.dataclass
 class RoleReport:
     """What happened to the tensors of one role. ``relative_error`` is sum (w - q)**2 / sum w**2; None if copied."""

@@ -38,6 +38,7 @@ from plans import (
     CHUNK_BYTES,
     QuantizeReport,
     RecordSettings,
+    ShardSettings,
     dry_run_notes,
     plan_jobs,
     preflight,
@@ -68,7 +69,7 @@ class QuantizeSettings:
     propagate: str = setting("quantized", "with text: whose activations go on, `quantized` or `bf16`", ("quantized", "bf16"))
     packed: bool = setting(False, "1: 4 bits a weight for vLLM ([docs/PACKED.md](../docs/PACKED.md)) instead of BF16")
     devices: str = setting("", "`cuda:0,cuda:1` or `all`: several GPUs, to the same bytes; empty: the first one, or the CPU")
-    shard_gib: float = setting(4.0, "largest weight file")
+    shards: ShardSettings = part(ShardSettings)
     consume_source: bool = setting(
         False, "1: give the disk of the source back as it is read, and delete it: only of a synthetic checkpoint"
     )
@@ -80,8 +81,6 @@ class QuantizeSettings:
         known = ", ".join(CALIBRATED)
         if (self.moments.token_power or self.moments.damping) and not self.calibrated:
             raise UserError(f"--token-power, --damping: of a calibrated method: {known}")
-        if not 0 < self.shard_gib < float("inf"):
-            raise UserError(f"--shard-gib {self.shard_gib} must be above 0")
         if self.consume_source and not (self.consume_real_source or is_synthetic(self.model)):
             raise UserError(
                 f"--consume-source: {self.model} is not of synthetic_moe.py; "
@@ -220,7 +219,7 @@ def main() -> None:
     described = describe_model(settings.model) if result else None
     calibration = settings.calibration(devices[0], args.dry_run)
     report = quantize_checkpoint(
-        settings.model, settings.out, recipe, settings.record.force, int(settings.shard_gib * 2**30), calibration=calibration,
+        settings.model, settings.out, recipe, settings.record.force, settings.shards.bytes, calibration=calibration,
         devices=devices, consume=settings.consume, packed=settings.packed, dry_run=args.dry_run,
     )  # fmt: skip
     if args.dry_run:
