@@ -260,8 +260,8 @@ def parse_arguments() -> argparse.Namespace:
         "--devices", default="", help="cuda:0,cuda:0,cuda:1,cuda:1: that many shards at a time, to the same bytes"
     )
     parser.add_argument("--empty", action="store_true", help="headers only: no weights, no disk")
-    more = parser.add_argument_group("of a GGUF, by default of the types of configs/gguf_iq3.env")
-    add_settings(more, TypeSettings)
+    more = parser.add_argument_group("of a GGUF, whose types are by default those of configs/gguf_iq3.env")
+    add_settings(parser, TypeSettings)
     more.add_argument("--encode-experts", type=int, default=8, help="experts of a layer that are encoded (default 8)")
     more.add_argument("--header", type=Path, help="file of --header-only, where llama.cpp's converter is not at hand")
     more.add_argument("--header-only", action="store_true", help="write only what stands before the first tensor")
