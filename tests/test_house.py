@@ -10,18 +10,8 @@ from page_house import FLOORS, MEASURING, REPO, floors, modules
 FILES = modules()
 TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in FILES.items()}
 COMMANDS = {name for name, file in FILES.items() if "run_cli(main)" in file.read_text(encoding="utf-8")} - {"console"}
-OWN = {
-    "model",
-    "out",
-    "tag",
-    "result",
-    "force",
-    "config",
-    "check",
-    "dry_run",
-    "results",
-    "data_dir",
-}  # a command may have its own
+# What a command may have of its own; METHOD is a key of both plans, and one command reads the imatrix that another writes.
+OWN = set("model out tag result force config check dry_run method imatrix".split())
 
 
 def imported(tree: ast.AST) -> dict[str, set[str]]:
