@@ -8,4 +8,5 @@ python src/eval/page_results.py
 python src/eval/page_plots.py
 python src/eval/page_report.py
 python src/quant/page_sizes.py --write
+python src/eval/page_house.py
 python src/eval/check_results.py results/RESULTS.md docs/LADDER_RESULTS.md

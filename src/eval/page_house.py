@@ -1,7 +1,8 @@
-"""The floors of the house and the index of its modules, docs/MODULES.md: python src/eval/page_house.py [--check]
+"""The floors of the house, the index of modules and the README's tree made of them: python src/eval/page_house.py [--check]
 
 FLOORS is the one table of where a module stands. Imports go down only, and src/quant <- src/eval <- src/distill;
-tests/test_house.py holds the rules, and this command writes the index from the table and the first line of each docstring.
+tests/test_house.py holds the rules, and this command writes docs/MODULES.md
+and the tree from the table and the first line of each docstring.
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ from pathlib import Path
 from console import UserError, atomic_path, run_cli
 
 REPO = Path(__file__).resolve().parents[2]
-DOCUMENT = REPO / "docs" / "MODULES.md"
+DOCUMENT, README = REPO / "docs/MODULES.md", REPO / "README.md"
+BEGIN, END = "<!-- tree: python src/eval/page_house.py -->", "<!-- end of tree -->"
+FOLDERS = {
+    "configs": "settings of the pipelines, locks of the packages",
+    "docs": "how it works, what was found",
+    "results": "a JSON for every run, and RESULTS.md",
+    "models": "razor-tiny and razor-tiny-vl",
+    "tests": "against slow references, published outputs and properties",
+    "archive": "what was given up, and why",
+}
 MEASURING = ("speed_", "study_", "tiny_", "page_")  # what no product module imports
 FLOORS = {  # by folder, from the lowest floor up; a module imports from its own floor and from below
     "quant": {
@@ -96,19 +106,45 @@ def index() -> str:
     return "\n".join(lines)
 
 
+def half(text: str) -> str:
+    """Half a sentence of a file: its first line up to the first break that leaves enough to understand."""
+    cut = min((place for mark in (": ", "; ", ", ", ". ", " (", "? ") if (place := text.find(mark)) >= 20), default=len(text))
+    return text[:cut].rstrip(".:?")
+
+
+def tree() -> str:
+    """The README's tree: pipelines and modules, each with half a sentence."""
+    lines = ["```"]
+    for folder, text in FOLDERS.items():
+        lines.append(f"{folder + '/':<24}{text}")
+    lines.append("pipelines/")
+    for file in sorted((REPO / "pipelines").glob("*.sh")):
+        first = file.read_text(encoding="utf-8").splitlines()[1].removeprefix("# ")
+        lines.append(f"  {file.name:<22}{half(first.split(':  ')[0])}")
+    for folder, stories in FLOORS.items():
+        lines.append(f"src/{folder}/")
+        for names in stories.values():
+            lines += [f"  {name + '.py':<22}{half(first_line(modules()[name]))}" for name in names.split()]
+    return "\n".join([*lines, "```"])
+
+
+def written() -> dict[Path, str]:
+    """The documents that this module writes, with what they should hold."""
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    return {DOCUMENT: index(), README: f"{before}{BEGIN}\n{tree()}\n{END}{rest.partition(END)[2]}"}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="fail where docs/MODULES.md is another")
+    parser.add_argument("--check", action="store_true", help="fail where one of the two is another")
     args = parser.parse_args()
-    made = index()
-    if args.check:
-        same = DOCUMENT.exists() and DOCUMENT.read_text(encoding="utf-8") == made
-        print(f"{DOCUMENT.name}: {'current' if same else 'old; run python src/eval/page_house.py'}", flush=True)
-        return int(not same)
-    with atomic_path(DOCUMENT) as temporary:
-        temporary.write_text(made, encoding="utf-8")
-    print(f"wrote {DOCUMENT.relative_to(REPO)}", flush=True)
-    return 0
+    old = [path for path, text in written().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in old:
+        print(f"{path.relative_to(REPO)}: {'old; run python src/eval/page_house.py' if args.check else 'written'}", flush=True)
+        if not args.check:
+            with atomic_path(path) as temporary:
+                temporary.write_text(written()[path], encoding="utf-8")
+    return int(args.check and bool(old))
 
 
 if __name__ == "__main__":
