@@ -87,7 +87,7 @@ def use(kernel):
 def fits(name):
     kind = codec(name)
     torch.manual_seed(1)
-    w = torch.randn(300, kind.type.block) * 0.02 * torch.rand(300, 1) ** -0.3
+    w = torch.randn(300, kind.type.block) * 0.02 * torch.rand(300, 1).clamp_min(2.0**-24) ** -0.3
     w[0], w[1], w[3, :5] = 0, -w[1].abs(), 1e5
     w[4] *= 1e-7
     w, importance = w.to(device), balanced(torch.rand(w.shape) ** 3 + 1e-4).to(device)

@@ -62,7 +62,8 @@ def read_rollouts(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]
     path = directory / ROLLOUTS
     if not path.is_file() or file_sha256(path) != manifest["sha256"]:
         raise UserError(f"{path}: not the rollouts that {MANIFEST} describes; run opd_gen again")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()], manifest
+    # not splitlines, which also breaks a line at U+2028
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line], manifest
 
 
 def counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def task_prompts(names: Sequence[str], limit: int, backend: Backend) -> list[Pro
 def file_prompts(path: Path, limit: int | None, backend: Backend) -> list[Prompt]:
     """The prompts of a jsonl file."""
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()][:limit]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()][:limit]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not a jsonl file of prompts ({error})") from None
     found = []
