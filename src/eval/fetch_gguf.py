@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from console import UserError, file_sha256, progress, run_cli
 from gguf_format import SHARD, gguf_files, open_gguf
 
+# huggingface_hub 2 resumes no download that was killed (its temporary file is removed), hence pieces of our own.
 PIECE_BYTES = 1 << 30  # bytes of one request: a hub's links expire, and its servers end an answer at 50 GB
 SHA256 = re.compile(r"[0-9a-f]{64}")
 

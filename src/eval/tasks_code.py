@@ -194,6 +194,7 @@ class LiveCodeBench(CodeBenchmark):
     """LiveCodeBench v6: the 175 problems that release_v6 added (January to April 2025)."""
 
     name = "lcb"
+    # its repository is a loading script, which `datasets` no longer runs: the file is read
     source = Source("livecodebench/code_generation_lite", "0fe84c3912ea0c4d4a78037083943e8f0c4dd505", files=("test6.jsonl",))
     columns = (
         "question_id", "question_content", "starter_code", "difficulty", "contest_date",

@@ -135,6 +135,7 @@ class LatticeCodec(Codec):
     # ------------------------------------------------------------ codes
 
     def nearest(self, x: Tensor, scale: Tensor, offset: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        # exact with full float32 products only: TF32 makes it approximate
         t = (x * inverse_scale(scale)).clamp_(-FAR, FAR).reshape(-1, 8).contiguous()
         w = importance.reshape(-1, 8)
         w = (w / w.amax(1, keepdim=True).clamp_min(1e-30)).contiguous()

@@ -124,6 +124,7 @@ def make_reference(
     )  # fmt: skip
 
     def quantize(path: Path) -> None:
+        # without --pure llama-quantize mixes types by category and number of experts, and bytes are not equal
         flags: list[object] = ["--pure", "--imatrix", imatrix]
         if patterns:
             stripped = out / "tensor_types.txt"  # llama.cpp knows no comments

@@ -387,6 +387,7 @@ def round_weight(
         raise UserError(f"method {method} needs calibration statistics")
     out = torch.empty_like(batched)
     count = experts_at_once(batched.shape, WORKING_BYTES[batched.device.type])
+    # pieces are dealt out whole: a batched product of another size may round otherwise
     parts = [slice(start, start + count) for start in range(0, len(batched), count)]
     shares = (devices or (batched.device,))[: len(parts)]
 

@@ -224,7 +224,7 @@ def describe(facts: dict[str, Any]) -> str:
 
 def ignored(jobs: Sequence[Job], packed: Collection[str]) -> list[str]:
     """quantization_config's "ignore": every linear that is not packed, by name; whole subtrees by pattern, since the names of
-    vision towers and of multi-token prediction differ between loaders."""
+    vision towers and of multi-token prediction differ between loaders. vLLM raises where parts of a fused matrix differ."""
     found = {"re:.*lm_head$": None}  # a dict keeps the order
     for job in jobs:
         if job.name in packed:

@@ -222,7 +222,7 @@ def sweep_group(
     _sweep_kernel[(triton.cdiv(outputs, SWEEP_ROWS), experts)](
         block, values, errors, codes, scale, offset, factor, units.table, outputs, block.stride(0), values.stride(0),
         codes.stride(0), scale.stride(0), *factor.stride(), units.low, units.high, units.zero, LEVELS=units.levels, GROUP=group,
-        ROWS=SWEEP_ROWS, num_warps=WARPS, enable_fp_fusion=False,
+        ROWS=SWEEP_ROWS, num_warps=WARPS, enable_fp_fusion=False,  # a tracked value must be the decoded one, bit for bit
     )  # fmt: skip
 
 
