@@ -135,7 +135,7 @@ def test_bad_input_is_one_line(random_tiny, mixed, tmp_path, command):
 def test_the_reference_path_gives_the_same_types(random_tiny, tmp_path, command):
     (tmp_path / "types.txt").write_text("".join(f"{pattern}={kind}  # a comment\n" for pattern, kind in PATTERNS))
     flags = ["--calib-sequences", 4, "--calib-length", 64, "--tensor-types", tmp_path / "types.txt", "--base-type", "Q4_K"]
-    run = ["src/quant/gguf_reference.py", "--model", random_tiny, "--out", tmp_path / "o", *flags]
+    run = ["src/quant/gguf_pack.py", "--reference", "--model", random_tiny, "--out", tmp_path / "o", *flags]
     done = command(*run)
     assert done.returncode == 0, done.stderr  # the command itself checks every type
     again = command(*run)

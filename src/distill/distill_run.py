@@ -87,7 +87,7 @@ class Run:
         recipe = self.config.recipe
         if not self.config.student and not (self.student / RECIPE_FILE).exists():
             paths = ["--model", self.teacher, "--out", self.student]
-            self.step("src/quant/quant_save.py", *paths, *options(Recipe, recipe), "--method", recipe.method)
+            self.step("src/quant/quant_save.py", *paths, *options(Recipe, recipe))
 
     def cache(self) -> None:
         """Phases A and B, unless CACHE names the output of another run."""

@@ -352,7 +352,6 @@ class DistillSettings(AllPhases):
 
     student: Path | None = setting(None, "a checkpoint of quant_save; empty: quantize the teacher into WORK/student")
     recipe: Recipe = part(Recipe)
-    method: str = setting("clip", "of the rounding")
     tag: str = setting(help="name of the record, results/distill/TAG.json")
     cache: Path | None = setting(None, "rollouts/ and scores/ of another run instead of phases A and B")
     trajectories: str = setting("student", "whose texts: on-policy, or the teacher's own", choices=("student", "teacher"))

@@ -1,21 +1,32 @@
-"""The floors of the house, the index of modules and the README's tree made of them: python src/eval/page_house.py [--check]
+"""The floors of the house, and the pages of its modules and keys: python src/eval/page_house.py [--check]
 
 FLOORS is the one table of where a module stands. Imports go down only, and src/quant <- src/eval <- src/distill;
-tests/test_house.py holds the rules, and this command writes docs/MODULES.md
-and the tree from the table and the first line of each docstring.
+tests/test_house.py holds the rules, and this command writes docs/MODULES.md and
+the README's tree from the table and the docstrings, and the tables of configs/README.md from the commands' own declarations.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 from console import UserError, atomic_path, run_cli
 
 REPO = Path(__file__).resolve().parents[2]
-DOCUMENT, README = REPO / "docs/MODULES.md", REPO / "README.md"
-BEGIN, END = "<!-- tree: python src/eval/page_house.py -->", "<!-- end of tree -->"
+DOCUMENT, README, CONFIGS = REPO / "docs/MODULES.md", REPO / "README.md", REPO / "configs/README.md"
+TREE_MARKS = ("<!-- tree: python src/eval/page_house.py -->", "<!-- end of tree -->")
+KEY_MARKS = ("<!-- keys: python src/eval/page_house.py -->", "<!-- end of keys -->")
+KEYS = {
+    "quantize.sh": "src/quant/quant_save.py",
+    "pack_gguf.sh": "src/quant/gguf_pack.py",
+    "smoke.sh": "src/eval/smoke.py",
+    "distill.sh": "src/distill/distill_run.py",
+    "recovery.sh": "src/distill/study_recovery.py",
+    "make_tiny.sh": "src/distill/tiny_train.py",
+}
 FOLDERS = {
     "configs": "settings of the pipelines, locks of the packages",
     "docs": "how it works, what was found",
@@ -128,22 +139,37 @@ def tree() -> str:
     return "\n".join([*lines, "```"])
 
 
+def keys() -> str:
+    """The tables of keys in configs/README.md, as the commands behind the pipelines print them."""
+    parts = []
+    for pipeline, command in KEYS.items():
+        done = subprocess.run([sys.executable, REPO / command, "--keys"], capture_output=True, text=True, check=True)
+        parts.append(f"### {pipeline}: `{Path(command).name}`\n\n{done.stdout}")
+    return "\n" + "\n".join(parts)
+
+
+def filled(path: Path, marks: tuple[str, str], text: str) -> str:
+    """A document with ``text`` between two marks."""
+    before, _, rest = path.read_text(encoding="utf-8").partition(marks[0])
+    return f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.partition(marks[1])[2]}"
+
+
 def written() -> dict[Path, str]:
     """The documents that this module writes, with what they should hold."""
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    return {DOCUMENT: index(), README: f"{before}{BEGIN}\n{tree()}\n{END}{rest.partition(END)[2]}"}
+    return {DOCUMENT: index(), README: filled(README, TREE_MARKS, tree()), CONFIGS: filled(CONFIGS, KEY_MARKS, keys())}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="fail where one of the two is another")
+    parser.add_argument("--check", action="store_true", help="fail where one of the three is another")
     args = parser.parse_args()
-    old = [path for path, text in written().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    made = written()
+    old = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in old:
         print(f"{path.relative_to(REPO)}: {'old; run python src/eval/page_house.py' if args.check else 'written'}", flush=True)
         if not args.check:
             with atomic_path(path) as temporary:
-                temporary.write_text(written()[path], encoding="utf-8")
+                temporary.write_text(made[path], encoding="utf-8")
     return int(args.check and bool(old))
 
 

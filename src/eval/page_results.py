@@ -33,7 +33,8 @@ A command is shown as it was recorded. Since then {renamed}.
 RENAMED = {
     "gguf_bench": "speed_gguf", "gguf_sweep": "speed_gguf", "gguf_spread": "study_spread", "eval_bench": "speed_eval",
     "quant_bench": "speed_quant kernels", "size_bench": "speed_quant", "multi_gpu_run": "speed_multi_gpu",
-    "recovery_study": "study_recovery", "tiny_vl_train": "tiny_train",
+    "recovery_study": "study_recovery", "tiny_vl_train": "tiny_train", "gguf_reference": "gguf_pack --reference",
+    "mm_kl": "moe_eval --pictures",
 }  # fmt: skip
 
 

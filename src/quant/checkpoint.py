@@ -199,8 +199,8 @@ def is_synthetic(model: Path) -> bool:
 
 class SourceShards:
     """The shards of a checkpoint that is consumed: each gives its disk back once all its tensors lie in complete shards of the
-    output. Its header and size stay until :meth:`remove`, so that a killed run goes on; the weights then read as zeros. Only what
-    no run that resumes reads again may be given up: the calibrated pass needs whole layers."""
+    output. Its header and size stay until :meth:`remove`, so that a killed run goes on; the weights then read as zeros. Only
+    what no run that resumes reads again may be given up: the calibrated pass needs whole layers."""
 
     def __init__(self, checkpoint: Checkpoint, out: Path) -> None:
         self.checkpoint, self.out = checkpoint, out

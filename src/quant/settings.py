@@ -1,5 +1,7 @@
 """Settings, each declared once as a field of a typed dataclass: options, the environment and a KEY=VALUE file set it.
 
+Not a command.
+
     @dataclass(frozen=True)
     class Settings:
         model: Path = setting(help="checkpoint directory")      # no default: it must be set
@@ -152,10 +154,14 @@ def parse_settings(
     (--tag, --dry-run)."""
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     parser.add_argument("--config", type=Path, help="KEY=VALUE file of the settings below; the environment may change them")
+    parser.add_argument("--keys", action="store_true", help="print the keys of such a file as a table, and end")
     add_settings(parser, cls)
     if add:
         add(parser)
     args = parser.parse_args(argv)
+    if args.keys:
+        print("\n".join(table_of_keys(cls)), flush=True)
+        parser.exit()
     settings = settings_of(cls, args, args.config)
     if args.config:
         sys.argv[1:] = typed(settings)

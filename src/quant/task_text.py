@@ -162,6 +162,10 @@ class TaskText:
     max_tokens = 400  # the longest reference solution has about 210
     revision = GENERATOR_REVISION
 
+    def messages(self, item: Item) -> list[dict[str, Any]]:
+        """The chat turns that the model is asked to continue."""
+        return [{"role": "user", "content": item.question}]
+
     def draw(self, rng: random.Random) -> tuple[str, Item, str]:
         """One random item: (key that decides its split, item without id, reference assistant turn with thinking)."""
         raise TypeError(f"{type(self).__name__} does not define draw")
