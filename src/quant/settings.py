@@ -147,6 +147,14 @@ def from_texts(
     return made(cls, {key.name: key.default for key in keys} | said)
 
 
+class ShowKeys(argparse.Action):
+    """An option that ends like --help: the table of the settings."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print("\n".join(table_of_keys(self.const)), flush=True)
+        parser.exit()
+
+
 def parse_settings(
     cls: type[T], doc: str, add: Callable[[argparse.ArgumentParser], Any] | None = None, argv: list[str] | None = None
 ) -> tuple[T, argparse.Namespace]:
@@ -154,14 +162,11 @@ def parse_settings(
     (--tag, --dry-run)."""
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     parser.add_argument("--config", type=Path, help="KEY=VALUE file of the settings below; the environment may change them")
-    parser.add_argument("--keys", action="store_true", help="print the keys of such a file as a table, and end")
+    parser.add_argument("--keys", action=ShowKeys, nargs=0, const=cls, help="print the keys of such a file as a table, and end")
     add_settings(parser, cls)
     if add:
         add(parser)
     args = parser.parse_args(argv)
-    if args.keys:
-        print("\n".join(table_of_keys(cls)), flush=True)
-        parser.exit()
     settings = settings_of(cls, args, args.config)
     if args.config:
         sys.argv[1:] = typed(settings)
