@@ -10,10 +10,10 @@ Not a command.
 
     settings = parse_settings(Settings, __doc__)
 
-An option (--expert-bits 3) wins over the environment (EXPERT_BITS=3), which wins over the file of --config, which wins over
-the default. The environment counts only where --config is given, so that a command typed in full means what it says; such a
-command is printed, and is what a record says, where --config was given. Files are read without shell evaluation; an unknown
-key is an error.
+Not a command. An option (--expert-bits 3) wins over the environment (EXPERT_BITS=3), which wins over the file of --config, and
+that over the default. The environment counts only where --config is given, so that a command typed in full means what it says;
+such a command is printed, and is what a record says, where --config was given. Files are read without shell evaluation; an
+unknown key is an error.
 """
 
 from __future__ import annotations
