@@ -154,7 +154,7 @@ KILLER = textwrap.dedent("""
     from checkpoint import Checkpoint
     from gguf_pack import write_pack
     from pack_plan import plan_pack
-    import ggml_fit, ggml_scalar, transformers.models.qwen3_5_moe.modeling_qwen3_5_moe
+    import ggml_scalar, transformers.models.qwen3_5_moe.modeling_qwen3_5_moe
 
     model, out, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     partial = out / ".killed.partial"

@@ -66,7 +66,7 @@ def run(*arguments):
 
 def perplexity(file, text):
     """llama.cpp's logger may lose its last lines at the end of a process on a busy machine: then once more."""
-    for _ in range(5):
+    for _ in range(10):
         out = run(tool("llama-perplexity"), "-m", file, "-f", text, "-c", 128, "-b", 128, "--chunks", 4)
         if found := re.search(r"Final estimate: PPL = (\S+)", out):
             return float(found[1])

@@ -38,7 +38,7 @@ def test_phase_c_at_a_size_leaves_a_record(tmp_path):
     (tmp_path / "bench").mkdir()
     (tmp_path / "records/multi_gpu_train35b.json").rename(tmp_path / "bench/multi_gpu_train35b.json")
     shown = page(tmp_path)  # the memory of the fullest process, as its citation says
-    assert shown.count("ranks.") == 1 and "Several GPUs" in shown
+    assert shown.count("ranks.") == 1 and "on several GPUs" in shown
     assert check_text(shown, tmp_path)[1] == []
 
 

@@ -24,10 +24,7 @@ def test_overrides_win_and_the_probe_comes_first(random_tiny, tmp_path):
     small = {"MODEL": random_tiny, "OUT": out, "METHOD": "gptq", "EXPERT_BITS": 2.5, "CALIB_SEQUENCES": 2, "CALIB_LENGTH": 64}
     done = quantize(tmp_path, PROBE=1, **small)
     assert done.returncode == 0, done.stderr
-    commands = [line for line in done.stdout.splitlines() if line.startswith("+ ")]
-    assert "quant_save.py" in commands[0] and "--expert-bits 2.5" in commands[0]
-    assert "moe_probe.py" in commands[1] and len(commands) == 2
-    assert "entropy" in done.stdout and "memory at most" in done.stdout
+    assert -1 < done.stdout.find("--expert-bits 2.5") < done.stdout.find("entropy") < done.stdout.find("memory at most")
     recipe = read_recipe(out)
     assert (recipe.expert_bits, recipe.linear_bits, recipe.method) == (2.5, 4, "gptq")
     assert json.loads((out / "recipe.json").read_text())["calibration"]["shape"] == [2, 64]

@@ -168,7 +168,7 @@ def parse_settings(
         add(parser)
     args = parser.parse_args(argv)
     settings = settings_of(cls, args, args.config)
-    if args.config:
+    if args.config and argv is None:  # the record names the command in full
         sys.argv[1:] = typed(settings)
         print("+ " + shlex.join(["python", *sys.argv]), flush=True)
     return settings, args
