@@ -7,8 +7,8 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from console import Lines, UserError, run_step
-from settings import add_dry_run, parse_settings, part, read_part, setting, typed
+from console import Lines, UserError
+from settings import add_dry_run, parse_settings, part, read_part, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,8 @@ def parse(tmp_path, monkeypatch):
         if text is not None:
             file.write_text(text)
             argv = ("--config", str(file), *argv)
-        return parse_settings(Outer, "Doc.", add_dry_run, list(argv))[0]
+        monkeypatch.setattr(sys, "argv", ["x.py", *argv])
+        return parse_settings(Outer, "Doc.", add_dry_run)[0]
 
     return parsed
 
@@ -48,7 +49,6 @@ def test_an_option_wins_over_the_environment_and_that_over_the_file(parse, monke
     assert parse(text=file) == Outer(model="m", inner=Inner(0.1), packed=True)
     assert parse("--power", "0", text=file).inner.power == 0
     assert sys.argv == ["x.py", "--model", "m", "--power", "0", "--packed"]  # the same, typed in full
-    assert typed(parse("--power", "0", text=file), Inner) == ["--power", "0"]
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,6 @@ def test_a_slip_is_one_line(parse, text, argv, message):
 def test_a_part_of_a_file(parse, tmp_path):
     parse(text="MODEL=m\nPOWER=0.3\n")
     assert read_part(Inner, tmp_path / "x.env") == Inner(0.3)
-
-
-def test_a_step_has_its_own_command_line(capsys):
-    before, seen = list(sys.argv), []
-    run_step(lambda: seen.append(list(sys.argv)), "src/y.py", "--n", 3)
-    assert seen == [["src/y.py", "--n", "3"]] and sys.argv == before and "+ python src/y.py --n 3" in capsys.readouterr().out
 
 
 def test_progress_in_a_log_is_lines():

@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -78,17 +77,6 @@ def explained(where: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def run_step(main: Callable[[], int | None], script: str, *arguments: object) -> None:
-    """Run another command in this process, as if it had been typed, which is printed first."""
-    typed, sys.argv = sys.argv, [script, *map(str, arguments)]
-    print("+ " + shlex.join(["python", *sys.argv]), flush=True)
-    try:
-        if code := main():
-            sys.exit(code)
-    finally:
-        sys.argv = typed
 
 
 def run_script(script: str, *arguments: object) -> None:

@@ -178,14 +178,14 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan with sizes and times, and write nothing")
 
 
-def typed(settings: Any, *only: type, **defaults: Any) -> list[str]:
-    """The options that say ``settings``, or those parts of it that are of the classes ``only``; defaults are left out."""
+def typed(settings: Any, **defaults: Any) -> list[str]:
+    """The options that say ``settings``; those at their default are left out."""
     options, keys = [], {key.name: key for key in keys_of(type(settings), **defaults)}
     for field in dataclasses.fields(settings):
         value, key = getattr(settings, field.name), keys.get(field.name)
-        if inner := field.metadata.get("part"):
-            options += typed(value, **field.metadata["defaults"]) if not only or inner in only else []
-        elif not key or only:
+        if field.metadata.get("part"):
+            options += typed(value, **field.metadata["defaults"])
+        elif not key:
             continue
         elif key.kind is bool:
             options += [key.option] if value else []
