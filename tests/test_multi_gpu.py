@@ -12,7 +12,7 @@ from conftest import REPO
 from check_results import check_text
 from page_results import page
 from size_model import SHAPES
-from speed_multi_gpu import RandomTeacher
+from speed_multi_gpu import random_teacher
 
 
 def pipeline(tmp_path, *parts, **environment):
@@ -54,7 +54,7 @@ def test_random_scores_are_log_probabilities():
     from opd_score import score_batch
 
     rows = [(list(range(7)), 3), (list(range(5)), 2)]
-    scores = score_batch(RandomTeacher(50, 0), rows, 8, 1.0)
+    scores = score_batch(random_teacher(50), rows, 8, 1.0)
     assert [len(part.ids) for part in scores] == [4, 3]
     for part in scores:
         torch.testing.assert_close(part.events().exp().sum(-1), torch.ones(len(part.ids)), rtol=0, atol=1e-5)

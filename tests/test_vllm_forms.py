@@ -1,19 +1,16 @@
 """razor-tiny in the forms that vLLM runs, and the arithmetic of its part of multi_gpu.sh."""
 
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from conftest import REPO
 
-import speed_multi_gpu
 from console import UserError, write_json
 from hf_model import load_model
 from records import write_result
 from speed_eval import touched_bytes, weights_of_checkpoint, weights_of_model
-from speed_multi_gpu import compared_forced, placed, same_tokens
+from speed_multi_gpu import compared_forced, same_tokens
 from vllm_form import repeated_key_heads, text_model, write_form
 
 RAZOR = REPO / "models/razor-tiny"
@@ -43,14 +40,6 @@ def test_the_limit_counts_the_same_weights_from_files_and_in_memory(tmp_path):
     assert touched_bytes(weights_of_model(model), config, 1) < 0.5 * touched_bytes(weights_of_model(model), config, 64)
 
 
-def test_engines_are_placed_where_room_is_left(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": 85e9}))
-    assert placed([1, 2, 4], int(35e9), 4) == [[(1, [0]), (2, [1, 2]), (4, [0, 1, 2, 3])]]
-    assert placed([1, 2, 4], int(69e9), 4) == [[(1, [0]), (2, [1, 2])], [(4, [0, 1, 2, 3])]]
-    assert placed([1, 2], 1, 0) == [[(1, [])], [(2, [])]]
-    assert speed_multi_gpu.ENGINE_ROOM > speed_multi_gpu.KV_GIB * 2**30
-
-
 def test_same_tokens_counts_up_to_the_first_that_differs():
     found = same_tokens(["1 2 3", "4 5 6", "7 8 9"], ["1 2 3", "4 0 6", "0 8 9"])
     assert found == {"same_tokens": 4, "tokens": 9, "answers": 3, "equal_first_tokens": 2, "equal_answers": 1}
@@ -66,27 +55,3 @@ def test_engines_are_compared_with_the_first_and_with_themselves(tmp_path):
     assert (found["1"]["same_tokens"], found["1"]["tokens"], found["1"]["among_more"]["same_tokens"]) == (6, 6, 2)
     assert (found["2"]["same_tokens"], found["2"]["equal_first_tokens"], found["2"]["eval_speed"]) == (3, 2, 2)
     assert (found["2"]["among_more"]["same_tokens"], found["2"]["among_more"]["tokens"]) == (1, 2)
-
-
-def test_measured_in_turn(tmp_path):
-    """Nothing is measured before the turn, and nothing given back before all had theirs."""
-    turn, record = tmp_path / "m.turn", tmp_path / "m.json"
-    run = [sys.executable, REPO / "src/eval/speed_eval.py", "--model", RAZOR, "--batches", "1", "--prompt", 8, "--generate", 24]
-    run += ["--in-turn", turn, "--result", record, "--tag", "t"]
-    process = subprocess.Popen([str(part) for part in run], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def wait(path):
-        deadline = time.monotonic() + 120
-        while not path.exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-
-    wait(turn.with_suffix(".ready"))
-    time.sleep(0.5)
-    assert not record.exists()
-    turn.with_suffix(".go").touch()
-    wait(record)
-    time.sleep(0.5)
-    assert process.poll() is None
-    turn.with_suffix(".end").touch()
-    assert process.wait(60) == 0

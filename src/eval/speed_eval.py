@@ -12,12 +12,10 @@ copy, on as many GPUs as share them. --answers keeps the greedy tokens of every 
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,17 @@ import torch
 from backend import Backend, Completion, HfBackend, Sampling, choose_backend
 from checkpoint import Checkpoint
 from console import UserError, numbers, progress, read_json, run_cli, write_json
+from devices import default_device
 from families import text_config
 from hf_model import load_model, load_tokenizer
-from records import add_record_arguments, check_record_arguments, describe_model, write_result
+from records import REPO, add_record_arguments, check_record_arguments, describe_model, write_result
 from size_model import SHAPES, config_of, copy_rate, shape_arguments, shape_from
 from vllm_eval import VllmBackend
 
-ENGINES = ("hf", "vllm")
+Weights = dict[str, tuple[Sequence[int], int]]  # shape and bytes, by name
+# the engine for a batch of any size, its weights, the config of the text model, the model's entry in the record
+Engine = tuple[Callable[[int], Any], Weights, Mapping[str, Any], dict[str, Any]]
 PROMPT_ROOM = 64  # a prompt's text may have some tokens more when it is read again
-TOKENIZER = Path(__file__).resolve().parents[2] / "models" / "razor-tiny"
 
 
 class ForcedBackend(HfBackend):
@@ -55,45 +55,9 @@ class ForcedVllm(VllmBackend):
 
     ignore_ends = True
 
-    def __init__(
-        self, model: Path, context: int, sequences: int, tensor_parallel: int, eager: bool, kv_gib: float | None
-    ) -> None:
-        options: dict[str, Any] = {"enforce_eager": True} if eager else {}
-        if kv_gib:  # vLLM then neither measures what is free nor counts what others take meanwhile
-            options |= {"kv_cache_memory_bytes": int(kv_gib * 2**30), "gpu_memory_utilization": 0.02}
-        super().__init__(model, context, sequences, tensor_parallel, enable_prefix_caching=False, **options)
+    def __init__(self, model: Path, context: int, sequences: int, tensor_parallel: int) -> None:
+        super().__init__(model, context, sequences, tensor_parallel, enable_prefix_caching=False)
         self.ends = []
-
-
-@contextmanager
-def turn(path: Path | None) -> Iterator[None]:
-    """Between others that share the machine: the block runs when it is this one's turn, and nothing is given back before all
-    had theirs. The caller and we speak through files; when it is gone we end."""
-    if path is None:
-        yield
-        return
-    parent = os.getppid()
-
-    def wait(name: str) -> None:
-        while not path.with_suffix(name).exists():
-            if os.getppid() != parent:
-                raise UserError(f"{path}: who gives the turns is gone")
-            time.sleep(0.1)
-
-    path.with_suffix(".ready").touch()
-    wait(".go")
-    yield
-    wait(".end")
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def random_model(config: dict[str, Any], device: torch.device) -> torch.nn.Module:
@@ -103,7 +67,7 @@ def random_model(config: dict[str, Any], device: torch.device) -> torch.nn.Modul
 
     text = AutoConfig.for_model(**config["text_config"])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with default_dtype(dtype), device, no_init_weights():
+    with device, no_init_weights():
         model = AutoModelForCausalLM.from_config(text, dtype=dtype).eval()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -126,42 +90,26 @@ def prompts_of(tokenizer: Any, count: int, tokens: int) -> list[str]:
     return text
 
 
-@dataclass(frozen=True)
-class Weight:
-    """What of a tensor decides how much of it a step reads."""
-
-    name: str
-    rows: int
-    numel: int
-    bytes: int
+def weights_of_model(model: torch.nn.Module) -> Weights:
+    return {name: (parameter.shape, parameter.nbytes) for name, parameter in model.named_parameters()}
 
 
-def weights_of_model(model: torch.nn.Module) -> list[Weight]:
-    parameters = model.named_parameters()
-    return [Weight(name, p.shape[0] if p.ndim else 1, p.numel(), p.numel() * p.element_size()) for name, p in parameters]
-
-
-def weights_of_checkpoint(path: Path) -> list[Weight]:
+def weights_of_checkpoint(path: Path) -> Weights:
     """Without those that an answer to text does not use: a tower of pictures, the prediction of several tokens."""
-    found = Checkpoint(path).tensors.items()
-    return [
-        Weight(name, info.shape[0] if info.shape else 1, info.numel, info.bytes)
-        for name, info in found
-        if not name.startswith(("mtp.", "model.visual."))
-    ]
+    unused = ("mtp.", "model.visual.")
+    return {name: (t.shape, t.bytes) for name, t in Checkpoint(path).tensors.items() if not name.startswith(unused)}
 
 
-def touched_bytes(weights: Sequence[Weight], config: Mapping[str, Any], sequences: int) -> int:
+def touched_bytes(weights: Weights, config: Mapping[str, Any], sequences: int) -> int:
     """Bytes of weights that a step of ``sequences`` tokens reads, experts counted as a uniform router would touch them."""
-    experts, top = config.get("num_experts") or 0, config.get("num_experts_per_tok") or 0
+    experts, top = config.get("num_experts") or 1, config.get("num_experts_per_tok") or 1
     total = 0.0
-    for weight in weights:
-        share = 1.0
-        if ".experts." in weight.name and experts:
-            share = 1 - (1 - top / experts) ** sequences
-        elif weight.name.endswith("embed_tokens.weight"):
-            share = min(1.0, sequences / weight.rows)
-        total += share * weight.bytes
+    for name, (shape, size) in weights.items():
+        if ".experts." in name:
+            size *= 1 - (1 - top / experts) ** sequences
+        elif name.endswith("embed_tokens.weight"):
+            size *= min(1.0, sequences / shape[0])
+        total += size
     return int(total)
 
 
@@ -175,9 +123,7 @@ def timed(backend: Backend, prompts: Sequence[str], tokens: int) -> tuple[float,
     return min(runs), [found[index] for index in range(len(prompts))]
 
 
-def measure(
-    backend: Backend, prompts: Sequence[str], generate: int, limit_bytes_per_s: float
-) -> tuple[dict[str, Any], list[str]]:
+def measure(backend: Backend, prompts: Sequence[str], generate: int) -> tuple[dict[str, Any], list[str]]:
     """(rates of one batch of prompts; the texts). A run of full length, which is not counted, comes before: kernels are
     compiled and chosen for every length that they meet."""
     list(backend.generate(prompts, Sampling(max_tokens=generate)))
@@ -186,19 +132,16 @@ def measure(
     if {completion.tokens for completion in found} != {generate}:
         raise UserError(f"asked for {generate} tokens each, got {sorted({c.tokens for c in found})}")
     if seconds <= first:
-        raise UserError(
-            f"{generate} tokens took {seconds:.3f} s and 2 took {first:.3f}: the machine is busy, or --generate small"
-        )
+        busy = "the machine is busy, or --generate small"
+        raise UserError(f"{generate} tokens took {seconds:.3f} s and 2 took {first:.3f}: {busy}")
     batch, steps = len(prompts), (seconds - first) / (generate - 2)  # seconds of a step, without the prompt
-    return {
-        "tokens_per_s": batch * generate / seconds, "decode_tokens_per_s": batch / steps, "seconds": seconds,
-        "limit_decode_tokens_per_s": batch * limit_bytes_per_s,
-    }, [completion.text for completion in found]  # fmt: skip
+    rates = {"tokens_per_s": batch * generate / seconds, "decode_tokens_per_s": batch / steps, "seconds": seconds}
+    return rates, [completion.text for completion in found]
 
 
-def table(metrics: dict[str, Any]) -> str:
+def table(engine: str, metrics: dict[str, Any]) -> str:
     lines = [f"{metrics['parameters']:,} parameters, prompts of {metrics['prompt']} tokens, {metrics['generate']} generated"]
-    for batch, row in next(metrics[name] for name in ENGINES if name in metrics).items():
+    for batch, row in metrics[engine].items():
         share = 100 * row["decode_tokens_per_s"] / row["limit_decode_tokens_per_s"]
         lines.append(
             f"  batch {batch:>4}: {row['tokens_per_s']:>9.1f} tokens/s with the prompt, "
@@ -207,68 +150,46 @@ def table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(
-    backends: Callable[[int], Any],
-    weights: Sequence[Weight],
-    config: Mapping[str, Any],
-    rate: float,
-    args: argparse.Namespace,
-) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """(metrics, greedy token ids of every batch as text). ``backends``: the engine for a batch of that size; ``rate``: bytes
-    a second that its memory gives."""
+def run(args: argparse.Namespace, engine: Engine, rate: float) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """(metrics, greedy token ids of every batch as text). ``rate``: bytes a second that the engine's memory gives."""
+    backends, weights, config, _ = engine
     found, answers = {}, {}
     with progress(len(args.batches), args.backend, "batch") as bar:
         for batch in args.batches:
-            backend = backends(batch)
+            backend, name = backends(batch), str(batch)
             prompts = prompts_of(backend.tokenizer, batch, args.prompt)
-            backend.tokenizer.decode = ids_as_text  # a synthetic model says tokens that its tokenizer does not know
-            limit = rate / touched_bytes(weights, config, batch)
-            found[str(batch)], answers[str(batch)] = measure(backend, prompts, args.generate, limit)
+            # a synthetic model says tokens that its tokenizer does not know
+            backend.tokenizer.decode = lambda ids, **_: " ".join(map(str, ids))
+            found[name], answers[name] = measure(backend, prompts, args.generate)
+            found[name]["limit_decode_tokens_per_s"] = batch * rate / touched_bytes(weights, config, batch)
             del backend.tokenizer.decode
-            if args.backend == "hf":
-                found[str(batch)]["peak_vram_mib"] = peak_vram_mib()
+            if args.backend == "hf" and torch.cuda.is_available():
+                found[name]["peak_vram_mib"] = torch.cuda.max_memory_allocated() >> 20
             bar.update()
     return {
-        "parameters": sum(weight.numel for weight in weights), "prompt": args.prompt, "generate": args.generate,
-        "copy_bytes_per_s": rate, args.backend: found,
+        "parameters": sum(math.prod(shape) for shape, _ in weights.values()), "prompt": args.prompt,
+        "generate": args.generate, "copy_bytes_per_s": rate, args.backend: found, "tensor_parallel": args.tensor_parallel,
     }, answers  # fmt: skip
 
 
-def ids_as_text(ids: Sequence[int], **_: Any) -> str:
-    return " ".join(map(str, ids))
-
-
-def peak_vram_mib() -> int | None:
-    return torch.cuda.max_memory_allocated() >> 20 if torch.cuda.is_available() else None
-
-
-Engine = tuple[Callable[[int], Backend], list[Weight], Mapping[str, Any], dict[str, Any]]
-
-
-def hf_model(args: argparse.Namespace, device: torch.device) -> Engine:
-    """(engine for a batch, weights, config of the text model, entry of the record) through transformers."""
+def hf_engine(args: argparse.Namespace, device: torch.device) -> Engine:
     if args.model:
         described, tokenizer, model = describe_model(args.model), load_tokenizer(args.model), load_model(args.model)
     else:
         shape = shape_from(args)
         whole = SHAPES[args.shape].layers
         described = {"path": f"random weights, shape {args.shape}", "layers": shape.layers, "layers_of_the_shape": whole}
-        tokenizer, model = load_tokenizer(TOKENIZER), random_model(config_of(shape), device)
+        tokenizer, model = load_tokenizer(REPO / "models/razor-tiny"), random_model(config_of(shape), device)
     config = model.config.get_text_config().to_dict()
     return lambda batch: ForcedBackend(model, tokenizer, batch), weights_of_model(model), config, described
 
 
-def vllm_model(args: argparse.Namespace, device: torch.device) -> Engine:
-    """The same through vLLM: one engine for batches of any size."""
-    config = read_json(args.model / "config.json")
+def vllm_engine(args: argparse.Namespace) -> Engine:
+    """One engine for all batches."""
+    config = text_config(read_json(args.model / "config.json"))
     context = args.prompt + args.generate + PROMPT_ROOM
-    engine = ForcedVllm(args.model, context, max(args.batches), args.tensor_parallel, args.eager, args.kv_gib)
-    return (
-        lambda batch: engine,
-        weights_of_checkpoint(args.model),
-        text_config(config),
-        describe_model(args.model),
-    )
+    engine = ForcedVllm(args.model, context, max(args.batches), args.tensor_parallel)
+    return lambda _: engine, weights_of_checkpoint(args.model), config, describe_model(args.model)
 
 
 def parse_args() -> argparse.Namespace:
@@ -278,13 +199,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=[1, 32, 128], help="sequences at once (default 1,32,128)")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (default 256)")
     parser.add_argument("--generate", type=int, default=128, help="tokens generated for each (default 128)")
-    parser.add_argument("--backend", choices=ENGINES, default="hf", help="transformers (hf) or vllm")
+    parser.add_argument("--backend", choices=("hf", "vllm"), default="hf", help="transformers (hf) or vllm")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads the model over")
-    parser.add_argument("--eager", action="store_true", help="vLLM without compilation and graphs, which starts sooner")
-    parser.add_argument(
-        "--kv-gib", type=float, help="vLLM's cache on each GPU, instead of what is free: several engines share one"
-    )
-    parser.add_argument("--in-turn", type=Path, help="touch PATH.ready, measure when PATH.go is there, end when PATH.end is")
     parser.add_argument("--answers", type=Path, help="write the greedy token ids of every prompt to this JSON file")
     add_record_arguments(parser)
     return parser.parse_args()
@@ -300,20 +216,19 @@ def main() -> None:
     if args.tensor_parallel != 1 and args.backend != "vllm":
         raise UserError("--tensor-parallel is vLLM's: add --backend vllm")
     choose_backend(args.backend)
-    started, device = time.time(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    started, device = time.time(), default_device()
     rate = copy_rate(device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the engine takes what is free
-    backends, weights, config, described = (vllm_model if args.backend == "vllm" else hf_model)(args, device)
+    engine = vllm_engine(args) if args.backend == "vllm" else hf_engine(args, device)
     made = time.time() - started
-    with turn(args.in_turn):
-        speed, answers = run(backends, weights, config, rate * args.tensor_parallel, args)
-        metrics: dict[str, Any] = {"made_seconds": made, "eval_speed": speed | {"tensor_parallel": args.tensor_parallel}}
-        if args.answers:
-            write_json(args.answers, answers)
-        if args.result:
-            write_result(args.result, kind="bench", tag=args.tag, started=started, model=described, metrics=metrics)
-    print(table(metrics["eval_speed"]), flush=True)
+    speed, answers = run(args, engine, rate * args.tensor_parallel)
+    if args.answers:
+        write_json(args.answers, answers)
+    if args.result:
+        metrics = {"made_seconds": made, "eval_speed": speed}
+        write_result(args.result, kind="bench", tag=args.tag, started=started, model=engine[3], metrics=metrics)
+    print(table(args.backend, speed), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,7 @@ from records import add_record_arguments, check_record_arguments, peak_rss_mib, 
 from size_model import copy_rate
 
 ALL_ON_GPU = ("-ngl", "99")
-# InstinctRazor, one H100, IQ3_XXS of 48.04 GiB (its README): theirs, not measured here. Recorded beside files of that size.
-PUBLISHED = {
-    "all_on_gpu": {"decode": 115.9, "prefill": 2541.0},
-    "experts_on_cpu": {"decode": 45.7, "vram_gib": 7.6},
-}
-LARGE = 40 << 30
+LARGE = 40 << 30  # the digest of such a file takes longer than the measurement
 SETTINGS = ("n_prompt", "n_gen", "n_ubatch", "n_threads", "flash_attn", "n_gpu_layers", "n_cpu_moe")  # that rows may differ in
 
 
@@ -56,10 +52,9 @@ def active_bytes(path: Path) -> dict[str, int]:
         size = int(tensor.n_bytes)
         if "_exps." in name and count:
             experts += size * used // count
-        elif name == "token_embd.weight" and "output.weight" in tensors:
-            other += size // int(tensor.shape[1])
         else:
-            other += size
+            one_row = name == "token_embd.weight" and "output.weight" in tensors
+            other += size // int(tensor.shape[1]) if one_row else size
     return {"total": experts + other, "experts": experts, "other": other}
 
 
@@ -77,26 +72,27 @@ def vram_mib() -> int:
     return sum(int(line) for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split())
 
 
-class VramWatch:
-    """The highest use of GPU memory while the block runs, above what was in use before; ``peak`` is None without a GPU."""
+@contextmanager
+def vram_watch() -> Iterator[list[int]]:
+    """Yields a list that ends with the highest use of GPU memory while the block ran, above what was in use before; it stays
+    empty without a GPU."""
+    peak: list[int] = []
+    done = threading.Event()
 
-    def __enter__(self) -> VramWatch:
-        self.peak: int | None = None
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        if shutil.which("nvidia-smi"):
-            self.before, self.peak = vram_mib(), 0
-            self.thread.start()
-        return self
+    def watch(before: int) -> None:
+        while not done.wait(0.2):
+            peak.append(max(0, vram_mib() - before, *peak[-1:]))
 
-    def _watch(self) -> None:
-        while not self.done.wait(0.2):
-            self.peak = max(self.peak or 0, vram_mib() - self.before)
-
-    def __exit__(self, *_: object) -> None:
-        self.done.set()
-        if self.peak is not None:
-            self.thread.join()
+    if not shutil.which("nvidia-smi"):
+        yield peak
+        return
+    thread = threading.Thread(target=watch, args=[vram_mib()], daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
 
 
 def llama_bench(*arguments: object) -> tuple[list[dict[str, Any]], int]:
@@ -131,29 +127,25 @@ def together(args: argparse.Namespace, options: Sequence[str]) -> tuple[dict[str
 
 def measure(args: argparse.Namespace, options: Sequence[str], threads: Sequence[int], several: bool) -> dict[str, Any]:
     """All settings of one placement. ``several``: also decode several sequences at once, which loads the file again."""
-    sizes = ",".join(map(str, args.batches))
     command = ["--model", args.gguf, *options, "--repetitions", args.repetitions, "-p", ",".join(map(str, args.prompt))]
-    command += ["-n", args.generate, "-b", max(args.batches), "-ub", sizes]
+    command += ["-n", args.generate, "-b", max(args.batches), "-ub", ",".join(map(str, args.batches))]
     command += ["-fa", args.flash_attention] if args.flash_attention else []
     command += ["-t", ",".join(map(str, threads))] if threads else thread_arguments()
-    with VramWatch() as watch:
+    with vram_watch() as vram:
         started = time.time()
         rows, peak = llama_bench(*command)
         seconds = time.time() - started
         more, other = together(args, options) if several else ({}, 0)
     settings = [
         {key: row[key] for key in SETTINGS if key in row} | {"tokens_per_s": row["avg_ts"], "deviation": row["stddev_ts"]}
-        for row in rows
-    ]
-    prefill: dict[str, Any] = {}
-    for row in settings:
-        size = str(row["n_ubatch"])
-        if row["n_prompt"] and row["tokens_per_s"] > prefill.get(size, {"tokens_per_s": 0.0})["tokens_per_s"]:
-            prefill[size] = row
-    alone = max((row for row in settings if row["n_gen"]), key=lambda row: row["tokens_per_s"])
-    decode = {"1": alone} | {count: row for count, row in more.items() if count != "1"}
-    found = {"prefill": prefill, "decode": decode, "peak_rss_mib": max(peak, other), "peak_vram_mib": watch.peak}
-    return found | {"settings": settings, "batched": more, "llama_bench_s": seconds, "options": list(map(str, options))}
+        for row in sorted(rows, key=lambda row: row["avg_ts"])
+    ]  # the fastest last, so that it is the one that stays
+    alone = [row for row in settings if row["n_gen"]][-1]
+    return {
+        "prefill": {str(row["n_ubatch"]): row for row in settings if row["n_prompt"]}, "decode": more | {"1": alone},
+        "peak_rss_mib": max(peak, other), "peak_vram_mib": vram[-1] if vram else None, "settings": settings, "batched": more,
+        "llama_bench_s": seconds, "options": list(options),
+    }  # fmt: skip
 
 
 def placements(args: argparse.Namespace, gpu: bool) -> dict[str, tuple[Sequence[str], Sequence[int], bool]]:
@@ -171,25 +163,21 @@ def placements(args: argparse.Namespace, gpu: bool) -> dict[str, tuple[Sequence[
 
 
 def table(metrics: dict[str, Any]) -> str:
-    active, rate = metrics["active_bytes"], metrics["copy_bytes_per_s"]
+    active, limit = metrics["active_bytes"], metrics["limit_tokens_per_s"]
     lines = [
         f"a token reads {active['total'] / 1e6:.2f} MB of weights, of them {active['experts'] / 1e6:.2f} MB experts; memory is "
-        f"copied at {rate / 1e9:.1f} GB/s: at most {metrics['limit_tokens_per_s']:.0f} tokens/s for one sequence"
+        f"copied at {metrics['copy_bytes_per_s'] / 1e9:.1f} GB/s: at most {limit:.0f} tokens/s for one sequence"
     ]
     for name, found in metrics["placements"].items():
         vram = "" if found["peak_vram_mib"] is None else f", VRAM {found['peak_vram_mib']} MiB"
-        theirs = metrics.get("published", {}).get(name)
-        lines.append(f"{name}: peak memory {found['peak_rss_mib']} MiB{vram}" + (f", published {theirs}" if theirs else ""))
+        lines.append(f"{name}: peak memory {found['peak_rss_mib']} MiB{vram}")
         for row in found["settings"]:
             what = f"prefill {row['n_prompt']}" if row["n_prompt"] else f"decode {row['n_gen']}"
             with_ = f"ubatch {row['n_ubatch']}, threads {row['n_threads']}, fa {row['flash_attn']}"
             lines.append(f"  {what:<14}{row['tokens_per_s']:>12.1f} tokens/s   {with_}")
-        alone = found["decode"]["1"]["tokens_per_s"]
-        lines.append(
-            f"  one sequence  {alone:>12.1f} tokens/s{100 * alone / metrics['limit_tokens_per_s']:>7.1f} % of the limit"
-        )
-        for count, row in found["batched"].items():
-            lines.append(f"  {count:>2} sequences  {row['tokens_per_s']:>12.1f} tokens/s")
+        for count, row in found["decode"].items():
+            share = f"{100 * row['tokens_per_s'] / limit:>7.1f} % of the limit" if count == "1" else ""
+            lines.append(f"  {count + ' sequences':<14}{row['tokens_per_s']:>12.1f} tokens/s{share}")
     if not metrics["gpu"]:
         lines.append("no GPU in this llama.cpp: experts offloaded and not are the same here, measured once")
     return "\n".join(lines)
@@ -217,9 +205,8 @@ def main() -> None:
     if min(args.generate, args.repetitions) < 1:
         raise UserError("--generate and --repetitions must be at least 1")
     started, gpu = time.time(), has_gpu()
-    large = sum(file.stat().st_size for file in gguf_files(args.gguf)) >= LARGE
-    # the digest of a large file takes longer than the measurement
-    described, active = describe_gguf(args.gguf, digest=not large), active_bytes(args.gguf)
+    size = sum(file.stat().st_size for file in gguf_files(args.gguf))
+    described, active = describe_gguf(args.gguf, digest=size < LARGE), active_bytes(args.gguf)
     rate = copy_rate(torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"), 1 << (31 if gpu else 28))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -231,7 +218,7 @@ def main() -> None:
     metrics = {
         "prompt": args.prompt, "generate": args.generate, "threads": len(os.sched_getaffinity(0)), "gpu": gpu,
         "active_bytes": active, "copy_bytes_per_s": rate, "limit_tokens_per_s": rate / active["total"], "placements": found,
-    } | ({"published": PUBLISHED} if large else {})  # fmt: skip
+    }  # fmt: skip
     if args.result:
         write_result(args.result, kind="bench", tag=args.tag, started=started, model=described, metrics=metrics)
     print(table(metrics), flush=True)

@@ -16,6 +16,7 @@ checkpoint, whose names are nested already, is given what it lacks: --in-place.
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,24 +37,17 @@ FORMS = ("qwen3_5", "qwen3_next")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
-def nested_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the published class around that of a text model (or around its own text_config)."""
-    seeing = read_json(SEEING / "config.json")
-    text = text_config(config)
-    tower = {**seeing["vision_config"], "out_hidden_size": text["hidden_size"]}
-    tokens = {key: value for key, value in seeing.items() if key.endswith("_token_id")}
-    return {
-        "architectures": seeing["architectures"], "model_type": seeing["model_type"], "dtype": "bfloat16",
-        "tie_word_embeddings": text["tie_word_embeddings"], **tokens, "text_config": text, "vision_config": tower,
-    }  # fmt: skip
-
-
 def complete(model: Path) -> None:
-    """Give a checkpoint of nested names the configuration of a tower, a processor and, where it has none, a tokenizer."""
+    """Give a checkpoint of nested names the published class's configuration, around that of the text model: a tower, a
+    processor and, where it has none, a tokenizer."""
     for file in (*PROCESSOR, *TOKENIZER):
         if not (model / file).exists():
             shutil.copyfile(SEEING / file, model / file)
-    write_json(model / "config.json", nested_config(read_json(model / "config.json")))
+    seeing, text = read_json(SEEING / "config.json"), text_config(read_json(model / "config.json"))
+    kept = {key: value for key, value in seeing.items() if key in ("architectures", "model_type") or key.endswith("_token_id")}
+    tower = {**seeing["vision_config"], "out_hidden_size": text["hidden_size"]}
+    tied = {"dtype": "bfloat16", "tie_word_embeddings": text["tie_word_embeddings"]}
+    write_json(model / "config.json", {**kept, **tied, "text_config": text, "vision_config": tower})
 
 
 def repeated_key_heads(tensors: dict[str, Tensor], config: dict[str, Any], heads: int) -> dict[str, Tensor]:
@@ -85,14 +79,16 @@ def text_model(model: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def as_qwen3_next(tensors: dict[str, Tensor], heads: int, key: int, value: int) -> dict[str, Tensor]:
     """Qwen3.5's tensors in Qwen3-Next's layout, which is the same function: q, k, v and z of one key head lie together there,
     and so do b and a. ``heads`` key heads, ``key`` and ``value``: rows of q or k, and of v or z, that belong to one of them."""
+
+    def together(*parts: Tensor) -> Tensor:
+        return torch.cat([part.view(heads, -1, part.shape[-1]) for part in parts], dim=1).flatten(0, 1)
+
     made = dict(tensors)
     for name in [name for name in tensors if name.endswith("in_proj_qkv.weight")]:
         stem = name.removesuffix("qkv.weight")
         qkv, z, b, a = (made.pop(f"{stem}{part}.weight") for part in ("qkv", "z", "b", "a"))
-        q, k, v = qkv.split([heads * key, heads * key, heads * value])
-        rows = [part.view(heads, -1, part.shape[-1]) for part in (q, k, v, z)]
-        made[f"{stem}qkvz.weight"] = torch.cat(rows, dim=1).flatten(0, 1)
-        made[f"{stem}ba.weight"] = torch.cat([part.view(heads, -1, part.shape[-1]) for part in (b, a)], dim=1).flatten(0, 1)
+        made[f"{stem}qkvz.weight"] = together(*qkv.split([heads * key, heads * key, heads * value]), z)
+        made[f"{stem}ba.weight"] = together(b, a)
     return {name: tensor.contiguous() for name, tensor in made.items()}
 
 
@@ -102,10 +98,6 @@ def next_config(config: dict[str, Any]) -> dict[str, Any]:
     renamed = {"model_type": "qwen3_next", "architectures": ["Qwen3NextForCausalLM"]}
     more = {"rope_parameters": rope, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
     return {**config, **renamed, **more, "intermediate_size": config["moe_intermediate_size"]}
-
-
-def nested_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else "model.language_model." + name.removeprefix("model.")
 
 
 def write_form(form: str, model: Path, out: Path, heads: int | None = None) -> None:
@@ -131,7 +123,7 @@ def write_form(form: str, model: Path, out: Path, heads: int | None = None) -> N
         tensors = as_qwen3_next(tensors, heads, config["linear_key_head_dim"], value)
         write_json(out / "config.json", next_config(config))
     else:
-        tensors = {nested_name(name): tensor for name, tensor in tensors.items()}
+        tensors = {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in tensors.items()}
         write_json(out / "config.json", config)
         complete(out)
     save_file(tensors, out / SINGLE, {"format": "pt"})

@@ -12,7 +12,6 @@ without AMX: the kernel runs there, vLLM only does not offer it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from console import UserError, run_cli, write_json
+from console import UserError, read_json, run_cli, write_json
 from hf_model import end_token_ids, load_tokenizer, prompt_ids
 from kl import file_texts, tiny_texts
 from recipe import recipe_record
@@ -65,30 +64,28 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Counts and shares of equal tokens of two results of :func:`run_engine` on the same texts."""
-    pairs = list(zip(one["likeliest"], other["likeliest"], strict=True))
+    places = list(zip(one["likeliest"], other["likeliest"], strict=True))
     answers = list(zip(one["generated"], other["generated"], strict=True))
-    same = sum(a == b for a, b in pairs)
-    prefix, total = sum(len(os.path.commonprefix(pair)) for pair in answers), sum(max(len(a), len(b)) for a, b in answers)
+    same, total = sum(a == b for a, b in places), sum(max(map(len, pair)) for pair in answers)
+    prefix = sum(len(os.path.commonprefix(pair)) for pair in answers)
     return {
-        "likeliest": {"places": len(pairs), "same": same, "share": same / len(pairs)},
+        "likeliest": {"places": len(places), "same": same, "share": same / len(places)},
         "generated": {"tokens": total, "same": prefix, "share": prefix / total if total else 1.0},
         "answers": {"n": len(answers), "same": sum(a == b for a, b in answers)},
     }
 
 
-def in_process(model: Path, unlock: bool) -> dict[str, Any]:
+def in_process(model: Path) -> dict[str, Any]:
     """:func:`run_engine` on ``model`` in a process of its own, which gives its memory back."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "tokens.json"
-        run = [sys.executable, __file__, *sys.argv[1:], "--dump-of", model, "--dump", out]
-        run += ["--unlock-cpu-experts"] if unlock else []
-        done = subprocess.run([str(part) for part in run], capture_output=True, text=True)
+        run = [sys.executable, __file__, *sys.argv[1:], "--dump-of", str(model), "--dump", str(out)]
+        done = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            sys.stderr.write(done.stderr[-6000:])
+            sys.stderr.write(done.stdout[-6000:])
             raise UserError(f"{model}: vLLM did not run it (its own words are above)")
-        kernels = [line.partition("] ")[2] for line in (done.stdout + done.stderr).splitlines() if "Using" in line]
-        chosen = sorted({line for line in kernels if "WNA16" in line})
-        return json.loads(out.read_text()) | {"kernels": chosen}
+        kernels = {line.partition("] ")[2] for line in done.stdout.splitlines() if "Using" in line and "WNA16" in line}
+        return read_json(out) | {"kernels": sorted(kernels)}
 
 
 def main() -> None:
@@ -109,16 +106,15 @@ def main() -> None:
         write_json(args.dump, run_engine(args))
         return
     result, started = tagged_record(args), time.time()
-    described = [describe_model(path) for path in (args.model, args.reference)]
-    one, other = in_process(args.model, args.unlock_cpu_experts), in_process(args.reference, False)
+    one, other = in_process(args.model), in_process(args.reference)
     metrics = compare(one, other) | {"kernels": one["kernels"], "kernel_unlocked": args.unlock_cpu_experts}
     write_result(
-        result, kind="probe", tag=args.tag, started=started, model=described[0], recipe=recipe_record(args.model),
-        data=[texts(args)[2]], metrics=metrics, extra={"reference": described[1]},
+        result, kind="probe", tag=args.tag, started=started, model=describe_model(args.model), data=[texts(args)[2]],
+        recipe=recipe_record(args.model), metrics=metrics, extra={"reference": describe_model(args.reference)},
     )  # fmt: skip
-    shown = [f"{key} {100 * metrics[key]['share']:.2f} % of {sum_:,}" for key, sum_ in (
-        ("likeliest", metrics["likeliest"]["places"]), ("generated", metrics["generated"]["tokens"]))]  # fmt: skip
-    print(f"same tokens: {', '.join(shown)}; {metrics['answers']['same']} of {metrics['answers']['n']} answers", flush=True)
+    shown = [f"{100 * metrics[key]['share']:.2f} % of {metrics[key][of]:,} {of} ({key})"
+             for key, of in (("likeliest", "places"), ("generated", "tokens"))]  # fmt: skip
+    print(f"same: {', '.join(shown)}; {metrics['answers']['same']} of {metrics['answers']['n']} answers", flush=True)
 
 
 if __name__ == "__main__":

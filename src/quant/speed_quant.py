@@ -14,8 +14,8 @@ was dropped to the same disk, and the rates of that disk, measured just before o
 copy, which reads and writes as the pass does and is its limit. Consumes the model.
 layers: the calibrated pass with gptq, gptq_refit, or ldlq into a GGUF of the published types; seconds from the start of one
 layer to the start of the next, with everything in them. Of four layers or more the first, which nothing is read ahead for, and
-the last, which is written after it, do not count. Both say what all layers of the whole model would take: disk by its bytes,
-layers by their kinds.
+the last, which is written after it, do not count. Both say what all layers of Qwen3.5-122B-A10B's size would take: disk by its
+bytes, layers by their kinds.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
+import math
 import mmap
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -57,7 +61,7 @@ from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
 from rounders import GgmlRounder, GridRounder, encoded, is_quantized
 from safetensors_file import release
-from size_model import Shape, layer_plan, plan_of
+from size_model import SHAPES, Shape, plan_of
 
 LAYERS = {  # experts, [O, I] of the two matrices, tokens an expert sees
     "small": (8, ((512, 256), (256, 256)), 1024),
@@ -70,27 +74,26 @@ BLOCK, SMALL_BLOCK = 16 << 20, 1 << 20  # of the disk's measurement; the second 
 THREADS = 4
 SEED_RECIPE = ("--expert-bits", "3", "--linear-bits", "4", "--group", "128", "--clip-steps", "16", "--method", "clip")
 TYPES = REPO / "configs" / "gguf_tensor_types_iq3.txt"
+WHOLE = SHAPES["122b"]  # whose depth the times are said for
 
 # ---------------------------------------------------------------- kernels
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
+def now() -> float:
+    """Seconds, when the GPU has done what it was asked."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def seconds(function: Callable[[], Any], device: torch.device, repeats: int = 21) -> float:
+def seconds(function: Callable[[], Any], repeats: int = 21) -> float:
     """Median time of a call, after two that are not counted (they compile, and raise the clock)."""
-    function()
-    function()
     times = []
-    for _ in range(repeats):
-        synchronize(device)
-        started = time.perf_counter()
+    for _ in range(2 + repeats):
+        started = now()
         function()
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return sorted(times)[repeats // 2]
+        times.append(now() - started)
+    return statistics.median(times[2:])
 
 
 def grids(device: torch.device) -> dict[str, Any]:
@@ -99,16 +102,18 @@ def grids(device: torch.device) -> dict[str, Any]:
     weight = torch.randn(shape, device=device).bfloat16()
     out = torch.empty_like(weight)
     rate = weight.numel() / 1e9
-    found: dict[str, Any] = {"shape": list(shape), "limit_copy": rate / seconds(lambda: out.copy_(weight), device)}
+    found: dict[str, Any] = {"shape": list(shape), "limit_copy": rate / seconds(lambda: out.copy_(weight))}
     for name, bits, steps in (("absmax_int4", 4, 1), ("clip16_int3", 3, 16), ("clip16_int4", 4, 16)):
-        found[name] = rate / seconds(functools.partial(fake_quant, weight, bits, 128, steps), device)
-    plain = dequantize(quantize_group(weight, 3, 128, 16), 128)
-    found["plain_clip16_int3"] = rate / seconds(lambda: dequantize(quantize_group(weight, 3, 128, 16), 128), device, 3)
-    found["identical_to_plain"] = torch.equal(fake_quant(weight, 3, 128, 16).view(torch.int16), plain.view(torch.int16))
-    sample = weight[:, :128]
-    on_cpu = fake_quant(sample.cpu(), 3, 128, 16)
-    found["identical_to_cpu"] = torch.equal(fake_quant(sample, 3, 128, 16).cpu().view(torch.int16), on_cpu.view(torch.int16))
+        found[name] = rate / seconds(functools.partial(fake_quant, weight, bits, 128, steps))
+    plain, sample = lambda: dequantize(quantize_group(weight, 3, 128, 16), 128), weight[:, :128]
+    found["plain_clip16_int3"] = rate / seconds(plain, 3)
+    found["identical_to_plain"] = same_bits(fake_quant(weight, 3, 128, 16), plain())
+    found["identical_to_cpu"] = same_bits(fake_quant(sample, 3, 128, 16).cpu(), fake_quant(sample.cpu(), 3, 128, 16))
     return found
+
+
+def same_bits(one: Tensor, two: Tensor) -> bool:
+    return torch.equal(one.view(torch.int16), two.view(torch.int16))
 
 
 def moments_of(experts: int, inputs: int, tokens: int, device: torch.device) -> Moments:
@@ -126,39 +131,36 @@ def layers_of(name: str, types: Sequence[str], device: torch.device) -> tuple[di
     """Seconds of one MoE layer for every method, and its output error relative to the clip search: on the grid, and in ggml
     block types, whose rates are given too."""
     experts, shapes, tokens = LAYERS[name]
-    found: dict[str, Any] = {"experts": experts, "shapes": [list(s) for s in shapes], "tokens": tokens, "statistics_s": 0.0}
-    found |= {method: {"seconds": 0.0, "error_ratio": []} for method in METHODS}
-    ggml: dict[str, dict[str, Any]] = {kind: {} for kind in types}
-    for made in ggml.values():
-        made |= {method: {"seconds": 0.0, "error_ratio": []} for method in GGML_METHODS}
+    work: dict[str, Any] = {"experts": experts, "shapes": [list(s) for s in shapes], "tokens": tokens, "statistics_s": 0.0}
     ways = [("", method) for method in METHODS] + [(kind, method) for kind in types for method in GGML_METHODS]
+    made: dict[tuple[str, str], dict[str, Any]] = {way: {"seconds": 0.0, "error_ratio": []} for way in ways}
     with progress(len(shapes) * len(ways), "layer", "matrix") as bar:
         for outputs, inputs in shapes:
             weight = (torch.randn(experts, outputs, inputs, device=device) * 0.02).bfloat16()
-            started = time.perf_counter()
-            statistics = moments_of(experts, inputs, tokens, device).statistics(inputs)
-            synchronize(device)
-            found["statistics_s"] += time.perf_counter() - started
-            clip = error_of(weight, fake_quant(weight, 3, 128, 16), statistics.hessian)
-            for kind, method in ways:
+            started = now()
+            moments = moments_of(experts, inputs, tokens, device).statistics(inputs)
+            work["statistics_s"] += now() - started
+            clip = error_of(weight, fake_quant(weight, 3, 128, 16), moments.hessian)
+            for (kind, method), entry in made.items():
                 if kind:  # tables are made once
-                    encoded(weight[:1, :64].float(), kind, method, statistics.hessian[:1])
-                synchronize(device)
-                started = time.perf_counter()
+                    encoded(weight[:1, :64].float(), kind, method, moments.hessian[:1])
+                started = now()
                 if kind:
-                    value = encoded(weight.float(), kind, method, statistics.hessian)
+                    value = encoded(weight.float(), kind, method, moments.hessian)
                 else:
-                    value = round_weight(weight, Grid(3, 128), statistics, method)
-                synchronize(device)
-                entry = ggml[kind][method] if kind else found[method]
-                entry["seconds"] += time.perf_counter() - started
+                    value = round_weight(weight, Grid(3, 128), moments, method)
+                entry["seconds"] += now() - started
                 value = decode_rows(value, kind) if kind else value
-                entry["error_ratio"].append(error_of(weight, value, statistics.hessian) / clip)
+                entry["error_ratio"].append(error_of(weight, value, moments.hessian) / clip)
                 bar.update()
-    count = sum(experts * outputs * inputs for outputs, inputs in shapes)
-    for entry in (entry for made in ggml.values() for entry in made.values()):
-        entry["mega_parameters_per_s"] = count / 1e6 / entry["seconds"]
-    return found, ggml
+    millions = sum(experts * outputs * inputs for outputs, inputs in shapes) / 1e6
+    ggml: dict[str, Any] = {kind: {} for kind in types}
+    for (kind, method), entry in made.items():
+        if kind:
+            ggml[kind][method] = entry | {"mega_parameters_per_s": millions / entry["seconds"]}
+        else:
+            work[method] = entry
+    return work, ggml
 
 
 def error_of(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
@@ -171,7 +173,7 @@ def error_of(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
 
 def kernels(args: argparse.Namespace) -> dict[str, Any]:
     types = [type_named(kind, "--ggml") for kind in args.ggml.split(",") if kind]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     torch.manual_seed(0)
     chosen = args.layer or ("122b" if device.type == "cuda" else "small")
     rates, (layer, ggml) = grids(device), layers_of(chosen, types, device)
@@ -186,37 +188,16 @@ def kernels_table(found: dict[str, Any]) -> str:
         lines.append(f"  {name:<20}{rates[name]:>10.3f}{100 * rates[name] / limit:>8.1f} % of a copy")
     lines.append(f"  same bits as the plain search: {rates['identical_to_plain']}, as a CPU: {rates['identical_to_cpu']}")
     lines.append(f"one MoE layer: {work['experts']} experts, {work['shapes']}, {work['tokens']} tokens each, int3 g128")
-    lines.append(f"  {'statistics':<14}{work['statistics_s']:>9.2f} s")
-    for method in METHODS:
-        ratios = ", ".join(f"{ratio:.3f}" for ratio in work[method]["error_ratio"])
-        lines.append(f"  {method:<14}{work[method]['seconds']:>9.2f} s   output error / clip-16: {ratios}")
-    for kind, made in found["ggml"].items():
-        for method, entry in made.items():
-            ratios = ", ".join(f"{ratio:.3f}" for ratio in entry["error_ratio"])
-            rate = f"{entry['mega_parameters_per_s']:>8.1f} M/s"
-            lines.append(f"  {kind + ' ' + method:<18}{entry['seconds']:>9.2f} s{rate}   output error / clip-16: {ratios}")
+    lines.append(f"  {'statistics':<18}{work['statistics_s']:>9.2f} s")
+    entries = {method: work[method] for method in METHODS}
+    entries |= {f"{kind} {method}": entry for kind, made in found["ggml"].items() for method, entry in made.items()}
+    for name, entry in entries.items():
+        ratios = ", ".join(f"{ratio:.3f}" for ratio in entry["error_ratio"])
+        lines.append(f"  {name:<18}{entry['seconds']:>9.2f} s   output error / clip-16: {ratios}")
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- the disk
-
-
-def whole_model(model: Path, layers: int) -> dict[str, int]:
-    """Bytes and parameters of the same shape with all its layers."""
-    shape = Shape(**read_json(model / SYNTHETIC)["shape"] | {"layers": layers})
-    sizes = [(torch.Size(size).numel(), dtype.itemsize) for _, dtype, size in plan_of(shape)]
-    return {"layers": layers, "parameters": sum(n for n, _ in sizes), "bytes": sum(n * item for n, item in sizes)}
-
-
-def block_size(files: Sequence[Path]) -> int:
-    return BLOCK if max(file.stat().st_size for file in files) >= 4 * BLOCK else SMALL_BLOCK
-
-
-def blocks_of(files: Sequence[Path], limit: int) -> list[tuple[Path, int, int]]:
-    """(file, offset, size) of the first ``limit`` bytes; whole blocks only."""
-    size = block_size(files)
-    found = [(file, at, size) for file in files for at in range(0, file.stat().st_size - size + 1, size)]
-    return found[: max(1, limit // size)]
 
 
 def forget(files: Sequence[Path]) -> None:
@@ -226,75 +207,53 @@ def forget(files: Sequence[Path]) -> None:
             release(stream.fileno(), 0, 0)
 
 
-def rate_of(
-    blocks: Sequence[tuple[Path, int, int]],
-    work: Callable[[tuple[Path, int, int], mmap.mmap], None],
-    finish: Callable[[], None],
-) -> float:
-    """Bytes a second of ``work`` on all blocks by a few threads, each with a buffer of its own; ``finish`` is timed too."""
-    buffers = [mmap.mmap(-1, blocks[0][2]) for _ in range(THREADS)]  # page-aligned, as O_DIRECT wants it
-    for buffer in buffers:
-        buffer[:] = os.urandom(len(buffer))
-    started = time.perf_counter()
-
-    def share(first: int) -> None:
-        for block in blocks[first::THREADS]:
-            work(block, buffers[first])
-
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(share, range(THREADS)))
-    finish()
-    return sum(size for _, _, size in blocks) / (time.perf_counter() - started)
-
-
 def disk_rate(files: Sequence[Path], target: Path, limit: int, direct: bool, reads: bool, writes: bool) -> float:
-    """Bytes a second of the first ``limit`` bytes of ``files``: read, or written as random bytes to a new file that is synced,
-    or both, a plain copy. ``direct``: past the page cache."""
+    """Bytes a second of the first ``limit`` bytes of ``files``, in whole blocks by a few threads: read, or written as random
+    bytes to a new file that is synced, or both, a plain copy. ``direct``: past the page cache."""
     forget(files)
     flags = os.O_DIRECT if direct else 0
-    blocks = blocks_of(files, limit)
-    places = {block: index * block[2] for index, block in enumerate(blocks)}
+    sizes = {file: file.stat().st_size for file in files}
+    size = BLOCK if max(sizes.values()) >= 4 * BLOCK else SMALL_BLOCK
+    blocks = [(file, at) for file in files for at in range(0, sizes[file] - size + 1, size)][: max(1, limit // size)]
     with contextlib.ExitStack() as stack:
         handles = {file: os.open(file, os.O_RDONLY | flags) for file in files}
         out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | flags)
         stack.callback(target.unlink)
         for handle in (*handles.values(), out):
             stack.callback(os.close, handle)
+        buffers = [mmap.mmap(-1, size) for _ in range(THREADS)]  # page-aligned, as O_DIRECT wants it
+        for buffer in buffers:
+            buffer[:] = os.urandom(size)
 
-        def work(block: tuple[Path, int, int], buffer: mmap.mmap) -> None:
-            if reads:
-                os.preadv(handles[block[0]], [buffer], block[1])
-            if writes:
-                os.pwritev(out, [buffer], places[block])
-                if not direct:
-                    release(out, places[block], block[2])
+        def share(first: int) -> None:
+            for number in range(first, len(blocks), THREADS):
+                file, at = blocks[number]
+                if reads:
+                    os.preadv(handles[file], [buffers[first]], at)
+                if writes:
+                    os.pwritev(out, [buffers[first]], number * size)
+                    if not direct:
+                        release(out, number * size, size)
 
-        return rate_of(blocks, work, lambda: os.fsync(out) if writes else None)
-
-
-def can_direct(directory: Path) -> bool:
-    """Whether files here can be opened past the page cache (a tmpfs cannot)."""
-    probe = directory / "probe"
-    try:
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
-    except OSError:
-        return False
-    finally:
-        probe.unlink(missing_ok=True)
-    return True
+        started = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(share, range(THREADS)))
+        if writes:
+            os.fsync(out)
+        return len(blocks) * size / (time.perf_counter() - started)
 
 
 def disk_rates(files: Sequence[Path], work: Path, limit: int) -> dict[str, Any]:
-    """Rates of this disk in bytes a second, each the better of past the page cache and through it."""
+    """Rates of this disk in bytes a second, each the better of past the page cache, where that can be, and through it."""
     found: dict[str, Any] = {}
-    ways = {"direct": True, "cached": False} if can_direct(work) else {"cached": False}
     tests = {"read": (True, False), "write": (False, True), "copy": (True, True)}
-    with progress(len(ways) * len(tests), "disk", "test") as bar:
+    with progress(len(tests), "disk", "test") as bar:
         for name, (reads, writes) in tests.items():
-            for way, direct in ways.items():
-                found[f"{name}_{way}"] = disk_rate(files, work / "probe", limit, direct, reads, writes)
-                bar.update()
-            found[name] = max(found[f"{name}_{way}"] for way in ways)
+            with contextlib.suppress(OSError):
+                found[f"{name}_direct"] = disk_rate(files, work / "probe", limit, True, reads, writes)
+            found[f"{name}_cached"] = disk_rate(files, work / "probe", limit, False, reads, writes)
+            found[name] = max(found.get(f"{name}_direct", 0.0), found[f"{name}_cached"])
+            bar.update()
     forget(files)
     return found
 
@@ -306,7 +265,7 @@ def quantize(model: Path, work: Path, shard_gib: float, devices: str) -> dict[st
     command += ["--consume-source", "--shard-gib", str(shard_gib), "--result", str(record), "--tag", "disk"]
     command += ["--devices", devices]
     started = planned = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         for line in child.stdout or ():
             print(line, end="", flush=True)
             if line.startswith("about "):  # the last line of its plan: from here it streams
@@ -317,73 +276,80 @@ def quantize(model: Path, work: Path, shard_gib: float, devices: str) -> dict[st
     made = read_json(record)
     shutil.rmtree(out)
     record.unlink()
-    report = made["metrics"]
     return {
-        "devices": devices, "seconds": ended - started, "stream_seconds": ended - planned, "bytes": report["output_bytes"],
-        "parameters": report["parameters"], "peak_rss_mib": made["peak_rss_mib"], "peak_vram_mib": made["peak_vram_mib"],
-        "weight_bits": report["weight_bits"], "packed_bytes": report["packed_bytes"],
-        "roles": {role: entry["relative_error"] for role, entry in report["roles"].items()},
+        "devices": devices, "seconds": ended - started, "stream_seconds": ended - planned,
+        "bytes": made["metrics"]["output_bytes"], "peak_rss_mib": made["peak_rss_mib"], "peak_vram_mib": made["peak_vram_mib"],
     }  # fmt: skip
 
 
 def disk(args: argparse.Namespace) -> dict[str, Any]:
     """The data-free pass and its limits. A shard of ``args.shard_gib`` bounds how long its last sync waits."""
-    if not is_synthetic(args.model):
-        raise UserError(f"{args.model}: not made by synthetic_moe.py, and this measurement consumes it")
     args.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint(args.model)
-    rates = disk_rates(checkpoint.files, args.work, int(args.probe_gib * 2**30))
+    shape = dataclasses.replace(shape_of(args.model), layers=WHOLE.layers)
+    rates = disk_rates(Checkpoint(args.model).files, args.work, int(args.probe_gib * 2**30))
     made = quantize(args.model, args.work, args.shard_gib, args.devices)
-    whole = whole_model(args.model, args.whole_layers)
-    rate = made["bytes"] / made["stream_seconds"]
+    rate, size = made["bytes"] / made["stream_seconds"], sum(math.prod(s) * dtype.itemsize for _, dtype, s in plan_of(shape))
     return {
         "disk": rates, "quantize": made, "bytes_in_per_s": rate, "bytes_out_per_s": rate,
         "share_of_copy": rate / rates["copy"], "share_of_read": rate / rates["read"], "share_of_write": rate / rates["write"],
-        "whole": whole | {"seconds": whole["bytes"] / rate},
+        "whole": {"layers": shape.layers, "bytes": size, "seconds": size / rate},
     }  # fmt: skip
+
+
+def shape_of(model: Path) -> Shape:
+    if not is_synthetic(model):
+        raise UserError(f"{model}: not made by synthetic_moe.py")
+    return Shape(**read_json(model / SYNTHETIC)["shape"])
+
+
+def disk_table(metrics: dict[str, Any]) -> str:
+    d, q, w = metrics["disk"], metrics["quantize"], metrics["whole"]
+    return (
+        f"disk, GB/s: read {d['read'] / 1e9:.2f}, write {d['write'] / 1e9:.2f}, copy {d['copy'] / 1e9:.2f}\n"
+        f"quantized {q['bytes'] / 1e9:.1f} GB in {q['stream_seconds']:.1f} s ({q['seconds']:.1f} s with the start): "
+        f"{metrics['bytes_in_per_s'] / 1e9:.2f} GB/s in and out, {100 * metrics['share_of_copy']:.0f} % of a copy, "
+        f"{100 * metrics['share_of_read']:.0f} % of reading alone\n"
+        f"peak RSS {q['peak_rss_mib']} MiB, VRAM {q['peak_vram_mib']} MiB\n"
+        f"{w['layers']} layers ({w['bytes'] / 1e9:.0f} GB): {w['seconds']:.0f} s"
+    )
 
 
 # ---------------------------------------------------------------- calibrated layers
 
 
 @contextlib.contextmanager
-def layer_clock(times: list[tuple[str, float]], rounding: list[float]) -> Iterator[None]:
+def layer_clock(begun: list[float], rounding: list[float]) -> Iterator[None]:
     """Note when the calibrated pass begins each layer and the head, and the seconds in which each rounds."""
-    places = [(CalibratedPass, "layer"), (CalibratedPass, "head"), (GridRounder, "round"), (GgmlRounder, "round")]
-    kept = [(cls, name, cls.__dict__[name]) for cls, name in places]
 
-    def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, *arguments: Any) -> Any:
-            began = now()
-            if name in ("layer", "head"):
-                times.append((name, began))
-                rounding.append(0.0)
-                return function(self, *arguments)
-            found = function(self, *arguments)
-            rounding[-1] += now() - began
-            return found
+    def beginning(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            begun.append(now())
+            rounding.append(0.0)
+            return function(*arguments)
 
         return call
 
-    for cls, name, function in kept:
-        setattr(cls, name, noting(name, function))
-    try:
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> None:
+            started = now()
+            function(*arguments)
+            rounding[-1] += now() - started
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for cls, name, noting in (
+            (CalibratedPass, "layer", beginning), (CalibratedPass, "head", beginning),
+            (GridRounder, "round", timed), (GgmlRounder, "round", timed),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(cls, name, noting(getattr(cls, name))))
         yield
-    finally:
-        for cls, name, function in kept:
-            setattr(cls, name, function)
 
 
-def random_calibration(vocabulary: int, sequences: int, length: int, batch: int, seed: int = 0) -> Calibration:
+def random_calibration(vocabulary: int, sequences: int, length: int, batch: int) -> Calibration:
     """Token ids drawn uniformly from the whole vocabulary: many different inputs, as real text has."""
-    ids = torch.randint(vocabulary, (sequences, length), generator=torch.Generator().manual_seed(seed))
-    entry = {"name": "uniform token ids", "revision": f"seed {seed}", "sha256": None, "n": sequences}
-    return Calibration(ids, entry, batch=batch)
+    ids = torch.randint(vocabulary, (sequences, length), generator=torch.Generator().manual_seed(0))
+    return Calibration(ids, {"name": "uniform token ids", "revision": "seed 0", "sha256": None, "n": sequences}, batch=batch)
 
 
 def run_method(method: str, model: Path, out: Path, calibration: Calibration, header: Path | None) -> dict[str, Any]:
@@ -406,69 +372,49 @@ def compile_kernels(device: torch.device) -> None:
 
 def layers(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each layer through the real pass, and of the whole model by the kinds of its layers."""
-    if not is_synthetic(args.model):
-        raise UserError(f"{args.model}: not made by synthetic_moe.py")
-    mark = read_json(args.model / SYNTHETIC)
-    shape = Shape(**mark["shape"])
+    shape, cuda, out = shape_of(args.model), torch.cuda.is_available(), args.work / args.method
     calibration = random_calibration(shape.vocab, args.sequences, args.length, args.batch)
-    times: list[tuple[str, float]] = []
+    begun: list[float] = []
     rounding: list[float] = []
-    out = args.work / args.method
     ggml_lattice.GROUPS = ggml_scalar.KERNEL = args.group_kernels
-    if args.method == "ldlq" and calibration.device.type == "cuda":
+    if args.method == "ldlq" and cuda:
         compile_kernels(calibration.device)
     started = time.perf_counter()
-    with layer_clock(times, rounding):
+    with layer_clock(begun, rounding):
         errors = run_method(args.method, args.model, out, calibration, args.header)
     ended = time.perf_counter()
     shutil.rmtree(out)
-    seconds = [after[1] - before[1] for before, after in zip(times, times[1:])]
+    seconds = [after - before for before, after in itertools.pairwise(begun)]
     rounding = rounding[:-1]  # the last is the head's
     steady = range(1, len(seconds) - 1) if len(seconds) >= 4 else range(len(seconds))
     kinds: dict[str, list[float]] = {}
     for index in steady:
         kinds.setdefault(shape.kind(index), []).append(seconds[index])
-    means = {kind: sum(values) / len(values) for kind, values in kinds.items()}
-    whole = Shape(**mark["shape"] | {"layers": args.whole_layers, "interval": args.whole_interval})
-    total = sum(means.get(whole.kind(index), max(means.values())) for index in range(whole.layers))
+    means = {kind: statistics.mean(values) for kind, values in kinds.items()}
     rest = ended - started - sum(seconds)
-    cuda = torch.cuda.is_available()
+    total = rest + sum(means.get(WHOLE.kind(index), max(means.values())) for index in range(WHOLE.layers))
     return {
         "method": args.method, "tokens": args.sequences * args.length, "batch": args.batch, "layer_seconds": seconds,
         "rounding_seconds": rounding, "kind_seconds": means, "worst_layer_seconds": max(seconds[index] for index in steady),
         "worst_rounding_seconds": max(rounding[index] for index in steady), "rest_seconds": rest, "relative_errors": errors,
-        "group_kernels": cuda and ggml_lattice.GROUPS and args.method == "ldlq", "experts": shape.experts,
-        "parameters_per_layer": layer_parameters(shape),
+        "group_kernels": cuda and args.group_kernels and args.method == "ldlq", "experts": shape.experts,
         "peak_rss_mib": peak_rss_mib(),
         "peak_vram_mib": torch.cuda.max_memory_allocated() >> 20 if cuda else None,
-        "peak_vram_reserved_mib": torch.cuda.max_memory_reserved() >> 20 if cuda else None,
-        "whole": {"layers": whole.layers, "seconds": total + rest},
+        "whole": {"layers": WHOLE.layers, "seconds": total},
     }  # fmt: skip
 
 
-def layer_parameters(shape: Shape) -> int:
-    """Parameters of one decoder layer, the larger kind."""
-    return max(sum(torch.Size(size).numel() for _, _, size in layer_plan(shape, index)) for index in range(shape.layers))
-
-
-def full_size_table(metrics: dict[str, Any]) -> str:
-    if "disk" in metrics:
-        d, q, w = metrics["disk"], metrics["quantize"], metrics["whole"]
-        return "\n".join([
-            f"disk, GB/s: read {d['read'] / 1e9:.2f}, write {d['write'] / 1e9:.2f}, copy {d['copy'] / 1e9:.2f}",
-            f"quantized {q['bytes'] / 1e9:.1f} GB in {q['stream_seconds']:.1f} s ({q['seconds']:.1f} s with the start): "
-            f"{metrics['bytes_in_per_s'] / 1e9:.2f} GB/s in and out, {100 * metrics['share_of_copy']:.0f} % of a copy, "
-            f"{100 * metrics['share_of_read']:.0f} % of reading alone",
-            f"peak RSS {q['peak_rss_mib']} MiB, VRAM {q['peak_vram_mib']} MiB",
-            f"{w['layers']} layers ({w['bytes'] / 1e9:.0f} GB): {w['seconds']:.0f} s",
-        ])  # fmt: skip
+def layers_table(metrics: dict[str, Any]) -> str:
     each = ", ".join(f"{kind} {value:.1f} s" for kind, value in metrics["kind_seconds"].items())
-    each += f" (rounding {', '.join(f'{value:.1f}' for value in metrics['rounding_seconds'])} s)"
+    rounding = ", ".join(f"{value:.1f}" for value in metrics["rounding_seconds"])
     return (
-        f"{metrics['method']}: {each}; the rest {metrics['rest_seconds']:.1f} s; peak RSS {metrics['peak_rss_mib']} MiB, "
-        f"VRAM {metrics['peak_vram_mib']} MiB\n"
+        f"{metrics['method']}: {each} (rounding {rounding} s); the rest {metrics['rest_seconds']:.1f} s; "
+        f"peak RSS {metrics['peak_rss_mib']} MiB, VRAM {metrics['peak_vram_mib']} MiB\n"
         f"{metrics['whole']['layers']} layers: {metrics['whole']['seconds'] / 60:.1f} minutes"
     )
+
+
+PARTS = {"kernels": (kernels, kernels_table), "disk": (disk, disk_table), "layers": (layers, layers_table)}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -477,12 +423,13 @@ def parse_arguments() -> argparse.Namespace:
     part = commands.add_parser("kernels", help="the grids and one layer, without a checkpoint")
     part.add_argument("--layer", choices=sorted(LAYERS), help="default: 122b on a GPU, small on a CPU")
     part.add_argument("--ggml", default="iq3_xxs,iq2_xs,q4_K", help="block types to encode the layer into; empty: none")
+    part.set_defaults(model=None)
     add_record_arguments(part)
     for name, help_ in (("disk", "the data-free pass beside the disk"), ("layers", "the calibrated pass, by layer")):
         part = commands.add_parser(name, help=help_)
         part.add_argument("--model", type=Path, required=True, help="a checkpoint of synthetic_moe.py")
         part.add_argument("--work", type=Path, required=True, help="directory for what is written")
-        part.add_argument("--whole-layers", type=int, default=48, help="layers of the real model (default 48)")
+        add_record_arguments(part)
         if name == "disk":
             part.add_argument("--probe-gib", type=float, default=8.0, help="bytes of each test of the disk (default 8 GiB)")
             part.add_argument("--shard-gib", type=float, default=4.0, help="largest file of the output (default 4)")
@@ -492,15 +439,9 @@ def parse_arguments() -> argparse.Namespace:
             part.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
             part.add_argument("--length", type=int, default=512, help="tokens of one (default 512)")
             part.add_argument("--batch", type=int, default=8, help="sequences at once (default 8)")
-            part.add_argument(
-                "--whole-interval", type=int, default=4, help="every such layer of the real model has full attention"
-            )
-            part.add_argument(
-                "--group-kernels", action=argparse.BooleanOptionalAction, default=True,
-                help="ldlq on a GPU by the kernels of whole groups (default: yes)",
-            )  # fmt: skip
+            part.add_argument("--no-group-kernels", dest="group_kernels", action="store_false",
+                              help="ldlq on a GPU without the kernels of whole groups")  # fmt: skip
             part.add_argument("--header", type=Path, help="ldlq: file of synthetic_moe --header-only for this model")
-        add_record_arguments(part)
     return parser.parse_args()
 
 
@@ -508,12 +449,13 @@ def main() -> None:
     args = parse_arguments()
     check_record_arguments(args)
     started = time.time()
-    source = None if args.what == "kernels" else describe_model(args.model)
-    measured = {"kernels": kernels, "disk": disk, "layers": layers}[args.what](args)
+    measure, table = PARTS[args.what]
+    source = describe_model(args.model) if args.model else None
+    measured = measure(args)
     if args.result:
-        metrics = measured if args.what == "kernels" else {f"size_{args.what}": measured}
+        metrics = {f"size_{args.what}": measured} if args.model else measured
         write_result(args.result, kind="bench", tag=args.tag, started=started, model=source, metrics=metrics)
-    print((kernels_table if args.what == "kernels" else full_size_table)(measured), flush=True)
+    print(table(measured), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A synthetic checkpoint, or GGUF, of a published MoE's shape: names and sizes of the real one, weights drawn from a seed.
 
     python src/quant/synthetic_moe.py --shape 122b --layers 6 --out work/synthetic-122b [--seed 0] [--experts 256 ...]
-    python src/quant/synthetic_moe.py --shape 122b --out work/synthetic-122b --empty    # headers only: 245 GB that take no disk
     python src/quant/synthetic_moe.py --shape 122b --out work/synthetic-122b.gguf [--encode-experts 8] [--header FILE]
     python src/quant/synthetic_moe.py --shape 122b --out work/header.bin --header-only  # where llama.cpp's converter is
 
@@ -46,12 +45,12 @@ from families import Role
 from ggml_codecs import encode
 from gguf_format import GgufWriter, make_header
 from gguf_layout import Piece, file_type, to_gguf
-from pack_plan import Pack, TypeSettings, cast, plan_pack, report
-from records import REPO, add_record_arguments, check_record_arguments, write_result
+from pack_plan import Pack, TypeSettings, cast, plan_pack
+from records import REPO
 from rounders import is_quantized
 from safetensors_file import TensorInfo, release
-from settings import add_settings, read_part
-from size_model import SHARD_BYTES, Shape, config_of, plan_of, shape_arguments, shape_from, write_skeleton
+from settings import read_part
+from size_model import SHARD_BYTES, Shape, config_of, plan_of, shape_arguments, shape_from, sizes_of, write_skeleton
 
 TOKENIZER = REPO / "models" / "razor-tiny"
 VOCABULARY_ROWS = 4096  # encoded, and repeated
@@ -74,18 +73,14 @@ def loud_inputs(inputs: int, seed: int, device: torch.device) -> Tensor:
 
 def special(name: str, shape: tuple[int, ...], noise: Tensor) -> Tensor | None:
     """Values of what is no matrix: norms (stored minus one, but for linear attention's), decay, step size, convolution."""
-    if name.endswith("linear_attn.norm.weight"):
-        return 1 + 0.1 * noise
     if name.endswith("norm.weight"):
-        return 0.1 * noise
+        return 0.1 * noise + name.endswith("linear_attn.norm.weight")
     if name.endswith("A_log"):
         return torch.special.ndtr(noise).mul(15).add(1).log()
     if name.endswith("dt_bias"):
         step = torch.exp(torch.special.ndtr(noise) * math.log(100) + math.log(1e-3))  # 0.001 to 0.1, as Mamba-2
         return step + torch.log(-torch.expm1(-step))
-    if name.endswith("conv1d.weight"):
-        return noise / math.sqrt(shape[-1])
-    return None
+    return noise / math.sqrt(shape[-1]) if name.endswith("conv1d.weight") else None
 
 
 def scale_of(name: str, inputs: int, layers: int) -> float:
@@ -119,16 +114,13 @@ _marking = threading.Lock()  # several threads fill shards of one directory
 
 
 def prepare(out: Path, shape: Shape, seed: int, shard_bytes: int = SHARD_BYTES) -> list[Path]:
-    """Make ``out`` with names and sizes, without weights. Returns the shards, all of them still to be filled."""
+    """Make ``out`` with names, sizes and razor-tiny's tokenizer, without weights. Returns the shards, all to be filled."""
     files = write_skeleton(out, config_of(shape), plan_of(shape), shard_bytes)
     mark = {"seed": seed, "shape": dataclasses.asdict(shape), "empty": [file.name for file in files]}
     write_json(out / SYNTHETIC, mark | {"device": default_device().type})
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(TOKENIZER / name, out / name)
     return files
-
-
-def tensors_of(file: Path, tensors: Mapping[str, TensorInfo]) -> list[tuple[str, TensorInfo]]:
-    found = [(name, info) for name, info in tensors.items() if info.file.name == file.name]
-    return sorted(found, key=lambda item: item[1].begin)
 
 
 def fill_shard(
@@ -136,8 +128,9 @@ def fill_shard(
 ) -> None:
     """Write the weights of one shard into its place; the disk holds them when this returns."""
     mark, device = read_json(model / SYNTHETIC), device or default_device()
+    own = [(name, info) for name, info in tensors.items() if info.file.name == file.name]
     with file.open("r+b", buffering=0) as stream:
-        for name, info in tensors_of(file, tensors):
+        for name, info in sorted(own, key=lambda item: item[1].begin):
             stream.seek(info.begin)
             for piece in draw(name, info.shape, mark["shape"]["layers"], mark["seed"], device):
                 data = memoryview(piece.to(info.dtype).contiguous().cpu().view(-1).view(torch.uint8).numpy())
@@ -183,30 +176,21 @@ def header_of(pack: Pack) -> bytes:
         return make_header(pack.checkpoint.path, tensors, file_type(pack.base), Path(work))
 
 
-def sampled(piece: Piece, experts: int) -> Piece:
-    """The part of a piece that is drawn and encoded; its bytes fill the piece a whole number of times."""
-    wanted = experts if piece.role is Role.ROUTED_EXPERT else VOCABULARY_ROWS
-    if piece.role not in (Role.ROUTED_EXPERT, Role.EMBEDDING, Role.LM_HEAD):
-        return piece
-    size = next(size for size in range(min(wanted, piece.shape[0]), 0, -1) if piece.shape[0] % size == 0)
-    return dataclasses.replace(piece, shape=(size, *piece.shape[1:]))
-
-
-def bytes_of(pack: Pack, piece: Piece, layers: int, seed: int) -> Tensor:
-    """The encoded bytes of a (sampled) piece, on the CPU."""
+def bytes_of(pack: Pack, piece: Piece, layers: int, experts: int, seed: int) -> Tensor:
+    """The encoded bytes, on the CPU, of a piece, or of as many experts or rows of it as fill it a whole number of times."""
     name, kind, device = piece.sources[0], pack.types[piece.name], default_device()
     shape = pack.checkpoint.info(name).shape
     if piece.role in (Role.ROUTED_EXPERT, Role.EMBEDDING, Role.LM_HEAD):
-        shape = (piece.shape[0], *shape[1:])
+        wanted = experts if piece.role is Role.ROUTED_EXPERT else VOCABULARY_ROWS
+        count = next(count for count in range(min(wanted, piece.shape[0]), 0, -1) if piece.shape[0] % count == 0)
+        piece, shape = dataclasses.replace(piece, shape=(count, *piece.shape[1:])), (count, *shape[1:])
     value = to_gguf(piece, torch.cat(list(draw(name, shape, layers, seed, device))).bfloat16())
     return (encode(value, kind) if is_quantized(kind) else cast(value, kind)).cpu()
 
 
-def write_synthetic(pack: Pack, header: bytes, out: Path, experts: int, seed: int) -> dict[str, Any]:
-    """Write the file; what was encoded and what was repeated."""
-    layers, kept, encoded = pack.pieces[-1].layer, {}, 0
+def write_synthetic(pack: Pack, header: bytes, out: Path, experts: int, seed: int) -> None:
+    layers, kept = pack.pieces[-1].layer, {}
     sizes = [(piece.name, pack.bytes_of(piece)) for piece in pack.pieces]
-    seconds, started = 0.0, time.time()
     with (
         tempfile.TemporaryDirectory() as work,
         progress(sum(size for _, size in sizes), "synthetic", "B", True) as bar,
@@ -215,40 +199,26 @@ def write_synthetic(pack: Pack, header: bytes, out: Path, experts: int, seed: in
         for piece, (name, size) in zip(pack.pieces, sizes):
             key = (re.sub(r"\d+", "", name), piece.shape, pack.types[name])
             if key not in kept:
-                begun = time.time()
-                kept[key] = bytes_of(pack, sampled(piece, experts), layers, seed)
-                seconds, encoded = seconds + time.time() - begun, encoded + kept[key].numel()
+                kept[key] = bytes_of(pack, piece, layers, experts, seed)
             for _ in range(size // kept[key].numel()):
                 writer.append(name, kept[key])
             bar.update(size)
-    return {
-        "seconds": time.time() - started, "encode_seconds": seconds, "encoded_bytes": encoded, "repeated": True,
-        "encoded_experts": experts, "seed": seed,
-    }  # fmt: skip
 
 
-def gguf(args: argparse.Namespace, started: float) -> None:
+def gguf(args: argparse.Namespace, shape: Shape) -> None:
     """--out F.gguf, or the head of one."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent) as work:
         model = Path(work) / f"synthetic-{args.shape}"
-        prepare(model, shape_from(args), args.seed)
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copyfile(TOKENIZER / name, model / name)
+        prepare(model, shape, args.seed)
         types = read_part(TypeSettings, REPO / "configs/gguf_iq3.env")
-        types = TypeSettings(args.base_type or types.base_type, REPO / (args.tensor_types or str(types.tensor_types)))
+        types = dataclasses.replace(types, tensor_types=REPO / str(types.tensor_types))
         pack = plan_pack(Checkpoint(model), types.base, types.patterns(), "nearest")[0]
         header = args.header.read_bytes() if args.header else header_of(pack)
-        if args.header_only:
-            with atomic_path(args.out) as temporary:
-                temporary.write_bytes(header)
-            print(f"wrote {args.out}: {len(header):,} bytes", flush=True)
-            return
-        made = write_synthetic(pack, header, args.out, args.encode_experts, args.seed)
-        metrics = {"synthetic_gguf": made} | report(pack, args.out.stat().st_size)
-    if args.result:
-        write_result(args.result, kind="bench", tag=args.tag, started=started, recipe=pack.recipe(), metrics=metrics)
-    size = f"{metrics['gib']:.2f} GiB, {metrics['bits_per_weight']:.3f} bits a weight"
-    print(f"{args.out}: {metrics['parameters']:,} parameters, {size}, {made['seconds']:.1f} s", flush=True)
+        if not args.header_only:
+            return write_synthetic(pack, header, args.out, args.encode_experts, args.seed)
+        with atomic_path(args.out) as temporary:
+            temporary.write_bytes(header)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -259,31 +229,28 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--devices", default="", help="cuda:0,cuda:0,cuda:1,cuda:1: that many shards at a time, to the same bytes"
     )
-    parser.add_argument("--empty", action="store_true", help="headers only: no weights, no disk")
-    more = parser.add_argument_group("of a GGUF, whose types are by default those of configs/gguf_iq3.env")
-    add_settings(parser, TypeSettings)
+    more = parser.add_argument_group("of a GGUF, whose types are those of configs/gguf_iq3.env")
     more.add_argument("--encode-experts", type=int, default=8, help="experts of a layer that are encoded (default 8)")
     more.add_argument("--header", type=Path, help="file of --header-only, where llama.cpp's converter is not at hand")
     more.add_argument("--header-only", action="store_true", help="write only what stands before the first tensor")
-    add_record_arguments(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
-    check_record_arguments(args)
     if args.encode_experts < 1:
         raise UserError("--encode-experts must be at least 1")
     shape, devices, started = shape_from(args), parse_devices(args.devices), time.time()
     if args.header_only or args.out.suffix == ".gguf":
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        return gguf(args, started)
-    prepare(args.out, shape, args.seed)
-    if not args.empty:
+        gguf(args, shape)
+        size = args.out.stat().st_size
+    else:
+        prepare(args.out, shape, args.seed)
         fill_all(args.out, devices)
-    checkpoint = Checkpoint(args.out)
-    parameters = sum(info.numel for info in checkpoint.tensors.values())
-    print(f"{args.out}: {parameters:,} parameters, {checkpoint.bytes / 1e9:.2f} GB, {time.time() - started:.1f} s", flush=True)
+        size = Checkpoint(args.out).bytes
+    print(
+        f"{args.out}: {sizes_of(shape).parameters:,} parameters, {size / 1e9:.2f} GB, {time.time() - started:.1f} s", flush=True
+    )
 
 
 if __name__ == "__main__":
