@@ -5,7 +5,6 @@ set -euo pipefail
 OPTIONS_FOLLOW=none source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
 python src/eval/page_results.py
-python src/eval/page_plots.py
 python src/eval/page_report.py
 python src/quant/page_sizes.py --write
 python src/eval/page_house.py

@@ -105,7 +105,7 @@ def test_two_tags_are_compared_in_pairs(results, command):
 
 def test_pictures_are_of_razor_tiny_alone():
     """Neither its sibling that sees nor recovered models stand among its recipes."""
-    from page_plots import gguf_points, quantized
+    from page_report import gguf_points, quantized
 
     made = quantized(REPO / "results")
     assert len(made) > 20 and not [r["tag"] for r in made if "_vl_" in r["tag"]]

@@ -116,10 +116,10 @@ def inside(script: str, *arguments: object, processes: int = 1) -> None:
         sys.argv = before
 
 
-def wait_for(path: Path, seconds: int) -> None:
+def wait_for(path: Path | None, seconds: int) -> None:
     """Wait until another part has made ``path``."""
     started = time.monotonic()
-    while not path.exists():
+    while path and not path.exists():
         if time.monotonic() - started > seconds:
             raise UserError(f"{path}: not made within {seconds} s; its part has failed or is slow (WAIT)")
         time.sleep(1)
@@ -201,9 +201,8 @@ def run_part(study: StudySettings, part: str) -> None:
     else:
         for stage in stages(study)[part]:
             cache = stage.changes.get("cache")
-            for path in (stage.after, cache / "scores" / INDEX if cache else None):
-                if path is not None:
-                    wait_for(path, study.wait)
+            wait_for(stage.after, study.wait)
+            wait_for(cache and cache / "scores" / INDEX, study.wait)
             run_stage(study, stage)
 
 

@@ -7,8 +7,9 @@ tokenizers are built from generated text (seeded, so the same file every time).
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -156,16 +157,18 @@ def options_drill(rng: random.Random) -> tuple[str, str]:
     return option_list(options) + "\n", answer + "." + END_OF_TEXT
 
 
+@dataclass
 class Batches(Dataset):
     """Item ``step`` is one batch, drawn by ``batch``: (token ids [rows, length + 1], loss weights of the same shape, ...)."""
 
-    name: str  # of the random numbers
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, rows: int, length: int, prompt_weight: float
-    ) -> None:
-        self.tokenizer, self.seed, self.steps, self.rows, self.length = tokenizer, seed, steps, rows, length
-        self.prompt_weight = prompt_weight
+    tokenizer: PreTrainedTokenizerFast
+    seed: int
+    steps: int
+    rows: int
+    length: int
+    prompt_weight: float
+    name: ClassVar[str]  # of the random numbers
+    batch: ClassVar[Callable[..., tuple[torch.Tensor, ...]]]
 
     def __len__(self) -> int:
         return self.steps
@@ -175,37 +178,30 @@ class Batches(Dataset):
             raise IndexError(step)
         return self.batch(random.Random(f"{self.name}:{self.seed}:{step}"))
 
-    def batch(self, rng: random.Random) -> tuple[torch.Tensor, ...]:
-        raise TypeError(f"{type(self).__name__} does not define batch")
 
-
+@dataclass
 class TinyBatches(Batches):
     """Of razor-tiny: rows packed with documents in the given ``shares``."""
 
+    shares: dict[str, float]
     name = "batch"
 
-    def __init__(self, *args: Any, shares: dict[str, float]) -> None:
-        super().__init__(*args)
-        self.shares = shares
+    def __post_init__(self) -> None:
         self.tasks: dict[str, TaskText] = {task.name: task() for task in TASK_TEXTS}
 
     def batch(self, rng: random.Random) -> tuple[torch.Tensor, ...]:
         size = self.length + 1
         documents, filler = self.documents(rng), self.filler(rng)
-        ids, weights = [], []
-        row_ids: list[int] = []
-        row_weights: list[float] = []
-        while len(ids) < self.rows:
+        rows: list[list[tuple[int, float]]] = [[]]  # the token and its weight
+        while len(rows) <= self.rows:
             tokens, prompt = next(documents)
             if len(tokens) > size:
                 continue
-            if len(row_ids) + len(tokens) > size:
-                room = size - len(row_ids)
-                ids.append(row_ids + [next(filler) for _ in range(room)])
-                weights.append(row_weights + [1.0] * room)
-                row_ids, row_weights = [], []
-            row_ids = row_ids + tokens
-            row_weights = row_weights + [self.prompt_weight] * prompt + [1.0] * (len(tokens) - prompt)
+            if (room := size - len(rows[-1])) < len(tokens):
+                rows[-1] += [(next(filler), 1.0) for _ in range(room)]
+                rows.append([])
+            rows[-1] += zip(tokens, [self.prompt_weight] * prompt + [1.0] * (len(tokens) - prompt))
+        ids, weights = zip(*(zip(*row) for row in rows[:-1]))
         return torch.tensor(ids), torch.tensor(weights)
 
     def documents(self, rng: random.Random, burst: int = 64) -> Iterator[tuple[list[int], int]]:
@@ -248,13 +244,13 @@ def vl_prompt(question: str, tokens: int) -> str:
     return prompt_text(VISION_START + IMAGE * tokens + VISION_END + question)
 
 
+@dataclass
 class VlBatches(Batches):
     """Of razor-tiny-vl, a scene a row; third the pictures, uint8 [rows, S, S, 3]."""
 
     name = "vl-batch"
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __post_init__(self) -> None:
         if self.length % 16:
             raise UserError(f"LENGTH={self.length}: the gated delta rule takes chunks of 16 tokens; give a multiple of it")
         self.tasks: list[TinyVision] = [task() for task in VL_MIX]

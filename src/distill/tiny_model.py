@@ -96,6 +96,12 @@ def init_weights(model: Qwen3_5MoeForCausalLM, seed: int) -> None:
             weight.normal_(0, 0.02, generator=generator)
 
 
+def linear(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The layer in the dtype of ``x``."""
+    bias = getattr(layer, "bias", None)
+    return F.linear(x, layer.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm in float32 with ``weight`` as the full factor; returns the dtype of ``x``."""
     y = x.float()
@@ -143,7 +149,7 @@ def gated_delta_rule(
 def delta_net(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The Gated-DeltaNet mixer of a layer on normed input [B, T, H]."""
     batch, length, _ = x.shape
-    qkv = F.linear(x, layer.in_proj_qkv.weight.to(x.dtype))
+    qkv = linear(layer.in_proj_qkv, x)
     taps = layer.conv1d.weight[:, 0].to(x.dtype)  # [channels, 4]
     width = taps.shape[1]
     padded = F.pad(qkv, (0, 0, width - 1, 0))
@@ -151,14 +157,14 @@ def delta_net(layer: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     q, k, v = qkv.split([layer.key_dim, layer.key_dim, layer.value_dim], -1)
     heads, repeat = layer.num_v_heads, layer.num_v_heads // layer.num_k_heads
     q, k = (y.reshape(batch, length, layer.num_k_heads, -1).repeat_interleave(repeat, 2) for y in (q, k))
-    beta = F.linear(x, layer.in_proj_b.weight.to(x.dtype)).float().sigmoid()
-    a = F.linear(x, layer.in_proj_a.weight.to(x.dtype)).float()
+    beta = linear(layer.in_proj_b, x).float().sigmoid()
+    a = linear(layer.in_proj_a, x).float()
     g = -layer.A_log.exp() * F.softplus(a + layer.dt_bias)
     chunk = 64 if length % 64 == 0 else 16
     out = gated_delta_rule(q, k, v.reshape(batch, length, heads, -1), g, beta, chunk).to(x.dtype)
-    z = F.linear(x, layer.in_proj_z.weight.to(x.dtype)).reshape(out.shape)
+    z = linear(layer.in_proj_z, x).reshape(out.shape)
     out = rms_norm(out, layer.norm.weight, layer.layer_norm_epsilon) * F.silu(z)
-    return F.linear(out.reshape(batch, length, -1), layer.out_proj.weight.to(x.dtype))
+    return linear(layer.out_proj, out.reshape(batch, length, -1))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -172,20 +178,15 @@ def attention(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: t
     """The gated full-attention mixer of a layer on normed input [B, T, H]."""
     batch, length, _ = x.shape
     dim = layer.head_dim
-    query, gate = F.linear(x, layer.q_proj.weight.to(x.dtype)).view(batch, length, -1, 2 * dim).chunk(2, -1)
-    key = F.linear(x, layer.k_proj.weight.to(x.dtype)).view(batch, length, -1, dim)
-    value = F.linear(x, layer.v_proj.weight.to(x.dtype)).view(batch, length, -1, dim)
+    query, gate = linear(layer.q_proj, x).view(batch, length, -1, 2 * dim).chunk(2, -1)
+    key = linear(layer.k_proj, x).view(batch, length, -1, dim)
+    value = linear(layer.v_proj, x).view(batch, length, -1, dim)
     query = rms_norm(query, 1 + layer.q_norm.weight, layer.q_norm.eps).transpose(1, 2)
     key = rms_norm(key, 1 + layer.k_norm.weight, layer.k_norm.eps).transpose(1, 2)
-    groups = layer.num_key_value_groups
-    out = F.scaled_dot_product_attention(
-        rotate(query, cos, sin),
-        rotate(key, cos, sin).repeat_interleave(groups, 1),
-        value.transpose(1, 2).repeat_interleave(groups, 1),
-        is_causal=True,
-    )
+    query, key, value = rotate(query, cos, sin), rotate(key, cos, sin), value.transpose(1, 2)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     out = out.transpose(1, 2) * torch.sigmoid(gate)
-    return F.linear(out.reshape(batch, length, -1), layer.o_proj.weight.to(x.dtype))
+    return linear(layer.o_proj, out.reshape(batch, length, -1))
 
 
 def mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -195,7 +196,7 @@ def mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.
     """
     experts = block.experts
     count, inner = experts.num_experts, experts.intermediate_dim
-    probs = F.linear(x, block.gate.weight.to(x.dtype)).softmax(-1, dtype=torch.float32)
+    probs = linear(block.gate, x).softmax(-1, dtype=torch.float32)
     weight, chosen = probs.topk(top_k, -1)
     weight = weight / weight.sum(-1, keepdim=True)
     gates = torch.zeros_like(probs).scatter(-1, chosen, weight)  # [N, E], zero for experts not chosen
@@ -205,9 +206,9 @@ def mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.
     hidden = F.silu(up[..., :inner]) * up[..., inner:] * gates.to(x.dtype)[..., None]
     down = experts.down_proj.to(x.dtype).permute(1, 0, 2).reshape(-1, count * inner)
     shared = block.shared_expert
-    inner_shared = F.silu(F.linear(x, shared.gate_proj.weight.to(x.dtype))) * F.linear(x, shared.up_proj.weight.to(x.dtype))
-    shared_out = F.linear(inner_shared, shared.down_proj.weight.to(x.dtype))
-    shared_out = shared_out * F.linear(x, block.shared_expert_gate.weight.to(x.dtype)).sigmoid()
+    inner_shared = F.silu(linear(shared.gate_proj, x)) * linear(shared.up_proj, x)
+    shared_out = linear(shared.down_proj, inner_shared)
+    shared_out = shared_out * linear(block.shared_expert_gate, x).sigmoid()
     return F.linear(hidden.flatten(1), down) + shared_out, balance, load
 
 
@@ -231,12 +232,9 @@ def train_forward(
 
     ``layer_fn``: :func:`decoder_layer` or its compiled form.
     """
-    config = model.config
     x = F.embedding(ids, model.model.embed_tokens.weight).to(dtype)
-    positions = torch.arange(ids.shape[1], device=ids.device)
-    frequencies = torch.cat([positions[:, None].float() * model.model.rotary_emb.inv_freq] * 2, -1)
-    cos, sin = frequencies.cos().to(dtype), frequencies.sin().to(dtype)
-    return through_layers(model.model, config, x, cos, sin, layer_fn)
+    cos, sin = (table[0] for table in model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None]))
+    return through_layers(model.model, model.config, x, cos, sin, layer_fn)
 
 
 def through_layers(
@@ -255,27 +253,23 @@ def through_layers(
 # ---------------------------------------------------------------- pictures
 
 
+@torch.no_grad()
 def build_vl_model(config: Qwen3_5MoeConfig, seed: int) -> Qwen3_5MoeForConditionalGeneration:
-    """The model in float32 with seeded weights."""
+    """The model in float32 with seeded weights; those of the tower Normal(1/sqrt(inputs)), what a block adds scaled down by its
+    depth, the picture's tokens of the size of a word's."""
     model = Qwen3_5MoeForConditionalGeneration(config).float()
     init_weights(model.model.language_model, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0, 0.02, generator=generator)
-        init_vision(model.model.visual, generator)
-    return model
-
-
-def init_vision(visual: torch.nn.Module, generator: torch.Generator) -> None:
-    """Normal(1/sqrt(inputs)), what a block adds scaled down by its depth, the picture's tokens of the size of a word's."""
-    depth = 1 / math.sqrt(2 * len(visual.blocks))
+    model.lm_head.weight.normal_(0, 0.02, generator=generator)
+    visual = model.model.visual
     for name, weight in visual.named_parameters():
         if weight.ndim < 2:
             continue
         std = 0.3 if name.startswith("pos_embed") else 1 / math.sqrt(weight[0].numel())
         if name.endswith(("attn.proj.weight", "mlp.linear_fc2.weight")):
-            std *= depth
+            std *= 1 / math.sqrt(2 * len(visual.blocks))
         weight.normal_(0, 0.005 if name == "merger.linear_fc2.weight" else std, generator=generator)
+    return model
 
 
 def save_processor(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -330,10 +324,6 @@ def vision_forward(
 
 def layer_norm(norm: torch.nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x.float(), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
-
-
-def linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 def two_layers(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

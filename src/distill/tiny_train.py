@@ -5,15 +5,13 @@
 
 Seeded and resumable (state in --work, batches are a function of the step). The learning rate follows steps, or the clock where
 MAX_SECONDS would be reached first: one run ends within its time with a rate that has decayed, and saves. Ends with the
-checkpoint, its loss curve and the share of test items whose reference turn greedy decoding would reproduce; for razor-tiny
-also on the way, and under round-to-nearest experts, which says how full the model is.
+checkpoint, its loss curve and the share of test items whose reference turn greedy decoding would reproduce.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import random
 import time
@@ -27,38 +25,16 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 
+import tiny_data
+import tiny_model
 from console import UserError, atomic_path, progress, run_cli
-from moe_quant import fake_quant
 from records import describe_model, write_result
 from settings import parse_settings, setting
 from task_text import GENERATOR_REVISION, TASK_TEXTS, WORLD_SEED
 from tasks_tiny import TINY_VISION_TASKS, VISION_REVISION
-from tiny_data import (
-    TinyBatches,
-    VlBatches,
-    build_tokenizer,
-    build_vl_tokenizer,
-    encode_pairs,
-    encode_scenes,
-    prompt_text,
-    vl_texts,
-)
-from tiny_model import (
-    Layout,
-    build_vl_model,
-    decoder_layer,
-    init_weights,
-    patches_of,
-    save_processor,
-    tiny_config,
-    train_forward,
-    vision_forward,
-    vl_config,
-    vl_forward,
-    vl_layout,
-)
+from tiny_data import encode_pairs, encode_scenes, prompt_text
+from tiny_model import decoder_layer, vision_forward
 
-PROBE_RECIPES = {"bf16": (16, 16), "int4": (4, 4), "int3/4": (3, 4), "int2/4": (2, 4), "int2/16": (2, 16)}
 Batch = tuple[torch.Tensor, ...]  # ids [B, T + 1], loss weights of the same shape, and pictures where there are any
 Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, load balance loss, load of the experts
 
@@ -97,8 +73,10 @@ class TrainSettings:
 
     def shares(self) -> dict[str, float]:
         """Of each kind of text in the training tokens."""
-        kinds = {"statements": "statements", "options": "options", "tiny_know": "know", "tiny_math": "math"}
-        shares = {name: getattr(self, f"share_{key}") for name, key in (kinds | {"tiny_reason": "reason"}).items()}
+        shares = {
+            "statements": self.share_statements, "options": self.share_options, "tiny_know": self.share_know,
+            "tiny_math": self.share_math, "tiny_reason": self.share_reason,
+        }  # fmt: skip
         rest = 1 - sum(shares.values())
         if min(shares.values()) <= 0 or rest <= 0:
             raise UserError("training shares must be positive and leave something for tiny_code")
@@ -137,32 +115,26 @@ class Run:
     def build(self) -> torch.nn.Module:
         """The untrained model, in float32."""
         own = self.tokenizer
-        config = tiny_config(len(own), own.eos_token_id, own.pad_token_id, self.config.layers)
+        config = tiny_model.tiny_config(len(own), own.eos_token_id, own.pad_token_id, self.config.layers)
         model = Qwen3_5MoeForCausalLM(config).float()
-        init_weights(model, self.config.seed)
+        tiny_model.init_weights(model, self.config.seed)
         return model
 
     def batches(self) -> Dataset:
         c = self.config
-        return TinyBatches(self.tokenizer, c.seed, c.steps, c.rows, c.length, c.prompt_weight, shares=c.shares())
+        return tiny_data.TinyBatches(self.tokenizer, c.seed, c.steps, c.rows, c.length, c.prompt_weight, shares=c.shares())
 
     def forward(self, inputs: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor]) -> Forward:
         """Of ids [B, T] (and pictures)."""
-        return train_forward(self.model, *inputs, self.dtype, layer_fn)
+        return tiny_model.train_forward(self.model, *inputs, self.dtype, layer_fn)
 
     @property
     def finished(self) -> bool:
         return self.config.progress(self.step, self.seconds) >= 1
 
     def save(self) -> None:
-        state = {
-            "config": dataclasses.asdict(self.config),
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        state = {"config": dataclasses.asdict(self.config), "step": self.step, "seconds": self.seconds, "curve": self.curve}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         with atomic_path(self.path) as temporary:
             torch.save(state, temporary)
 
@@ -188,13 +160,13 @@ class Run:
         self.curve.append(entry)
         print(" ".join(f"{key} {value}" for key, value in entry.items()), f"tokens/s {speed:.0f}", flush=True)
 
-    def probe(self, items: int) -> dict[str, Any]:
-        """Exact match of each task for round-to-nearest recipes (g128)."""
-        probes = {}
-        for task in TASK_TEXTS:
-            pairs = [(prompt_text(item.question), solution) for item, solution in task().load_with_solutions(items)]
-            probes[task.name] = encode_pairs(self.tokenizer, pairs)
-        return under_recipes(self.model, lambda: {name: self.exact_match(*rows) for name, rows in probes.items()})
+    def held_out(self, items: int) -> dict[str, Batch]:
+        """Ids, weights (and pictures) of test items of each task."""
+        pairs = {task.name: task().load_with_solutions(items) for task in TASK_TEXTS}
+        return {
+            name: encode_pairs(self.tokenizer, [(prompt_text(item.question), solution) for item, solution in own])
+            for name, own in pairs.items()
+        }
 
     @torch.no_grad()
     def exact_match(self, ids: torch.Tensor, weights: torch.Tensor, *pictures: torch.Tensor) -> float:
@@ -210,70 +182,57 @@ class Run:
     def metrics(self, items: int) -> dict[str, Any]:
         """What the record of this model says beside what every training has."""
         tokens = self.step * self.config.rows * self.config.length
+        if items:
+            self.curve[-1]["probe"] = {"bf16": self.exact_matches(items)}
         return {"tokens": tokens, "tokens_per_second": round(tokens / self.seconds)}
 
+    def exact_matches(self, items: int) -> dict[str, float]:
+        shares = {name: self.exact_match(*rows) for name, rows in self.held_out(items).items()}
+        print(shares, flush=True)
+        return shares
+
     def export(self, out: Path) -> None:
-        """The checkpoint in BF16 with its tokenizer."""
+        """The checkpoint in BF16 with its tokenizer, or its processor."""
         self.model.to("cpu", torch.bfloat16).save_pretrained(out)
         self.tokenizer.save_pretrained(out)
+        if self.config.vision_layers:
+            tiny_model.save_processor(self.tokenizer, out)
 
 
 class VlRun(Run):
     """The same of razor-tiny-vl."""
 
     data_set = {"name": "tiny_vision_tasks", "revision": VISION_REVISION}
-    layout: Layout | None = None  # of all batches of the training
+    layout: tiny_model.Layout | None = None  # of all batches of the training
 
     def build(self) -> torch.nn.Module:
-        config = vl_config(self.tokenizer, self.config.layers, self.config.vision_layers)
-        return build_vl_model(config, self.config.seed)
+        config = tiny_model.vl_config(self.tokenizer, self.config.layers, self.config.vision_layers)
+        return tiny_model.build_vl_model(config, self.config.seed)
 
     def batches(self) -> Dataset:
         c = self.config
-        return VlBatches(self.tokenizer, c.seed, c.steps, c.rows, c.length, c.prompt_weight)
+        return tiny_data.VlBatches(self.tokenizer, c.seed, c.steps, c.rows, c.length, c.prompt_weight)
 
     def forward(self, inputs: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor]) -> Forward:
-        ids, patches = inputs[0], patches_of(inputs[1])
-        self.layout = self.layout or vl_layout(self.model, ids, patches)
-        return vl_forward(self.model, ids, patches, self.dtype, layer_fn, vision_fn, self.layout)
+        ids, patches = inputs[0], tiny_model.patches_of(inputs[1])
+        self.layout = self.layout or tiny_model.vl_layout(self.model, ids, patches)
+        return tiny_model.vl_forward(self.model, ids, patches, self.dtype, layer_fn, vision_fn, self.layout)
 
-    def metrics(self, items: int) -> dict[str, Any]:
-        shares = {}
+    def held_out(self, items: int) -> dict[str, Batch]:
+        found = {}
         for task in (task() for task in TINY_VISION_TASKS):
             rng = random.Random(f"probe:{task.name}")
             scenes = [task.scene_of(rng, "test") for _ in range(items)]
-            shares[task.name] = self.exact_match(*encode_scenes(self.tokenizer, scenes, self.config.length + 1, 0.0))
-        print(shares, flush=True)
-        return {"steps": self.step, "pictures": self.step * self.config.rows, "exact_match": shares}
+            found[task.name] = encode_scenes(self.tokenizer, scenes, self.config.length + 1, 0.0)
+        return found
 
-    def export(self, out: Path) -> None:
-        """The checkpoint in BF16 with its processor."""
-        self.model.to("cpu", torch.bfloat16).save_pretrained(out)
-        save_processor(self.tokenizer, out)
+    def metrics(self, items: int) -> dict[str, Any]:
+        matched = self.exact_matches(items)
+        return {"steps": self.step, "pictures": self.step * self.config.rows, "exact_match": matched}
 
 
-@torch.no_grad()
-def under_recipes(model: torch.nn.Module, measure: Callable[[], dict[str, float]]) -> dict[str, dict[str, float]]:
-    """What ``measure`` gives with the weights rounded to nearest by each recipe; they are put back."""
-    original = {name: p.detach().clone() for name, p in model.named_parameters()}
-    results = {}
-    for recipe, (expert_bits, linear_bits) in PROBE_RECIPES.items():
-        for name, p in model.named_parameters():
-            bits = expert_bits if ".experts." in name else linear_bits
-            value = original[name].bfloat16()
-            router = ".gate." in name or "shared_expert_gate" in name
-            if bits < 16 and p.ndim >= 2 and not router and "conv1d" not in name:
-                value = fake_quant(value, bits, 128, clip_steps=1)
-            p.copy_(value)
-        results[recipe] = measure()
-    for name, p in model.named_parameters():
-        p.copy_(original[name])
-    return results
-
-
-def train(run: Run, workers: int, save_every: int, probe_every: int = 1, probe_items: int = 0, stop: int | None = None) -> None:
-    """Run the remaining steps (up to ``stop``, if given), logging every 50, saving and probing at the given intervals and
-    at the end."""
+def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> None:
+    """Run the remaining steps (up to ``stop``, if given), logging every 50, saving at the given interval and at the end."""
     config, device = run.config, run.device
     loader = DataLoader(
         run.batches(), batch_size=None, sampler=range(run.step, stop or config.steps), num_workers=workers,
@@ -302,9 +261,6 @@ def train(run: Run, workers: int, save_every: int, probe_every: int = 1, probe_i
         last = run.finished or run.step == stop
         if run.step % 50 == 0 or last:
             run.log(loss.item(), norm.item(), load, rate)
-        if probe_items and (run.step % probe_every == 0 or last):
-            run.curve[-1]["probe"] = run.probe(probe_items)
-            print(json.dumps({"step": run.step, **run.curve[-1]["probe"]}), flush=True)
         if run.step % save_every == 0 or last:
             run.save()
         if last:
@@ -319,19 +275,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--result", type=Path, required=True, help="JSON of the training record; its name is the tag")
     parser.add_argument("--workers", type=int, default=2, help="processes that make batches; 0: this one")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between saved states (default 1000)")
-    parser.add_argument("--probe-every", type=int, default=1000, help="steps between probes of razor-tiny (default 1000)")
-    parser.add_argument("--probe-items", type=int, default=256, help="held-out items of each task in a probe; 0: none")
+    parser.add_argument("--probe-items", type=int, default=256, help="held-out items of each task at the end; 0: none")
 
 
 def main() -> None:
     config, args = parse_settings(TrainSettings, __doc__, add_arguments)
     device, started, vision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time(), config.vision_layers
     args.work.mkdir(parents=True, exist_ok=True)
-    run = (VlRun if vision else Run)(config, build_vl_tokenizer(vl_texts()) if vision else build_tokenizer(), args.work, device)
+    tokenizer = tiny_data.build_vl_tokenizer(tiny_data.vl_texts()) if vision else tiny_data.build_tokenizer()
+    run = (VlRun if vision else Run)(config, tokenizer, args.work, device)
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters on {device}; from step {run.step} of {config.steps}; {config}", flush=True)
     if not run.finished:
-        train(run, args.workers, args.save_every, args.probe_every, 0 if vision else args.probe_items)
+        train(run, args.workers, args.save_every)
     metrics = run.metrics(args.probe_items)
     run.export(args.out)
     metrics |= {

@@ -38,15 +38,6 @@ def cited(shown: str, file: Path, path: str) -> str:
     return render(value, len(figure[2] or ""), figure[3])
 
 
-def check_citation(shown: str, file: Path, path: str) -> str | None:
-    """What is wrong with one citation, or None."""
-    try:
-        expected = cited(shown, file, path)
-    except ValueError as error:
-        return f"[{shown}]: {error}"
-    return None if shown == expected else f"[{shown}]: {file}#{path} is {expected}"
-
-
 def refreshed(text: str, directory: Path) -> str:
     """The text with every citation's figure as its record has it; one without a figure there stays, for the check to name."""
 
@@ -66,14 +57,15 @@ def check_text(text: str, directory: Path) -> tuple[int, list[str]]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("```"):
             fenced = not fenced
-            continue
         if fenced:
             continue
         for shown, file, path in CITATION.findall(line):
             count += 1
-            fault = check_citation(shown, directory / file, path)
-            if fault:
-                faults.append(f"line {number}: {fault}")
+            try:
+                if (expected := cited(shown, directory / file, path)) != shown:
+                    faults.append(f"line {number}: [{shown}]: {directory / file}#{path} is {expected}")
+            except ValueError as error:
+                faults.append(f"line {number}: [{shown}]: {error}")
         rest = re.sub(r"`[^`]*`|!?\[[^\]]*\]\([^)]*\)", "", CITATION.sub("", line))
         faults += [f"line {number}: {loose}{LOOSE}" for loose in LOOSE_NUMBER.findall(rest)]
     return count, faults

@@ -57,7 +57,7 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
         "evaluation": "runner",
         "commands": "vllm_eval8 mm_eval moe_eval gguf_kl compare_tags gate regrade fetch_gguf check_results smoke",
         "measuring": "vllm_form vllm_tokens speed_eval speed_gguf study_spread",
-        "pages": "page_tables page_results page_plots page_report page_house",
+        "pages": "page_tables page_results page_report page_house",
     },
     "distill": {
         "ground": "opd_losses target_grid fsdp_setup moe_lora opd_data",

@@ -1,20 +1,23 @@
-"""Write results/report.html from the records in results/: python src/eval/page_report.py [--results results] [--data-dir DIR]
+"""Write results/report.html and the documents' pictures from the records: python src/eval/page_report.py [--results results]
 
 One page that needs no network: the tables of RESULTS.md, accuracy with its intervals and the gate, plots of KL and accuracy
 against bytes, and samples to browse. All text of a model is escaped or set as text. The questions beside the samples come from
-the generated tiny tasks and, with --data-dir, from benchmarks whose files lie there.
+the generated tiny tasks and, with --data-dir DIR, from benchmarks whose files lie there. Where docs/ lies beside the records:
+docs/razor_tiny_gguf.png, KL of GGUF files against their size, ours beside those of llama-quantize with the same types, and KL
+of the integer grids at 3 bits; docs/razor_tiny_methods.png, KL against packed bytes for every quantized razor-tiny that has
+both records.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,11 @@ from matplotlib.figure import Figure
 
 from console import UserError, atomic_path, run_cli
 from eval_settings import EvalSettings, gate_axis, load_settings
-from page_tables import Found, Record, Section, accuracy, axes_of, method_of, percent, records, sections
-from pictures import Picture, pictures_of
+from page_tables import Found, Record, Section, accuracy, axes_of, made_of, method_of, percent, records, sections
+from pictures import pictures_of
 from records import is_original
 from runner import recorded_benchmarks
 from sample_log import find_log, read_samples
-from task import Benchmark
 from tasks_tiny import TINY_TASKS, TINY_VISION_TASKS
 
 TEMPLATE = "report_template.html"
@@ -38,8 +40,9 @@ EACH = 40  # samples of one benchmark of one evaluation at most, half of them wr
 CLIP = 6000  # characters of one answer
 PICTURE_BYTES = 20_000  # of the pictures of one question
 CHIPS = {"gated": "good", "no target": ""}
-Question = tuple[str | None, Sequence[Picture]]
-NOT_READ: Question = (None, ())
+COLORS = ("#888888", "#0b6e99", "#d1495b")
+GGUF_METHODS = {"llama-quantize": "llama-quantize, imatrix", "nearest": "ours, nearest", "ldlq": "ours, error feedback"}
+Question = tuple[str | None, Sequence[str]]  # and its pictures as data URIs
 Points = dict[str, list[tuple[float, float, str]]]  # name of a series: (x, y, what the pointer shows)
 
 
@@ -72,19 +75,10 @@ def scatter(points: Points, name: str, y_label: str, *, lines: bool = False, bar
         if lines and series != "gguf":
             axes.plot([x for x, _, _ in own], [y for _, y, _ in own], lw=1.2, alpha=0.55, color=color)
         for x, y, title in own:
-            gid = f"{name}-{len(titles)}"
-            titles[gid] = title
-            below = floor is not None and y < floor
-            axes.scatter(
-                x * apart,
-                floor if below else y,
-                26,
-                color=color,
-                marker="^" if below else "o",
-                gid=gid,
-                clip_on=False,
-                zorder=3,
-            )
+            gid, below = f"{name}-{len(titles)}", floor is not None and y < floor
+            titles[gid], marker = title, "^" if below else "o"
+            shown = floor if below else y
+            axes.scatter(x * apart, shown, 26, color=color, marker=marker, gid=gid, clip_on=False, zorder=3)
             if title in bars and not below:
                 axes.plot([x * apart] * 2, bars[title], lw=1.4, alpha=0.6, color=color)
     axes.set(xlabel="packed size, MB", ylabel=y_label, **axis)
@@ -144,34 +138,24 @@ def accuracy_plot(evaluated: Found, packed: Mapping[str, tuple[float, str]]) -> 
 # ---------------------------------------------------------------- samples
 
 
-def readable(names: Sequence[str], data_dir: Path | None) -> list[Benchmark]:
-    """Those of the named benchmarks that can be read here without a network: what is generated, and files of ``data_dir``."""
+def questions(names: Sequence[str], data_dir: Path | None) -> dict[tuple[str, str], Question]:
+    """{(benchmark, item id): what was asked} of those that can be read here without a network: what is generated, and files of
+    ``data_dir``. Large pictures are left out."""
     own = {task.name for task in (*TINY_TASKS, *TINY_VISION_TASKS)}
-    chosen = [name for name in names if name in own or data_dir]
-    return recorded_benchmarks(chosen, data_dir) if chosen else []
-
-
-def questions(loaded: Sequence[Benchmark]) -> dict[tuple[str, str], Question]:
-    """{(benchmark, item id): what was asked}."""
-    return {
-        (benchmark.name, item.id): (item.question, pictures_of(benchmark.messages(item)))
-        for benchmark in loaded
-        for item in benchmark.load()
-    }
-
-
-def shown_pictures(pictures: Sequence[Picture]) -> list[str]:
-    """The pictures of a question as the page holds them; large ones are left out."""
-    if sum(len(picture.data) for picture in pictures) > PICTURE_BYTES:
-        return []
-    return [picture.data_uri() for picture in pictures]
+    asked, chosen = {}, [name for name in names if name in own or data_dir]
+    for benchmark in recorded_benchmarks(chosen, data_dir) if chosen else ():
+        for item in benchmark.load():
+            pictures = pictures_of(benchmark.messages(item))
+            small = sum(len(picture.data) for picture in pictures) <= PICTURE_BYTES
+            asked[benchmark.name, item.id] = item.question, [picture.data_uri() for picture in pictures if small]
+    return asked
 
 
 def chosen_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most EACH rows of one benchmark: wrong and right in turn, each in the order of the items."""
     ordered = sorted(rows, key=lambda row: (row["id"], row.get("sample", 0)))
     wrong, right = ([row for row in ordered if row["correct"] is verdict] for verdict in (False, True))
-    return [row for pair in zip_longest(wrong, right) for row in pair if row is not None][:EACH]
+    return [row for pair in itertools.zip_longest(wrong, right) for row in pair if row is not None][:EACH]
 
 
 def sample_entries(tag: str, path: Path, asked: Mapping[tuple[str, str], Question]) -> Iterator[list[dict[str, Any]]]:
@@ -180,22 +164,14 @@ def sample_entries(tag: str, path: Path, asked: Mapping[tuple[str, str], Questio
     for row in read_samples(path)[1]:
         grouped.setdefault(row["benchmark"], []).append(row)
     for name, rows in grouped.items():
-        yield [
-            {
-                "tag": tag,
-                "benchmark": name,
-                "id": row["id"] + (f" sample {row['sample']}" if row.get("sample") else ""),
-                "question": asked.get((name, row["id"]), NOT_READ)[0],
-                "pictures": shown_pictures(asked.get((name, row["id"]), NOT_READ)[1]),
-                "text": row["text"] if len(row["text"]) <= CLIP else row["text"][:CLIP] + "\n[cut here]",
-                "extracted": row["extracted"],
-                "gold": row["gold"],
-                "correct": row["correct"],
-                "finish": row["finish_reason"],
-                "tokens": row["tokens"],
-            }
-            for row in chosen_rows(rows)
-        ]
+        entries = []
+        for row in chosen_rows(rows):
+            question, pictures = asked.get((name, row["id"]), (None, []))
+            entry = {"tag": tag, "id": row["id"] + (f" sample {row['sample']}" if row.get("sample") else "")}
+            entry |= {"question": question, "pictures": pictures, "finish": row["finish_reason"]}
+            entry |= {"text": row["text"] if len(row["text"]) <= CLIP else row["text"][:CLIP] + "\n[cut here]"}
+            entries.append(entry | {key: row[key] for key in ("benchmark", "extracted", "gold", "correct", "tokens")})
+        yield entries
 
 
 def samples(found: Found, directory: Path, asked: Mapping[tuple[str, str], Question]) -> list[dict[str, Any]]:
@@ -205,13 +181,10 @@ def samples(found: Found, directory: Path, asked: Mapping[tuple[str, str], Quest
         log = find_log((directory / file).parent / str(record.get("samples")))
         if log.is_file():
             groups += sample_entries(record["tag"], log, asked)
-    kept, used = set(), 0
-    for turn in zip_longest(*[[(g, i) for i in range(len(group))] for g, group in enumerate(groups)]):
-        for place in filter(None, turn):
-            used += len(json.dumps(groups[place[0]][place[1]]))
-            if used <= SAMPLE_BYTES:
-                kept.add(place)
-    return [entry for g, group in enumerate(groups) for i, entry in enumerate(group) if (g, i) in kept]
+    turns = sorted((i, g) for g, group in enumerate(groups) for i in range(len(group)))
+    used = itertools.accumulate(len(json.dumps(groups[g][i])) for i, g in turns)
+    kept = {place for place, total in zip(turns, used) if total <= SAMPLE_BYTES}
+    return [entry for g, group in enumerate(groups) for i, entry in enumerate(group) if (i, g) in kept]
 
 
 def script_json(value: Any) -> str:
@@ -235,13 +208,96 @@ def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) 
         raise UserError(f"{directory}: holds no record; bash pipelines/eval.sh --model DIR --tag TAG makes one")
     packed = {r["tag"]: (r["metrics"]["packed_bytes"] / 1e6, method_of(r)) for _, r in found["quantize"]}
     runs = {file: record for table in tables for file, record in table.found}
-    shown = samples(found["eval"], directory, questions(readable(axes_of(found["eval"]), data_dir)))
+    shown = samples(found["eval"], directory, questions(axes_of(found["eval"]), data_dir))
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.filters["command"] = shlex.join
     return environment.get_template(TEMPLATE).render(
         plots=[*kl_plots(found["kl"], packed), *accuracy_plot(found["eval"], packed)], tables=tables,
         runs=sorted(runs.values(), key=lambda record: record["started"]), shown=len(shown), each=EACH, data=script_json(shown),
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the documents' pictures
+
+
+def quantized(results: Path) -> list[dict[str, Any]]:
+    """The records of razor-tiny's quantized checkpoints; razor-tiny-vl has tables of its own."""
+    return [r for _, r in records(results, "quantize") if made_of(r)]
+
+
+def save(figure: Figure, path: Path) -> None:
+    for axes in figure.axes:
+        axes.grid(alpha=0.25, axis="x" if axes.patches else "both")  # bars have names on the other
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png", metadata={"Software": None})
+    print(f"wrote {path}", flush=True)
+
+
+def tags_kl(results: Path, by: str = "kl") -> dict[str, dict[str, Any]]:
+    """{tag: what moe_eval measured of its KL, or a ``tool`` of llama.cpp}."""
+    return {r["tag"]: r["metrics"][by] for _, r in records(results, "kl") if by in r["metrics"]}
+
+
+def methods_picture(results: Path, path: Path) -> None:
+    """KL (mean, and the 99.9th percentile above it) against packed bytes, one colour a method."""
+    kl = tags_kl(results)
+    made = [r for r in quantized(results) if r["tag"] in kl]
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    palette = matplotlib.colormaps["tab20"]
+    names = {record["tag"]: method_of(record) for record in made}
+    for index, method in enumerate(dict.fromkeys(names.values())):
+        mine = [r for r in made if names[r["tag"]] == method]
+        own = sorted(((r["metrics"]["packed_bytes"] / 1e6, kl[r["tag"]]) for r in mine), key=lambda pair: pair[0])
+        size = [x for x, _ in own]
+        line = "o" if method.endswith("signals") else "o-"
+        axes.plot(size, [k["mean"] for _, k in own], line, ms=5, lw=1, color=palette(index), label=method)
+        axes.plot(size, [k["p99_9"] for _, k in own], "^", ms=4, alpha=0.45, color=palette(index))
+    axes.set(yscale="log", xlabel="packed size, MB", ylabel="KL to BF16, nats: mean (dots), 99.9 % (triangles)")
+    axes.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    save(figure, path)
+
+
+def gguf_points(results: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    """{method: {base type: (MB, mean KL)}} of the types that llama-quantize has a file of; ours are those with its type of
+    every tensor, the least KL where there are several."""
+    kl = tags_kl(results, "tool")
+    made = [r for _, r in records(results, "pack") if r["tag"] in kl and r["recipe"]["method"] in GGUF_METHODS]
+    types = {r["recipe"]["base_type"]: r["recipe"]["types"] for r in made if r["recipe"]["method"] == "llama-quantize"}
+    found: dict[str, dict[str, tuple[float, float]]] = {method: {} for method in GGUF_METHODS}
+    for record in made:
+        kind, own = record["recipe"]["base_type"], found[record["recipe"]["method"]]
+        if types.get(kind) == record["recipe"]["types"]:
+            point = (record["metrics"]["file_bytes"] / 1e6, kl[record["tag"]]["mean"])
+            own[kind] = min(own.get(kind, point), point, key=lambda values: values[1])
+    return found
+
+
+def gguf_picture(results: Path, path: Path) -> None:
+    """On the left KL against the size of the file, a line a method; on the right KL of each method of int3 experts."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for color, (method, points_of) in zip(COLORS, gguf_points(results).items()):
+        own = sorted(points_of.items(), key=lambda item: item[1])
+        left.plot([p[0] for _, p in own], [p[1] for _, p in own], "o-", ms=5, lw=1.2, color=color, label=GGUF_METHODS[method])
+        if method == "llama-quantize":
+            for kind, point in own:
+                left.annotate(kind.upper(), point, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    left.set(yscale="log", xlabel="size of the GGUF, MB", ylabel="mean KL to the original, nats")
+    left.legend(frameon=False, fontsize=8)
+    kl, bars = tags_kl(results), {}
+    for record in quantized(results):
+        recipe, tag = record["recipe"], record["tag"]
+        if tag in kl and recipe["expert_bits"] == 3 and not recipe.get("experts") and not recipe.get("overrides"):
+            bars[method_of(record).replace(", ", ",\n")] = kl[tag]["mean"]
+    ordered = sorted(bars.items(), key=lambda item: -item[1])
+    right.barh([name for name, _ in ordered], [value for _, value in ordered], color=COLORS[1], height=0.6)
+    for place, (_, value) in enumerate(ordered):
+        right.annotate(f"{value:.4f}", (value, place), xytext=(4, -3), textcoords="offset points", fontsize=8)
+    right.set(xlabel="mean KL to the original, nats: int3 experts, int4 rest")
+    right.margins(x=0.12)
+    save(figure, path)
 
 
 def main() -> None:
@@ -253,6 +309,10 @@ def main() -> None:
     with atomic_path(out) as temporary:
         temporary.write_text(made, encoding="utf-8")
     print(f"wrote {out}: {len(made.encode()) / 1e6:.2f} MB", flush=True)
+    docs = args.results.absolute().parent / "docs"
+    for kind, draw, name in (("pack", gguf_picture, "gguf"), ("quantize", methods_picture, "methods")):
+        if docs.is_dir() and records(args.results, kind):
+            draw(args.results, docs / f"razor_tiny_{name}.png")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from console import atomic_path, run_cli
 from page_tables import BLANK, Cell, Found, Record, Section, cite, made_of, markdown, pipeline_of, records, sections
+from records import lookup
 from sensitivity import STRATEGIES
 
 HEADER = """# Results
@@ -55,7 +57,6 @@ How each row is made: `bash pipelines/results.sh tiny study gguf`; the command o
 [MOE_FINDINGS.md](MOE_FINDINGS.md): none of them is on the ladder, because each is worse than the uniform rung of its size.
 """
 AXES = ("tiny_know", "tiny_math", "tiny_reason", "tiny_code")
-Kind = Mapping[str, tuple[str, Record]]
 
 
 def header() -> str:
@@ -83,54 +84,41 @@ def page(directory: Path) -> str:
 # ---------------------------------------------------------------- the bit ladder
 
 
-def by_tag(results: Path, kind: str) -> dict[str, tuple[str, Record]]:
-    """{tag: (file relative to docs/, record)}."""
-    return {record["tag"]: (f"../{results.name}/{file}", record) for file, record in records(results, kind)}
-
-
-def judged(kl: Kind, evaluated: Kind, tag: str, by: str) -> list[Cell]:
-    """KL of a rung, as ``by`` measured it, and its accuracy on each axis, blank where it was not evaluated."""
-    file, record = kl[tag]
-    cells = [cite(record, file, f"metrics.{by}.{path}", 5) for path in ("mean", "p99_9")]
-    file, record = evaluated.get(tag, ("", {"metrics": {}}))
-    return cells + [cite(record, file, f"metrics.{a}.acc", 1, " %") if a in record["metrics"] else BLANK for a in AXES]
-
-
-def integer_ladder(sizes: Kind, kl: Kind, evaluated: Kind) -> Section:
-    """The rungs of the integer grids, from most to least bits; within a rung the least KL first. Allocations by signals are the
-    study's, not the ladder's."""
-    rows = []
-    for tag, (file, r) in sizes.items():
-        expert = r["metrics"]["roles"].get("routed_expert")
-        judge = kl[tag][1]["metrics"].get("kl") if tag in kl else None
-        if not expert or not judge or not made_of(r) or any(strategy in tag for strategy in STRATEGIES):
-            continue
-        cells = [Cell(tag), cite(r, file, "metrics.roles.routed_expert.bits", 2), cite(r, file, "metrics.overall_bits", 2)]
-        cells += [cite(r, file, "metrics.packed_bytes", 2, " MB"), *judged(kl, evaluated, tag, "kl")]
-        rows.append(((-expert["bits"], judge["mean"]), cells))
-    head = ["model", "bits of the experts", "of the whole model", "packed", "mean KL", "`99.9` %", *(f"`{a}`" for a in AXES)]
-    return Section("Integer grids", "", head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
-
-
-def gguf_ladder(packs: Kind, kl: Kind, evaluated: Kind) -> Section:
-    """GGUF files in the order of their sizes; of one size the least KL first."""
-    rows = []
-    for tag, (file, r) in packs.items():
-        if tag not in kl or "tool" not in kl[tag][1]["metrics"]:
-            continue
-        cells = [Cell(tag), Cell(r["recipe"]["base_type"]), Cell(r["recipe"]["method"])]
-        cells += [cite(r, file, "metrics.bits_per_weight", 2), cite(r, file, "metrics.file_bytes", 2, " MB")]
-        place = (-r["metrics"]["file_bytes"], kl[tag][1]["metrics"]["tool"]["mean"])
-        rows.append((place, cells + judged(kl, evaluated, tag, "tool")))
-    note = "KL by `llama-perplexity` on chunks of its own: it compares files with one another, not with the table above."
-    head = ["file", "base type", "method", "bits a weight", "size", "mean KL", "`99.9` %", *(f"`{a}`" for a in AXES)]
-    return Section("GGUF files", note, head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+def rungs(
+    results: Path, kind: str, by: str, names: Callable[[Record], Sequence[str]], columns: Sequence[Sequence[Any]],
+    order: Callable[[Record], float], wants: Callable[[Record], bool] = lambda record: True,
+) -> Iterator[list[Cell]]:  # fmt: skip
+    """A row for each record of a kind with KL ``by`` this measure: its figures, that KL and its accuracies, blank where it was
+    not evaluated; from most to least bits, within a rung the least KL first."""
+    sized, kls, evaluated = (
+        {r["tag"]: (f"../{results.name}/{file}", r) for file, r in records(results, each)} for each in (kind, "kl", "eval")
+    )
+    kl = {tag: r["metrics"][by]["mean"] for tag, (_, r) in kls.items() if by in r["metrics"]}
+    tags = [tag for tag, (_, r) in sized.items() if tag in kl and wants(r)]
+    for tag in sorted(tags, key=lambda tag: (-order(sized[tag][1]), kl[tag])):
+        file, record = sized[tag]
+        row = [*(Cell(name) for name in (tag, *names(record))), *(cite(record, file, *column) for column in columns)]
+        file, record = kls[tag]
+        row += [cite(record, file, f"metrics.{by}.{path}", 5) for path in ("mean", "p99_9")]
+        file, record = evaluated.get(tag, ("", {"metrics": {}}))
+        yield row + [cite(record, file, f"metrics.{a}.acc", 1, " %") if a in record["metrics"] else BLANK for a in AXES]
 
 
 def ladder(results: Path) -> str:
-    kl, evaluated = by_tag(results, "kl"), by_tag(results, "eval")
-    lines = [LADDER, *markdown(integer_ladder(by_tag(results, "quantize"), kl, evaluated))]
-    lines += markdown(gguf_ladder(by_tag(results, "pack"), kl, evaluated))
+    bits, judged = "metrics.roles.routed_expert.bits", ["mean KL", "`99.9` %", *(f"`{axis}`" for axis in AXES)]
+    columns: list[Sequence[Any]] = [(bits, 2), ("metrics.overall_bits", 2), ("metrics.packed_bytes", 2, " MB")]
+
+    def uniform(r: Record) -> bool:  # allocations by signals are the study's, not the ladder's
+        return made_of(r) and "routed_expert" in r["metrics"]["roles"] and not any(name in r["tag"] for name in STRATEGIES)
+
+    integer = rungs(results, "quantize", "kl", lambda r: (), columns, lambda r: lookup(r, bits), uniform)
+    head = ["model", "bits of the experts", "of the whole model", "packed", *judged]
+    lines = [LADDER, *markdown(Section("Integer grids", "", head, [*integer]))]
+    columns = [("metrics.bits_per_weight", 2), ("metrics.file_bytes", 2, " MB")]
+    types, size = lambda r: (r["recipe"]["base_type"], r["recipe"]["method"]), lambda r: r["metrics"]["file_bytes"]
+    note = "KL by `llama-perplexity` on chunks of its own: it compares files with one another, not with the table above."
+    head = ["file", "base type", "method", "bits a weight", "size", *judged]
+    lines += markdown(Section("GGUF files", note, head, [*rungs(results, "pack", "tool", types, columns, size)]))
     return "\n".join(lines).rstrip() + "\n" + READING
 
 

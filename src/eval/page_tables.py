@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,33 +106,38 @@ def markdown(section: Section) -> list[str]:
 Rows = Iterable[tuple[Sequence[str], Mapping[str, str]]]
 
 
-def by_tag(r: Record) -> Rows:
-    yield (r["tag"],), {}
+def labelled(*texts: Callable[[Record], str]) -> Callable[[Record], Rows]:
+    """One row a record."""
+    return lambda r: [([text(r) for text in texts], {})]
 
 
-def by_machine(r: Record) -> Rows:
-    yield (machine(r),), {}
+def tag(r: Record) -> str:
+    return r["tag"]
 
 
 @dataclass(frozen=True)
 class Table:
     """``rows``: (cells of text, places) of every row of a record, the cells under the heads ``labels``. ``columns``: (head,
-    path in the record[, decimals or their place[, unit]]); {names} in a path are the row's places; "?" at its end: a row may
-    lack it.
-    ``wants``: which records of the kind have rows here."""
+    path in the record[, decimals or their place[, unit]]); {names} in a path are the row's places, {at} that of the table where
+    it has none; of paths between "|" the first that has a value counts; "?" at the end: a row may lack it. ``wants``: which
+    records of the kind have rows here."""
 
     kind: str
     title: str
     note: str
     labels: Sequence[str]
     columns: Sequence[tuple[Any, ...]]
-    rows: Callable[[Record], Rows] = by_tag
+    rows: Callable[[Record], Rows] = labelled(tag)
     wants: Callable[[Record], bool] = lambda record: True
+    at: str = ""
 
     def section(self, found: Found) -> Section | None:
         chosen = [(file, record) for file, record in found if self.wants(record)]
         rows = [
-            [*(Cell(text) for text in texts), *(figure(record, file, places, *column[1:]) for column in self.columns)]
+            [
+                *(Cell(text) for text in texts),
+                *(figure(record, file, {"at": self.at} | dict(places), *column[1:]) for column in self.columns),
+            ]
             for file, record in chosen
             for texts, places in self.rows(record)
         ]
@@ -140,14 +145,16 @@ class Table:
         return Section(self.title, self.note, heads, rows, chosen) if chosen else None
 
 
-def figure(record: Record, file: str, places: Mapping[str, str], path: str, decimals: int | str = 0, unit: str = "") -> Cell:
+def figure(record: Record, file: str, places: Mapping[str, str], paths: str, decimals: int | str = 0, unit: str = "") -> Cell:
+    path, _, others = paths.partition("|")
     try:
         digits = int(places[decimals]) if isinstance(decimals, str) else decimals
-        return cite(record, file, path.removesuffix("?").format_map(places), digits, unit)
+        cell = cite(record, file, path.removesuffix("?").format_map(places), digits, unit)
     except KeyError:
-        if path.endswith("?"):
-            return BLANK
-        raise
+        if not others and not path.endswith("?"):
+            raise
+        cell = BLANK
+    return figure(record, file, places, others, decimals, unit) if others and not cell.source else cell
 
 
 def measures(key: str) -> Callable[[Record], bool]:
@@ -170,47 +177,52 @@ def percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}"
 
 
-def accuracy(found: Found, gate: Callable[[Record, str], tuple[str, str, str] | None] = lambda r, axis: None) -> Section:
-    """One row an evaluation, one column a benchmark. ``gate``: the chip of an axis."""
+def by_benchmark(
+    title: str, note: str, found: Found, firsts: Mapping[str, Callable[[str, Record], Cell]],
+    cell: Callable[[str, Record, str, Mapping[str, Any]], Cell],
+) -> Section:  # fmt: skip
+    """One row a record, one column a benchmark behind the ``firsts``; ``cell`` of what the record says of the benchmark."""
     axes, rows = axes_of(found), []
     for file, r in found:
-        row = [Cell(r["tag"]), cite(r, file, f"metrics.{next(iter(r['metrics']))}.n", 0)]
-        for axis in axes:
-            if (m := r["metrics"].get(axis)) is None:
-                row.append(BLANK)
-                continue
-            count = f"{m['n']} x {m['samples']}" if m.get("samples", 1) > 1 else f"{m['n']}"
-            small = (f"{percent(m['acc_low'])} to {percent(m['acc_high'])}", f"n {count}, cut {percent(m['trunc'])} %")
-            row.append(cite(r, file, f"metrics.{axis}.acc", 1, " %", small=small, chip=gate(r, axis)))
-        rows.append(row)
+        measured = [cell(file, r, axis, r["metrics"][axis]) if axis in r["metrics"] else BLANK for axis in axes]
+        rows.append([*(first(file, r) for first in firsts.values()), *measured])
+    return Section(title, note, [*firsts, *(f"`{axis}`" for axis in axes)], rows, found)
+
+
+def accuracy(found: Found, gate: Callable[[Record, str], tuple[str, str, str] | None] = lambda r, axis: None) -> Section:
+    """One row an evaluation. ``gate``: the chip of an axis."""
+
+    def cell(file: str, r: Record, axis: str, m: Mapping[str, Any]) -> Cell:
+        count = f"{m['n']} x {m['samples']}" if m.get("samples", 1) > 1 else f"{m['n']}"
+        small = (f"{percent(m['acc_low'])} to {percent(m['acc_high'])}", f"n {count}, cut {percent(m['trunc'])} %")
+        return cite(r, file, f"metrics.{axis}.acc", 1, " %", small=small, chip=gate(r, axis))
+
     note = (
         "Share of right answers; one that ran out of tokens is wrong. The record has the interval (Wilson; by item where an"
         " item was sampled several times), the items of each benchmark and the share that was cut."
     )
-    return Section("Accuracy", note, ["model", "items", *(f"`{axis}`" for axis in axes)], rows, found)
+    items = {"items": lambda file, r: cite(r, file, f"metrics.{next(iter(r['metrics']))}.n", 0)}
+    return by_benchmark("Accuracy", note, found, {"model": lambda file, r: Cell(r["tag"])} | items, cell)
 
 
 def differences(found: Found) -> Section:
-    """One row a comparison, one column a benchmark."""
-    axes, rows = axes_of(found), []
-    for file, r in found:
-        teacher = (f"teacher {r['teacher']}",) if r.get("teacher") else ()
-        row = [Cell(f"{r['base']} -> {r['other']}", small=teacher)]
-        for axis in axes:
-            if (m := r["metrics"].get(axis)) is None:
-                row.append(BLANK)
-                continue
-            kind = {"gain": "good", "loss": "bad"}.get(m["verdict"], "")
-            detectable = "" if kind else f", detectable {percent(m['minimum_detectable'])}"
-            interval = f"{100 * m['difference_low']:+.1f} to {100 * m['difference_high']:+.1f}{detectable}"
-            small = (interval, f"lost {m['lost']}, won {m['won']}, p {m['p']:.2g}")
-            row.append(cite(r, file, f"metrics.{axis}.difference", 1, " %", small=small, chip=(m["verdict"], kind, "")))
-        rows.append(row)
+    """One row a comparison."""
+
+    def models(file: str, r: Record) -> Cell:
+        return Cell(f"{r['base']} -> {r['other']}", small=(f"teacher {r['teacher']}",) if r.get("teacher") else ())
+
+    def cell(file: str, r: Record, axis: str, m: Mapping[str, Any]) -> Cell:
+        kind = {"gain": "good", "loss": "bad"}.get(m["verdict"], "")
+        detectable = "" if kind else f", detectable {percent(m['minimum_detectable'])}"
+        interval = f"{100 * m['difference_low']:+.1f} to {100 * m['difference_high']:+.1f}{detectable}"
+        small = (interval, f"lost {m['lost']}, won {m['won']}, p {m['p']:.2g}")
+        return cite(r, file, f"metrics.{axis}.difference", 1, " %", small=small, chip=(m["verdict"], kind, ""))
+
     note = (
         "Change in accuracy from the first model to the second on the same items. A verdict is given only when the paired "
         "bootstrap interval, which the record has beside McNemar's exact p, excludes zero."
     )
-    return Section("Differences", note, ["models", *(f"`{axis}`" for axis in axes)], rows, found)
+    return by_benchmark("Differences", note, found, {"models": models}, cell)
 
 
 # ---------------------------------------------------------------- rows of more than one line or place
@@ -219,12 +231,6 @@ def differences(found: Found) -> Section:
 def spread_rows(r: Record) -> Rows:
     for key, name, digits in (("mean", "mean", "5"), ("p99", "percentile 99", "4"), ("p99_9", "percentile 99.9", "3")):
         yield (r["base_type"], name), {"at": f"metrics.{key}", "digits": digits}
-
-
-def size_rows(r: Record) -> Rows:
-    """The packed size is that of the file for vLLM where one was made, else the bits of the recipe."""
-    packed = "container.bytes" if "container" in r["metrics"] else "packed_bytes"
-    yield (r["tag"], method_of(r)), {"packed": packed}
 
 
 def block_type_rows(r: Record) -> Rows:
@@ -239,14 +245,10 @@ def placement_rows(r: Record) -> Rows:
         yield (machine(r), place), {"at": f"metrics.placements.{place}"} | best
 
 
-def disk_rows(r: Record) -> Rows:
-    """A device is named once for each shard at work."""
+def shards(r: Record) -> str:
+    """A machine, and its devices, each named once for each shard at work."""
     devices = r["metrics"]["size_disk"]["quantize"].get("devices", "")
-    yield (f"{machine(r)} {devices}" if "," in devices else machine(r),), {"at": "metrics.size_disk"}
-
-
-def layer_rows(r: Record) -> Rows:
-    yield (machine(r), r["metrics"]["size_layers"]["method"]), {"at": "metrics.size_layers"}
+    return f"{machine(r)} {devices}" if "," in devices else machine(r)
 
 
 def engine_rows(r: Record) -> Rows:
@@ -257,27 +259,16 @@ def engine_rows(r: Record) -> Rows:
             yield (machine(r), engine, batch), places | {"batch": f"{at}.{engine}.{batch}"}
 
 
-def training_rows(r: Record) -> Rows:
-    yield (r["tag"],), {"seen": "tokens" if "tokens" in r["metrics"] else "pictures"}
-
-
-def recovery_rows(r: Record) -> Rows:
-    where = "peak_rss_mib" if r["metrics"]["phases"]["opd_train"]["peak_vram_mib"] is None else "peak_vram_mib"
-    yield (machine(r), f"{r['settings']['loss']}, {r['settings']['trajectories']}"), {"where": where}
-
-
-def largest(at: str, values: Mapping[str, float] | Sequence[float]) -> dict[str, str]:
-    """The place of the GPU that took the most memory."""
-    named = values.items() if isinstance(values, Mapping) else enumerate(values)
-    place = max(((size, name) for name, size in named), default=None)
-    return {} if place is None else {"memory": f"{at}.{place[1]}"}
-
-
-def rank_memory(r: Record, at: str) -> dict[str, str]:
-    """The same of the processes of a training run: what each held of its GPU, or of the host without one."""
-    ranks = lookup(r, f"{at}.ranks")
-    kind = "peak_rss_mib" if ranks[0]["peak_reserved_mib"] is None else "peak_reserved_mib"
-    return {key: f"{place}.{kind}" for key, place in largest(f"{at}.ranks", [rank[kind] for rank in ranks]).items()}
+def fullest(r: Record, at: str) -> dict[str, str]:
+    """The place of the GPU that took the most memory, or of the process that held the most of its GPU or of the host."""
+    made = lookup(r, at)
+    peaks = made.get("device_peak_mib") or {}
+    named = peaks.items() if isinstance(peaks, dict) else enumerate(peaks)
+    sizes = {f"device_peak_mib.{name}": size for name, size in named}
+    for number, rank in enumerate(made.get("ranks", ())):
+        kind = "peak_rss_mib" if rank["peak_reserved_mib"] is None else "peak_reserved_mib"
+        sizes[f"ranks.{number}.{kind}"] = rank[kind]
+    return {"memory": f"{at}.{max(sizes, key=lambda place: (sizes[place], place))}"} if sizes else {}
 
 
 def several_quantize_rows(r: Record) -> Rows:
@@ -288,29 +279,27 @@ def several_quantize_rows(r: Record) -> Rows:
             if not made.get("one_repeats_itself", True):
                 equal += " (one GPU does not repeat itself)"
             at = f"metrics.{kind}.{name}"
-            memory = largest(f"{at}.device_peak_mib", made[name]["device_peak_mib"] or {})
-            yield (machine(r), f"{kind} {name}", equal), {"at": at} | memory
+            yield (machine(r), f"{kind} {name}", equal), {"at": at} | fullest(r, at)
 
 
 def several_distill_rows(r: Record) -> Rows:
     for name in r["metrics"]["kl_after"]:
         at = f"metrics.{name}"
-        places = {"at": at, "kl": f"metrics.kl_after.{name}"} | rank_memory(r, at)
+        places = {"at": at, "kl": f"metrics.kl_after.{name}"} | fullest(r, at)
         yield (machine(r), name), places | ({} if name == "one" else {"equal": f"metrics.apart.{name}", "steps": at})
 
 
 def several_train_rows(r: Record) -> Rows:
     for at in [f"metrics.slices.{layers}" for layers in r["metrics"].get("slices", {})] or ["metrics"]:
-        yield (machine(r),), {"at": at} | rank_memory(r, f"{at}.train")
+        yield (machine(r),), {"at": at} | fullest(r, f"{at}.train")
 
 
 def several_answer_rows(r: Record) -> Rows:
-    for way, made in r["metrics"].items():
-        at = f"metrics.{way}"
-        yield (machine(r), way), {"at": at} | largest(f"{at}.device_peak_mib", made.get("device_peak_mib", []))
+    for at in (f"metrics.{way}" for way in r["metrics"]):
+        yield (machine(r), at.removeprefix("metrics.")), {"at": at} | fullest(r, at)
 
 
-def several_vllm_rows(r: Record) -> Iterator[tuple[Sequence[str], Mapping[str, str]]]:
+def several_vllm_rows(r: Record) -> Rows:
     """Answers of a trained model, then forced lengths: every batch size, and the tokens that are equal in all of them."""
     for n in r["metrics"]["questions"]:
         at = f"metrics.questions.{n}"
@@ -361,14 +350,14 @@ TABLES = (
         "quantize", "Sizes",
         "Bytes if packed; bits of the quantized tensors without and with their scales, and of the whole model.",
         ("model", "method"), (
-            ("packed", "metrics.{packed}", 2, " MB"), ("weight bits", "metrics.weight_bits", 2),
+            ("packed", "metrics.container.bytes|metrics.packed_bytes", 2, " MB"), ("weight bits", "metrics.weight_bits", 2),
             ("stored bits", "metrics.stored_bits", 2), ("overall", "metrics.overall_bits", 2),
-        ), size_rows,
+        ), labelled(tag, method_of),
     ),
     Table(
         "pack", "GGUF files", "", ("file", "method", "base type"), (
             ("size", "metrics.file_bytes", 3, " MB"), ("bits a weight", "metrics.bits_per_weight", 3), ("seconds", "seconds"),
-        ), lambda r: [((r["tag"], r["recipe"]["method"], r["recipe"]["base_type"]), {})],
+        ), labelled(tag, lambda r: r["recipe"]["method"], lambda r: r["recipe"]["base_type"]),
     ),
     Table(
         "bench", "Speed",
@@ -379,7 +368,7 @@ TABLES = (
             ("`plain_clip16_int3`", "metrics.grids.plain_clip16_int3", 2), ("experts of the layer", "metrics.layer.experts"),
             ("`wclip`", "metrics.layer.wclip.seconds", 1), ("`gptq`", "metrics.layer.gptq.seconds", 1),
             ("`gptq_refit`", "metrics.layer.gptq_refit.seconds", 1),
-        ), by_machine, measures("grids"),
+        ), labelled(machine), measures("grids"),
     ),
     Table(
         "bench", "Speed of block types",
@@ -409,7 +398,7 @@ TABLES = (
             ("read", "{at}.disk.read", 2, " GB"), ("share", "{at}.share_of_read", 0, " %"),
             ("memory", "{at}.quantize.peak_rss_mib"), ("VRAM", "{at}.quantize.peak_vram_mib"),
             ("layers", "{at}.whole.layers"), ("seconds for all", "{at}.whole.seconds"),
-        ), disk_rows, measures("size_disk"),
+        ), labelled(shards), measures("size_disk"), "metrics.size_disk",
     ),
     Table(
         "bench", "Calibrated quantization at full size",
@@ -418,7 +407,7 @@ TABLES = (
             ("tokens", "{at}.tokens"), ("seconds a layer", "{at}.worst_layer_seconds", 1),
             ("rounding", "{at}.worst_rounding_seconds?", 1), ("memory", "{at}.peak_rss_mib"), ("VRAM", "{at}.peak_vram_mib"),
             ("layers", "{at}.whole.layers?"), ("seconds for all", "{at}.whole.seconds?"),
-        ), layer_rows, measures("size_layers"),
+        ), labelled(machine, lambda r: r["metrics"]["size_layers"]["method"]), measures("size_layers"), "metrics.size_layers",
     ),
     Table(
         "bench", "Speed of evaluation",
@@ -461,9 +450,9 @@ TABLES = (
     ),
     Table(
         "train", "Training", "", ("model",), (
-            ("parameters", "metrics.parameters"), ("tokens or pictures", "metrics.{seen}"), ("seconds", "seconds"),
-            ("final loss", "metrics.final_loss", 3),
-        ), training_rows,
+            ("parameters", "metrics.parameters"), ("tokens or pictures", "metrics.tokens|metrics.pictures"),
+            ("seconds", "seconds"), ("final loss", "metrics.final_loss", 3),
+        ),
     ),
     Table(
         "distill", "Recovery",
@@ -473,8 +462,9 @@ TABLES = (
             ("KL before", "metrics.kl_before.mean", 5), ("KL after", "metrics.kl_after.mean", 5),
             ("removed", "metrics.kl_removed", 1, " %"),
             ("in answers before", "metrics.kl_answer_before", 5), ("after", "metrics.kl_answer_after", 5),
-            ("seconds of training", "metrics.phases.opd_train.seconds"), ("MiB", "metrics.phases.opd_train.{where}"),
-        ), recovery_rows,
+            ("seconds of training", "{at}.seconds"), ("MiB", "{at}.peak_vram_mib|{at}.peak_rss_mib"),
+        ), labelled(machine, lambda r: f"{r['settings']['loss']}, {r['settings']['trajectories']}"),
+        at="metrics.phases.opd_train",
     ),
 )  # fmt: skip
 

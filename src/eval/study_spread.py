@@ -10,6 +10,7 @@ and so the same bytes. Each file is judged by gguf_kl, whose record stays in W; 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -27,22 +28,17 @@ FIGURES = ("mean", "p99", "p99_9")
 MOST_APART = 0.001  # of the bytes: what metadata may differ by
 
 
-def name_of(text: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in text)
-
-
 def measured(args: argparse.Namespace, text: str, side: str) -> dict[str, Any]:
     """The KL record of a file that ``side`` made with a calibration text."""
-    tag = f"{args.base_type}-{name_of(text)}-{side}".lower()
+    name = re.sub(r"\W", "_", text)
+    tag = f"{args.base_type}-{name}-{side}".lower()
     record = args.work / f"{tag}.json"
     if not record.exists():
-        out = args.work / f"{side}-{name_of(text)}"  # the next type takes over llama.cpp's imatrix from there
+        out = args.work / f"{side}-{name}"  # the next type takes over llama.cpp's imatrix from there
         made = ["--model", args.model, "--calib", text, "--out", out, "--base-type", args.base_type, "--force"]
         made += ["--tensor-types", args.tensor_types]
-        if side == "llama":
-            run_script("src/quant/gguf_reference.py", *made)
-        else:
-            run_script("src/quant/gguf_pack.py", *made, "--token-weights", args.work / f"token-weights-{name_of(text)}.st")
+        weights = args.work / f"token-weights-{name}.st"
+        run_script("src/quant/gguf_pack.py", *made, *(["--reference"] if side == "llama" else ["--token-weights", weights]))
         file = out / f"{args.model.resolve().name}-{args.base_type.upper()}.gguf"
         judged = ["--model", file, "--reference", args.model, "--items", args.items]
         run_script("src/eval/gguf_kl.py", *judged, "--tag", tag, "--out", args.work)
@@ -67,7 +63,7 @@ def check_pairs(pairs: Sequence[Sequence[dict[str, Any]]]) -> None:
         raise UserError("the records in --work were made on different transcripts; give another --work")
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="directory of the BF16 model")
     add_settings(parser, TypeSettings)
@@ -76,11 +72,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=128, help="transcripts of each tiny task (default 128)")
     parser.add_argument("--work", type=Path, required=True, help="directory for the files and the record of each")
     add_tag_arguments(parser, "spread")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     if not args.base_type:
         raise UserError("--base-type is missing: IQ3_XXS, Q3_K, ...")
     if not 2 <= len(set(args.texts)) == len(args.texts) <= 10:
@@ -90,13 +82,11 @@ def main() -> None:
     pairs = []
     with progress(2 * len(args.texts), args.base_type, "file") as bar:
         for text in args.texts:
-            pairs.append([])
-            for side in SIDES:
-                pairs[-1].append(measured(args, text, side))
-                bar.update()
+            pairs.append([measured(args, text, side) for side in SIDES])
+            bar.update(2)
     check_pairs(pairs)
     metrics = {
-        figure: spread([[pair[place]["metrics"]["tool"][figure] for pair in pairs] for place in range(2)]) for figure in FIGURES
+        figure: spread([[record["metrics"]["tool"][figure] for record in side] for side in zip(*pairs)]) for figure in FIGURES
     }
     extra = {"base_type": args.base_type.upper(), "texts": len(args.texts), "calibration": args.texts}
     seconds = sum(record["seconds"] for pair in pairs for record in pair)

@@ -1,7 +1,6 @@
 """The tables of what models weigh and cost, from their shapes: docs/MOE_PIPELINE.md and docs/COST_MODEL.md.
 
-    python src/quant/page_sizes.py [--config DIR/config.json] [--records results/bench --name h100_122b] [--tokens 65536]
-    python src/quant/page_sizes.py --write        # puts the tables into the documents; --check: fails where they have others
+    python src/quant/page_sizes.py --write                             # without: prints the tables
     python src/quant/page_sizes.py --skeleton work/skeleton-122b       # a checkpoint of the shape that takes no disk
 
 Sizes are those of the plans that quantize.sh and pack_gguf.sh make of a checkpoint, so they change with the recipes in
@@ -15,7 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ BEGIN, END = "<!-- written by src/quant/page_sizes.py -->", "<!-- end of what is
 # Bytes a second that each place reads weights at: what the vendors print, not what was measured.
 BANDWIDTHS = {"H100 SXM, HBM3": 3.35e12, "RTX 4090, GDDR6X": 1.008e12, "12 channels of DDR5-4800": 0.4608e12}
 CONTEXTS = (8_192, 65_536, 262_144)
+CALIBRATION_TOKENS = 128 * 512
 MODELS = {
     "35B": SHAPES["35b"],
     "122B": SHAPES["122b"],
@@ -68,12 +69,12 @@ def published_pack(checkpoint: Checkpoint) -> tuple[Pack, str]:
 def shape_table(checkpoint: Checkpoint) -> list[str]:
     """Parameters by role, their share and their bytes in BF16."""
     roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
-    counts: dict[Role, int] = {}
+    counts: Counter[Role] = Counter()
     for name, role in roles.items():
-        counts[role] = counts.get(role, 0) + checkpoint.tensors[name].numel
-    total = sum(counts.values())
+        counts[role] += checkpoint.tensors[name].numel
+    total = counts.total()
     rows = [(f"{role}", f"{n:,}", f"{100 * n / total:.2f} %", f"{2 * n / 1e9:.2f}") for role, n in counts.items()]
-    text = total - counts.get(Role.VISION, 0)
+    text = total - counts[Role.VISION]
     lines = table(("role", "parameters", "share", "BF16, GB"), [*rows, ("**all**", f"{total:,}", "", f"{2 * total / 1e9:.2f}")])
     return [*lines, "", f"Without the vision tower {text:,} parameters, {2 * text / 1e9:.1f} GB."]
 
@@ -165,8 +166,7 @@ def skeleton_of(config: Mapping[str, Any], directory: Path) -> Checkpoint:
 
 def read_records(directory: Path, name: str) -> dict[str, dict[str, Any]]:
     """The metrics of the records that are there, by the part of bench.sh h100 that made them."""
-    parts = ("disk", "gptq", "ldlq", "gguf", "gguf_offload")
-    found = {part: directory / f"{name}_{part}.json" for part in parts}
+    found = {part: directory / f"{name}_{part}.json" for part in ("disk", "gptq", "ldlq", "gguf")}
     return {part: read_result(file, "bench")["metrics"] for part, file in found.items() if file.is_file()}
 
 
@@ -222,45 +222,26 @@ def put_into(document: str, made: str, name: str = "the page") -> str:
     return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", type=Path, default=REPO / "configs/shape_122b.json", help="config.json of a model")
-    parser.add_argument("--records", type=Path, default=REPO / "results/bench", help="records (default results/bench)")
-    parser.add_argument("--name", default="h100_122b", help="what the records' names begin with (default h100_122b)")
-    parser.add_argument("--tokens", type=int, default=65536, help="of calibration (default 65536: 128 sequences of 512)")
     action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", action="store_true", help="put the tables into the documents")
-    action.add_argument("--check", action="store_true", help="fail where the documents have other tables")
-    action.add_argument("--skeleton", type=Path, metavar="DIR", help="make a checkpoint of this shape, of zeros, and end")
+    action.add_argument("--write", action="store_true", help="put the tables into the documents instead of printing them")
+    action.add_argument("--skeleton", type=Path, metavar="DIR", help="make a checkpoint of the 122B's shape, of zeros, and end")
     args = parser.parse_args()
-    config = read_json(args.config)
+    config = read_json(REPO / "configs/shape_122b.json")
     if args.skeleton:
         skeleton_of(config, args.skeleton)
-        print(f"wrote {args.skeleton}: the shape of {args.config.name}, of zeros", flush=True)
-        return 0
-    pages: dict[str, Callable[[], str]] = {
-        "docs/MOE_PIPELINE.md": lambda: model_tables(config),
-        "docs/COST_MODEL.md": lambda: cost_table(read_records(args.records, args.name), args.tokens),
-    }
-    old = False
-    for name, tables in pages.items():
-        made, file = tables(), REPO / name
-        if not (args.write or args.check):
+        print(f"wrote {args.skeleton}: the shape of the 122B, of zeros", flush=True)
+        return
+    cost = cost_table(read_records(REPO / "results/bench", "h100_122b"), CALIBRATION_TOKENS)
+    for name, made in (("docs/MOE_PIPELINE.md", model_tables(config)), ("docs/COST_MODEL.md", cost)):
+        if not args.write:
             print(made, end="\n\n", flush=True)
             continue
-        document = file.read_text(encoding="utf-8")
-        wanted = put_into(document, made, name)
-        if args.write:
-            with atomic_path(file) as temporary:
-                temporary.write_text(wanted, encoding="utf-8")
-            print(f"wrote {name}", flush=True)
-        else:
-            old |= wanted != document
-            print(
-                f"{name}: {'the tables are current' if wanted == document else 'the tables are old; run with --write'}",
-                flush=True,
-            )
-    return int(old)
+        document = put_into((REPO / name).read_text(encoding="utf-8"), made, name)
+        with atomic_path(REPO / name) as temporary:
+            temporary.write_text(document, encoding="utf-8")
+        print(f"wrote {name}", flush=True)
 
 
 if __name__ == "__main__":

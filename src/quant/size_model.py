@@ -231,19 +231,17 @@ def calibrated_fit(records: Mapping[str, Any], method: str, at: Sizes) -> tuple[
 
 def fit(records: Mapping[str, Any], at: Sizes) -> dict[str, Any]:
     """The constants, from the records of the shape ``at``; those without a record are left out."""
-    found: dict[str, Any] = {}
+    made = {method: records[method]["size_layers"] for method in ("gptq", "ldlq") if method in records}
+    found: dict[str, Any] = {method: calibrated_fit(records, method, at) for method in made}
     if "disk" in records:
         found["bytes_per_s"] = records["disk"]["size_disk"]["bytes_in_per_s"]
-    for method in ("gptq", "ldlq"):
-        if (pair := calibrated_fit(records, method, at)) is not None:
-            found[method] = pair
-    made = [records[method]["size_layers"] for method in ("gptq", "ldlq") if method in records]
-    if peaks := [entry["peak_vram_mib"] for entry in made if entry["peak_vram_mib"]]:
+    if peaks := [entry["peak_vram_mib"] for entry in made.values() if entry["peak_vram_mib"]]:
         found["vram"] = max(peaks) * 2**20 / layer_bytes(at)
     if made:
-        found["ram"] = max(0.0, max(entry["peak_rss_mib"] for entry in made) * 2**20 - BASE_BYTES) / (2 * at.layer)
-    if placed := records.get("gguf", {}).get("placements", {}).get("all_on_gpu"):
-        metrics = records["gguf"]
+        peak = max(entry["peak_rss_mib"] for entry in made.values()) * 2**20
+        found["ram"] = max(0.0, peak - BASE_BYTES) / (2 * at.layer)
+    metrics = records.get("gguf", {})
+    if placed := metrics.get("placements", {}).get("all_on_gpu"):
         found["copy"] = metrics["copy_bytes_per_s"]
         found["decode_share"] = placed["decode"]["1"]["tokens_per_s"] / metrics["limit_tokens_per_s"]
     return found
