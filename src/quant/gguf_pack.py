@@ -292,7 +292,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     run_cli(main)
-
-
-if __name__ == "__main__":
-    run_cli(main)

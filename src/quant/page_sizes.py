@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,11 @@ MODELS = {
     "400B": dataclasses.replace(SHAPES["122b"], layers=60, hidden=4096, experts=512, top_k=10),
     "1T": dataclasses.replace(SHAPES["122b"], layers=61, hidden=7168, experts=384, inner=2048, shared_inner=2048, heads=64),
 }
+
+
+def paragraph(text: str) -> str:
+    """A text in lines as the documents have them."""
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], right: bool = False) -> list[str]:
@@ -103,7 +109,7 @@ def size_table(checkpoint: Checkpoint) -> tuple[list[str], dict[str, Any]]:
         "bits with their 16-bit scales. The GGUF is the text model without its header and without multi-token prediction; the "
         "vision tower is a file of its own."
     )
-    return [*table(("what", "GB", "GiB", "bits a weight"), rows), "", note], file
+    return [*table(("what", "GB", "GiB", "bits a weight"), rows), "", paragraph(note)], file
 
 
 def sizes(size: float, parameters: int) -> tuple[str, str, str]:
@@ -125,7 +131,7 @@ def memory_table(text: Mapping[str, Any], file: Mapping[str, Any]) -> list[str]:
         f"whatever its length. The experts take {experts / 2**30:.1f} GiB of the machine's memory when they are not on the "
         "card. Buffers of the program come on top."
     )
-    return [*table(head, rows), "", note]
+    return [*table(head, rows), "", paragraph(note)]
 
 
 def speed_table(text: Mapping[str, Any], file: Mapping[str, Any]) -> list[str]:
@@ -141,7 +147,7 @@ def speed_table(text: Mapping[str, Any], file: Mapping[str, Any]) -> list[str]:
         f"{others / 1e9:.2f} of everything else but the embedding. The rates are those that the vendors print; a real decoder "
         "reaches a part of this bound."
     )
-    return [note, "", *table(("weights in", "GB/s", "tokens/s at most, one sequence"), rows)]
+    return [paragraph(note), "", *table(("weights in", "GB/s", "tokens/s at most, one sequence"), rows)]
 
 
 def model_tables(config: Mapping[str, Any]) -> str:
