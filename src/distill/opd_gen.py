@@ -159,7 +159,7 @@ def make_rollouts(settings: Generation, model: Path, out: Path) -> None:
     if not settings.tasks and not settings.prompts:
         raise UserError("give --tasks, --prompts or both")
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.seed, settings.max_tokens)
-    facts = {"model": shown(model), "weights_sha256": weights_sha256(model), "backend": settings.backend}
+    facts: dict[str, Any] = {"model": shown(model), "weights_sha256": weights_sha256(model), "backend": settings.backend}
     facts |= {"sampling": sampling.to_json(), "tasks": settings.tasks, "limit": settings.limit, "repeats": settings.repeats}
     facts |= {"prompts": file_sha256(settings.prompts) if settings.prompts else None, "grader": GRADER_VERSION}
     facts |= {"chunk": settings.chunk}

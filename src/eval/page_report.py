@@ -142,7 +142,8 @@ def questions(names: Sequence[str], data_dir: Path | None) -> dict[tuple[str, st
     """{(benchmark, item id): what was asked} of those that can be read here without a network: what is generated, and files of
     ``data_dir``. Large pictures are left out."""
     own = {task.name for task in (*TINY_TASKS, *TINY_VISION_TASKS)}
-    asked, chosen = {}, [name for name in names if name in own or data_dir]
+    asked: dict[tuple[str, str], Question] = {}
+    chosen = [name for name in names if name in own or data_dir]
     for benchmark in recorded_benchmarks(chosen, data_dir) if chosen else ():
         for item in benchmark.load():
             pictures = pictures_of(benchmark.messages(item))

@@ -105,11 +105,12 @@ def touched_bytes(weights: Weights, config: Mapping[str, Any], sequences: int) -
     experts, top = config.get("num_experts") or 1, config.get("num_experts_per_tok") or 1
     total = 0.0
     for name, (shape, size) in weights.items():
+        share = 1.0
         if ".experts." in name:
-            size *= 1 - (1 - top / experts) ** sequences
+            share = 1 - (1 - top / experts) ** sequences
         elif name.endswith("embed_tokens.weight"):
-            size *= min(1.0, sequences / shape[0])
-        total += size
+            share = min(1.0, sequences / shape[0])
+        total += share * size
     return int(total)
 
 

@@ -14,13 +14,13 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from console import UserError, files_sha256, read_json, write_json
-from safetensors_file import DTYPES, CheckpointWriter, TensorInfo, open_tensors
+from safetensors_file import DTYPES, TensorInfo, open_tensors
 
 PACKED = "packed.json"  # in a packed checkpoint: what it unpacks to
 BITS = 4
@@ -197,6 +197,13 @@ def is_synthetic(model: Path) -> bool:
     return (model / SYNTHETIC).is_file()
 
 
+class ShardWriter(Protocol):
+    """What the writers of plain and packed checkpoints have in common here."""
+
+    def is_complete(self, name: str) -> bool:
+        """Whether the shard of this tensor is whole and on the disk by now."""
+
+
 class SourceShards:
     """The shards of a checkpoint that is consumed: each gives its disk back once all its tensors lie in complete shards of the
     output. Its header and size stay until :meth:`remove`, so that a killed run goes on; the weights then read as zeros. Only
@@ -216,7 +223,7 @@ class SourceShards:
             raise UserError(f"{self.checkpoint.path}: its weights were consumed by a run into {read_json(mark).get('out')}")
         write_json(mark, {"out": str(self.out)})
 
-    def sweep(self, writer: CheckpointWriter) -> None:
+    def sweep(self, writer: ShardWriter) -> None:
         """Give back what the output holds by now."""
         with self.lock:
             for file, names in list(self.left.items()):

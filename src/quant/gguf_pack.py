@@ -203,8 +203,8 @@ def prepare(settings: PackSettings, dry_run: bool) -> tuple[Pack, list[str]]:
     if not (pack.is_calibrated or settings.reference):
         return pack, notes
     calibration, moments = settings.calibration(method, dry_run), settings.rounding.moments
-    more = {"damping": moments.damping, "weights_file": settings.rounding.token_weights}
-    return dataclasses.replace(pack, calibration=calibration, **more), notes
+    kept = settings.rounding.token_weights
+    return dataclasses.replace(pack, calibration=calibration, damping=moments.damping, weights_file=kept), notes
 
 
 def write_pack(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ CLIP_STEPS = 16
 BATCH = 16  # texts at once
 
 
-def names_of(text: str, known: Sequence[str], option: str) -> list[str]:
+def names_of(text: str, known: Iterable[str], option: str) -> list[str]:
     """The names of a list separated by commas."""
     if unknown := sorted(set(text.split(",")) - set(known)):
         raise UserError(f"{option}: {', '.join(unknown)} unknown; known: {', '.join(known)}")
