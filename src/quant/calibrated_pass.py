@@ -29,7 +29,6 @@ from token_weights import token_weights
 
 LM_HEAD = "lm_head.weight"
 V = TypeVar("V")  # what a rounder makes of a tensor, and its writer takes
-V_co = TypeVar("V_co", covariant=True)
 V_contra = TypeVar("V_contra", contravariant=True)
 Take = Callable[[str], tuple[Statistics, Tensor]]  # statistics of a parameter's inputs, and their mass [E]: once each
 
@@ -50,7 +49,7 @@ class MomentSettings:
             raise UserError("--token-power must be within 0 and 1, --damping within 0 and 10")
 
 
-class Rounder(Protocol[V_co]):
+class Rounder(Protocol[V]):
     """Parameters go by their names in the module tree, what is made of them by those of the output."""
 
     @property
@@ -60,7 +59,7 @@ class Rounder(Protocol[V_co]):
     def round(self, parameters: Mapping[str, Tensor], take: Take) -> None:
         """Round the targets of one layer in place."""
 
-    def taken(self, parameters: Mapping[str, Tensor]) -> dict[str, V_co]:
+    def taken(self, parameters: Mapping[str, Tensor]) -> dict[str, V]:
         """What is written of the layer: of its targets, and of other ``parameters`` that the pass has changed."""
 
 

@@ -192,12 +192,13 @@ def quantize_checkpoint(
             source.begin(resumed)
         for file in extras:
             shutil.copyfile(file, partial / file.name)
-        sizes, where = (shard_bytes, chunk_bytes), (source, devices, container)
         if calibration:
-            errors, facts = write_calibrated(checkpoint, jobs, recipe, calibration, partial, *sizes, *where)
+            errors, facts = write_calibrated(
+                checkpoint, jobs, recipe, calibration, partial, shard_bytes, chunk_bytes, source, devices, container
+            )
             report = dataclasses.replace(report, calibration=facts)
         else:
-            errors = stream(checkpoint, jobs, recipe, partial, *sizes, *where)
+            errors = stream(checkpoint, jobs, recipe, partial, shard_bytes, chunk_bytes, source, devices, container)
         for role, error in errors.items():
             report.roles[role].relative_error = error
         origin = {"name": checkpoint.path.resolve().name, "config_sha256": checkpoint.config_sha256}
@@ -211,7 +212,7 @@ def quantize_checkpoint(
 def main() -> None:
     settings, args = parse_settings(QuantizeSettings, __doc__, add_dry_run)
     result = settings.record.file("quantize")
-    allocation = read_allocation(settings.allocation) if settings.allocation else {}
+    allocation: dict[str, Any] = read_allocation(settings.allocation) if settings.allocation else {}
     recipe, devices = dataclasses.replace(settings.recipe, **allocation), settings.workers()
     if settings.probe and not args.dry_run:
         probe_model(settings.model, Calibration(*settings.text.ids(settings.model)))

@@ -339,7 +339,7 @@ class CodeText(TaskText):
 
 def expected(steps: Sequence[Step], xs: list[int]) -> object:
     """What a program of these steps returns, from the steps themselves and not from the text of the program."""
-    value: object = list(xs)
+    value: Any = list(xs)
     for step in steps:
         value = step.apply(value)
     return value
