@@ -1,4 +1,4 @@
-"""The files that pass between the phases of distillation, and the checks that they belong together.
+"""The settings of the phases of distillation, the files that pass between them, and the checks that they belong together.
 
 Not a command; docs/OPD_INTEGRATION.md describes the formats.
 

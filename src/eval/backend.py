@@ -1,7 +1,7 @@
-"""What an engine is that continues prompts: how tokens are drawn, what comes back, and which engine a model gets.
+"""What an engine is that continues prompts, how tokens are drawn, which engine a model gets; and the engine of transformers.
 
 Not a command. A backend yields (index, Completion) as sequences finish, so that a killed run loses little. The engines are
-backend_hf, vllm_eval, llamacpp_eval8 and backend_openai: same prompts in, same kind of text out.
+HfBackend here, vllm_eval, llamacpp_eval8 and backend_openai: same prompts in, same kind of text out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The calibrated pass: embed, then layer by layer collect second moments, round, write, and pass the activations on.
 
-Not a command; quant_save and gguf_pack run it. What a matrix is rounded to is a :class:`Rounder`'s (rounders, round_ggml),
+Not a command; quant_save and gguf_pack run it. What a matrix is rounded to is a :class:`Rounder`'s (rounders),
 where it is written a :class:`Writer`'s. One decoder layer's weights, its statistics and the activations are in memory; on the
 host also the layer that is being written and, with a GPU, the next one. The activations behind the last whole layer lie
 beside the output, so a killed run goes on there.

@@ -1,6 +1,10 @@
-"""A checkpoint directory: its config, and its tensors by name, read whole or in chunks.
+"""A checkpoint directory: its config, and its tensors by name, read whole or in chunks; a packed one as what it unpacks to.
 
-Not a command. `Checkpoint(directory)` reads and checks headers only; `read(name)` is in memory of its own.
+Not a command. `Checkpoint(directory)` reads and checks headers only; `read(name)` is in memory of its own. packed.json, beside
+packed weights, lists the tensors of the dequantized checkpoint in their order with what else writes it again, byte for byte:
+
+    {"format": 1, "group": G, "shards": [tensors of each file], "config": text of config.json,
+     "tensors": [[name, dtype, shape, whether it is packed], ...]}
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@
 
 --expert-bits: bits of the routed experts, for quant_save. The KL of rounding each layer's gate_up or down matrices to each of
 --options is measured on training transcripts or --text, with the model loaded whole; the bits are those of least summed KL
-whose size is at most that of --expert-bits everywhere. With another --strategy than budget (expert_signals.py) every layer's
+whose size is at most that of --expert-bits everywhere. With another --strategy than budget (sensitivity.py) every layer's
 experts are ordered by a signal, and the best get more of the --options; one decoder layer is in memory at a time.
 --target-gib: types of all matrices, for gguf_pack. OUT is a file of PATTERN=TYPE lines; what --tensor-types names is fixed.
 What each of --candidates costs each tensor is measured (sensitivity.py), rounded by the method that the file will be rounded

@@ -3,7 +3,7 @@
     python src/quant/moe_study.py --model models/razor-tiny --name razor_tiny [--expert-bits 3] [--methods clip,gptq_refit]
         [--strategies random,inverse,frequency,wmass,asal,wfro,composite] [--work work]
 
-The signals are measured once; expert_signals.py says what the strategies are. For each of them and each rounding method a
+The signals are measured once; sensitivity.py says what the strategies are. For each of them and each rounding method a
 checkpoint of the same size is made in WORK/TAG, TAG being NAME_int3STRATEGY_int4_METHOD, and recorded in
 results/quantize/TAG.json; its KL to the model on held-out transcripts is in results/kl/TAG.json. What has its records is not
 done again, so a killed run goes on. The last lines are the table, the least KL first.

@@ -1,6 +1,6 @@
 """What a GGUF is made of, its tensors and their types, and the file as it is written.
 
-Not a command; gguf_pack, gguf_reference and the plans of sizes use it. `plan_pack(checkpoint, "iq3_xxs", patterns, "ldlq")`.
+Not a command; gguf_pack and the plans of sizes use it. `plan_pack(checkpoint, "iq3_xxs", patterns, "ldlq")`.
 """
 
 from __future__ import annotations
