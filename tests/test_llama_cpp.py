@@ -9,7 +9,7 @@ import pytest
 
 import llama_cpp
 from console import UserError
-from settings import load_config
+from settings import read_part
 
 FAKE_NINJA = """#!/bin/sh
 echo run >>"$CALLS"
@@ -23,7 +23,7 @@ for tool in {tools}; do printf '#!/bin/sh\\nexit 0\\n' >bin/$tool; chmod +x bin/
 @pytest.fixture
 def build(tmp_path):
     """Start what pipelines/llama_cpp.sh runs, with stand-ins for the compiler and a source that is already in the cache."""
-    pinned = load_config(llama_cpp.Pinned, llama_cpp.CONFIG)
+    pinned = read_part(llama_cpp.Pinned, llama_cpp.CONFIG)
     (tmp_path / f"cache/llama.cpp-{pinned.llama_cpp_version}-source").mkdir(parents=True)
     programs = {
         "cmake": "#!/bin/sh\nexit 0\n", "c++": "#!/bin/sh\n", "ninja": FAKE_NINJA.format(tools=" ".join(llama_cpp.TOOLS))

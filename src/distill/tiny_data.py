@@ -22,7 +22,7 @@ from gguf_convert import QWEN2_PATTERN
 from task_text import RELATIONS, TASK_TEXTS, TaskText, default_world, letters_of, option_list
 from tasks_tiny import TINY_VISION_TASKS, Scene, TinyBars, TinyCount, TinyDigits, TinyVision
 
-END_OF_TEXT, IM_START, IM_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END_OF_TEXT, _, IM_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VISION_START, VISION_END, IMAGE, _ = VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 THINKING = ("<think>", "</think>")
 VOCABULARY, VL_VOCABULARY = 832, 384

