@@ -11,7 +11,6 @@ run with the last good state kept. Ends with OUT/adapter.safetensors and adapter
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -283,12 +282,8 @@ def train(settings: Settings) -> None:
     end_world(world)
 
 
-def no_recompute(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--no-recompute", dest="recompute", action="store_const", const="0", help="faster, more memory")
-
-
 def main() -> None:
-    train(parse_settings(Settings, __doc__, no_recompute)[0])
+    train(parse_settings(Settings, __doc__)[0])
 
 
 if __name__ == "__main__":

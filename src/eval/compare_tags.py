@@ -43,7 +43,11 @@ class Evaluation:
 def load(directory: Path, tag: str) -> Evaluation:
     """The evaluation ``tag`` of results/eval."""
     log, result = find_log(directory / f"{tag}.samples.jsonl"), directory / f"{tag}.json"
-    if not result.is_file() or not log.is_file():
+    if result.is_file() and not log.is_file():
+        raise UserError(
+            f"{directory}: the samples of {tag!r} are not here ({tag}.samples.jsonl), only its record; run it again"
+        )
+    if not result.is_file():
         raise UserError(f"{directory}: holds no finished evaluation {tag!r}; bash pipelines/eval.sh --tag {tag} makes one")
     settings, rows = read_samples(log)
     source = (read_result(result)["sampling"] or {}).get("source", "")  # none in records from before configs/eval.env

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,9 +119,10 @@ def index() -> str:
 
 
 def half(text: str) -> str:
-    """Half a sentence of a file: its first line up to the first break that leaves enough to understand."""
-    cut = min((place for mark in (": ", "; ", ", ", ". ", " (", "? ") if (place := text.find(mark)) >= 20), default=len(text))
-    return text[:cut].rstrip(".:?")
+    """Half a sentence of a file: its first line without what stands in brackets, up to a break that leaves enough."""
+    text = re.sub(r" \([^)]*\)?", "", text)
+    breaks = [match.start() for match in re.finditer(r"[:;,.?] | (?=that |with |in |and |-> )", text)]
+    return text[: max((b for b in breaks if b <= 95), default=95) if len(text) > 95 else len(text)].rstrip(".:?")
 
 
 def tree() -> str:

@@ -113,6 +113,9 @@ def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
         shown = key.help if key.default in (NOTHING, None, "", False) else f"{key.help} (default {key.default})"
         more: dict[str, Any] = {"action": "store_const", "const": "1"} if key.kind is bool else {"metavar": key.variable}
         parser.add_argument(key.option, help=shown.replace("%", "%%"), **more)
+        if key.kind is bool and key.default is True:
+            off = {"dest": key.name, "action": "store_const", "const": "0"}
+            parser.add_argument(key.option.replace("--", "--no-", 1), help=f"not {key.option}", **off)
 
 
 def settings_of(cls: type[T], args: argparse.Namespace, config: Path | None = None) -> T:
@@ -187,8 +190,8 @@ def typed(settings: Any, **defaults: Any) -> list[str]:
             options += typed(value, **field.metadata["defaults"])
         elif not key:
             continue
-        elif key.kind is bool:
-            options += [key.option] if value else []
+        elif key.kind is bool and value != key.default:
+            options.append(key.option if value else key.option.replace("--", "--no-", 1))
         elif value != key.default and value is not None:
             options += [key.option, f"{value:.12g}" if key.kind is float else str(value)]
     return options
