@@ -114,8 +114,8 @@ def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
         more: dict[str, Any] = {"action": "store_const", "const": "1"} if key.kind is bool else {"metavar": key.variable}
         parser.add_argument(key.option, help=shown.replace("%", "%%"), **more)
         if key.kind is bool and key.default is True:
-            off = {"dest": key.name, "action": "store_const", "const": "0"}
-            parser.add_argument(key.option.replace("--", "--no-", 1), help=f"not {key.option}", **off)
+            off = key.option.replace("--", "--no-", 1)
+            parser.add_argument(off, dest=key.name, action="store_const", const="0", help=f"not {key.option}")
 
 
 def settings_of(cls: type[T], args: argparse.Namespace, config: Path | None = None) -> T:
