@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench8_loaders import MMMLU_LANGUAGES, TEXT_BENCHMARKS, bbeh_match
@@ -219,6 +220,37 @@ def test_bbeh_headline(local: Path) -> None:
         ("4", "5", False),
     ):
         assert bbeh_match(answer, gold) is right
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math500", "humaneval", "mbpp", "aime", "lcb"])
+def test_a_limit_takes_a_seeded_sample(name: str, local: Path) -> None:
+    """Not the first rows; the same ones each time, in the file's order; fewer are among more; ids as in the whole."""
+    key = {"humaneval": "task_id", "mbpp": "task_id", "aime": "id", "lcb": "question_id", "math500": "unique_id"}.get(name, "")
+    numbers = range(11, 411) if name == "mbpp" else range(400)
+    rows = [ROWS[name][0] | ({key: number if name == "mbpp" else str(number)} if key else {}) for number in numbers]
+    (local / "gsm8k.jsonl.gz").unlink()
+    (local / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmark = get_benchmarks([name], local)[0]
+    whole = benchmark.load()
+    fifty = benchmark.load(50)
+    assert benchmark.chosen == "seeded sample" and fifty == get_benchmarks([name], local)[0].load(50)
+    places = [whole.index(item) for item in fifty]
+    assert places == sorted(places) and len(set(places)) == 50 and 120 < sum(places) / 50 < 280
+    assert {item.id for item in benchmark.load(20)} < {item.id for item in fifty} and len(benchmark.load(900)) == 400
+
+
+def test_the_harmonic_mean_has_an_interval(local: Path) -> None:
+    """It covers the mean of true accuracies; a task of which none was right does not narrow it to a point."""
+    bbeh, rng, covered = get_benchmarks(["bbeh"], local)[0], np.random.default_rng(0), 0
+    items = [Item(f"{task}-{k}", "", "", {"stratum": task}) for task in "abcdef" for k in range(100)]
+    truth = dict(zip("abcdef", (0.9, 0.7, 0.5, 0.3, 0.2, 0.15), strict=True))
+    for _ in range(100):
+        rows = [{"id": item.id, "correct": rng.random() < truth[item.meta["stratum"]]} for item in items]
+        made = bbeh.aggregate(items, rows)
+        covered += made["harmonic_mean_low"] <= bbeh.headline(truth)["harmonic_mean"] <= made["harmonic_mean_high"]
+    assert covered >= 88
+    made = bbeh.aggregate(items, [{"id": item.id, "correct": item.meta["stratum"] != "a"} for item in items])
+    assert made["harmonic_mean_low"] <= made["harmonic_mean"] < made["harmonic_mean_high"] - 0.01
 
 
 def test_stratified_prefixes() -> None:

@@ -45,10 +45,13 @@ def test_an_interrupted_run_resumes_to_the_same_log(random_tiny, tmp_path, comma
     assert record["metrics"]["tiny_know"]["n"] == 3 and len(rows) == 7 and record["model"]["weights_sha256"]
     again = command(*arguments)
     assert again.returncode == 2 and again.stderr.startswith("error: ") and "exists" in again.stderr
+    planned = command(*arguments, "--dry-run")  # a plan is shown all the same
+    assert planned.returncode == 0 and "a.json: exists; give another --tag" in planned.stdout and "at most" in planned.stdout
     result.unlink()
     log.write_text("".join(rows[:5]) + rows[5][:20])  # killed in the second benchmark, while a sample was written
     assert command(*arguments).returncode == 0
     assert sorted(log.read_text().splitlines()) == sorted("".join(rows).splitlines())
+    assert [entry["chosen"] for entry in record["data"]] == ["first of a seeded generator"] * 2
     assert json.loads(result.read_text())["metrics"] == record["metrics"]
 
 
@@ -73,10 +76,19 @@ def test_kl_of_a_quantized_model(random_tiny, tmp_path, command):
         (["--backend", "vlm"], "--backend vlm: expected auto, vllm"),
         (["--tag", "../x"], "--tag"),
         (["--limit", "0"], "--limit 0"),
+        (["--benchmarks", "gsm8k,math500", "--data-dir", "data"], "data: has no math500.jsonl"),  # gsm8k is there
+        (["--benchmarks", "tiny_know,tau2"], "tau2 is a dialogue"),
+        (["--out", "data/gsm8k.jsonl"], "--out data/gsm8k.jsonl: data/gsm8k.jsonl is a file"),
+        (["--out", "data/gsm8k.jsonl/eval"], "data/gsm8k.jsonl is a file"),
+        (["--model", "data"], "data: a directory that holds a GGUF; give the file, --model data/x.gguf"),
     ],
 )
 def test_bad_input_is_one_line(random_tiny, tmp_path, command, change, message):
-    out = tmp_path / "out"
-    done = command("src/eval/vllm_eval8.py", "--model", random_tiny, "--tag", "a", "--out", out, *change)
+    """Before an engine starts and anything is written; all benchmarks are opened first."""
+    out, data = tmp_path / "out", tmp_path / "data"
+    data.mkdir()
+    (data / "gsm8k.jsonl").write_text(json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n")
+    (data / "x.gguf").touch()
+    done = command("src/eval/vllm_eval8.py", "--model", random_tiny, "--tag", "a", "--out", out, *change, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ") and message in done.stderr and not out.exists()

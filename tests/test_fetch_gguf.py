@@ -68,6 +68,8 @@ def test_a_killed_download_goes_on_and_is_checked(hub, tmp_path):
     while not (partial.exists() and partial.stat().st_size > 1 << 20):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
+    _, stderr = fetch(address, "me/one", "--out", out, cwd=tmp_path).communicate(timeout=120)
+    assert f"error: {out / source.name}: another run is fetching it" in stderr and partial.stat().st_size > 1 << 20
     first.send_signal(signal.SIGKILL)
     first.wait()
     kept = partial.stat().st_size
@@ -84,6 +86,14 @@ def test_a_killed_download_goes_on_and_is_checked(hub, tmp_path):
     assert f'llama-server" --model {file} --n-gpu-layers 99 --n-cpu-moe 999' in stdout and "(0.04 GiB; 0.00" in stdout
     again, _ = fetch(address, "me/one", source.name, "--out", out, cwd=tmp_path).communicate(timeout=120)
     assert "is there" in again and "goes on" not in again
+    assert {path.name for path in out.iterdir()} == {source.name, f"{source.name}.sha256"}
+    told = file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(size // 2)
+        stream.write(bytes(4096))
+    os.utime(file, ns=(told.st_atime_ns, told.st_mtime_ns))
+    _, damaged = fetch(address, "me/one", source.name, "--out", out, cwd=tmp_path).communicate(timeout=120)
+    assert f"{file}: damaged since it was fetched" in damaged and file.stat().st_size == size
 
 
 @pytest.mark.slow

@@ -4,13 +4,13 @@ Needs LLAMA_CPP, the folder of llama-server, llama-perplexity, llama-bench and l
 """
 
 import argparse
-import http.server
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -18,16 +18,19 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from gguf import GGUFReader
 
 from backend import HfBackend, Sampling
-from backend_openai import Client, OpenAIBackend, in_parallel
+from backend_openai import OpenAIBackend
 from console import UserError
 from eval_settings import load_settings
-from gguf_format import config_of_gguf, describe_gguf, open_gguf, run_converter
+from gguf_format import bos_of, config_of_gguf, describe_gguf, open_gguf, run_converter
 from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, read_logprobs, write_logprobs
-from hf_model import load_tokenizer, render_chat
+from hf_model import load_tokenizer, prompt_ids, render_chat
+from kl import tiny_texts
 from llama_cpp import tool
-from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, free_port
+from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, more_ends
+from records import read_result
 from runner import get_benchmarks
 from speed_gguf import active_bytes
 
@@ -126,8 +129,117 @@ def test_tokenizer_of_the_gguf_itself(backend, bf16_gguf, prompts):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert own(text)["input_ids"] == ids
         assert own.decode(ids) == theirs.decode(ids) == text
+    assert prompt_ids(own, prompts[:2]) == prompt_ids(theirs, prompts[:2])
     torn = theirs("🚀", add_special_tokens=False)["input_ids"]
     assert len(torn) > 1 and own.decode(torn[:-1]) == theirs.decode(torn[:-1])
+
+
+TEMPLATES = [
+    ("{% if enable_thinking is defined and enable_thinking %}T{% endif %}{{ messages[0].content }}", "THow?"),
+    (
+        "{% if not thinking is defined %}{% set thinking = 0 %}{% endif %}{{ thinking }}{{ messages[0].content }}",
+        "TrueHow?",
+    ),
+    ("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}", "01 Jan 2026 How?"),
+    ("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}{{ pad_token }}", "How?<|im_end|><|endoftext|>"),
+    ("{% if bos_token is defined %}B{% endif %}{{ messages[0].content | trim }}", "How?"),
+    ("{% for part in messages[0].content %}{{ part.text }}{% endfor %}", "How?"),
+    ("{{ messages[0]['content'][0]['text'] }}", "How?"),
+    ("{{ raise_exception('Only\\nassistants speak') }}", "Only assistants speak"),
+    ("{{ messages[0].content.pop() }}", "cannot render these turns"),
+    ("{{ 'Hello' }}", "it leaves out 'How.'"),
+    ("{% if messages[0].content is string %}no{% else %}{{ messages[0].content }}{% endif %}", "it leaves out 'How.'"),
+    ("{{ messages[0].content", "cannot render these turns"),
+]
+
+
+@pytest.mark.parametrize(("template", "expected"), TEMPLATES)
+def test_one_question_from_a_checkpoint_and_its_gguf(backend, bf16_gguf, template, expected):
+    """The same variables and special tokens; what a template refuses or loses is one line from both."""
+    own, theirs = GgufTokenizer(bf16_gguf, backend.server.client), load_tokenizer(MODEL)
+    own.chat_template = theirs.chat_template = template
+    said = []
+    for renderer in (own, theirs):
+        try:
+            said.append(render_chat(renderer, [{"role": "user", "content": "How?"}]))
+        except UserError as error:
+            said.append(str(error).partition(": ")[2])
+            assert "\n" not in str(error) and re.search(expected, str(error))
+    assert said[0] == said[1] and (said[0] == expected or re.search(expected, said[0]))
+
+
+def test_an_answer_ends_where_generation_config_says(bf16_gguf, tmp_path, prompts):
+    """llama.cpp too, by the token: it knows the ends of the file alone, and those whose names it has seen."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(MODEL / name)
+    thought = load_tokenizer(MODEL).convert_tokens_to_ids("</think>")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [827, thought]}))
+    assert more_ends(bf16_gguf, [827, thought]) == ["--override-kv", f"tokenizer.ggml.eot_token_id=int:{thought}"]
+    llama = LlamaCppBackend(bf16_gguf, 2048, tmp_path, slots=2)
+    try:
+        served = OpenAIBackend(llama.client.base_url + "/v1", "m", tmp_path, 2048, key=llama.server.key)
+        sampling = Sampling(max_tokens=300)
+        expected = in_order(HfBackend(tmp_path), prompts[:4], sampling)
+        assert all(c.finish_reason == "stop" and "</think>" not in c.text for c in expected)
+        for backend in (llama, served):
+            assert sum(a == b for a, b in zip(in_order(backend, prompts[:4], sampling), expected, strict=True)) >= 3
+    finally:
+        llama.server.stop()
+    with pytest.raises(UserError, match="no room for the end tokens"):
+        more_ends(bf16_gguf, range(100, 110))
+
+
+def changed(path, out, name, change):
+    """A copy of a GGUF file in which ``change`` was done to the values of a tensor, or of a metadata array."""
+    shutil.copy(path, out)
+    reader = GGUFReader(out, "r+")
+    tensor = next((tensor for tensor in reader.tensors if tensor.name == name), None)
+    if tensor is not None:
+        change(tensor.data)
+    else:
+        field = reader.get_field(name)
+        change([field.parts[index] for index in field.data])
+    reader.data.flush()
+    return out
+
+
+def test_weights_that_are_not_finite_stop_a_run(bf16_gguf, tmp_path, prompts, capfd):
+    """NaN by llama.cpp's own check, which names the tensor; an overflow of finite weights by a log-probability."""
+    norm = "blk.3.attn_norm.weight"
+    nan = changed(bf16_gguf, tmp_path / "nan.gguf", norm, lambda data: data.__setitem__(5, np.nan))
+    with pytest.raises(UserError, match=f"nan.gguf: {norm} holds NaN or infinity"):
+        LlamaCppBackend(nan, 256, slots=1)
+    huge = changed(bf16_gguf, tmp_path / "huge.gguf", norm, lambda data: data.fill(3e38))
+    backend = LlamaCppBackend(huge, 256, slots=1)
+    try:
+        with pytest.raises(UserError, match="logits are NaN or infinite after"):
+            list(backend.generate(prompts[:1], Sampling(max_tokens=20)))
+        backend.looked = True  # it began later than at the first prompt
+        with pytest.raises(UserError, match="logits are NaN or infinite after"):
+            list(backend.generate(prompts[:1], Sampling(max_tokens=20)))
+        openai = OpenAIBackend(backend.client.base_url + "/v1", "m", MODEL, 256, key=backend.server.key)
+        with pytest.raises(UserError, match="a log-probability is no number"):
+            list(openai.generate(prompts[:1], Sampling(max_tokens=20)))
+    finally:
+        backend.server.stop()
+
+
+def test_a_server_that_hides_special_tokens(bf16_gguf, tmp_path, prompts, greedy, monkeypatch):
+    """llama-server without --special, of a file in which </think> is a control token: its ids are read; its text is refused."""
+    thought = load_tokenizer(MODEL).convert_tokens_to_ids("</think>")
+    hidden = changed(
+        bf16_gguf, tmp_path / "hidden.gguf", "tokenizer.ggml.token_type", lambda parts: parts[thought].fill(3)
+    )  # fmt: skip
+    start = LlamaServer._start
+    monkeypatch.setattr(LlamaServer, "_start", lambda self: (self.arguments.remove("--special"), start(self)))
+    with LlamaServer(hidden, 2048, 2, ["--repeat-penalty", "1.5", "--top-k", "1", "--mirostat", "2", "--temp", "3"]) as server:
+        openai = OpenAIBackend(server.client.base_url + "/v1", "m", MODEL, 2048, key=server.key)
+        got = in_order(openai, prompts[:4], Sampling(max_tokens=512))
+        assert sum(a == b for a, b in zip(got, greedy[512], strict=False)) >= 3
+        plain = OpenAIBackend(server.client.base_url + "/v1", "m", MODEL, 2048, key=server.key, plain=True)
+        with pytest.raises(UserError, match="leaves special tokens such as </think> out"):
+            list(plain.generate(prompts[:1], Sampling(max_tokens=512)))
+        assert openai.describe()["listed_model"]["n_params"] > 1e6 and openai.served == 2048
 
 
 def test_other_tokens_are_refused():
@@ -150,82 +262,10 @@ def test_openai_endpoint(backend, prompts, send_text):
     assert [c.finish_reason for c in in_order(openai, prompts[:2], Sampling(max_tokens=4))] == ["length"] * 2
 
 
-class Scripted(http.server.BaseHTTPRequestHandler):
-    """Answers by the server's list of (status, body); the last one stays."""
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        answers = self.server.answers
-        status, body = answers.pop(0) if len(answers) > 1 else answers[0]
-        self.server.count += 1
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def scripted():
-    """scripted(answers, port) -> an HTTP server that gives them; several may run."""
-    running = []
-
-    def start(answers, port=0):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Scripted)
-        server.answers, server.count = list(answers), 0
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        running.append(server)
-        return server
-
-    yield start
-    for server in running:
-        server.shutdown()
-        server.server_close()
-
-
-def test_refused_and_busy_requests_are_retried(scripted):
-    port = free_port()
-    threading.Timer(0.6, scripted, [[(503, {}), (429, {}), (200, {"ok": 1})], port]).start()
-    client = Client(f"http://127.0.0.1:{port}")
-    assert client.call("/x", {}) == {"ok": 1}
-    refused = scripted([(400, {"error": {"message": "no such field"}})])
-    with pytest.raises(UserError, match="HTTP 400: no such field"):
-        Client(f"http://127.0.0.1:{refused.server_port}").call("/x", {})
-    assert refused.count == 1
-    with pytest.raises(UserError, match="no answer within 0 s"):
-        Client(f"http://127.0.0.1:{free_port()}", patience=0.4).call("/x", {})
-
-
-def test_doubled_bos_of_an_endpoint_is_refused(scripted):
-    tokenizer = load_tokenizer(MODEL)
-    count = len(tokenizer("hello", add_special_tokens=False)["input_ids"])
-    choice = {"text": "x", "finish_reason": "stop"}
-    server = scripted([(200, {"choices": [choice], "usage": {"prompt_tokens": count + 1, "completion_tokens": 1}})])
-    openai = OpenAIBackend(f"http://127.0.0.1:{server.server_port}/v1", "m", MODEL, 64, send_text=True)
-    with pytest.raises(UserError, match=f"read {count + 1} prompt tokens where the tokenizer has {count}"):
-        list(openai.generate(["hello"], Sampling()))
-
-
-def test_in_parallel_raises_the_first_failure():
-    def work(index):
-        if index == 3:
-            raise UserError("three")
-        return index
-
-    got = []
-    with pytest.raises(UserError, match="three"):
-        got.extend(in_parallel(work, 100, 1))
-    assert got == [(0, 0), (1, 1), (2, 2)]  # what was finished came first
-    assert sorted(in_parallel(lambda i: 2 * i, 5, 3)) == [(i, 2 * i) for i in range(5)]
-
-
 ENDINGS = """
 import os, signal, sys
 from llama_cpp import tool
-from llamacpp_eval8 import LlamaServer
+from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, more_ends
 signal.signal(signal.SIGINT, signal.default_int_handler)
 server = LlamaServer(sys.argv[1], 256, 1)
 print(server.process.pid, flush=True)
@@ -322,7 +362,7 @@ def test_family_of_a_gguf_is_that_of_its_checkpoint(q4_gguf):
     config = config_of_gguf(q4_gguf)
     theirs = json.loads((MODEL / "config.json").read_text())
     assert config == {key: theirs[key] for key in config} and len(config) == 4
-    assert load_settings().family_of(config) == load_settings().family_of(theirs) == "RAZOR_TINY"
+    assert load_settings().family_of(config, []) == load_settings().family_of(theirs, []) == "RAZOR_TINY"
 
 
 def test_active_bytes_of_a_token(bf16_gguf):
@@ -397,3 +437,34 @@ def test_bench_records_what_it_measured(bf16_gguf, tmp_path):
         rates = [row["tokens_per_s"] for part in ("prefill", "decode") for row in placement[part].values()]
         assert min(rates) > 1 and placement["peak_rss_mib"] >= 30
     assert "of the limit" in done.stdout and (metrics["gpu"] or "no GPU in this llama.cpp" in done.stdout)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_windows_of_a_text_are_those_of_llama_perplexity(bf16_gguf, tmp_path, command, begins):
+    """With and without a token that the tokenizer puts before a text; the same weights, computed in float32 by both."""
+    model, gguf, prefix = MODEL, tmp_path / "plain.gguf", [829] if begins else []
+    if begins:
+        model = shutil.copytree(MODEL, tmp_path / "begins")
+        made = json.loads((model / "tokenizer.json").read_text())
+        made["post_processor"]["single"].insert(0, {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}})
+        token = {"id": "<|im_start|>", "ids": prefix, "tokens": ["<|im_start|>"]}
+        made["post_processor"]["special_tokens"] = {"<|im_start|>": token}
+        (model / "tokenizer.json").write_text(json.dumps(made))
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<|im_start|>"}))
+    run_converter("convert", model, "--outfile", gguf, "--outtype", "f32", "--no-mtp")
+    assert bos_of(gguf) == (829 if begins else None)
+    text = tmp_path / "text.txt"
+    pairs, _ = tiny_texts(load_tokenizer(MODEL), 4)
+    text.write_text(re.sub(r"<\|\w+\|>", "", "\n\n".join(prompt + turn for prompt, turn in pairs)))
+    exact = ["-c", "512", "-t", "1", "-ctk", "f32", "-ctv", "f32", "-fa", "off"]
+    done = subprocess.run([tool("llama-perplexity"), "-m", gguf, "-f", text, *exact], capture_output=True, text=True)
+    theirs = float(re.search(r"Final estimate: PPL = ([0-9.]+)", done.stdout + done.stderr)[1])
+    done = command("src/eval/moe_eval.py", "--model", model, "--text", text, "--tag", "t", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = read_result(tmp_path / "t.json", "kl")
+    assert record["metrics"]["ppl"] == pytest.approx(theirs, rel=1e-4)
+    entry = record["data"][0]
+    left = entry["tokens"] - 512 * entry["windows"]
+    assert 0 <= left < 512 and f"{left:,} tokens behind them are left out" in done.stdout
+    assert entry["prefix"] == prefix and record["metrics"]["tokens"] == 255 * entry["windows"]

@@ -234,19 +234,22 @@ def test_the_committed_model_sees_and_its_quantized_copy_too(tmp_path, command):
         assert backend.tokenizer.decode(ids[own]) == turn
 
 
-def test_logs_of_pictures_are_regraded_and_shown(tmp_path):
+def test_logs_of_pictures_are_regraded_and_shown(tmp_path, monkeypatch):
     """The committed evaluation, packed, graded anew: pictures are drawn again from the seed, and no verdict changes."""
     import shutil
 
     from eval_settings import load_settings
     from page_report import page
     from regrade import regrade
+    from sample_log import read_samples
 
     (tmp_path / "eval").mkdir()
     for name in ("razor_tiny_vl_int3_int4.json", "razor_tiny_vl_int3_int4.samples.jsonl.gz"):
         shutil.copy(REPO / "results/eval" / name, tmp_path / "eval" / name)
     before = json.loads((tmp_path / "eval/razor_tiny_vl_int3_int4.json").read_text())
     packed = (tmp_path / "eval/razor_tiny_vl_int3_int4.samples.jsonl.gz").read_bytes()
+    version = read_samples(tmp_path / "eval/razor_tiny_vl_int3_int4.samples.jsonl.gz")[1][0]["grader"]
+    monkeypatch.setattr("regrade.GRADER_VERSION", version)  # every row, and so every byte, names it
     record, changed = regrade(tmp_path / "eval", "razor_tiny_vl_int3_int4", None, None)
     assert changed == 0 and record["metrics"] == before["metrics"] and record["data"] == before["data"]
     assert record["pixels"] == before["pixels"] and (tmp_path / "eval" / before["samples"]).with_suffix(".jsonl.gz").exists()

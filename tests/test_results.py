@@ -4,12 +4,13 @@ import json
 import math
 import time
 
+import numpy as np
 import pytest
-from conftest import REPO
+from conftest import REPO, log_row, write_evaluation
 
 from check_results import check_text, refreshed
 from console import UserError
-from intervals import clustered_mcnemar, minimum_detectable, paired_bootstrap, paired_ratio, wilson
+from intervals import clustered_mcnemar, minimum_detectable, paired_interval, paired_ratio, wilson
 from page_results import page
 from records import public_path, render, write_result
 from sample_log import SampleLog, read_samples
@@ -77,10 +78,8 @@ def test_the_checker_is_a_gate(results, command):
 
 def test_two_tags_are_compared_in_pairs(results, command):
     def evaluation(tag, right, limit=200, first=0):
-        row = {"benchmark": "tiny_math"}
-        rows = [row | {"id": str(i), "prompt_sha256": str(i), "correct": i in right} for i in range(first, limit)]
-        SampleLog(results / f"eval/{tag}.samples.jsonl", {"sampling": {}, "limit": limit, "grader": "1"}).append(rows)
-        write_result(results / f"eval/{tag}.json", kind="probe", tag=tag, started=0.0, metrics={})
+        rows = [log_row("tiny_math", i, correct=i in right) for i in range(first, limit)]
+        write_evaluation(results, tag, rows, {"limit": limit})
 
     evaluation("base", range(180))
     evaluation("worse", range(150))
@@ -91,9 +90,9 @@ def test_two_tags_are_compared_in_pairs(results, command):
     axis = json.loads((results / "compare/base__worse.json").read_text())["metrics"]["tiny_math"]
     assert axis["lost"] == 30 and axis["won"] == 0 and axis["difference_high"] < 0 and axis["p"] == 2 / 2**30
     done = command("src/eval/compare_tags.py", "base", "same", "--results", results)
-    assert "no difference shown (n 200, minimum detectable 2.0)" in done.stdout
+    assert "no difference shown (n 200, minimum detectable 3.9)" in done.stdout
     count, faults = check_text(page(results), results)
-    assert not faults and "## Differences" in page(results) and count == 10
+    assert not faults and "## Differences" in page(results) and count == 18
     evaluation("fewer", range(20), limit=50)  # the first items of the same benchmark: those are compared
     done = command("src/eval/compare_tags.py", "base", "fewer", "--results", results)
     assert done.returncode == 0 and "100.0 ->  40.0" in done.stdout, done.stderr
@@ -119,12 +118,14 @@ def test_render():
 def test_a_sample_log_resumes_and_drops_a_torn_line(tmp_path):
     path, settings = tmp_path / "a.samples.jsonl", {"model": "m", "seed": 1}
     log = SampleLog(path, settings)
-    log.append([{"benchmark": "b", "id": "1", "x": 1}, {"benchmark": "b", "id": "2", "x": 2}])
+    log.append([log_row("b", 1, x=1), log_row("b", 2, x=2)])
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])  # killed while writing
+    log.close()
     log = SampleLog(path, settings)
     assert list(log.done) == [("b", "1", 0)]
-    log.append([{"benchmark": "b", "id": "2", "x": 2}])
+    log.append([log_row("b", 2, x=2)])
+    log.close()
     assert path.read_bytes() == whole and read_samples(path)[0] == settings
     with pytest.raises(UserError, match="other settings \\(seed\\)"):
         SampleLog(path, settings | {"seed": 2})
@@ -135,13 +136,36 @@ def test_statistics_against_published_values():
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
     assert wilson(0, 20)[0] == 0 and round(wilson(0, 20)[1], 4) == 0.1611 and wilson(5, 5)[1] == 1
     assert clustered_mcnemar([1] * 10, [0] * 10) == pytest.approx(2 / 1024)
-    a, b = [True] * 80 + [False] * 20, [True] * 70 + [False] * 30
-    mean, low, high = paired_bootstrap(a, b)
-    assert mean == pytest.approx(-0.1) and low < -0.1 < high < 0
     assert minimum_detectable(1000, 0.1) == pytest.approx(2.8016 * 0.01, abs=1e-4)
     e = math.e  # logarithms 1, 2, 3, 4, 5: mean 3, standard deviation 1.5811, t 2.7764
     ratio, low, high = paired_ratio([1] * 5, [e, e**2, e**3, e**4, e**5])
     assert [math.log(v) for v in (ratio, low, high)] == pytest.approx([3, 3 - 1.9632, 3 + 1.9632], abs=1e-4)
+
+
+@pytest.mark.parametrize("n,lost,won", [(4, 0, 0), (50, 12, 2), (1000, 40, 4), (20, 0, 1), (10, 0, 10)])
+def test_the_interval_of_a_paired_difference_inverts_its_score_test(n, lost, won):
+    """Against the definition: the likeliest share of losses under each difference is looked for on a grid."""
+    a, b = [1] * lost + [0] * won + [1] * (n - lost - won), [0] * lost + [1] * won + [1] * (n - lost - won)
+    mean, low, high = paired_interval(a, b)
+    assert mean == pytest.approx((won - lost) / n) and low < mean <= high and (mean < high or high == 1)
+    for true, z in ((low, 1.959964), (high, -1.959964)):
+        if abs(true) == 1:
+            continue
+        losses = np.linspace(max(0, -true), (1 - true) / 2, 200_003)[1:-1]
+        logs = (lost * np.log(losses), won * np.log(losses + true), (n - lost - won) * np.log(1 - 2 * losses - true))
+        best = losses[sum(part for part, count in zip(logs, (lost, won, n - lost - won)) if count).argmax()]
+        assert (won - lost - n * true) / math.sqrt(n * (2 * best + true - true**2)) == pytest.approx(z, abs=2e-3)
+
+
+def test_the_interval_of_shares_covers():
+    assert paired_interval([0.5] * 3, [0.5] * 3) == paired_interval([1] * 3, [1] * 3)
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(300):  # items of different difficulty, four answers to each; the second model loses 5 points on each
+        chance = rng.beta(2, 1, 60)
+        a, b = (rng.binomial(4, share) / 4 for share in (chance, np.clip(chance - 0.05, 0, 1)))
+        _, low, high = paired_interval(a, b)
+        covered += low <= float((np.clip(chance - 0.05, 0, 1) - chance).mean()) <= high
+    assert covered / 300 > 0.92
 
 
 def test_a_spread_is_over_texts_and_at_equal_bytes():

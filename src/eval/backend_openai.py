@@ -3,35 +3,58 @@
     bash pipelines/eval.sh --backend openai --base-url http://localhost:8000/v1 --model NAME --tokenizer DIR --tag TAG
 
 Not a command by itself. The chat template is ours, so that the prompt is the same on all backends; token ids are sent, or the
-rendered text with --prompt-text, and the server's count of prompt tokens must be ours (no second BOS).
+rendered text with --prompt-text, and the server's count of prompt tokens must be ours (no second BOS). The answer is the ids
+that the server says it generated (vLLM, llama-server), else its text, which must hold as many tokens as it counted.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import queue
+import sys
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from backend import Completion, Sampling, seed_of
-from console import UserError
-from hf_model import ids_sha256, load_tokenizer, render_chat
+from backend import Backend, Completion, Sampling, completion_of, seed_of
+from console import UserError, read_json
+from families import text_config
+from graders import THOUGHTS, opens_thinking
+from hf_model import end_token_ids, ids_sha256, load_tokenizer, render_chat, tokenizer_files_sha256
 
-BUSY = (429, 502, 503, 504)  # a server that is loading, full, or behind a proxy that lost it for a moment
+# A server that is loading, full, failed once, or lies behind a proxy that lost it for a moment.
+BUSY = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
+FIRST_WORD = 60.0  # seconds of silence until it is said; then after twice as many
+DAY = 86_400.0
+START, PER_TOKEN = 600.0, 1.0  # seconds that an answer may take, by default: to begin, and for each token that was asked for
+PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+# No other filter, penalty or order than the sampling that is declared: a server fills what is left out from its own options or
+# the model's generation_config. Names of llama-server, then of vLLM and SGLang; each ignores those of the other.
+NEUTRAL = {
+    **PENALTIES, "min_p": 0.0, "typical_p": 1.0, "top_n_sigma": -1.0, "mirostat": 0, "dynatemp_range": 0.0,
+    "xtc_probability": 0.0, "dry_multiplier": 0.0, "repeat_penalty": 1.0, "samplers": ["temperature", "top_k", "top_p"],
+    "logit_bias": {}, "ignore_eos": False, "repetition_penalty": 1.0, "min_tokens": 0,
+}  # fmt: skip
+IDENTITY = ("id", "root", "owned_by")  # of a model in /models; vLLM's root is its path
+IDENTITY_META = ("n_vocab", "n_ctx_train", "n_embd", "n_params", "size", "ftype")  # llama-server's
 T = TypeVar("T")
 
 
 def refusal(error: urllib.error.HTTPError) -> str:
     """What a server said when it refused a request, in one line."""
-    body = error.read().decode("utf-8", "replace")
+    try:
+        body = error.read().decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        body = "no text"
     try:
         told = json.loads(body)["error"]
         body = told["message"] if isinstance(told, dict) else str(told)
@@ -42,7 +65,8 @@ def refusal(error: urllib.error.HTTPError) -> str:
 
 class Client:
     """``patience``: seconds that a server may be busy or unreachable before a request is given up, with growing pauses.
-    ``check`` is called after each failure and may raise: the owner of the server knows whether waiting makes sense."""
+    ``check`` is called after each failure and may raise: the owner of the server knows whether waiting makes sense.
+    ``limit``: seconds without a byte of the answer to one request, after which the server is given up."""
 
     def __init__(
         self, base_url: str, key: str | None = None, patience: float = 60.0, check: Callable[[], None] = lambda: None
@@ -52,7 +76,7 @@ class Client:
             raise UserError(f"{base_url}: not a server's address; expected http://HOST:PORT")
         self.base_url = base_url.rstrip("/")
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self.patience, self.check = patience, check
+        self.patience, self.check, self.limit = patience, check, DAY
         # a proxy of the environment knows nothing of this machine's own ports
         loopback = url.hostname in ("127.0.0.1", "localhost", "::1")
         self.opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if loopback else []))
@@ -64,29 +88,40 @@ class Client:
         with self.opener.open(request, timeout=timeout) as answer:
             return json.load(answer)
 
-    def call(self, path: str, body: Any = None) -> Any:
-        """The answer's JSON. A generation may take hours, so that no answer is not a failure; a lost connection is."""
-        deadline, pause = time.monotonic() + self.patience, 0.1
+    def call(self, path: str, body: Any = None, limit: float | None = None) -> Any:
+        """The answer's JSON. A generation may take hours, so that silence is waited for, up to ``limit`` (default: the
+        client's); a lost connection and an error of the server are tried again."""
+        begun, pause, where = time.monotonic(), 0.1, self.base_url + path
+        limit = limit or self.limit
         while True:
+            least = 0.0
             try:
-                return self.once(path, body)
+                return self.once(path, body, limit)
             except urllib.error.HTTPError as error:
                 problem = refusal(error)
                 if error.code not in BUSY:
-                    raise UserError(f"{self.base_url}{path}: {problem}") from None
+                    raise UserError(f"{where}: {problem}") from None
+                least = float(wanted) if (wanted := error.headers.get("Retry-After") or "").isdigit() else 0.0
+            except TimeoutError:
+                raise UserError(f"{where}: no answer to a request within {limit:,.0f} s; see to the server, or give "
+                                "--timeout SECONDS") from None  # fmt: skip
             except (OSError, http.client.HTTPException) as error:  # refused, reset, closed before an answer
                 problem = str(error) or type(error).__name__
-            except json.JSONDecodeError as error:
-                raise UserError(f"{self.base_url}{path}: the answer is not JSON ({error})") from None
+            except ValueError as error:  # not JSON, not UTF-8
+                raise UserError(f"{where}: the answer is not JSON ({' '.join(str(error).split())[:200]})") from None
             self.check()
-            if time.monotonic() + pause > deadline:
-                raise UserError(f"{self.base_url}{path}: no answer within {self.patience:.0f} s ({problem})")
+            pause = max(pause, least)
+            if time.monotonic() + pause > begun + self.patience:
+                raise UserError(f"{where}: no answer within {self.patience:.0f} s ({problem})")
             time.sleep(pause)
             pause = min(2 * pause, 8.0)
 
 
-def in_parallel(work: Callable[[int], T], count: int, workers: int) -> Iterator[tuple[int, T]]:
-    """(index, work(index)) for 0..count-1 as they finish, ``workers`` at a time; the first failure is raised here.
+def in_parallel(
+    work: Callable[[int], T], count: int, workers: int, silent: Callable[[float], None] = lambda _: None
+) -> Iterator[tuple[int, T]]:
+    """(index, work(index)) for 0..count-1 as they finish, ``workers`` at a time; the first failure is raised here. ``silent``
+    is told the seconds in which nothing finished, when they become FIRST_WORD and at each doubling.
 
     The threads are daemons: one that waits for an answer must not keep an interrupted program from ending.
     """
@@ -112,7 +147,14 @@ def in_parallel(work: Callable[[int], T], count: int, workers: int) -> Iterator[
         threading.Thread(target=run, daemon=True).start()
     try:
         for _ in range(count):
-            index, result, error = finished.get()
+            waited, word = 0.0, FIRST_WORD
+            while True:
+                try:
+                    index, result, error = finished.get(timeout=word - waited)
+                    break
+                except queue.Empty:
+                    silent(word)
+                    waited, word = word, 2 * word
             if error is not None:
                 raise error
             yield index, result
@@ -129,66 +171,234 @@ def api_key(name: str | None) -> str | None:
     return os.environ[name]
 
 
-class ServerBackend:
-    """Prompts rendered here, as many requests at once as ``parallel``. A subclass sends one in ``_complete``."""
+class ServerBackend(Backend):
+    """Prompts rendered here, as many requests at once as ``parallel``. A subclass sends one in ``_complete``.
+
+    ``context``: tokens of a prompt and its answer on any backend; ``served``: the server's, which may be shorter.
+    ``timeout``: seconds for one answer (default: START and PER_TOKEN).
+    """
 
     tokenizer: Any
+    client: Client
     parallel: int
     context: int
+    served: int | None = None
+    timeout: float | None = None
 
     def render(self, messages: list[dict[str, str]]) -> str:
         return render_chat(self.tokenizer, messages)
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
-        return in_parallel(lambda index: self._complete(prompts[index], sampling), len(prompts), self.parallel)
+        self.client.limit = self.timeout or START + PER_TOKEN * sampling.max_tokens
+        if self.served is not None and self.served < min(self.context, sampling.max_tokens):
+            print(f"{self.client.base_url}: its context is {self.served:,} tokens where {self.context:,} are asked for; an "
+                  "answer that it cuts short will end the run", file=sys.stderr, flush=True)  # fmt: skip
+        work = lambda index: self._complete(prompts[index], sampling)  # noqa: E731
+        return in_parallel(work, len(prompts), self.parallel, self._silent)
+
+    def _silent(self, seconds: float) -> None:
+        print(f"{self.client.base_url}: no answer for {seconds:,.0f} s; a request is given up after {self.client.limit:,.0f} s",
+              file=sys.stderr, flush=True)  # fmt: skip
 
     def _complete(self, prompt: str, sampling: Sampling) -> Completion:
-        raise TypeError(f"{type(self).__name__} does not define _complete")
+        raise NotImplementedError
 
-    def _room(self, ids: Sequence[int], sampling: Sampling) -> int:
-        """How many tokens may follow."""
+    def _room(self, ids: Sequence[int], sampling: Sampling) -> tuple[int, int]:
+        """(tokens that may follow, how many of them the server has room for)."""
         room = min(sampling.max_tokens, self.context - len(ids))
-        if room < 1:
-            raise UserError(f"a prompt has {len(ids)} tokens; the server's context is {self.context}")
-        return room
+        held = room if self.served is None else min(room, self.served - len(ids))
+        if held < 1:
+            least = self.context if self.served is None else min(self.context, self.served)
+            raise UserError(f"a prompt has {len(ids)} tokens; the server's context is {least}")
+        return room, held
+
+    def _checked_length(self, done: Completion, room: int) -> Completion:
+        """Raise :class:`UserError` when an answer was cut before the length that was asked for."""
+        if done.finish_reason == "length" and done.tokens < room:
+            context = f"its context is {self.served:,}" if self.served else "a limit of its own"
+            raise UserError(
+                f"{self.client.base_url}: an answer was cut at {done.tokens:,} tokens where {room:,} were asked: {context}; "
+                "raise the server's limit, else answers that it cuts would count as wrong"
+            )
+        return done
+
+
+def of_kind(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
+    """``value``, or a :class:`UserError` when a server's JSON has something else there."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{where} is {json.dumps(value)[:80]}; expected what /completions of OpenAI's API answers")
+    return value
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What /completions said. ``ids``: generated, by a server that tells them; ``model``: as it names what it served."""
+
+    text: str
+    reason: str
+    prompt_tokens: int
+    tokens: int
+    ids: list[int] | None
+    model: str | None
+
+    @classmethod
+    def read(cls, answer: Any, url: str) -> Answer:
+        """From the JSON of an answer; anything else than one is a :class:`UserError`."""
+        body = of_kind(answer, dict, f"{url}: the answer")
+        if told := body.get("error"):
+            message = told.get("message", told) if isinstance(told, dict) else told
+            raise UserError(f"{url}: the server answered with an error: {' '.join(str(message).split())[:300]}")
+        choices = of_kind(body.get("choices"), list, f"{url}: choices")
+        choice = of_kind(choices[0] if choices else None, dict, f"{url}: choices[0]")
+        usage = of_kind(body.get("usage"), dict, f"{url}: usage")
+        counts = [of_kind(usage.get(key), int, f"{url}: usage.{key}") for key in ("prompt_tokens", "completion_tokens")]
+        text = of_kind(choice.get("text"), str, f"{url}: choices[0].text")
+        reason = choice.get("finish_reason")
+        if reason not in ("stop", "length"):
+            raise UserError(f"{url}: finish_reason {reason!r}; expected stop or length")
+        told = choice.get("logprobs")
+        rows = told.get("content") if isinstance(told, dict) else None  # llama-server's form
+        rows = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
+        values = [row.get("logprob") for row in rows] or (told.get("token_logprobs") if isinstance(told, dict) else None) or []
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):  # llama-server's NaN is null
+            raise UserError(
+                f"{url}: a log-probability is no number: the server's logits are NaN or infinite, check its weights"
+            )
+        ids = choice.get("token_ids") or [row.get("id") for row in rows]
+        ids = ids if isinstance(ids, list) and ids and all(type(each) is int for each in ids) else None
+        model = body.get("model")
+        return cls(text, reason, counts[0], counts[1], ids, model if isinstance(model, str) else None)
 
 
 class OpenAIBackend(ServerBackend):
-    """``plain`` leaves out the fields that OpenAI's own API does not know; then its defaults for top-k and min-p hold, and
-    special tokens such as </think> may be missing from the text."""
+    """``plain`` leaves out the fields that OpenAI's own API does not know, top-k among them; then the server's defaults hold
+    for them, and its text must still have every special token such as </think>."""
 
     name = "openai"
 
     def __init__(
         self, base_url: str, model: str, tokenizer: str | Path, context: int, *, key: str | None = None, parallel: int = 4,
-        send_text: bool = False, plain: bool = False,
+        send_text: bool = False, plain: bool = False, timeout: float | None = None,
     ) -> None:  # fmt: skip
         self.tokenizer = load_tokenizer(tokenizer)
+        self.ends = end_token_ids(tokenizer, self.tokenizer)
+        self.directory, self.timeout = Path(tokenizer), timeout
+        config = self.directory / "config.json"
+        trained = text_config(read_json(config)).get("max_position_embeddings") if config.is_file() else None
         self.client = Client(base_url, key)
-        self.model, self.parallel, self.context = model, parallel, context
+        self.model, self.parallel, self.context = model, parallel, min(context, trained or context)
         self.send_text, self.plain = send_text, plain
+        self.facts: dict[str, Any] = {}
+
+    def describe(self) -> dict[str, Any]:
+        return self.facts or self._open(self.render([{"role": "user", "content": "Hello"}]))
+
+    def _open(self, prompt: str) -> dict[str, Any]:
+        """The server's identity and what it is sent, by one look at /models and one request for one token, which may raise."""
+        entry = self._listed()
+        meta = entry.get("meta") if isinstance(entry.get("meta"), dict) else {}
+        served = entry.get("max_model_len") or meta.get("n_ctx")  # of vLLM and SGLang; of llama-server
+        self.served = served if isinstance(served, int) else None
+        self.context = min(self.context, meta.get("n_ctx_train") or self.context)
+        identity = {key: entry[key] for key in IDENTITY if key in entry}
+        identity |= {key: meta[key] for key in IDENTITY_META if key in meta}
+        fields = self._fields([], "", Sampling(), 1)
+        varying = {"prompt", "max_tokens", "temperature", "top_p", "top_k", "seed"}
+        self.facts = {
+            "base_url": self.client.base_url, "listed_model": identity, "served_model": self._probe(prompt).model,
+            "tokenizer_sha256": tokenizer_files_sha256(self.directory), "prompt": "text" if self.send_text else "ids",
+            "sent": sorted(fields), "sent_always": {key: fields[key] for key in fields if key not in varying},
+        }  # fmt: skip
+        return self.facts
+
+    def _listed(self) -> dict[str, Any]:
+        """The model's entry in /models: by its name, or the only one. A server without that page has none."""
+        try:
+            found = self.client.once("/models", timeout=FIRST_WORD)
+        except urllib.error.HTTPError:
+            return {}
+        except TimeoutError:
+            raise UserError(
+                f"{self.client.base_url}/models: no answer within {FIRST_WORD:.0f} s; is it a server's address?"
+            ) from None
+        except (OSError, http.client.HTTPException, ValueError):
+            return {}  # no such page; what else is wrong, the probe says
+        rows = [row for row in found.get("data") or () if isinstance(row, dict)] if isinstance(found, dict) else []
+        named = [row for row in rows if row.get("id") == self.model]
+        return (named or rows)[0] if named or len(rows) == 1 else {}
+
+    def _probe(self, prompt: str) -> Answer:
+        """One token: the server answers in time, with numbers, and shows the token that ends a thought."""
+        spelled = [self.tokenizer(ending, add_special_tokens=False)["input_ids"] for _, ending in THOUGHTS]
+        ending = next((ids[0] for ids in spelled if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id), None)
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        fields = self._fields(ids, prompt, Sampling(), 1)
+        if ending is not None:
+            fields["logit_bias"] = {str(ending): 100}
+        answer = self._read(self.client.call("/completions", fields, START), ids)
+        if ending is not None and answer.ids is None and not answer.text and answer.tokens == 1:
+            raise UserError(
+                f"{self.client.base_url}: the server leaves special tokens such as {self.tokenizer.decode([ending])} out of "
+                "its text, so that no thought would end; start llama-server with --special, or leave out --plain-fields"
+            )
+        return answer
+
+    def _fields(self, ids: Sequence[int], prompt: str, sampling: Sampling, room: int) -> dict[str, Any]:
+        """The request. ``stop`` is OpenAI's own name for what vLLM takes by id."""
+        fields: dict[str, Any] = {
+            "model": self.model, "prompt": prompt if self.send_text else list(ids), "max_tokens": room,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed_of(prompt, sampling.seed) & 0x7FFFFFFF,
+        }  # fmt: skip
+        if self.plain:
+            return fields | PENALTIES | {"stop": [self.tokenizer.decode([end]) for end in self.ends[:4]]}
+        fields |= NEUTRAL | {"top_k": sampling.top_k, "skip_special_tokens": False, "add_special_tokens": False}
+        return fields | {"stop_token_ids": self.ends, "return_token_ids": True, "logprobs": 1}
+
+    def _read(self, answer: Any, ids: Sequence[int]) -> Answer:
+        url = self.client.base_url
+        read = Answer.read(answer, url)
+        if read.prompt_tokens != len(ids):
+            raise UserError(
+                f"{url}: the server read {read.prompt_tokens} prompt tokens where the tokenizer has {len(ids)}; "
+                f"{'send ids, without --prompt-text' if self.send_text else 'give the tokenizer of its model'}"
+            )
+        served = self.facts.get("served_model")
+        if self.facts and read.model != served:
+            raise UserError(f"{url}: the server now answers as {read.model!r}, before as {served!r}; two models do not mix")
+        return read
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        if prompts and not self.facts:
+            self._open(prompts[0])
+        return super().generate(prompts, sampling)
 
     def _complete(self, prompt: str, sampling: Sampling) -> Completion:
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        fields = {
-            "model": self.model, "prompt": prompt if self.send_text else ids, "max_tokens": self._room(ids, sampling),
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed_of(prompt, sampling.seed) & 0x7FFFFFFF,
-        }  # fmt: skip
-        if not self.plain:
-            fields |= {"top_k": sampling.top_k, "min_p": 0.0, "skip_special_tokens": False}
-        answer = self.client.call("/completions", fields)
-        try:
-            choice, usage = answer["choices"][0], answer["usage"]
-            text, reason = choice["text"], choice["finish_reason"]
-            counted, generated = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise UserError(f"{self.client.base_url}: the answer of /completions lacks {error}") from None
-        if counted != len(ids):
+        room, held = self._room(ids, sampling)
+        answer = self._read(self.client.call("/completions", self._fields(ids, prompt, sampling, held)), ids)
+        if answer.tokens > held:
+            raise UserError(f"{self.client.base_url}: {answer.tokens} tokens were made where at most {held} were asked for")
+        if answer.ids is not None and answer.tokens - len(answer.ids) in (0, 1):  # one that ends by a stop tells no id of it
+            done = completion_of(self.tokenizer, answer.ids, ids, self.ends)
+            if done.finish_reason == "length" and answer.reason == "stop":
+                done = replace(done, finish_reason="stop", tokens=answer.tokens)
+        else:
+            done = self._of_text(prompt, ids, answer)
+        return self._checked_length(done, room)
+
+    def _of_text(self, prompt: str, ids: Sequence[int], answer: Answer) -> Completion:
+        """The text up to its first end token; it must hold as many tokens as were generated, up to another split of the same
+        text into tokens (a fiftieth) and characters that were cut within their bytes."""
+        ends, text = [self.tokenizer.decode([end]) for end in self.ends], answer.text
+        count = len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        open_thought = opens_thinking(prompt) and answer.reason == "stop" and not any(end in text for _, end in THOUGHTS)
+        slack = (0 if open_thought else max(2, count // 50)) + 3 * text.count("\ufffd")
+        if not -slack <= answer.tokens - count <= slack + 1:  # one more: the end token
             raise UserError(
-                f"{self.client.base_url}: the server read {counted} prompt tokens where the tokenizer has {len(ids)}; "
-                f"{'send ids, without --prompt-text' if self.send_text else 'give the tokenizer of its model'}"
+                f"{self.client.base_url}: {answer.tokens} tokens were generated and the text has {count}: "
+                f"{text[:40]!r}; the server leaves out special tokens or a thought, or changes the text. Start llama-server "
+                "with --special, a server without a parser of thoughts; leave out --plain-fields"
             )
-        if reason not in ("stop", "length"):
-            raise UserError(f"{self.client.base_url}: finish_reason {reason!r}; expected stop or length")
-        text = text.removesuffix(self.tokenizer.eos_token or "")
-        return Completion(text, generated, len(ids), reason, ids_sha256(ids))
+        at = min((place for end in ends if end and (place := text.find(end)) >= 0), default=len(text))
+        reason = answer.reason if at == len(text) else "stop"
+        return Completion(text[:at], answer.tokens, len(ids), reason, ids_sha256(ids))

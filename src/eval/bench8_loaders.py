@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from string import ascii_uppercase as LETTERS
 
 from console import UserError
-from graders import extract_letter, extract_math, grade_integer, parse_integer
-from math_answers import judge_math, judge_open
+from graders import extract_letter, extract_math, grade_integer, parse_integer, said_from
+from math_answers import judge_math, judge_open, latex
 from task import Benchmark, HubBenchmark, Row, Source
 from task_text import Item
 from tasks_code import CODE_BENCHMARKS
@@ -183,7 +183,7 @@ class BbehMini(Bbeh):
 
 def bbeh_answer(answer: str) -> str | None:
     """What follows the last "The answer is", on its line, without markup. Without that prefix there is no answer."""
-    stated = re.findall(r"(?i)the (?:final )?answer is:?\s*([^\n]*)", answer.replace("**", ""))
+    stated = re.findall(r"(?i)the (?:final )?answer is:?\s{0,9}([^\n]*)", answer.replace("**", ""))
     if not stated:
         return None
     text = stated[-1].strip().removesuffix(".").strip()
@@ -194,15 +194,16 @@ def bbeh_answer(answer: str) -> str | None:
 
 
 def bbeh_match(answer: str, gold: str) -> bool:
-    """google-deepmind/bbeh, evaluate.py, as rules: letter case, ", " and ",", (a) and a, numbers, quotes, brackets, "?"."""
-    said, want = (text.strip().lower().replace(", ", ",") for text in (answer, gold))
+    """google-deepmind/bbeh, evaluate.py, as rules: letter case, ", " and ",", (a) and a, numbers, quotes, brackets, "?". There
+    a full stop is taken from the end of the answer alone; here it counts in neither, else a gold that has one is never met."""
+    said, want = (text.strip().lower().replace(", ", ",").removesuffix(".").strip() for text in (answer, gold))
     forms = {said, said.replace("'", ""), f"[{said}]", said.removesuffix("?")}
     if forms & {want, f"[{want}]"} or said.replace("'", "") == want.replace("'", ""):
         return True
     if re.fullmatch(r"\(.\)", said) or re.fullmatch(r"\(.\)", want):
         return said.strip("()") == want.strip("()")
     try:
-        return float(said) == float(want)
+        return "_" not in said and float(said) == float(want)
     except ValueError:
         return False
 
@@ -317,20 +318,32 @@ class Hle(HubBenchmark):
     def extract(self, item: Item, answer: str) -> str | None:
         if item.meta["letters"]:
             return extract_letter(answer, item.meta["letters"])
-        stated = re.findall(r"(?mi)^[ \t*_#]{0,20}(?:exact |final )?answer[\s*_]{0,9}:[\s*_]{0,9}(\S.*)$", answer)
-        return stated[-1].strip(" *_") if stated else extract_math(answer)
+        stated = list(re.finditer(r"(?mi)^[ \t*_#>]{0,20}(?:exact |final )?answer[\s*_]{0,9}[:：][\s*_]{0,9}(?=\S)", answer))
+        return said_from(answer, stated[-1].end()) if stated else extract_math(answer)
 
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
-        """Letters by identity; other answers as text without case and outer signs, else as mathematics."""
+        """Letters by identity; other answers as text, else as mathematics where the gold answer is any: "ab" is a word."""
         verdicts = [
-            answer is not None and plain(answer) == plain(item.gold) for item, answer in zip(items, extracted, strict=True)
+            answer is not None and (answer == item.gold if item.meta["letters"] else same_text(answer, item.gold))
+            for item, answer in zip(items, extracted, strict=True)
         ]
-        open_ = [place for place, item in enumerate(items) if not item.meta["letters"] and not verdicts[place]]
+        open_ = [
+            place
+            for place, item in enumerate(items)
+            if not item.meta["letters"] and not verdicts[place] and re.search(r"[\d\\=+*/^<>|]", latex(item.gold))
+        ]
         return judge_open(verdicts, {place: (extracted[place], items[place].gold) for place in open_})
 
 
-def plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip(" .$*`\"'").casefold()
+def same_text(answer: str, gold: str) -> bool:
+    """The same signs but for spaces, quotes, bold marks and dollar signs around them and a full stop behind. Letter case counts
+    in formulas and in words of one or two letters: Co is not CO."""
+    said, want = (
+        re.sub(r"\s+", " ", text).strip(' $*`"\u201c\u201d').removesuffix(".").strip(' $*`"\u201c\u201d')
+        for text in (answer, gold)
+    )
+    words = bool(re.fullmatch(r"[^\d\\=+*/^<>|]*", want)) and bool(re.search(r"[^\W\d_]{3}|\A[Nn][Oo]\Z", want))
+    return said == want or (words and said.casefold() == want.casefold())
 
 
 class Tau2(Benchmark):

@@ -8,16 +8,17 @@ from `--data-dir`: NAME.jsonl of the same columns, where an image column holds a
 from __future__ import annotations
 
 import ast
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase as LETTERS
 from typing import Any
 
 from console import UserError
-from graders import extract_boxed, extract_letter, parse_integer
-from math_answers import judge_open
+from graders import extract_boxed, extract_letter, extract_math, said_from
+from math_answers import MAX_LENGTH, clean, exact_number, judge_open, units_differ, without_units
 from pictures import Picture, image_part, interleave, text_part, unmatched
-from task import HubBenchmark, Row, Source
+from task import HubBenchmark, Row, Source, reachable
 from task_text import Item
 
 MMMU_PRO_REVISION = "b037bbe72fe851ae9c9a792c7b34722542d4dc78"
@@ -102,32 +103,30 @@ class Mmmu(MmBenchmark):
 
 
 def short_answer(answer: str) -> str | None:
-    """The final phrase of an open answer: a box, what follows "answer is" or "answer:", else the last line."""
+    """The final phrase of an open answer: a box, what follows the last "answer is" or "answer:" on its line, else the last
+    line."""
     if boxed := extract_boxed(answer):
         return boxed
+    if marks := list(re.finditer(r"(?i)\banswer(?:[ *_]{0,9}(?:is\b|:))[ *_:]{0,9}(?=[^\s*_:])", answer)):
+        return said_from(answer, marks[-1].end()).rstrip(". *_`") or None
     lines = [line.strip(" *") for line in answer.splitlines() if line.strip(" *")]
-    if not lines:
-        return None
-    for mark in ("answer is", "answer:"):
-        head, found, tail = lines[-1].lower().rpartition(mark)
-        if found and tail.strip():
-            return lines[-1][len(head) + len(found) :].strip(" *:")
-    return lines[-1]
+    return lines[-1] if lines else None
 
 
 def same_phrase(answer: str, gold: str) -> bool:
-    """MMMU's open questions: numbers to two decimals, else the same words without case and outer punctuation."""
-    numbers: list[float | None] = []
-    for text in (answer, gold):
-        plain = text.replace(",", "").replace("\\%", "%").strip(" $%.")
-        try:
-            numbers.append(round(float(plain), 2))
-        except ValueError:
-            whole = parse_integer(text)
-            numbers.append(None if whole is None else float(whole))
-    if None not in numbers:
-        return numbers[0] == numbers[1]
-    return " ".join(answer.lower().strip(" .$'\"").split()) == " ".join(gold.lower().strip(" .$'\"").split())
+    """MMMU's open questions: numbers to two decimals, a unit that only one of them has left out, else the same words without
+    case and outer punctuation. "1,2" is no number, .5 is 0.5."""
+    if len(answer) > MAX_LENGTH:
+        return False
+    said, want = (
+        clean(re.sub(r"\\?%\s*\Z", "", text.replace("**", "").strip(" '\"*`").rstrip("."))) for text in (answer, gold)
+    )
+    said, want = (re.sub(r"(?<=\d)\s?([VAWmsgJNKFHCTL])\Z", r"\\text{ \1}", text) for text in (said, want))
+    number, other = (exact_number(without_units(text)) for text in (said, want))
+    if number is not None and other is not None:
+        return not units_differ(want, said) and round(float(number), 2) == round(float(other), 2)
+    words = [" ".join(text.lower().replace("**", "").strip(" $'\"").rstrip(". $'\"").split()) for text in (answer, gold)]
+    return words[0] == words[1]
 
 
 LAST_LINE = (
@@ -188,7 +187,7 @@ class MathVision(MmBenchmark):
 
     def extract(self, item: Item, answer: str) -> str | None:
         letter = extract_letter(answer, self.letters) if item.meta["letters"] else None
-        return letter or extract_boxed(answer)
+        return letter or extract_math(answer)
 
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
         """Letters by themselves; everything else, also an option given by its value, by the judge of mathematics."""
@@ -231,7 +230,10 @@ class MedXpert(MmBenchmark):
             from huggingface_hub import hf_hub_download
 
             repository, revision = self.source.repository, self.source.revision
-            self.archive = zipfile.ZipFile(hf_hub_download(repository, "images.zip", repo_type="dataset", revision=revision))
+            with reachable(self.source):
+                self.archive = zipfile.ZipFile(
+                    hf_hub_download(repository, "images.zip", repo_type="dataset", revision=revision)
+                )
         found = [entry for entry in self.archive.namelist() if entry.rpartition("/")[2] == name]
         if not found:
             raise UserError(f"{self.name} {where}: not in images.zip")

@@ -1,10 +1,11 @@
 """Compare two evaluated models item by item: bash pipelines/eval.sh --compare BASE OTHER [--teacher TAG]
 
 The tags are those of results/eval. Both must have answered the same questions (of two limits the smaller one's count) with
-the same budget, number of samples and grader, and have sampled alike or each as its vendor recommends. Per benchmark: the
-difference in accuracy with its paired bootstrap interval (items are resampled), McNemar's exact p, items lost and won, and a
-verdict, which is given only when the interval excludes zero and the exact p is below 0.05. With --teacher its accuracy stands
-beside them, and the record says how far each is behind it. Writes results/compare/BASE__OTHER.json (TEACHER__BASE__OTHER.json).
+the same budget, number of samples and grader, and have sampled alike or each as its vendor recommends. Models of one family,
+or of none that is known, must also have seen the same tokens: another chat template is no other model (--other-templates).
+Per benchmark: the difference in accuracy with Tango's score interval, McNemar's exact p, items lost and won, and a verdict,
+which is given only when the interval excludes zero and the exact p is below 0.05. With --teacher its accuracy stands beside
+them, and the record says how far each is behind it. Writes results/compare/BASE__OTHER.json (TEACHER__BASE__OTHER.json).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 
 from console import UserError, run_cli
 from eval_settings import eval_records, gate_axis, load_settings
-from intervals import clustered_mcnemar, discordance, minimum_detectable, paired_bootstrap
-from records import data_entry, read_result, write_result
-from sample_log import find_log, read_samples
+from intervals import clustered_mcnemar, discordance, fewest_items, items_needed, minimum_detectable, paired_interval
+from records import data_entry, write_result
+from sample_log import ASKED, changed_fields, find_log, read_evaluation
 
 SHOWN = 0.05  # level of the exact test
 Rows = dict[str, list[dict[str, Any]]]
@@ -28,11 +29,13 @@ Rows = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A finished evaluation: ``rows`` {benchmark: {item id: its samples}}; ``vendor``: it sampled as configs/eval.env says."""
+    """A finished evaluation: ``rows`` {benchmark: {item id: its samples}}, each with its ``line`` in the log; ``vendor``: it
+    sampled as configs/eval.env says; ``family``: of that file, None for none or an older record."""
 
     tag: str
     settings: dict[str, Any]
     vendor: bool
+    family: str | None
     rows: dict[str, Rows]
 
     @property
@@ -49,19 +52,20 @@ def load(directory: Path, tag: str) -> Evaluation:
         )
     if not result.is_file():
         raise UserError(f"{directory}: holds no finished evaluation {tag!r}; bash pipelines/eval.sh --tag {tag} makes one")
-    settings, rows = read_samples(log)
-    source = (read_result(result)["sampling"] or {}).get("source", "")  # none in records from before configs/eval.env
+    record, settings, rows = read_evaluation(result)
+    source = (record["sampling"] or {}).get("source", "")  # none in records from before configs/eval.env
     grouped: dict[str, Rows] = {}
-    for row in rows:
-        grouped.setdefault(row["benchmark"], {}).setdefault(row["id"], []).append(row)
-    return Evaluation(tag, settings, "SAMPLING__" in source and "command line" not in source, grouped)
+    for line, row in enumerate(rows, 2):
+        grouped.setdefault(row["benchmark"], {}).setdefault(row["id"], []).append(row | {"line": line})
+    by_vendor = "SAMPLING__" in source and "command line" not in source
+    return Evaluation(tag, settings, by_vendor, (record["model"] or {}).get("family"), grouped)
 
 
 def check_comparable(a: Evaluation, b: Evaluation) -> bool:
     """Raise unless the two may be compared; True when they sampled differently, each as its vendor recommends."""
     changed = ["grader"] if a.settings.get("grader") != b.settings.get("grader") else []
     changed += ["samples"] if a.samples != b.samples else []
-    drawn_a, drawn_b = a.settings["sampling"], b.settings["sampling"]
+    drawn_a, drawn_b = (settings.get("sampling") or {} for settings in (a.settings, b.settings))
     same_budget = drawn_a.get("max_tokens") == drawn_b.get("max_tokens")
     by_vendor = drawn_a != drawn_b and a.vendor and b.vendor and same_budget
     changed += ["sampling"] if drawn_a != drawn_b and not by_vendor else []
@@ -73,26 +77,61 @@ def check_comparable(a: Evaluation, b: Evaluation) -> bool:
     return by_vendor
 
 
-def question(rows: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> str:
-    """The digest by which two models' prompts are compared: of the chat turns, before any template, where both logs have it."""
-    both = "messages_sha256" in rows[0] and "messages_sha256" in other[0]
-    return rows[0]["messages_sha256" if both else "prompt_sha256"]
+def paired(base: Evaluation, other: Evaluation, name: str) -> list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
+    """(item id, samples of both models) of one benchmark. Of two limits the items of the smaller one; a :class:`UserError`
+    unless both were asked and judged alike: by the chat turns, before any template, where both logs have them."""
+    ours, theirs = base.rows[name], other.rows[name]
+    both = [key for key in ours if key in theirs]
+    where = f"{name}, {base.tag} and {other.tag}"
+    if len(both) != min(len(ours), len(theirs)):
+        lone = next(key for key in min(ours, theirs, key=len) if key not in both)
+        raise UserError(
+            f"{where}: saw different prompts, {lone} is in one of them only; evaluate both with the same data and --limit"
+        )
+    for key in both:
+        a, b = ours[key][0], theirs[key][0]
+        changed = changed_fields(a, b)
+        asked = "messages_sha256" if "messages_sha256" in a and "messages_sha256" in b else "prompt_sha256"
+        if found := [field for field in changed if field in (asked, "gold", "standard_sha256")]:
+            raise UserError(
+                f"{where}: saw different prompts or golds: {key} (lines {a['line']} and {b['line']} of their logs) has another "
+                f"{ASKED[found[0]]}; evaluate both with the same data"
+            )
+    return [(key, ours[key], theirs[key]) for key in both]
 
 
-def paired(base: Rows, other: Rows, where: str) -> tuple[list[int], list[int]]:
-    """Right answers of both models to each item, in the same order. Of two limits the items of the smaller one; a
-    :class:`UserError` unless both saw the same prompts."""
-    both = [key for key in base if key in other]
-    if len(both) != min(len(base), len(other)) or any(question(base[k], other[k]) != question(other[k], base[k]) for k in both):
-        raise UserError(f"{where}: the two evaluations saw different prompts; evaluate both with the same data")
-    return [sum(row["correct"] for row in base[k]) for k in both], [sum(row["correct"] for row in other[k]) for k in both]
+def other_prompts(base: Evaluation, other: Evaluation, name: str, allowed: bool) -> int:
+    """The number of items that the two models got as other tokens (as other text, where a log has no token ids). A
+    :class:`UserError` unless that is ``allowed`` or the models are known to be of two families."""
+    found = []
+    for key, ours, theirs in paired(base, other, name):
+        changed = changed_fields(ours[0], theirs[0])
+        known = None not in (ours[0].get("prompt_ids_sha256"), theirs[0].get("prompt_ids_sha256"))
+        if ("prompt_ids_sha256" if known else "prompt_sha256") in changed:
+            found.append((key, ours[0]["line"], theirs[0]["line"]))
+    apart = base.family and other.family and base.family != other.family
+    if found and not apart and not allowed:
+        key, line, other_line = found[0]
+        raise UserError(
+            f"{name}: {base.tag} and {other.tag} got {len(found)} of {len(base.rows[name])} questions as other tokens, first "
+            f"{key} (lines {line} and {other_line}): another chat template, tokenizer or thinking switch, whose effect is not "
+            "the weights'; evaluate both with one --tokenizer DIR, or compare with --other-templates"
+        )
+    return len(found)
+
+
+def right_answers(base: Evaluation, other: Evaluation, name: str) -> tuple[list[int], list[int]]:
+    """Right answers of both models to each item of one benchmark, in the same order."""
+    pairs = paired(base, other, name)
+    counts = [[sum(row["correct"] for row in rows) for rows in side] for side in list(zip(*pairs, strict=True))[1:]]
+    return counts[0], counts[1]
 
 
 def compare(base: Sequence[int], other: Sequence[int], samples: int = 1) -> dict[str, Any]:
     """Metrics of one benchmark from two aligned lists of right answers to each item; differences are other minus base."""
     shares = [[count / samples for count in counts] for counts in (base, other)]
-    difference, low, high = paired_bootstrap(*shares)
-    n, p = len(base), clustered_mcnemar(base, other)
+    difference, low, high = paired_interval(*shares)
+    n, p, share = len(base), clustered_mcnemar(base, other), discordance(*shares)
     return {
         "n": n,
         "acc_base": sum(base) / (n * samples),
@@ -103,14 +142,15 @@ def compare(base: Sequence[int], other: Sequence[int], samples: int = 1) -> dict
         "lost": sum(x > y for x, y in zip(base, other, strict=True)),
         "won": sum(x < y for x, y in zip(base, other, strict=True)),
         "p": p,
-        "minimum_detectable": minimum_detectable(n, discordance(*shares)),
+        "minimum_detectable": minimum_detectable(n, share),
+        "items_needed": items_needed(difference, share) if difference else None,
         "verdict": verdict(low, high, p),
     }
 
 
 def verdict(low: float, high: float, p: float) -> str:
-    """What the difference shows: its interval excludes zero and the exact test agrees. With few items that differ the
-    bootstrap alone is too sure (lost 4, won 0 excludes zero at p = 0.125)."""
+    """What the difference shows: its interval excludes zero and the exact test agrees. With few items that differ an interval
+    alone is too sure (lost 4, won 0 excludes zero at p = 0.125)."""
     if p >= SHOWN:
         return "no difference shown"
     return "loss" if high < 0 else "gain" if low > 0 else "no difference shown"
@@ -119,7 +159,10 @@ def verdict(low: float, high: float, p: float) -> str:
 def verdict_text(m: dict[str, Any]) -> str:
     if m["verdict"] != "no difference shown":
         return m["verdict"]
-    return f"{m['verdict']} (n {m['n']}, minimum detectable {100 * m['minimum_detectable']:.1f})"
+    if m["n"] < fewest_items():
+        return f"{m['verdict']} (n {m['n']} can show none: {fewest_items()} items at least)"
+    needed = f"; {100 * abs(m['difference']):.1f} would need n {m['items_needed']:,}" if m["items_needed"] else ""
+    return f"{m['verdict']} (n {m['n']}, minimum detectable {100 * m['minimum_detectable']:.1f}{needed})"
 
 
 def points(m: dict[str, Any]) -> str:
@@ -154,8 +197,7 @@ def behind_teacher(teacher: Evaluation, judged: dict[str, Evaluation], name: str
     """The teacher's accuracy on one benchmark, and each judged model compared with it."""
     found: dict[str, Any] = {}
     for role, evaluation in judged.items():
-        counts = paired(teacher.rows[name], evaluation.rows[name], f"{name}, {teacher.tag} and {evaluation.tag}")
-        made = compare(*counts, teacher.samples)
+        made = compare(*right_answers(teacher, evaluation, name), teacher.samples)
         found["acc_teacher"] = made["acc_base"]
         found[f"{role}_to_teacher"] = {key: value for key, value in made.items() if not key.startswith("acc_")}
     return found
@@ -166,16 +208,22 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("base", help="tag of the model compared with, such as the unquantized one")
     parser.add_argument("other", help="tag of the model that is judged")
     parser.add_argument("--teacher", help="tag of the unquantized model, shown beside the two")
+    templates = "compare although one family's prompts differ in their tokens; each table says in how many"
+    parser.add_argument("--other-templates", action="store_true", help=templates)
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the records (default results)")
     return parser.parse_args()
 
 
-def compare_all(base: Evaluation, other: Evaluation, teacher: Evaluation | None, directory: Path) -> dict[str, Any]:
-    """Metrics of every benchmark."""
+def compare_all(
+    base: Evaluation, other: Evaluation, teacher: Evaluation | None, directory: Path, templates: bool
+) -> dict[str, Any]:
+    """Metrics of every benchmark. ``templates``: prompts may differ in their tokens."""
     metrics, settings, records = {}, load_settings(), eval_records(directory)
     judged = [record for record in records if record["tag"] in (base.tag, other.tag)]
     for name in base.rows:
-        metrics[name] = compare(*paired(base.rows[name], other.rows[name], name), base.samples)
+        pairs = [(base, other)] + ([(teacher, base), (teacher, other)] if teacher else [])
+        differing = max(other_prompts(*pair, name, templates) for pair in pairs)
+        metrics[name] = compare(*right_answers(base, other, name), base.samples) | {"other_prompts": differing}
         if teacher:
             metrics[name] |= behind_teacher(teacher, {"base": base, "other": other}, name)
         metrics[name]["gate"] = {r["tag"]: gate_axis(r, name, settings, records).status for r in judged}
@@ -189,17 +237,21 @@ def main() -> None:
     teacher = load(directory, args.teacher) if args.teacher else None
     pairs = [(base, other)] + ([(teacher, base), (teacher, other)] if teacher else [])
     by_vendor = any([check_comparable(a, b) for a, b in pairs])
-    metrics = compare_all(base, other, teacher, directory)
+    metrics = compare_all(base, other, teacher, directory, args.other_templates)
     tag = "__".join(filter(None, (args.teacher, args.base, args.other)))
     extra = {"base": args.base, "other": args.other, "sampling_by_vendor": by_vendor}
     data = [data_entry(n, "prompts", [[k, row[0]["prompt_sha256"]] for k, row in base.rows[n].items()]) for n in base.rows]
     write_result(
         args.results / "compare" / f"{tag}.json", kind="compare", tag=tag, started=started, metrics=metrics, data=data,
-        sampling=base.settings["sampling"], extra=extra | ({"teacher": args.teacher} if teacher else {}),
+        sampling=base.settings.get("sampling"), extra=extra | ({"teacher": args.teacher} if teacher else {}),
     )  # fmt: skip
     shown = (args.base, args.other, metrics)
     made = mission_table(args.teacher, *shown) if teacher else table(*shown)
-    print(made + ("\nsampling differs: each as its vendor recommends" if by_vendor else ""), flush=True)
+    notes = ["sampling differs: each as its vendor recommends"] if by_vendor else []
+    for name, m in metrics.items():
+        if m["other_prompts"]:
+            notes.append(f"{name}: {m['other_prompts']} of {m['n']} items reached the two as other tokens (templates differ)")
+    print("\n".join([made, *notes]), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
 
 Without FILE the only model of the repository is taken, or its files are listed. A split model is fetched whole. The size and
 the SHA-256 come from the hub; --sha256 gives one of your own, and where the hub has none the repository's FILE.sha256 is
-read. A killed run goes on where it stopped with the same command (FILE.DIGEST.partial). A file gets its name only when its
-digest is right; FILE.sha256 is written beside it, for `sha256sum -c`. HF_ENDPOINT names another hub, HF_TOKEN the account.
+read. A killed run goes on where it stopped with the same command (FILE.DIGEST.partial); a second one beside it is refused. A
+file gets its name only when its digest is right; one that is there is digested again. FILE.sha256 is written beside it, for
+`sha256sum -c`. HF_ENDPOINT names another hub, HF_TOKEN the account.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from console import UserError, file_sha256, progress, run_cli
+import filelock
+
+from console import UserError, atomic_path, file_sha256, progress, run_cli, writing
 from gguf_format import SHARD, gguf_files, open_gguf
 
 # huggingface_hub 2 resumes no download that was killed (its temporary file is removed), hence pieces of our own.
@@ -178,15 +181,16 @@ def download(remote: Remote, partial: Path) -> None:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    with progress(remote.size, Path(remote.name).name, "B", True) as bar, partial.open("ab") as stream:
-        bar.update(stream.tell())
+    there = partial.stat().st_size if partial.exists() else 0
+    with progress(remote.size, Path(remote.name).name, "B", True, there) as bar, partial.open("ab") as stream:
         while (begin := stream.tell()) < remote.size:
             metadata, headers = located(remote.repository, remote.name, remote.revision)
             piece: Any = Piece(stream, min(begin + PIECE_BYTES, remote.size), bar)
             headers["Range"] = f"bytes={begin}-{piece.end - 1}"
             with explained(remote.repository, remote.name):
                 http_get(metadata.location, piece, headers=headers, expected_size=piece.end - begin)
-            stream.flush()
+            with writing(partial):
+                stream.flush()
 
 
 def check_disk(remotes: Sequence[Remote], directory: Path) -> None:
@@ -202,19 +206,40 @@ def check_disk(remotes: Sequence[Remote], directory: Path) -> None:
 
 
 def is_there(remote: Remote, file: Path) -> bool:
-    """Whether ``file`` is this one: by its sidecar, or by its digest, which is then written down."""
+    """Whether ``file`` is this one, by all its bytes: what was right when it came may have been damaged since."""
     if not file.exists():
         return False
-    if file.stat().st_size == remote.size:
-        note = sidecar_of(file)
-        if note.exists() and note.read_text(encoding="utf-8").split()[:1] == [remote.digest]:
-            return True
-        if digest_of(file) == remote.digest:
-            sidecar_of(file).write_text(remote.note, encoding="utf-8")
-            return True
-    raise UserError(
-        f"{file}: another file than the hub's {remote.name} ({remote.digest[:12]}); move it away or give another --out"
-    )
+    if file.stat().st_size == remote.size and digest_of(file) == remote.digest:
+        write_note(remote, file)
+        return True
+    note = sidecar_of(file)
+    named = note.is_file() and note.read_text(encoding="utf-8", errors="replace").split()[:1] == [remote.digest]
+    what = "damaged since it was fetched:" if named else "another file than"
+    raise UserError(f"{file}: {what} the hub's {remote.name} ({remote.digest[:12]}); move it away or give another --out")
+
+
+def write_note(remote: Remote, file: Path) -> None:
+    """FILE.sha256 beside the file."""
+    if not sidecar_of(file).is_file() or sidecar_of(file).read_text(encoding="utf-8", errors="replace") != remote.note:
+        with atomic_path(sidecar_of(file)) as temporary:
+            temporary.write_text(remote.note, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Hold the lock of a file while it is fetched; it ends with the process, however that ends."""
+    path = file.with_name(f".{file.name}.lock")
+    with writing(path):
+        lock = filelock.FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"{file}: another run is fetching it; wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before it is given free: who waits for it has no timeout
+        lock.release()
 
 
 def sidecar_of(file: Path) -> Path:
@@ -227,7 +252,12 @@ def digest_of(file: Path) -> str:
 
 
 def fetch(remote: Remote, directory: Path) -> Path:
-    """The file in ``directory``, downloaded and checked where it is not there yet."""
+    """The file in ``directory``, downloaded and checked where it is not there yet, by one run at a time."""
+    with alone(directory / Path(remote.name).name):
+        return _fetch(remote, directory)
+
+
+def _fetch(remote: Remote, directory: Path) -> Path:
     file, partial = directory / Path(remote.name).name, remote.partial(directory)
     if is_there(remote, file):
         print(f"{file}: is there ({remote.size:,} bytes, SHA-256 {remote.digest[:12]}...)", flush=True)
@@ -244,7 +274,7 @@ def fetch(remote: Remote, directory: Path) -> Path:
             f"{remote.name}: SHA-256 is {digest}, expected {remote.digest}; it was removed, run again to fetch it anew"
         )
     partial.rename(file)
-    sidecar_of(file).write_text(remote.note, encoding="utf-8")
+    write_note(remote, file)
     print(f"{file}: {remote.size:,} bytes, SHA-256 {digest}", flush=True)
     return file
 
@@ -282,7 +312,8 @@ def main() -> None:
         raise UserError(f"--sha256: the model has {len(names)} parts; leave it out, the hub has their digests")
     given = args.sha256.lower() if args.sha256 else None
     remotes = [describe(args.repository, name, args.revision, given) for name in names]
-    args.out.mkdir(parents=True, exist_ok=True)
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     check_disk([remote for remote in remotes if not (args.out / Path(remote.name).name).exists()], args.out)
     files = [fetch(remote, args.out) for remote in remotes]
     print(deploy_text(files[0]), flush=True)

@@ -3,7 +3,9 @@
 Status of every axis of every evaluation in results/eval, from its record and configs/eval.env: gated, not gated (and why), no
 target. A quantized model has the status that its unquantized original reached with the same sampling: the gate judges the
 harness, not the quantization. Where the vendor published the mean of two settings (mmmu_pro), both have the status of that
-mean. --strict ends with 1 when an axis that has a target is not gated.
+mean. Behind the reason stand the items, the chance that so many answers of an exact harness pass, the chance if it is a point
+further off than the gate allows, and the items of which an exact one passes in four of five cases. --strict ends with 1 when
+an axis that has a target is not gated.
 """
 
 from __future__ import annotations

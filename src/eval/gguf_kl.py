@@ -22,7 +22,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,11 +33,11 @@ import numpy as np
 import torch
 from gguf import GGUFReader, TokenType
 
-from console import UserError, progress, run_cli, scratch_folder
-from gguf_format import describe_gguf, gguf_files, is_gguf, metadata, open_gguf
-from hf_model import load_model, load_tokenizer
+from console import UserError, progress, read_text, run_cli, scratch_folder
+from gguf_format import bos_of, describe_gguf, gguf_files, is_gguf, metadata, open_gguf
+from hf_model import finite_logits, load_model, load_tokenizer, prefix_ids, text_ids
 from kl import summarize_kl, tiny_texts
-from llama_cpp import Incomplete, asked, tool
+from llama_cpp import Incomplete, asked, tool, watched
 from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
 from records import add_tag_arguments, data_entry, describe_model, tagged_record, write_result
 
@@ -124,13 +123,10 @@ def run_tool(context: int, *arguments: object) -> str:
     """llama-perplexity's output; it ends with 0 after most failures, so that callers look for what they need."""
     sizes = ["--ctx-size", str(context), "--batch-size", str(max(2048 // context, 1) * context)]
     command = [tool("llama-perplexity"), *map(str, arguments), *sizes, *thread_arguments()]
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-        preexec_fn=die_with_parent(os.getpid()),
-    )  # fmt: skip
-    if done.returncode:
-        raise UserError(f"llama-perplexity ended with {done.returncode}: {last_lines(done.stdout + done.stderr)}")
-    return done.stdout + done.stderr
+    code, output = watched(command, "llama-perplexity", "chunk", preexec_fn=die_with_parent(os.getpid()))
+    if code:
+        raise UserError(f"llama-perplexity ended with {code}: {last_lines(output)}")
+    return output
 
 
 def last_lines(output: str) -> str:
@@ -172,7 +168,7 @@ def transformers_logits(model: torch.nn.Module, tokens: np.ndarray) -> Iterator[
     with progress(tokens.size, "reference", "token", True) as bar:
         for chunk in tokens:
             ids = torch.from_numpy(chunk.astype(np.int64))[None].to(model.device)
-            yield model(input_ids=ids, use_cache=False).logits[0, first_scored(len(chunk)) : -1].float().cpu()
+            yield finite_logits(model, input_ids=ids)[0, first_scored(len(chunk)) : -1].float().cpu()
             bar.update(len(chunk))
 
 
@@ -214,7 +210,11 @@ def ours(reference: Iterable[torch.Tensor], model: Iterable[torch.Tensor]) -> di
     llama-perplexity, tokens below e^-16 in the reference count nothing.
     """
     kls, agrees = [], []
-    for expected, got in zip(reference, model, strict=True):
+    for number, (expected, got) in enumerate(zip(reference, model, strict=True)):
+        if not bool(torch.isfinite(got).all()):
+            raise UserError(
+                f"chunk {number}: the GGUF's predictions are NaN or infinite: a tensor of the file overflows or is damaged"
+            )
         p, q = expected.double(), got.double()
         kls.append(torch.where(p > -DEPTH, p.exp() * (p - q), 0.0).sum(-1))
         agrees.append(p.argmax(-1) == q.argmax(-1))
@@ -231,23 +231,14 @@ def chunked(ids: Sequence[int], context: int, limit: int) -> np.ndarray:
     return np.array(ids[: count * context], dtype=np.int32).reshape(count, context)
 
 
-def bos_of(model: Path) -> int | None:
-    """The token that llama.cpp puts before a text, and in place of each chunk's first token; None where there is none."""
-    reader = open_gguf(model)
-    return metadata(reader, "tokenizer.ggml.bos_token_id") if metadata(reader, "tokenizer.ggml.add_bos_token", False) else None
-
-
 def small(args: argparse.Namespace, model: Path) -> bool:
     return sum(file.stat().st_size for file in gguf_files(model)) <= args.copy_gib * 2**30 and len(gguf_files(model)) == 1
 
 
-def read_text(args: argparse.Namespace, tokenizer: Path | None) -> tuple[str, dict[str, Any]]:
+def text_of(args: argparse.Namespace, tokenizer: Path | None) -> tuple[str, dict[str, Any]]:
     """The text to measure on and its record."""
     if args.text:
-        try:
-            text = args.text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{args.text}: cannot read text ({error})") from None
+        text = read_text(args.text)
         return text, data_entry(args.text.name, "file", [text])
     if not tokenizer:
         raise UserError("give --text FILE, or --tokenizer DIR for transcripts of the tiny tasks")
@@ -270,8 +261,12 @@ def own_logprobs(args: argparse.Namespace, model: Path, text: str, work: Path, n
 
 def token_chunks(args: argparse.Namespace, tokenizer: Path, text: str) -> np.ndarray:
     """The text as [chunks, context] by the checkpoint's own tokenizer."""
-    bos = bos_of(args.model)
-    ids = load_tokenizer(tokenizer)(text, add_special_tokens=False)["input_ids"]
+    own = load_tokenizer(tokenizer, chat=False)
+    bos, prefix, ids = bos_of(args.model), prefix_ids(own), text_ids(own, text)
+    if prefix != ([] if bos is None else [bos]):
+        begun = "no token" if bos is None else f"token {bos}"
+        print(f"{args.model}: llama.cpp puts {begun} before a text, the tokenizer of {tokenizer} {prefix}; "
+              "both models are judged on what llama.cpp reads", file=sys.stderr, flush=True)  # fmt: skip
     return chunked(ids if bos is None else [bos, *ids], args.context, args.chunks)
 
 
@@ -310,7 +305,7 @@ def as_evaluated(tokens: np.ndarray, bos: int | None) -> np.ndarray:
 
 def against_directory(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Metrics with transformers as the reference."""
-    text, entry = read_text(args, args.reference)
+    text, entry = text_of(args, args.reference)
     tokens = token_chunks(args, args.reference, text)
     copied = small(args, args.model)
     compared = len(tokens) if copied else min(len(tokens), args.server_chunks)
@@ -333,7 +328,7 @@ def against_directory(args: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def against_gguf(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Metrics with another GGUF as the reference, by llama-perplexity's own files."""
-    text, entry = read_text(args, args.tokenizer)
+    text, entry = text_of(args, args.tokenizer)
     reference = own_logprobs(args, args.reference, text, work, "reference")
     model = own_logprobs(args, args.model, text, work, "model")
     if reference.vocabulary != model.vocabulary or not np.array_equal(reference.tokens, model.tokens):

@@ -1,15 +1,16 @@
 """Intervals for accuracies and for differences of two models on the same items. Pure functions of numbers.
 
-Not a command. Sources: Wilson 1927 (score interval); McNemar 1947, exact binomial form. Quantiles are scipy's.
+Not a command. Sources: Wilson 1927 (score interval); McNemar 1947, exact binomial form; Tango 1998 (score interval of a paired
+difference, Statistics in Medicine 17:891). Quantiles and roots are scipy's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 Z95 = float(stats.norm.ppf(0.975))
 
@@ -54,28 +55,84 @@ def clustered_mcnemar(a: Sequence[int], b: Sequence[int]) -> float:
     return min(1.0, float(chance[np.abs(np.arange(-total, total + 1)) >= seen].sum()))
 
 
-def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int = 0, rounds: int = 10_000) -> tuple[float, float, float]:
-    """(mean, low, high) of accuracy(b) - accuracy(a): 95 % percentile interval over resampled items. ``a`` and ``b``: right or
-    wrong, or the share of right answers among an item's samples; items are resampled, so that samples stay together."""
+def paired_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high) of accuracy(b) - accuracy(a) on the same items [N]: Tango's 95 % score interval. ``a`` and ``b``: right
+    or wrong, or the share of right answers among an item's samples.
+
+    It is wide where few items differ: of four items on which none does it says -49 to +49 points. Shares vary less than single
+    answers; then lost and won count as that many more single answers (the design effect, as in `clustered_interval`).
+    """
     difference = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
-    values, counts = np.unique(difference, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(difference), counts / len(difference), size=rounds)
-    means = drawn @ values / len(difference)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
+    n, mean = len(difference), float(difference.mean())
+    won, lost = (float(np.maximum(sign * difference, 0).mean()) for sign in (1, -1))
+    single = won + lost - mean**2  # variance if every difference were a whole answer
+    factor = float(np.mean(difference**2) - mean**2) / single if single > 0 else 1.0
+    n_effective = n / factor if factor > 0 else n
+
+    def score(true: float) -> float:
+        """Standard errors from ``true`` to the mean, at the share of losses that is likeliest under ``true``."""
+        linear = (2 - won + lost) * true - won - lost
+        losses = (math.sqrt(max(0.0, linear**2 + 8 * lost * true * (1 - true))) - linear) / 4
+        variance = max(2 * losses + true * (1 - true), 0.0) / n_effective
+        return (mean - true) / math.sqrt(variance) if variance > 0 else math.copysign(1e9, mean - true)
+
+    def bound(end: float, z: float) -> float:
+        if mean == end:  # nothing lies beyond
+            return end
+        return float(optimize.bisect(lambda true: (0.0 if true == mean else score(true)) - z, mean, end, xtol=1e-10))
+
+    return mean, bound(-1.0, Z95), bound(1.0, -Z95)
+
+
+def detection(power: float = 0.8) -> float:
+    """The square of the sum of the two quantiles in a sample size: of a test at 5 % and of its ``power``."""
+    return (Z95 + float(stats.norm.ppf(power))) ** 2
 
 
 def minimum_detectable(n: int, share: float, power: float = 0.8) -> float:
-    """The smallest difference in accuracy that n paired items show at 5 % with this ``power`` when a ``share``
-    of the items differs between the models (Connor 1987, normal approximation)."""
-    return (Z95 + float(stats.norm.ppf(power))) * math.sqrt(share / n) if n else 1.0
+    """The smallest difference in accuracy that n paired items show at 5 % with this ``power`` when a ``share`` of the items
+    differs between the models (Connor 1987, normal approximation). A difference of d needs a share of d at least, so that fewer
+    than :func:`fewest_items` show none: 1, the whole."""
+    if n < fewest_items(power):
+        return 1.0
+    return max(math.sqrt(detection(power) * share / n), detection(power) / n)
+
+
+def fewest_items(power: float = 0.8) -> int:
+    """The number of paired items from which on any difference at all can be shown: all of them lost."""
+    return math.ceil(detection(power))
+
+
+def items_needed(difference: float, share: float, power: float = 0.8) -> int:
+    """The number of paired items that show this ``difference`` at 5 % with this ``power``: minimum_detectable inverted."""
+    return math.ceil(detection(power) * max(share, abs(difference)) / difference**2)
 
 
 def discordance(a: Sequence[float], b: Sequence[float]) -> float:
     """Mean squared difference of two models on the same items, which `minimum_detectable` takes: with one sample an item the
-    share of items on which they differ. When none differs, the upper 95 % bound of that share, 3 / N."""
+    share of items on which they differ. When none differs, the upper 95 % bound of that share, 3 / N (at most 1)."""
     difference = np.asarray(b, dtype=np.float64) - np.asarray(a, dtype=np.float64)
-    return float(np.mean(difference**2)) or 3 / len(difference)
+    return float(np.mean(difference**2)) or min(1.0, 3 / len(difference))
+
+
+def effective_answers(share: float, width: float) -> float:
+    """The number of independent answers whose Wilson interval at this ``share`` is so wide; inverse of `wilson`."""
+
+    def wider(n: float) -> float:
+        low, high = wilson(share * n if share < 1 else n, n)
+        return high - low - width
+
+    return float(optimize.bisect(wider, 1e-6, 1e9)) if 1e-8 < width < 1 - 1e-8 else math.nan
+
+
+def strata_interval(counts: Sequence[tuple[float, int]], headline: Callable[[Sequence[float]], float]) -> tuple[float, float]:
+    """95 % interval of a function of the accuracies of strata, each (right answers, items): accuracies are drawn from their
+    Jeffreys posteriors, Beta(right + 1/2, wrong + 1/2), which says of none in 20 that the accuracy is not zero for certain."""
+    rng = np.random.default_rng(0)
+    drawn = np.stack([rng.beta(right + 0.5, n - right + 0.5, 4000) for right, n in counts], axis=1)
+    own = headline([right / n for right, n in counts])
+    low, high = np.quantile([headline(row) for row in drawn.tolist()], [0.025, 0.975])
+    return min(own, float(low)), max(own, float(high))
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:

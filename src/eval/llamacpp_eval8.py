@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import os
+import re
 import secrets
 import signal
 import socket
@@ -18,17 +20,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from backend import Completion, Sampling, seed_of
-from backend_openai import Client, ServerBackend
+from backend import Completion, Sampling, seed_of, stuck
+from backend_openai import NEUTRAL, Client, ServerBackend
 from console import UserError
 from gguf_format import architecture_value, gguf_files, metadata, open_gguf, token_text
-from hf_model import ids_sha256, load_tokenizer
+from hf_model import end_token_ids, ids_sha256, load_tokenizer, render_chat, tokenizer_files_sha256
 from llama_cpp import tool
 
 PR_SET_PDEATHSIG = 1
+# How a file names its special tokens, and how a template does.
+NAMES = {"bos": "bos", "eos": "eos", "unknown": "unk", "seperator": "sep", "padding": "pad", "cls": "cls", "mask": "mask"}
+END_KEYS = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # beside eos: each token of these ends an answer in llama.cpp
 STOPS = {"limit": "length", "eos": "stop", "word": "stop"}
 LIBC = ctypes.CDLL(None)  # loaded before any fork: loading between fork and exec may deadlock
 
@@ -138,6 +144,8 @@ class LlamaServer:
         if self.told.acquire(blocking=False):
             lines = self.tail().splitlines()[-12:]
             print("\n".join(f"llama-server: {line}" for line in lines), file=sys.stderr, flush=True)
+        if found := re.search(r"tensor '(.+?)' has invalid data", self.tail(8000)):
+            raise UserError(f"{self.model}: {found[1]} holds NaN or infinity (llama.cpp's --check-tensors); make the file anew")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         raise UserError(f"{self.model}: llama-server {how} (its last lines are above); the same command goes on from here")
 
@@ -159,18 +167,26 @@ class GgufTokenizer:
 
     def __init__(self, model: str | Path, client: Client, renders: bool = True) -> None:
         reader = open_gguf(model)
-        self.template, self.client = metadata(reader, "tokenizer.chat_template"), client
-        if renders and not self.template:
+        self.chat_template, self.client, self.name_or_path = metadata(reader, "tokenizer.chat_template"), client, str(model)
+        if renders and not self.chat_template:
             raise UserError(f"{model}: holds no chat template; give --tokenizer DIR")
-        self.names = {f"{kind}_token": token_text(reader, kind) or "" for kind in ("bos", "eos")}
+        told = {f"{name}_token": token_text(reader, kind) for kind, name in NAMES.items()}
+        self.names = {name: text for name, text in told.items() if text is not None}  # transformers leaves out the others too
 
-    def render(self, messages: list[dict[str, str]]) -> str:
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], tokenize: bool = False, **variables: Any) -> str:
+        """As a tokenizer of transformers does; :func:`render_chat` calls both."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, _ = render_jinja_template([messages], chat_template=self.template, add_generation_prompt=True, **self.names)
+        texts, _ = render_jinja_template([messages], chat_template=self.chat_template, **(self.names | variables))
         return texts[0]
 
-    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        return render_chat(self, messages)
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = False) -> dict[str, Any]:
+        """Ids of a text, or of each of a list, as transformers has it; the server would run a list into one."""
+        if isinstance(text, list):
+            return {"input_ids": [self(each, add_special_tokens)["input_ids"] for each in text]}
         return {"input_ids": self.client.call("/tokenize", {"content": text, "add_special": add_special_tokens})["tokens"]}
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
@@ -188,37 +204,81 @@ def check_same_ids(prompt: str, ours: list[int], servers: list[int]) -> None:
     )
 
 
+def more_ends(model: str | Path, ends: Sequence[int]) -> list[str]:
+    """Options that make llama-server end at ``ends`` too, where the file names them under none of its own keys."""
+    reader = open_gguf(model)
+    held = {kind: metadata(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", *END_KEYS)}
+    free = [kind for kind, end in held.items() if end is None]
+    missing = [end for end in ends if end not in held.values()]
+    if len(missing) > len(free):
+        raise UserError(f"{model}: llama.cpp has no room for the end tokens {missing[len(free) :]} of generation_config.json")
+    places = zip(free, missing, strict=False)
+    return [part for kind, end in places for part in ("--override-kv", f"tokenizer.ggml.{kind}_token_id=int:{end}")]
+
+
 class LlamaCppBackend(ServerBackend):
-    """A GGUF file in llama-server; as many requests at once as the server has slots."""
+    """A GGUF file in llama-server; as many requests at once as the server has slots. Its tensors are checked for NaN as they
+    are loaded. It ends an answer where the file says and, with ``tokenizer``, where generation_config.json there says."""
 
     name = "llamacpp"
 
     def __init__(
-        self, model: str | Path, context: int, tokenizer: Path | None = None, slots: int = 4, arguments: Sequence[str] = ()
-    ) -> None:
+        self, model: str | Path, context: int, tokenizer: Path | None = None, slots: int = 4, arguments: Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> None:  # fmt: skip
         trained = int(architecture_value(open_gguf(model), "context_length", context))
         directory = load_tokenizer(tokenizer) if tokenizer else None  # a bad one fails before the server loads
-        self.server, self.parallel = LlamaServer(model, min(context, trained), slots, arguments), slots
-        self.context = min(self.server.context, trained)
-        self.own = GgufTokenizer(model, self.server.client, directory is None)
-        self.tokenizer = directory or self.own
+        ends = more_ends(model, end_token_ids(tokenizer, directory)) if tokenizer else []
+        self.context, self.parallel, self.timeout = min(context, trained), slots, timeout
+        self.server = LlamaServer(model, self.context, slots, ["--check-tensors", *ends, *arguments])
+        self.client, self.served, self.model = self.server.client, self.server.context, model
+        self.own = GgufTokenizer(model, self.client, directory is None)
+        self.tokenizer, self.looked = directory or self.own, False
+        self.facts = {"llama_server": self.client.call("/props").get("build_info")}
+        self.facts |= {"tokenizer_sha256": tokenizer_files_sha256(tokenizer)} if tokenizer else {}
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        return self.own.render(messages) if self.tokenizer is self.own else super().render(messages)
+    def describe(self) -> dict[str, Any]:
+        return self.facts
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        if prompts and not self.looked:
+            self._check_finite(self.tokenizer(prompts[0], add_special_tokens=False)["input_ids"])
+            self.looked = True
+        return super().generate(prompts, sampling)
+
+    def _check_finite(self, ids: Sequence[int]) -> None:
+        """Raise :class:`UserError` when the logits after ``ids`` are NaN or infinite; llama-server draws from them all the
+        same."""
+        fields = {
+            "prompt": list(ids[-self.server.context + 1 :]),
+            "n_predict": 1,
+            "n_probs": 1,
+            "cache_prompt": False,
+            "temperature": 0.0,
+        }
+        rows = self.client.call("/completion", NEUTRAL | fields).get("completion_probabilities") or []
+        if any(row["logprob"] is None or not math.isfinite(row["logprob"]) for row in rows):  # its JSON writes NaN as null
+            raise UserError(
+                f"{self.model}: llama-server's logits are NaN or infinite after {len(ids)} tokens. The tensors of the "
+                "file are finite, so it overflows; --backend hf on the checkpoint names the layer"
+            )
 
     def _complete(self, prompt: str, sampling: Sampling) -> Completion:
         ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if self.tokenizer is not self.own:
             check_same_ids(prompt, ids, self.own(prompt)["input_ids"])
+        room, held = self._room(ids, sampling)
         # temperature first, as transformers and vLLM have it; no filter of the server's defaults (top-k 40, min-p 0.05)
-        answer = self.server.client.call("/completion", {
-            "prompt": ids, "n_predict": self._room(ids, sampling), "cache_prompt": False, "return_tokens": True,
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": 0.0,
-            "repeat_penalty": 1.0, "samplers": ["temperature", "top_k", "top_p"],
+        answer = self.client.call("/completion", NEUTRAL | {
+            "prompt": ids, "n_predict": held, "cache_prompt": False, "return_tokens": True,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
             "seed": seed_of(prompt, sampling.seed) & 0x7FFFFFFF,  # the highest 32-bit value would mean "random"
         })  # fmt: skip
         new, stop, read = answer["tokens"], answer["stop_type"], answer["tokens_evaluated"]
         if read != len(ids) or stop not in STOPS:
             raise UserError(f"llama-server read {read} prompt tokens of {len(ids)} and stopped by {stop!r}")
+        if stuck(new):
+            self._check_finite([*ids, *new])
         text = self.tokenizer.decode(new[:-1] if stop == "eos" else new, skip_special_tokens=False)
-        return Completion(text, len(new), len(ids), STOPS[stop], ids_sha256(ids))
+        done = Completion(text, len(new), len(ids), STOPS[stop], ids_sha256(ids), tuple(new))
+        return self._checked_length(done, room)

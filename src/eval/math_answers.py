@@ -17,19 +17,17 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from queue import SimpleQueue
+from unicodedata import name, normalize
 
 import console
 from code_sandbox import side_by_side
 from console import UserError
+from graders import SCALES, boxes
 from sandbox_child import enter_jail, read_frame, write_frame
 
 START_SECONDS = 60.0  # sympy loads in about a second; on a busy machine in ten
 MAX_LENGTH = 2000  # characters; no answer of the benchmarks has more than 200
 OPENING, CLOSING = "([{", ")]}"
-SCALES = set(
-    "hundred thousand million billion trillion dozen pi sqrt root sin cos tan cot sec csc log ln exp mod "
-    "squared cubed factorial times plus minus over choose less more of half halves thirds".split()
-)  # not units: 3 million is not 3, nor is 3 pi
 UNITS = (
     r"(?:square|sq|cubic|cu)?\s*(?:mm|cm|dm|km|inch|inches|ft|foot|feet|yd|yards?|miles?|mph|kg|mg|lbs?|pounds?|"
     r"ml|sec|seconds?|min|minutes?|hrs?|hours?|days?|weeks?|months?|years?|units?|degrees?|deg|radians?|rad|"
@@ -38,12 +36,18 @@ UNITS = (
 _REWRITES = tuple(
     (re.compile(pattern), to)
     for pattern, to in (
+        (r"(?:\^\s*{?\s*\\circ\s*}?|°)\s*(?:\\(?:text|mathrm)\s*{\s*)?C}?(?![A-Za-z])", r"\\text{ celsius}"),
+        (r"(?:\^\s*{?\s*\\circ\s*}?|°)\s*(?:\\(?:text|mathrm)\s*{\s*)?F}?(?![A-Za-z])", r"\\text{ fahrenheit}"),
+        (r"(?<=[\w}])\s*\\?%\s*\Z", r"\\text{ percent}"),
+        (r"(?<=[\w}])(?:\s*\^\s*{?\s*\\circ\s*}?|\\degree|°)\s*\Z", r"\\text{ degrees}"),
+        (r"(?<![\w)}])\*\*|\*\*(?![\w({\\])", ""),
         (r"\\(?:left|right|[bB]ig+[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])", ""),
         (r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac"),
         (r"\\(?:mbox|hbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|operatorname)\s*{", r"\\text{"),
         (r"\\(?:lbrace|\{)", "\u27e8"),  # one sign each for set braces, so that LaTeX groups stay distinct
         (r"\\(?:rbrace|\})", "\u27e9"),
         (r"(?<=\d)(?:,|\{,\})\\!(?=\d{3})", ","),  # 10,\!000: how MATH sets thousands
+        (r"\A\\?\$\s*(\d[\d.,]*?)\.?\Z", r"\1\\text{ dollars}"),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
         (r"(?<!\\)\\[!,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
         (r"\s*\^\s*{?\s*\\circ\s*}?|\\degree(?![A-Za-z])|°", ""),
@@ -62,13 +66,39 @@ _NUMBER = re.compile(r"([+-]?)\s*(\d{1,3}(?:,\d{3})+|\d*)(\.\d*)?")
 _FRACTION = re.compile(r"([+-]?)\s*(?:(\d+)\s*)?\\frac{\s*([+-]?\d+)\s*}{\s*([+-]?\d+)\s*}")
 _RATIO = re.compile(r"([+-]?)(?:(\d+)\s+)?([+-]?\d+)\s*/\s*([+-]?\d+)")
 _SCIENTIFIC = re.compile(r"([+-]?)(\d+)(?:\.(\d+))?[eE]([+-]?\d{1,3})")
+_POWER_OF_TEN = re.compile(
+    r"([+-]?)\s*(?:(\d+)(?:\.(\d+))?\s*(?:\\times|\\cdot|\*|x)\s*)?10\s*\^\s*(?:{\s*([+-]?\d{1,3})\s*}|([+-]?\d{1,3}))"
+)
 _BASED = re.compile(r"([0-9A-Fa-f]+)_{?(?:\\text{)?(\d+)}*")
 _ASSIGNED = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]+)(?:_{?\w+}?)?\s*(?:\(\s*[a-z]\s*\))?\s*(?:=|\\in(?![a-z]))\s*(?=\S)")
 
 
+_SIGNS: dict[int, str] = str.maketrans({
+    "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ",
+    "√": r"\sqrt", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "→": r"\to ", "′": "'", "∅": r"\emptyset ",
+})  # fmt: skip
+
+
+def latex(text: str) -> str:
+    """Signs of Unicode as LaTeX writes them: π, √, ×, 10⁻³."""
+    if text.isascii():
+        return text
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda run: f"^{{{normalize('NFKC', run[0])}}}", normalize("NFC", text))
+    text = re.sub("[₀-₉]+", lambda run: f"_{{{normalize('NFKC', run[0])}}}", text)
+    text = re.sub("[Α-Ωα-ω]", lambda sign: _greek(sign[0]), text)
+    return text.translate(_SIGNS)
+
+
+def _greek(sign: str) -> str:
+    word = name(sign).rpartition(" ")[2].replace("LAMDA", "LAMBDA")
+    return f"\\{word.title() if sign.isupper() else word.lower()} "
+
+
 def clean(text: str) -> str:
-    """The same answer with one spelling for each sign, without layout, degrees, per cent and currency signs."""
-    text = text.strip()
+    """The same answer with one spelling for each sign, without layout and currency signs; several boxes are a list."""
+    text = latex(text.strip())
+    if len(found := boxes(text)) > 1:
+        text = ", ".join(content for _, _, content in found)
     for opening, closing in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}")):
         if text.startswith(opening) and text.endswith(closing) and len(text) >= len(opening) + len(closing):
             text = text[len(opening) : len(text) - len(closing)].strip()
@@ -129,6 +159,8 @@ def exact_number(text: str) -> Fraction | None:
         if not int(bottom):
             return None
         return (Fraction(int(whole or 0)) + Fraction(int(top), int(bottom))) * (-1 if sign == "-" else 1)
+    if found := _POWER_OF_TEN.fullmatch(text):
+        return Fraction(f"{found[1]}{found[2] or 1}.{found[3] or 0}e{found[4] or found[5]}")
     if found := _SCIENTIFIC.fullmatch(text):
         return Fraction(f"{found[1]}{found[2]}.{found[3] or 0}e{found[4]}")
     return None
@@ -148,6 +180,50 @@ def without_units(text: str) -> str:
     return bare.strip()
 
 
+UNIT_WORDS = {"hr": "hour", "hrs": "hour", "min": "minute", "mins": "minute", "sec": "second", "secs": "second", "lb": "pound",
+              "lbs": "pound", "in": "inch", "yr": "year", "yrs": "year", "usd": "dollar", "sq": "square",
+              "cu": "cubic", "litre": "liter", "litres": "liter", "units": "unit"}  # fmt: skip
+
+
+def _unit(text: str) -> tuple[str, ...]:
+    """The words of a unit in one spelling: the name that sympy gives it, else the word itself; (power) after it."""
+    from sympy.physics import units
+
+    text = re.sub(r"\\text\s*{([^{}]*)}", r" \1 ", text).replace("metre", "meter").replace("mph", "mile/hour")
+    text = re.sub(r"\bper\b", "/", re.sub(r"[{}\\.]", " ", text))
+    words = []
+    for word in re.findall(r"[A-Za-z\u00b5]+|[/^0-9]", text):
+        word = UNIT_WORDS.get(word.lower(), word)
+        known = getattr(units, word, getattr(units, word.lower() if len(word) > 3 else "", None))
+        named = (
+            str(known.name) if isinstance(known, units.Quantity) else word.lower().removesuffix("s") if len(word) > 3 else word
+        )
+        words.append(named)
+    for place, word in enumerate(words):
+        if word in ("square", "cubic", "squared", "cubed"):
+            words = [*words[:place], *words[place + 1 :], "^", "2" if word.startswith("square") else "3"]
+            break
+    return tuple(word for word in words if word != "unit")
+
+
+def units_differ(gold: str, answer: str) -> bool:
+    """Whether both quantities name a unit, and not the same one: 3 hours is not 3 minutes; "12 red apples" are "12 apples"."""
+    bare, other_bare = without_units(gold), without_units(answer)
+    one, other = _unit(gold[len(bare) :]), _unit(answer[len(other_bare) :])
+    named_more_closely = "".join(one + other).isalpha() and len(one) != len(other) and one[-1:] == other[-1:]
+    return bool(one and other) and one != other and not named_more_closely
+
+
+def same_ratio(gold: list[str], answer: list[str]) -> bool:
+    """a:b:c by its members, or in proportion; a time of day (10:30) by its members only."""
+    if len(gold) != len(answer):
+        return False
+    pairs = [(exact_number(one), exact_number(other)) for one, other in zip(gold, answer, strict=True)]
+    if all(one and other for one, other in pairs) and not any(re.fullmatch(r"\d\d", part) for part in (*gold[1:], *answer[1:])):
+        return len({one / other for one, other in pairs if one and other}) == 1
+    return all(equal(one, other) for one, other in zip(gold, answer, strict=True))
+
+
 def _unless_scale(found: re.Match) -> str:
     return found[0] if SCALES & set(found[1].lower().split()) else ""
 
@@ -156,7 +232,7 @@ def alternatives(text: str) -> list[str]:
     """The members of an answer that lists several: 1, 2 · 1 and 2 · 1 or 2 · 1 \\pm 2."""
     text = re.sub(r"\\text\s*{\s*,?\s*(?:and|or)\s*}|(?<=[\s\d}])(?:and|or)(?=\s)", ",", text)
     parts = [part for part in split_top(text) if part] or [text]
-    if len(parts) > 1 and re.fullmatch(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
+    if len(parts) > 1 and re.fullmatch(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?", without_units(text)):
         return [text]  # one number with its thousands marked
     spread = []
     for part in parts:
@@ -237,7 +313,12 @@ def _equal_single(gold: str, answer: str) -> bool:
         return True
     if (words.isalpha() and len(words) > 2) or ("\\text" in gold and re.fullmatch(r"[A-Za-z][A-Za-z,.'-]+\d*", words)):
         return words.casefold() == other_words.casefold()
+    if units_differ(gold, answer):
+        return False
     gold, answer = without_units(gold), without_units(answer)
+    ratio, other_ratio = split_top(gold, ":"), split_top(answer, ":")
+    if len(ratio) > 1 and len(other_ratio) > 1:
+        return same_ratio(ratio, other_ratio)
     number, other = exact_number(gold), exact_number(answer)
     if number is not None and other is not None:
         return number == other
@@ -246,6 +327,46 @@ def _equal_single(gold: str, answer: str) -> bool:
         digits = other_based.groups() if other_based else (answer.replace(" ", ""), based[2])
         return based.groups() == digits
     return same_expression(gold, answer)
+
+
+_MERGED = re.compile(  # what latex2sympy drops, evaluates or takes for something else; the first two alternatives stay
+    r"(?P<stays>\\text\s*{[^{}]*}|\\(?:begin|end)\s*{[^{}]*})"
+    r"|\\frac\s*{\s*(?:d|\\partial)[^{}]{0,20}}\s*{\s*(?:d|\\partial)[^{}]{0,20}}"
+    r"|(?:\\[A-Za-z]+|[A-Za-z])(?:\s*\^\s*{?\s*(?:\\prime\s*){1,3}}?|'{1,3})"
+    r"|\\(?:gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega|Gamma(?!\s*\())(?![A-Za-z])|(?P<command>\\[A-Za-z]+)|[A-Z]"
+)
+GREEK = (
+    "alpha beta delta epsilon varepsilon zeta eta theta kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega".split()
+)
+
+
+def told_apart(gold: str, answer: str) -> tuple[str, str]:
+    """Both expressions with fresh small letters for what the parser would merge: capitals (it lowers them), primes and
+    derivatives (it drops them), gamma (it takes it for a function)."""
+    used = set("deilop") | set(re.sub(r"\\[A-Za-z]+", "", gold + answer).lower())
+    fresh = (letter for letter in "uvwzstrqkjhgfcbamnxy" if letter not in used)
+    letters: dict[str, str] = {}
+
+    def renamed(found: re.Match) -> str:
+        if found["stays"] or found["command"]:
+            return found[0]
+        token = re.sub(r"\s", "", found[0])
+        if token not in letters:
+            letters[token] = next(fresh, found[0])
+        return f" {letters[token]}" if found[0].startswith("\\") else letters[token]
+
+    letters_alone = re.compile(r"\\text\s*{(\s*\(?[A-Za-z]\)?\s*)}")
+    gold, answer = (letters_alone.sub(r"\1", text) for text in (gold, answer))
+    return _MERGED.sub(renamed, gold), _MERGED.sub(renamed, answer)
+
+
+def _kept(text: str, parsed: object) -> bool:
+    """Whether every name in the text is still in what the parser made of it."""
+    said, commands = str(parsed).lower(), re.findall(r"\\([A-Za-z]+)", text)
+    letters = set(re.findall("[a-z]", re.sub(r"\\text\s*{[^{}]*}|\\(?:begin|end)\s*{[^{}]*}|\\[A-Za-z]+", " ", text))) - set(
+        "dei"
+    )
+    return all(letter in said for letter in letters) and all(word in said for word in commands if word in GREEK)
 
 
 def same_expression(gold: str, answer: str) -> bool:
@@ -258,9 +379,12 @@ def same_expression(gold: str, answer: str) -> bool:
     reading = LatexExtractionConfig(normalization_config=NormalizationConfig(units=False, nits=True, malformed_operators=True))
 
     gold, answer = (text.replace("\u27e8", "\\{").replace("\u27e9", "\\}") for text in (gold, answer))
+    gold, answer = told_apart(gold, answer)
     options = {"extraction_config": [reading], "fallback_mode": "no_fallback", "parsing_timeout": None}
     parsed, other = parse(f"${gold}$", **options), parse(f"${answer}$", **options)
-    return bool(parsed and other) and verify(parsed, other, strict=True, timeout_seconds=None)
+    if not (parsed and other and _kept(gold, parsed[0]) and _kept(answer, other[0])):
+        return False
+    return verify(parsed, other, strict=True, timeout_seconds=None)
 
 
 def grade_math(answer: str | None, gold: str) -> bool:
@@ -381,6 +505,7 @@ def work() -> None:
     model's and a parser reads them.
     """
     import math_verify  # noqa: F401  loaded before the clock of the first answer starts
+    import sympy.physics.units  # noqa: F401
 
     logging.disable(logging.CRITICAL)  # math-verify logs each answer that it cannot read
     sys.setrecursionlimit(5000)

@@ -20,16 +20,13 @@ from console import UserError, run_cli
 from pictures import config_with_eyes, pictures_of
 from records import public_path
 from runner import (
-    Runner,
+    Loaded,
     add_run_arguments,
     check_args,
     describe_checkpoint,
-    evaluate,
-    finish,
     get_benchmarks,
     make_plan,
-    plan_text,
-    start_log,
+    run_evaluation,
 )
 from vllm_eval import VllmMmBackend
 
@@ -43,9 +40,10 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def make_backend(name: str, args: argparse.Namespace, budget: int, images: int) -> HfMmBackend | VllmMmBackend:
+def make_backend(name: str, args: argparse.Namespace, budget: int, loaded: Loaded) -> HfMmBackend | VllmMmBackend:
     if name == "hf":
         return HfMmBackend(args.model, args.batch)
+    images = max(len(pictures_of(benchmark.messages(item))) for benchmark, items in loaded for item in items)
     return VllmMmBackend(args.model, budget, images, args.tensor_parallel)
 
 
@@ -61,15 +59,12 @@ def main() -> None:
     if name not in ("hf", "vllm"):
         raise UserError(f"--backend {name}: pictures go through hf or vllm")
     plan = make_plan(args, name, public_path(str(args.model.resolve())), config_with_eyes(args.model))
-    if args.dry_run:
-        print(plan_text(plan, benchmarks), flush=True)
-        return
-    model = describe_checkpoint(args.model)
-    loaded = [(benchmark, benchmark.load(args.limit)) for benchmark in benchmarks]
-    images = max(len(pictures_of(b.messages(item))) for b, items in loaded for item in items)
-    log, clock = start_log(args, plan.settings(model))
-    runner = Runner(make_backend(name, args, plan.sampling.max_tokens, images), plan.sampling, args.samples, log, clock)
-    finish(plan, model, runner, *evaluate(loaded, runner), pixels=pixel_limits(runner.backend.processor))
+
+    run_evaluation(
+        plan, benchmarks, lambda: describe_checkpoint(args.model),
+        lambda loaded: make_backend(name, args, plan.sampling.max_tokens, loaded),
+        lambda backend: {"pixels": pixel_limits(backend.processor)},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ FOLDERS = {
 MEASURING = ("speed_", "study_", "tiny_", "page_")  # what no product module imports
 FLOORS = {  # by folder, from the lowest floor up; a module imports from its own floor and from below
     "quant": {
-        "ground": """console settings devices safetensors_file checkpoint families records hf_model task_text kl llama_cpp
-            gguf_convert""",
+        "ground": """console settings devices safetensors_file source_formats checkpoint families records hf_model task_text kl
+            llama_cpp gguf_convert""",
         "arithmetic": """moe_quant clip_kernel moe_ptq ggml_types scalar_kernel lattice_kernel ggml_scalar ggml_lattice
             ggml_codecs ggml_round""",
         "formats": "recipe run_dir packed_format gguf_format gguf_layout",
@@ -52,7 +52,7 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
     },
     "eval": {
         "ground": "intervals task pictures sample_log",
-        "grading": "graders math_answers sandbox_child lcb_program code_sandbox",
+        "grading": "graders math_answers sandbox_child code_sandbox",
         "benchmarks": "tasks_code tasks_tiny tau2_runner bench8_loaders bench_mm",
         "engines": "backend eval_settings vllm_eval backend_openai llamacpp_eval8",
         "evaluation": "runner",

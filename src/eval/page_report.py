@@ -31,7 +31,7 @@ from page_tables import Found, Record, Section, accuracy, axes_of, made_of, meth
 from pictures import pictures_of
 from records import is_original
 from runner import recorded_benchmarks
-from sample_log import find_log, read_samples
+from sample_log import find_log, read_evaluation
 from tasks_tiny import TINY_TASKS, TINY_VISION_TASKS
 
 TEMPLATE = "report_template.html"
@@ -159,10 +159,10 @@ def chosen_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for pair in itertools.zip_longest(wrong, right) for row in pair if row is not None][:EACH]
 
 
-def sample_entries(tag: str, path: Path, asked: Mapping[tuple[str, str], Question]) -> Iterator[list[dict[str, Any]]]:
+def sample_entries(tag: str, result: Path, asked: Mapping[tuple[str, str], Question]) -> Iterator[list[dict[str, Any]]]:
     """For each benchmark of one log the samples that the page may show."""
     grouped: dict[str, list[dict[str, Any]]] = {}
-    for row in read_samples(path)[1]:
+    for row in read_evaluation(result)[2]:
         grouped.setdefault(row["benchmark"], []).append(row)
     for name, rows in grouped.items():
         entries = []
@@ -181,7 +181,7 @@ def samples(found: Found, directory: Path, asked: Mapping[tuple[str, str], Quest
     for file, record in found:
         log = find_log((directory / file).parent / str(record.get("samples")))
         if log.is_file():
-            groups += sample_entries(record["tag"], log, asked)
+            groups += sample_entries(record["tag"], directory / file, asked)
     turns = sorted((i, g) for g, group in enumerate(groups) for i in range(len(group)))
     used = itertools.accumulate(len(json.dumps(groups[g][i])) for i, g in turns)
     kept = {place for place, total in zip(turns, used) if total <= SAMPLE_BYTES}

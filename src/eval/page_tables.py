@@ -220,7 +220,7 @@ def differences(found: Found) -> Section:
 
     note = (
         "Change in accuracy from the first model to the second on the same items. A verdict is given only when the paired "
-        "bootstrap interval, which the record has beside McNemar's exact p, excludes zero."
+        "interval, which the record has beside McNemar's exact p, excludes zero."
     )
     return by_benchmark("Differences", note, found, {"models": models}, cell)
 

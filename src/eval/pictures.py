@@ -16,6 +16,7 @@ from typing import Any
 
 from checkpoint import Checkpoint
 from console import UserError
+from hf_model import load_tokenizer, render_chat
 
 MARKER = re.compile(r"<image[ _]?(\d+)>")
 
@@ -140,8 +141,6 @@ def image_only_processor(path: str | Path) -> Any:
     from transformers import AutoImageProcessor, Qwen3VLProcessor
     from transformers.processing_utils import ProcessorMixin
 
-    from hf_model import load_tokenizer
-
     class ImageProcessor(Qwen3VLProcessor):
         def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
             self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -177,9 +176,7 @@ def render_messages(processor: Any, messages: Sequence[Mapping[str, Any]]) -> Pr
          [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]}
         for message in messages
     ]  # fmt: skip
-    known = {"enable_thinking": True} if "enable_thinking" in str(processor.chat_template) else {}  # others draw a warning each
-    text = processor.apply_chat_template(plain, add_generation_prompt=True, tokenize=False, **known)
-    return Prompt(text, pictures_of(messages))
+    return Prompt(render_chat(processor, plain), pictures_of(messages))
 
 
 def config_with_eyes(path: Path) -> dict[str, Any]:

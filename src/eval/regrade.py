@@ -4,7 +4,7 @@
 
 For a grader that was mended. Reads results/eval/TAG.json and TAG.samples.jsonl, extracts and grades every answer anew, and
 rewrites both; what the generation was (model, machine, sampling, seconds, its command) stays, and "regraded" says by what and
-from which version. A sample whose prompt is not the benchmark's of today is an error: its answer is to another question.
+from which version. A sample whose prompt or gold is not the benchmark's of today is an error: it answers another question.
 
 --pack grades nothing: TAG.samples.jsonl becomes TAG.samples.jsonl.gz, about a tenth of the size, for those tags (all when none
 is named) that have a record and whose log reads without fault; others stay and are named. The packed bytes depend on the log
@@ -14,19 +14,31 @@ alone. Everything that reads logs (compare, regrade, report, a run that goes on)
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from console import UserError, run_cli
 from graders import GRADER_VERSION
 from hf_model import load_tokenizer, render_chat
-from records import REPO, code_state, public_command, read_result, sha256_json, sha256_text, write_result
-from runner import benchmark_data, benchmark_metrics, extract_answer, recorded_benchmarks, table
-from sample_log import Key, find_log, pack_log, read_samples, sample_key, write_log
-from task import Benchmark
+from records import REPO, code_state, public_command, sha256_json, sha256_text, write_result
+from runner import asked_fields, benchmark_data, benchmark_metrics, extract_answer, recorded_benchmarks, table
+from sample_log import (
+    ASKED,
+    SEAL,
+    Key,
+    changed_fields,
+    find_log,
+    held_log,
+    log_line,
+    pack_log,
+    read_evaluation,
+    sample_key,
+    sealed,
+    write_log,
+)
+from task import Benchmark, HubBenchmark
 from task_text import Item
 
 GENERATION = ("command", "started", "seconds", "hardware", "packages", "peak_rss_mib", "peak_vram_mib", "code")
@@ -34,37 +46,43 @@ END = ".samples.jsonl"
 REST = ("samples", "settings_sha256", "parts", "pixels")
 
 
-def check_prompt(benchmark: Benchmark, item: Item, row: dict[str, Any], render: Callable[[list], str], where: str) -> None:
-    """Raise unless the sample answers today's prompt. Logs from before messages_sha256 need the model's chat template."""
-    messages = benchmark.messages(item)
-    if "messages_sha256" in row:
-        same = row["messages_sha256"] == sha256_json(messages)
-    else:
-        same = row["prompt_sha256"] == sha256_text(render(messages))
-    if not same:
-        raise UserError(f"{where}: {item.id} of {benchmark.name} was asked another prompt; evaluate the model again")
+def check_row(benchmark: Benchmark, item: Item, row: dict[str, Any], render: Callable[[list], str], where: str) -> None:
+    """Raise unless the sample answers today's prompt and is judged by today's gold answer. Logs from before messages_sha256
+    need the model's chat template."""
+    asked = asked_fields(benchmark, item)
+    if "messages_sha256" not in row:
+        asked["prompt_sha256"] = sha256_text(render(benchmark.messages(item)))
+    if changed := changed_fields(row, asked):
+        raise UserError(f"{where}: {item.id} of {benchmark.name} had another {ASKED[changed[0]]}; evaluate the model again")
 
 
 def regraded_rows(
-    benchmark: Benchmark, items: Sequence[Item], rows: Sequence[dict[str, Any]], render: Callable[[list], str], where: str
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    lines: Mapping[int, dict[str, Any]],
+    render: Callable[[list], str],
+    log: Path,
 ) -> list[dict[str, Any]]:
-    """The rows with answer, gold and verdict of today's grader."""
+    """The rows with answer and verdict of today's grader. ``lines``: rows by their number in the log."""
     known = {item.id: item for item in items}
-    if lost := next((row["id"] for row in rows if row["id"] not in known), None):
-        raise UserError(f"{where}: {benchmark.name} has no item {lost} today; evaluate the model again")
+    for number, row in lines.items():
+        where = f"{log}: line {number}"
+        if row["id"] not in known:
+            raise UserError(f"{where}: {benchmark.name} has no item {row['id']} today; evaluate the model again")
+        check_row(benchmark, known[row["id"]], row, render, where)
+    rows = list(lines.values())
     own = [known[row["id"]] for row in rows]
-    for item, row in zip(own, rows, strict=True):
-        check_prompt(benchmark, item, row, render, where)
     pairs = list(zip(own, rows, strict=True))
     extracted = [
         extract_answer(benchmark, item, row["text"], row["finish_reason"], row.get("prompt_opens_thinking", True))
         for item, row in pairs
     ]
     verdicts = benchmark.grade_all(own, extracted)
-    return [
-        {**row, "extracted": answer, "gold": item.gold, "correct": bool(verdict), "grader": GRADER_VERSION}
-        for (item, row), answer, verdict in zip(pairs, extracted, verdicts, strict=True)
+    made = [
+        {**row, "extracted": answer, "correct": bool(verdict), "grader": GRADER_VERSION}
+        for (_, row), answer, verdict in zip(pairs, extracted, verdicts, strict=True)
     ]
+    return [sealed(row) if SEAL in row else row for row in made]
 
 
 def lazy_render(model: str, given: Path | None) -> Callable[[list], str]:
@@ -84,26 +102,26 @@ def lazy_render(model: str, given: Path | None) -> Callable[[list], str]:
 
 def write_rows(log: Path, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """A log with other rows, packed if it was."""
-    lines = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in ({"settings": settings}, *rows))
-    write_log(log, "".join(lines).encode())
+    write_log(log, "".join(map(log_line, ({"settings": settings}, *rows))).encode())
 
 
 def regrade(directory: Path, tag: str, data_dir: Path | None, tokenizer: Path | None) -> tuple[dict[str, Any], int]:
     """(the new record, number of verdicts that changed) of one evaluation; both files are rewritten."""
     started, result = time.time(), directory / f"{tag}.json"
-    old = read_result(result, "eval")
+    old, settings, rows = read_evaluation(result)
     log = find_log(directory / old["samples"])
-    settings, rows = read_samples(log)
-    render = lazy_render(settings["model"], tokenizer)
-    metrics, data = {}, []
+    render = lazy_render(str(settings.get("model")), tokenizer)
+    metrics, data, before = {}, [], {entry["name"]: entry for entry in old["data"]}
     new: dict[Key, dict[str, Any]] = {}
     for benchmark in recorded_benchmarks(list(old["metrics"]), data_dir):
-        items = benchmark.load(settings["limit"])
-        own = regraded_rows(benchmark, items, [r for r in rows if r["benchmark"] == benchmark.name], render, str(log))
-        if len(own) != len(items) * settings.get("samples", 1):
-            raise UserError(f"{log}: {len(own)} samples of {len(items)} items of {benchmark.name}; run the evaluation again")
+        lines = {number: row for number, row in enumerate(rows, 2) if row["benchmark"] == benchmark.name}
+        asked = {row["id"] for row in lines.values()}
+        whole = None if isinstance(benchmark, HubBenchmark) else settings.get("limit")  # --limit once took other rows
+        items = [item for item in benchmark.load(whole) if item.id in asked]
+        own = regraded_rows(benchmark, items, lines, render, log)
         metrics[benchmark.name] = benchmark_metrics(benchmark, items, own)
-        data.append(benchmark_data(benchmark, items))
+        chosen = {key: value for key, value in before.get(benchmark.name, {}).items() if key == "chosen"}
+        data.append(benchmark_data(benchmark, items) | chosen)
         new |= {sample_key(row): row for row in own}
     changed = sum(row["correct"] != new.get(sample_key(row), row)["correct"] for row in rows)
     settings = settings | {"grader": GRADER_VERSION}
@@ -130,10 +148,10 @@ def pack(directory: Path, tags: list[str]) -> tuple[int, int, list[str]]:
         if not record.is_file():
             unfinished.append(record.stem)
             continue
-        read_result(record, "eval")
-        read_samples(log)  # a log that is damaged is not hidden in an archive
-        before += log.stat().st_size
-        after += pack_log(log).stat().st_size
+        with held_log(log):
+            read_evaluation(record)  # a log that is damaged is not hidden in an archive
+            before += log.stat().st_size
+            after += pack_log(log).stat().st_size
     return before, after, unfinished
 
 
@@ -154,7 +172,8 @@ def main() -> None:
     if not args.tags:
         raise UserError("name the evaluations to grade again; bash pipelines/eval.sh --regrade TAG [TAG ...]")
     for tag in args.tags:
-        record, changed = regrade(args.results / "eval", tag, args.data_dir, args.tokenizer)
+        with held_log(args.results / "eval" / f"{tag}{END}"):
+            record, changed = regrade(args.results / "eval", tag, args.data_dir, args.tokenizer)
         print(f"{tag}: grader {GRADER_VERSION}, {changed} verdicts changed\n{table(record['metrics'], {})}", flush=True)
 
 

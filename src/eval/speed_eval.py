@@ -3,10 +3,12 @@
     python src/eval/speed_eval.py --model models/razor-tiny [--batches 1,32,128 --prompt 256] [--result F --tag T]
     python src/eval/speed_eval.py --shape 35b [--layers 40] ...     # random weights of a published shape, made on the GPU
     python src/eval/speed_eval.py --model DIR --backend vllm [--tensor-parallel 4] [--answers FILE] ...
+    python src/eval/speed_eval.py --programs humaneval,mbpp [--data-dir DIR] [--workers 2]    # programs a second of the sandbox
 
 The prompts go the way of an evaluation (its backends: tokenizer, batches, KV cache) and no end token stops them. The limit of
 one step is that of memory: bytes of all weights that a batch of this size touches (under a uniform router) at the rate of a
 copy, on as many GPUs as share them. --answers keeps the greedy tokens of every prompt, to compare two engines.
+--programs runs the reference programs of a benchmark with their tests, in turn in the sandbox and in bare interpreters.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +28,14 @@ import torch
 
 from backend import Backend, Completion, HfBackend, Sampling, choose_backend
 from checkpoint import Checkpoint
+from code_sandbox import Job, run_many
 from console import UserError, numbers, progress, read_json, run_cli, write_json
 from devices import default_device
 from families import text_config
 from hf_model import load_model, load_tokenizer
 from records import REPO, add_record_arguments, check_record_arguments, describe_model, write_result
 from size_model import SHAPES, config_of, copy_rate, shape_arguments, shape_from
+from tasks_code import CODE_BENCHMARKS, SANDBOX_SECONDS
 from vllm_eval import VllmBackend
 
 Weights = dict[str, tuple[Sequence[int], int]]  # shape and bytes, by name
@@ -173,6 +180,48 @@ def run(args: argparse.Namespace, engine: Engine, rate: float) -> tuple[dict[str
     }, answers  # fmt: skip
 
 
+def bare_run(job: Job) -> bool:
+    """Whether a program and its tests end well in an interpreter of their own, with no protection at all."""
+    whole = "\n".join([job[0], *job[1]])
+    return subprocess.run([sys.executable, "-c", whole], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+
+
+def program_rates(jobs: Sequence[Job], workers: int) -> dict[str, float]:
+    """Programs a second of the sandbox and of as many bare interpreters side by side, the faster of two rounds each."""
+    seconds: dict[str, list[float]] = {"": [], "bare_": []}
+    passed = {}
+    for _ in range(2):
+        started = time.perf_counter()
+        passed[""] = sum(verdict.passed for verdict in run_many(jobs, workers, SANDBOX_SECONDS, 1024))
+        seconds[""].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        with ThreadPoolExecutor(workers) as pool:
+            passed["bare_"] = sum(pool.map(bare_run, jobs))
+        seconds["bare_"].append(time.perf_counter() - started)
+    found: dict[str, float] = {"programs": len(jobs), "workers": workers}
+    for way, times in seconds.items():
+        found |= {f"{way}passed": passed[way], f"{way}per_s": len(jobs) / min(times)}
+    return found
+
+
+def sandbox_speed(args: argparse.Namespace) -> None:
+    started, speed, data = time.time(), {}, []
+    known = {benchmark.name: benchmark for benchmark in CODE_BENCHMARKS if benchmark.name != "lcb"}  # has no solutions
+    if unknown := [name for name in args.programs.split(",") if name not in known]:
+        raise UserError(f"--programs {','.join(unknown)}: not known; known: {', '.join(known)}")
+    for name in args.programs.split(","):
+        benchmark = known[name](args.data_dir)
+        jobs = [benchmark.job(item, item.meta.get("prompt", "") + item.gold) for item in benchmark.load()]
+        speed[name] = found = program_rates(jobs, args.workers)
+        data.append({"name": name, "revision": benchmark.revision})
+        print(
+            f"{name}, {args.workers} workers: sandbox {found['per_s']:.1f} programs/s ({found['passed']} of {len(jobs)} pass), "
+            f"bare {found['bare_per_s']:.1f} ({found['bare_passed']}); ratio {found['per_s'] / found['bare_per_s']:.2f}"
+        )
+    if args.result:
+        write_result(args.result, kind="bench", tag=args.tag, started=started, data=data, metrics={"sandbox_speed": speed})
+
+
 def hf_engine(args: argparse.Namespace, device: torch.device) -> Engine:
     if args.model:
         described, tokenizer, model = describe_model(args.model), load_tokenizer(args.model), load_model(args.model)
@@ -203,6 +252,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--backend", choices=("hf", "vllm"), default="hf", help="transformers (hf) or vllm")
     parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that vLLM spreads the model over")
     parser.add_argument("--answers", type=Path, help="write the greedy token ids of every prompt to this JSON file")
+    parser.add_argument("--programs", help="benchmarks whose reference programs run instead: humaneval,mbpp")
+    parser.add_argument("--data-dir", type=Path, help="of --programs: local files NAME.jsonl(.gz) instead of the hub's")
+    parser.add_argument("--workers", type=int, default=2, help="of --programs: programs at once (default 2)")
     add_record_arguments(parser)
     return parser.parse_args()
 
@@ -210,6 +262,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_record_arguments(args)
+    if args.programs:
+        return sandbox_speed(args)
     if args.prompt < 1 or args.generate < 3:
         raise UserError("--prompt must be at least 1 and --generate at least 3")
     if args.backend == "vllm" and not args.model:

@@ -6,9 +6,10 @@ the same columns (--data-dir); there is no other source and no fallback.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
-import itertools
+import heapq
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from console import UserError
+from intervals import strata_interval
 from task_text import Item
 
 Row = dict[str, Any]
@@ -32,8 +34,10 @@ class Benchmark:
     def __init__(self, data_dir: Path | None = None) -> None:
         self.data_dir = data_dir  # local rows of a published benchmark
 
+    chosen = "first of a seeded generator"  # how ``load`` takes n items; the record says it
+
     def load(self, n: int | None = None) -> list[Item]:
-        """The first ``n`` test items (all when None), always in the same order."""
+        """``n`` test items (all when None), always the same ones in the same order; those of a smaller n are among them."""
         raise TypeError(f"{type(self).__name__} does not define load")
 
     def messages(self, item: Item) -> list[dict[str, Any]]:
@@ -55,6 +59,10 @@ class Benchmark:
     def grade(self, item: Item, extracted: str | None) -> bool:
         return self.grade_all([item], [extracted])[0]
 
+    def standard(self, item: Item) -> Any:
+        """What an answer is judged by, as JSON: the gold answer, and the tests of one that is run."""
+        return item.gold
+
     def stratum(self, item: Item) -> str | None:
         """The group (task, language, subject) whose accuracy is reported too, or None."""
         return item.meta.get("stratum")
@@ -62,13 +70,26 @@ class Benchmark:
     def aggregate(self, items: Sequence[Item], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Metrics beside plain accuracy, from log rows (with ``id`` and ``correct``) of these items: the accuracy of each
         stratum, and what a benchmark's own headline is when it is not plain accuracy."""
-        of = {item.id: self.stratum(item) for item in items}
-        groups: dict[str, list[bool]] = {}
+        group_of = {item.id: self.stratum(item) for item in items}
+        groups: dict[str, dict[str, list[bool]]] = {}
         for row in rows:
-            if (stratum := of[row["id"]]) is not None:
-                groups.setdefault(stratum, []).append(bool(row["correct"]))
-        strata = {name: {"n": len(hits), "acc": sum(hits) / len(hits)} for name, hits in sorted(groups.items())}
-        return {"strata": strata, **self.headline({name: group["acc"] for name, group in strata.items()})} if strata else {}
+            if (stratum := group_of[row["id"]]) is not None:
+                groups.setdefault(stratum, {}).setdefault(row["id"], []).append(bool(row["correct"]))
+        if not groups:
+            return {}
+        names = sorted(groups)
+        counts = [(sum(sum(own) / len(own) for own in groups[name].values()), len(groups[name])) for name in names]
+        sizes = [sum(map(len, groups[name].values())) for name in names]
+        strata = {name: {"n": n, "acc": right / k} for name, n, (right, k) in zip(names, sizes, counts)}
+        made: dict[str, Any] = {"strata": strata}
+        for key, value in self.headline({name: own["acc"] for name, own in strata.items()}).items():
+
+            def drawn(values: Sequence[float], key: str = key) -> float:
+                return self.headline(dict(zip(names, values)))[key]
+
+            made[key] = value
+            made[f"{key}_low"], made[f"{key}_high"] = strata_interval(counts, drawn)
+        return made
 
     def headline(self, accuracies: Mapping[str, float]) -> dict[str, float]:
         """The official aggregate of the strata's accuracies, if it is not plain accuracy."""
@@ -114,15 +135,28 @@ def local_file(data_dir: Path, name: str) -> Path:
 
 def download(source: Source, config: str | None, split: str) -> Iterable[Row]:
     """The rows of one configuration at the pinned commit, through `datasets` (and its cache); images as their files' bytes."""
-    from datasets import Image, exceptions, load_dataset
-    from huggingface_hub import errors
+    from datasets import Image, load_dataset
 
-    try:
+    with reachable(source):
         if source.files:
             where = f"hf://datasets/{source.repository}@{source.revision}/"
             data = load_dataset("json", data_files=[where + file for file in source.files], split="train")
         else:
             data = load_dataset(source.repository, config, split=split, revision=source.revision)
+    for name, feature in data.features.items():
+        if isinstance(feature, Image):
+            data = data.cast_column(name, Image(decode=False))
+    return data
+
+
+@contextlib.contextmanager
+def reachable(source: Source) -> Iterator[None]:
+    """What keeps a data set from being fetched is one line: no network, no login, no such revision."""
+    from datasets import exceptions
+    from huggingface_hub import errors
+
+    try:
+        yield
     except (OSError, ValueError, exceptions.DatasetsError, *errors.HfHubHTTPError.__bases__) as error:  # its HTTP client's too
         why = " ".join(str(error).split())[:200]
         page = f"huggingface.co/datasets/{source.repository}"
@@ -131,10 +165,11 @@ def download(source: Source, config: str | None, split: str) -> Iterable[Row]:
             f"{source.repository}@{source.revision[:12]}: cannot be loaded ({type(error).__name__}: {why}); {mend}"
             "get the machine on line, or pass --data-dir DIR with local copies"
         ) from None
-    for name, feature in data.features.items():
-        if isinstance(feature, Image):
-            data = data.cast_column(name, Image(decode=False))
-    return data
+
+
+def sampling_key(name: str, number: int) -> str:
+    """The place of a row in the seeded order of its benchmark, which hangs neither on other rows nor on how many are asked."""
+    return hashlib.sha256(f"{name}:{number}".encode()).hexdigest()
 
 
 def stratified(items: Sequence[Item], stratum: Callable[[Item], str], seed: str) -> list[Item]:
@@ -158,7 +193,7 @@ def stratified(items: Sequence[Item], stratum: Callable[[Item], str], seed: str)
 class HubBenchmark(Benchmark):
     """A published benchmark. Subclasses set ``name``, ``source`` and ``columns`` (those that they read), and write ``item``.
     ``revision``: the pinned commit, or the digests of the local files that were read. ``configs``: each has a local file of its
-    own, NAME_CONFIG, unless ``one_file``. ``order_by_stratum``: --limit takes a stratified sample, not the first rows."""
+    own, NAME_CONFIG, unless ``one_file``. --limit takes a seeded sample; ``order_by_stratum``: a stratified one."""
 
     source: Source
     columns: tuple[str, ...]
@@ -169,6 +204,7 @@ class HubBenchmark(Benchmark):
 
     def __init__(self, data_dir: Path | None = None) -> None:
         super().__init__(data_dir)
+        self.chosen = "stratified sample" if self.order_by_stratum else "seeded sample"
         self.local: dict[str, str] = {}  # file name -> sha256, of what was read locally
         self.revision = f"{self.source.repository}@{self.source.revision}" if data_dir is None else "local"
 
@@ -205,10 +241,11 @@ class HubBenchmark(Benchmark):
         raise TypeError(f"{type(self).__name__} does not define item")
 
     def load(self, n: int | None = None) -> list[Item]:
-        kept: Iterator[tuple[str | None, Row]] = (pair for pair in self.all_rows() if self.keep(pair[1]))
-        if not self.order_by_stratum:
-            kept = itertools.islice(kept, n)
-        items = [self.item(row, number, config) for number, (config, row) in enumerate(kept)]
+        rows: Iterable[tuple[int, tuple[str | None, Row]]]
+        rows = enumerate(pair for pair in self.all_rows() if self.keep(pair[1]))
+        if n is not None and not self.order_by_stratum:  # files are sorted: their first rows are no fair sample
+            rows = sorted(heapq.nsmallest(n, rows, key=lambda row: sampling_key(self.name, row[0])), key=lambda row: row[0])
+        items = [self.item(row, number, config) for number, (config, row) in rows]
         if len({item.id for item in items}) != len(items):
             raise UserError(f"{self.name}: two rows have the same id; the file holds rows twice")
         return stratified(items, self.sampling_stratum, self.name)[:n] if self.order_by_stratum else items

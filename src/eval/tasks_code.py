@@ -16,10 +16,10 @@ import json
 import pickletools
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from code_sandbox import run_many, run_python, side_by_side
+from code_sandbox import run_many, run_python, run_script, side_by_side
 from console import UserError
 from graders import extract_code, fenced_blocks, program_of
 from task import HubBenchmark, Row, Source
@@ -48,7 +48,13 @@ LCB_STDIN = (
     "inputs, runs the algorithm and writes output to STDOUT."
 )
 SANDBOX_SECONDS = 20.0  # for all tests of one HumanEval or MBPP task
-PROGRAM_SIDE = Path(__file__).with_name("lcb_program.py")
+# LiveCodeBench runs each program after these imports (lcb_runner/evaluation/testing_util.py, import_string).
+LCB_MODULES = "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
+LCB_PRELUDE = "\n".join(
+    [f"from {name} import *" for name in [*LCB_MODULES.split(), "builtins", "typing"]]
+    + [f"import {name}" for name in LCB_MODULES.split()]
+    + ["sys.setrecursionlimit(50000)"]
+)
 TEST_SECONDS = 6.0  # the official time for one test
 MEMORY_MIB = 4096  # the official note: "max memory is set to 4GB"
 MAX_TESTS_BYTES = 1 << 30
@@ -61,6 +67,9 @@ class CodeBenchmark(HubBenchmark):
 
     def extract(self, item: Item, answer: str) -> str | None:
         return extract_code(answer, item.meta["entry_point"])
+
+    def standard(self, item: Item) -> Any:
+        return item.meta
 
     def job(self, item: Item, code: str) -> tuple[str, list[str], str]:
         """(program, tests, entry point) for code_sandbox.run_many."""
@@ -154,9 +163,7 @@ def problem_tests(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def same_output(printed: str, expected: str) -> bool:
     """LiveCodeBench's comparison of what a program printed: line by line without outer space, equal as text or, number
-    by number, as Decimal. This function's source also travels to the sandbox, so it imports what it needs itself."""
-    from decimal import Decimal, InvalidOperation
-
+    by number, as Decimal."""
     lines = [line.strip() for line in printed.strip().split("\n")]
     wanted = [line.strip() for line in expected.strip().split("\n")]
     if len(lines) != len(wanted):
@@ -173,21 +180,19 @@ def same_output(printed: str, expected: str) -> bool:
 
 
 def same_value(value: object, expected: object) -> bool:
-    """LiveCodeBench's comparison of what a method returned: equal, with a tuple counted as a list at the top."""
+    """LiveCodeBench's comparison of what a method returned: equal, with a tuple counted as a list at the top. Its source
+    travels to the sandbox."""
     return (list(value) if isinstance(value, tuple) else value) == expected
 
 
-def sandbox_job(code: str, tests: Sequence[Mapping[str, str]], function: str | None) -> tuple[str, list[str]]:
-    """(program, tests) for code_sandbox.run_many. ``function``: what a functional task calls; None for stdin tasks."""
-    program = f"{PROGRAM_SIDE.read_text(encoding='utf-8')}\nprepare({code!r}, {function is not None})\n"
-    if function is None:
-        checks = [f"assert same_output(run({test['input']!r}), {test['output']!r})" for test in tests]
-        return program, [inspect.getsource(same_output), *checks]
-    checks = []
+def method_tests(code: str, tests: Sequence[Mapping[str, str]], function: str) -> list[str]:
+    """Asserts that call ``function`` of one Solution, if the code has that class, as the official runner does."""
+    called = f"holder.{function}" if "class Solution" in code else function
+    asserts = ["holder = Solution()"] if called != function else []
     for test in tests:
-        args = [json.loads(line) for line in test["input"].split("\n")]
-        checks.append(f"assert same_value(call({function!r}, {args!r}), {json.loads(test['output'])!r})")
-    return program, [inspect.getsource(same_value), *checks]
+        args = ", ".join(repr(json.loads(line)) for line in test["input"].split("\n"))
+        asserts.append(f"assert same_value({called}({args}), {json.loads(test['output'])!r})")
+    return [inspect.getsource(same_value), *asserts]
 
 
 class LiveCodeBench(CodeBenchmark):
@@ -230,9 +235,13 @@ class LiveCodeBench(CodeBenchmark):
         if not code:
             return False
         tests = problem_tests(item.meta["row"])
-        program, checks = sandbox_job(code, tests, item.meta["function"])
-        whole = (TEST_SECONDS + 1) * len(tests) + 5  # the official limit for all tests of one problem
-        return run_python(program, checks, timeout_s=whole, test_timeout_s=TEST_SECONDS, memory_mib=MEMORY_MIB).passed
+        limits: dict[str, Any] = {"memory_mib": MEMORY_MIB, "prelude": LCB_PRELUDE}
+        if function := item.meta["function"]:
+            whole = (TEST_SECONDS + 1) * len(tests) + 5  # the official limit for all tests of one problem
+            limits |= {"timeout_s": whole, "test_timeout_s": TEST_SECONDS, "entry_point": function}
+            return run_python(code, method_tests(code, tests, function), **limits).passed
+        runs = ((run_script(code, test["input"], timeout_s=TEST_SECONDS, **limits), test["output"]) for test in tests)
+        return all(run.passed and same_output(run.output, output) for run, output in runs)
 
 
 CODE_BENCHMARKS = (HumanEval, Mbpp, LiveCodeBench)

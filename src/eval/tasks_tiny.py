@@ -70,6 +70,9 @@ class TinyCode(CodeText, Benchmark):
     def extract(self, item: Item, answer: str) -> str | None:
         return extract_code(answer, item.meta["entry_point"])
 
+    def standard(self, item: Item) -> Any:
+        return item.meta["tests"]
+
     def grade_all(self, items: Sequence[Item], extracted: Sequence[str | None]) -> list[bool]:
         """Run every program in the sandbox, two at a time; an answer without a program is wrong."""
         pairs = zip(items, extracted, strict=True)

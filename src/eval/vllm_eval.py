@@ -6,6 +6,7 @@ Not a command; `bash pipelines/eval.sh --backend vllm [--tensor-parallel N]` use
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 
-from backend import PROMPT_ROOM, Completion, Sampling, completion_of, seed_of
+from backend import PROMPT_ROOM, Backend, Completion, Sampling, completion_of, say_not_applied, seed_of, stuck
 from console import UserError, read_json
 from families import text_config
 from hf_model import end_token_ids, load_tokenizer, prompt_ids, render_chat
 from pictures import Prompt, load_processor, render_messages
 
 IMAGE_ROOM = 16_384  # context beyond budget and text, for the tokens of the images of one prompt
+LOOK = "look"  # the name of a request that asks for the log-probability of one more token
 ENGINE_ENVIRONMENT = {  # vLLM: no plugin that happens to be installed, no report home, no look-up of what is on disk
     "VLLM_PLUGINS": "",
     "VLLM_NO_USAGE_STATS": "1",
@@ -65,7 +67,13 @@ def sampling_params(sampling: Sampling, seed: int, max_tokens: int, ends: Sequen
     )  # fmt: skip
 
 
-class VllmBackend:
+def check_finite(output: Any, model: str | Path) -> None:
+    """Raise :class:`UserError` when the log-probability of a token is no number: vLLM goes on with NaN logits in silence."""
+    if not all(math.isfinite(entry.logprob) for row in output.logprobs for entry in row.values()):
+        raise UserError(f"{model}: vLLM's logits are NaN or infinite; --backend hf names the layer and tensor where it began")
+
+
+class VllmBackend(Backend):
     """vLLM's offline engine. Memory and length settings follow docs/EVAL_PROTOCOL (64k: gpu-mem 0.88, 32 sequences).
     ``options``: more arguments of vLLM's LLM."""
 
@@ -75,12 +83,15 @@ class VllmBackend:
     def __init__(
         self, model: str | Path, max_model_len: int, max_num_seqs: int = 32, tensor_parallel: int = 1, **options: Any
     ) -> None:
-        self.tokenizer = load_tokenizer(model)
-        self.ends = end_token_ids(model, self.tokenizer)
+        self.tokenizer, self.model = load_tokenizer(model), model
+        self.ends, self.facts = end_token_ids(model, self.tokenizer), say_not_applied(model)
         if "vision_config" in read_json(Path(model) / "config.json"):
             options["limit_mm_per_prompt"] = {"image": 0, "video": 0}
         engine, self.context = vllm_engine(model, max_model_len, tensor_parallel, max_num_seqs=max_num_seqs, **options)
         self.engine = engine.llm_engine
+
+    def describe(self) -> dict[str, Any]:
+        return self.facts
 
     def render(self, messages: list[dict[str, str]]) -> str:
         return render_chat(self.tokenizer, messages)
@@ -93,11 +104,17 @@ class VllmBackend:
             self.engine.add_request(str(index), {"prompt_token_ids": tokens}, params)
         while self.engine.has_unfinished_requests():
             for request in self.engine.step():
-                if request.finished:
+                if request.finished and request.request_id.startswith(LOOK):
+                    check_finite(request.outputs[0], self.model)
+                elif request.finished:
                     index = int(request.request_id)
                     if list(request.prompt_token_ids) != ids[index]:
                         raise RuntimeError(f"vLLM changed the ids of prompt {index}")
                     new = list(request.outputs[0].token_ids)
+                    if stuck(new) and not self.ignore_ends:
+                        look = sampling_params(Sampling(), 0, 1, self.ends, logprobs=0)
+                        seen = (ids[index] + new)[: self.context - 1]
+                        self.engine.add_request(f"{LOOK}{index}", {"prompt_token_ids": seen}, look)
                     yield index, completion_of(self.tokenizer, new, ids[index], self.ends)
 
     def _params(self, prompt_tokens: int, sampling: Sampling, seed: int) -> Any:
@@ -114,12 +131,15 @@ class VllmMmBackend:
     name = "vllm"
 
     def __init__(self, model: Path, budget: int, images: int, tensor_parallel: int, max_num_seqs: int = 32) -> None:
-        self.processor = load_processor(model)
-        self.ends = end_token_ids(model, self.processor.tokenizer)
+        self.processor, self.model = load_processor(model), model
+        self.ends, self.facts = end_token_ids(model, self.processor.tokenizer), say_not_applied(model)
         self.engine, _ = vllm_engine(
             model, budget + PROMPT_ROOM + IMAGE_ROOM, tensor_parallel, max_num_seqs=max_num_seqs,
             limit_mm_per_prompt={"image": images, "video": 0},
         )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        return self.facts
 
     def render(self, messages: list[dict[str, Any]]) -> Prompt:
         return render_messages(self.processor, messages)
@@ -128,7 +148,11 @@ class VllmMmBackend:
         for start in range(0, len(prompts), 64):  # finished samples reach the log, and few images are decoded at once
             part = prompts[start : start + 64]
             params = [sampling_params(sampling, seed_of(p, sampling.seed), sampling.max_tokens, self.ends) for p in part]
-            requests = self.engine.generate([vllm_input(prompt) for prompt in part], params)
+            inputs = [vllm_input(prompt) for prompt in part]
+            requests = self.engine.generate(inputs, params)
+            if suspects := [own for own, request in zip(inputs, requests, strict=True) if stuck(request.outputs[0].token_ids)]:
+                for request in self.engine.generate(suspects, sampling_params(Sampling(), 0, 1, self.ends, logprobs=0)):
+                    check_finite(request.outputs[0], self.model)
             for offset, request in enumerate(requests):
                 new, ids = list(request.outputs[0].token_ids), list(request.prompt_token_ids)
                 yield start + offset, completion_of(self.processor.tokenizer, new, ids, self.ends)

@@ -14,6 +14,7 @@ recommends (configs/eval.env) unless an option says otherwise. docs/EVAL_PROTOCO
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,12 @@ from gguf_format import config_of_gguf, describe_gguf, is_gguf
 from llamacpp_eval8 import LlamaCppBackend
 from records import public_path
 from runner import (
-    Runner,
     add_run_arguments,
     check_args,
     describe_checkpoint,
-    evaluate,
-    finish,
     get_benchmarks,
     make_plan,
-    plan_text,
-    start_log,
+    run_evaluation,
 )
 from vllm_eval import VllmBackend
 
@@ -54,6 +51,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--server-args", default="", help='further options of llama-server, as "-ngl 99 --cpu-moe"')
     group.add_argument("--base-url", help="server of --backend openai, as http://localhost:8000/v1")
     group.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
+    group.add_argument("--timeout", type=float, help="seconds that a server may take for one answer (600, and 1 a token)")
     group.add_argument("--prompt-text", action="store_true", help="send text, not token ids (openai)")
     group.add_argument("--plain-fields", action="store_true", help="send only the fields of OpenAI's own API (openai)")
     args = parser.parse_args()
@@ -65,11 +63,19 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def check_model(model: Path) -> None:
+    """Raise on a directory that holds a GGUF and no checkpoint, naming the file."""
+    if model.is_dir() and not (model / "config.json").exists() and (files := sorted(model.glob("*.gguf"))):
+        also = f" ({len(files)} such files are there)" if len(files) > 1 else ""
+        raise UserError(f"{model}: a directory that holds a GGUF; give the file, --model {files[0]}{also}")
+
+
 def config_of(name: str, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """(how a record names the model, its config.json or what stands for it); a server tells no more than the name."""
     if name == "openai":
         config = args.tokenizer / "config.json"
         return str(args.model), read_json(config) if config.is_file() else {}
+    check_model(args.model)
     config = config_of_gguf(args.model) if name == "llamacpp" else Checkpoint(args.model).config
     return public_path(str(args.model.resolve())), config
 
@@ -86,11 +92,11 @@ def described(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def make_backend(name: str, args: argparse.Namespace, budget: int) -> Backend:
     context = budget + PROMPT_ROOM
     if name == "llamacpp":
-        return LlamaCppBackend(args.model, context, args.tokenizer, args.parallel, shlex.split(args.server_args))
+        return LlamaCppBackend(args.model, context, args.tokenizer, args.parallel, shlex.split(args.server_args), args.timeout)
     if name == "openai":
         return OpenAIBackend(
             args.base_url, str(args.model), args.tokenizer, context, key=api_key(args.api_key_env),
-            parallel=args.parallel, send_text=args.prompt_text, plain=args.plain_fields,
+            parallel=args.parallel, send_text=args.prompt_text, plain=args.plain_fields, timeout=args.timeout,
         )  # fmt: skip
     if name == "vllm":
         return VllmBackend(args.model, context, tensor_parallel=args.tensor_parallel)
@@ -104,14 +110,12 @@ def main() -> None:
     benchmarks = get_benchmarks(args.benchmarks.split(","), args.data_dir)
     name = choose_backend(args.backend, args.model)
     plan = make_plan(args, name, *config_of(name, args))
-    if args.dry_run:
-        print(plan_text(plan, benchmarks), flush=True)
-        return
-    model = described(name, args)
-    log, clock = start_log(args, plan.settings(model))
-    runner = Runner(make_backend(name, args, plan.sampling.max_tokens), plan.sampling, args.samples, log, clock)
-    made = evaluate(((benchmark, benchmark.load(args.limit)) for benchmark in benchmarks), runner)
-    finish(plan, model, runner, *made, devices=args.devices or None, spread=args.spread)
+    if name == "openai" and args.plain_fields:  # a record must not list what was not sent
+        source = f"{plan.source}; top_k {plan.sampling.top_k} is not sent (--plain-fields), the server's own holds"
+        print(source, flush=True)
+        plan = dataclasses.replace(plan, sampling=dataclasses.replace(plan.sampling, top_k=None), source=source)
+    extra, budget = {"devices": args.devices or None, "spread": args.spread}, plan.sampling.max_tokens
+    run_evaluation(plan, benchmarks, lambda: described(name, args), lambda _: make_backend(name, args, budget), lambda _: extra)
 
 
 if __name__ == "__main__":
