@@ -1,13 +1,26 @@
 """The losses on tiny tensors: equal to KL over the whole vocabulary for K = V, a lower bound below, gradients checked."""
 
 import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPO
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from console import UserError
+from distill_run import DistillSettings, Run, prompts
+from opd_budget import budget, shape_of
+from opd_data import Generation, Scoring, TrainSettings, read_prompts
+from opd_gen import kept, none_kept
 from opd_losses import TopK, forward_kl, gathered, position_losses, reverse_kl, top_k_of
+from quant_save import quantize_checkpoint
+from recipe import Recipe
+from settings import parse_settings, typed
 
 
 def logits_pair(n=5, v=23, seed=0):
@@ -70,8 +83,6 @@ def test_the_streamed_top_k_is_that_of_all_logits(chunk):
 
 
 def test_the_budget_counts_what_is_trained():
-    from opd_budget import budget, shape_of
-
     shape = shape_of(REPO / "models/razor-tiny")
     assert (shape.routed, shape.parameters) == (8 * 8 * 3 * 256 * 256, 15_940_528)
     made = sum(16 * (o + i) * 8 * 8 for o, i in ((512, 256), (256, 256)))  # A and B of both parameters of 64 experts
@@ -81,16 +92,161 @@ def test_the_budget_counts_what_is_trained():
     assert found["disk"]["scores"] == 2000 * 8192 * (64 * 8 + 8)
 
 
-def test_a_work_directory_remembers_its_settings(tmp_path):
-    from console import UserError
-    from distill_run import DistillSettings, Run
-    from settings import parse_settings
+def tiny_work(tmp_path, **changes):
+    """A run on razor-tiny whose every input lies in ``tmp_path``, so that it can be changed."""
+    for name in ("teacher", "student"):
+        if not (tmp_path / name).exists():
+            shutil.copytree(REPO / "models/razor-tiny", tmp_path / name)
+    for name, text in (("prompts.jsonl", PROMPT * 16), ("init/adapter.safetensors", "x"), ("model.gguf", "x")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if not (tmp_path / name).exists():
+            (tmp_path / name).write_text(text)
+    argv = ["--config", str(REPO / "configs/opd_tiny.env"), "--work", str(tmp_path / "work"), "--tasks", ""]
+    for key, path in (("teacher", "teacher"), ("student", "student"), ("prompts", "prompts.jsonl"), ("init", "init"),
+                      ("rollout-model", "model.gguf")):  # fmt: skip
+        argv += [f"--{key}", str(tmp_path / path)]
+    config, _ = parse_settings(DistillSettings, "", argv=argv)
+    return Run(dataclasses.replace(config, **changes), tmp_path / "r.json", print)
 
+
+PROMPT = '{"prompt": "1 + 1"}\n'
+INPUTS = (
+    ("PROMPTS", "prompts.jsonl"), ("INIT", "init/adapter.safetensors"), ("ROLLOUT_MODEL", "model.gguf"),
+    ("TEACHER", "teacher/model.safetensors"), ("TEACHER", "teacher/generation_config.json"),
+    ("STUDENT", "student/model.safetensors"), ("STUDENT", "student/chat_template.jinja"),
+)  # fmt: skip
+
+
+def test_a_work_directory_remembers_its_settings_and_what_they_name(tmp_path):
+    for _ in range(2):
+        tiny_work(tmp_path).claim()
+    with pytest.raises(UserError, match="made with other RANK, STEPS; give another WORK"):
+        tiny_work(tmp_path, steps=1, rank=3).claim()
+    for key, name in INPUTS:
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))  # the same name, the same size
+        with pytest.raises(
+            UserError, match=f"made with another {key}: .* differs .same size, other content.; give another WORK"
+        ):
+            tiny_work(tmp_path).claim()
+        (tmp_path / name).write_bytes(before)
+    tiny_work(tmp_path).claim()
+    settings = json.loads((tmp_path / "work/settings.json").read_text())
+    del settings["inputs"]
+    (tmp_path / "work/settings.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="has no 'inputs'; made before the contents"):
+        tiny_work(tmp_path).claim()
+
+
+def test_what_a_later_phase_would_refuse_is_said_first(tmp_path, monkeypatch):
     for name in ("opd_tiny", "opd_r1"):
-        argv = ["--config", str(REPO / f"configs/{name}.env"), "--work", str(tmp_path / name)]
-        config, _ = parse_settings(DistillSettings, "", argv=argv)
+        config, _ = parse_settings(DistillSettings, "", argv=["--config", str(REPO / f"configs/{name}.env")])
         assert config.rows % (config.micro_rows * config.processes) == 0
-        for _ in range(2):
-            Run(config, tmp_path / "r.json", print).claim()
-        with pytest.raises(UserError, match="made with other RANK, STEPS; give another WORK"):
-            Run(dataclasses.replace(config, steps=1, rank=3), tmp_path / "r.json", print).claim()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match='work/prompts.jsonl: cannot be read .No such file.*PROMPTS. names a jsonl file of {"pro'
+    ):
+        prompts(config)
+    for changes, said in (
+        ({"rows": 24}, "ROWS=24 is no multiple of MICRO_ROWS x PROCESSES = 16"),
+        ({"prompts": None}, "set TASKS, PROMPTS or both"),
+        ({"student": None, "tasks": "mmlu_pro"}, "--tasks mmlu_pro: has no training split"),
+        ({"student": None, "tasks": "tiny_no"}, "unknown benchmark 'tiny_no'"),
+        ({"eval_limit": 4}, "EVAL_LIMIT=4 without TASKS"),
+        ({"ggml": "iq3_xxs"}, "the scales of a block type cannot be trained; use mode lora"),
+        ({"lr": float("inf")}, "--lr a number"),
+        ({"score_temperature": float("nan")}, "--score-temperature above 0"),
+        ({"temperature": float("nan")}, "sampling: temperature"),
+        ({"student": None, "rows": 32}, "there will be only 16 rollouts"),
+        ({"student": None, "recipe": Recipe(2, 4, method="awq")}, "method awq has no symmetric grid"),
+        ({"student": None, "recipe": Recipe(16, 4)}, "quantizes no experts, so that nothing"),
+        ({}, "student/recipe.json: no such file"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            tiny_work(tmp_path, **changes).check()
+    tiny_work(tmp_path, student=None).check()
+    dense = LlamaConfig(hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    LlamaForCausalLM(dense).save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match="dense model, without routed experts; LINEARS=1 .--linears. adapts"):
+        tiny_work(tmp_path, student=None, teacher=tmp_path / "dense").check()
+    tiny_work(tmp_path, student=None, teacher=tmp_path / "dense", linears=True).check()
+    assert shape_of(tmp_path / "dense").active == shape_of(tmp_path / "dense").parameters  # the plan of a dense model
+    quantize_checkpoint(REPO / "models/razor-tiny", tmp_path / "q", Recipe(2, 4))
+    tiny_work(tmp_path, student=tmp_path / "q").check()
+    (tmp_path / "q/chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(UserError, match="has another chat template than"):
+        tiny_work(tmp_path, student=tmp_path / "q").check()
+
+
+def test_a_command_is_told_what_differs_from_its_own_defaults():
+    config, _ = parse_settings(DistillSettings, "", argv=["--config", str(REPO / "configs/opd_tiny.env")])
+    config = dataclasses.replace(config, lr=0.1 + 0.2, recompute=False, finished_only=True)
+    for cls in (Generation, Scoring, TrainSettings, Recipe):
+        told, _ = parse_settings(cls, "", argv=typed(config, cls))
+        assert told == config.recipe if cls is Recipe else all(v == getattr(config, k) for k, v in vars(told).items())
+    assert "--no-recompute" in typed(config, TrainSettings) and "0.30000000000000004" in typed(config, TrainSettings)
+
+
+GOOD = ['{"prompt": "a"}', "", '{"messages": [{"role": "user", "content": "b"}], "id": 7}', '{"text": " ", "id": "x"}']
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": null}', "prompt is null, not a text"),
+        ('{"prompt": ["a"]}', 'prompt is ["a"], not a text'),
+        ('{"prompt": " \\n"}', "prompt is empty"),
+        ('{"prompt": "\\ud83d"}', "prompt holds half of a surrogate pair"),
+        ('{"text": ""}', "text is empty"),
+        ('{"text": 3}', "text is 3, not a text"),
+        ('{"prompt": "a", "text": "b"}', "expected one of"),
+        ('{"id": "z"}', "expected one of"),
+        ('["a"]', "expected one of"),
+        ('{"prompt": "a", "system": "b"}', "unknown key system"),
+        ('{"prompt": "a", "id": null}', "id null: expected a text or a whole number"),
+        ('{"prompt": "a", "id": true}', "id true: expected a text"),
+        ('{"prompt": "a", "id": "7"}', "id '7' is that of line 3 too"),
+        ('{"prompt": "a", "id": "000001"}', "id '000001' is that of line 1 too"),
+        ('{"messages": []}', "messages: expected a list of turns"),
+        ('{"messages": "a"}', "messages: expected a list of turns"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "ends with assistant"),
+        ('{"messages": [{"role": "system", "content": "a"}]}', "ends with system"),
+        ('{"messages": [{"role": "human", "content": "a"}]}', 'turn 1: role "human"; known: system'),
+        ('{"messages": [{"role": "user", "content": null}]}', "turn 1: content is null"),
+        ('{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}', "turn 1: content is [{"),
+        ('{"messages": [{"from": "user", "value": "a"}]}', "turn 1: expected"),
+        ('{"prompt": "a"', "not JSON"),
+        ("garbage", "not JSON"),
+        ("1" * 5000, "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_prompt_that_is_none_is_refused_by_its_line(tmp_path, line, said):
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(GOOD) + "\n")
+    assert [row["id"] for row in read_prompts(path)] == ["000001", "7", "x"]
+    path.write_text("\n".join([*GOOD, line, "also bad"]) + "\n")
+    with pytest.raises(UserError, match=re.escape(f"{path}:5: {said}")) as error:
+        read_prompts(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_file_that_is_none():
+    for path, said in ((REPO, "cannot be read"), (REPO / "no.jsonl", "No such file"), (Path("/dev/null"), "holds no prompts"),
+                       (REPO / "models/razor-tiny/model.safetensors", "not UTF-8")):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            read_prompts(path)
+
+
+def test_advice_where_nothing_is_kept():
+    settings = Generation(tasks="tiny_know", finished_only=True, correct_only=True)
+    reasons = [
+        (("", "stop", True), "1 empty (the model ends its turn at once: look at --model, its chat template and the prompts)"),
+        (("a", "length", False), "1 unfinished (raise --max-tokens or drop --finished-only)"),
+        (("a", "stop", False), "1 wrong (drop --correct-only)"),
+    ]
+    for own in (reasons[:1], reasons[1:2], reasons[2:], reasons):
+        rows = [dict(zip(("text", "finish_reason", "correct"), row, strict=True)) for row, _ in own]
+        assert not kept(rows, True, True)
+        said = ", ".join(said for _, said in own)
+        assert none_kept(rows, settings) == f"none of {len(own)} rollouts is kept: {said}"

@@ -21,11 +21,13 @@ import merge_adapter
 import opd_score
 from console import UserError, file_sha256
 from fsdp_setup import World, own_rows
+from hf_model import load_tokenizer
 from opd_budget import Plan, memory, shape_of
 from opd_data import AdapterSettings, ScoredRollouts, read_rollouts
 from opd_student import build_student
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
+from sample_log import log_line, sealed
 
 GENERATE = ["--tasks", "tiny_know,tiny_math", "--limit", 4, "--max-tokens", 12, "--backend", "hf", "--temperature", 1.0]
 TRAIN = ["--steps", 5, "--rows", 4, "--micro-rows", 2, "--rank", 4, "--lr", 0.1, "--save-every", 1, "--warmup", 0]
@@ -219,20 +221,152 @@ def test_two_processes_with_fsdp_equal_one(cached, whole, random_tiny, tmp_path)
     assert run(*bake, "--out", tmp_path / "merged") == (0, "")  # to the digests that the processes took in turn
 
 
-def test_what_does_not_belong_together_is_one_line(cached, random_tiny, tmp_path):
-    def refused(message, cached, *more):
-        code, error = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "a", *more))
-        assert code == 2 and message in error and "\n" not in error
+def refused(script, arguments, said):
+    code, error = run(script, *arguments)
+    assert code == 2 and said in error and "\n" not in error, error
 
+
+def changed_rollouts(directory, change):
+    """The rollouts of a directory with other lines, and a manifest that fits them."""
+    lines = (directory / "rollouts.jsonl").read_text().splitlines()
+    (directory / "rollouts.jsonl").write_text("\n".join(change(lines)) + "\n")
+    manifest = json.loads((directory / "rollouts.json").read_text())
+    manifest["sha256"] = file_sha256(directory / "rollouts.jsonl")
+    (directory / "rollouts.json").write_text(json.dumps(manifest))
+
+
+def with_row(**changes):
+    return lambda lines: [*lines[:2], json.dumps(json.loads(lines[2]) | changes), *lines[3:]]
+
+
+def test_what_does_not_belong_together_is_one_line(cached, random_tiny, tmp_path):
     shutil.copytree(cached, tmp_path / "c")
-    lines = (tmp_path / "c/rollouts/rollouts.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "c/rollouts/rollouts.jsonl").write_text("".join(lines[1:]))
-    refused("not the rollouts that rollouts.json describes", tmp_path / "c")
-    manifest = json.loads((tmp_path / "c/rollouts/rollouts.json").read_text())
-    manifest["sha256"] = file_sha256(tmp_path / "c/rollouts/rollouts.jsonl")
-    (tmp_path / "c/rollouts/rollouts.json").write_text(json.dumps(manifest))
-    refused("scores of other rollouts", tmp_path / "c")
-    refused("is no multiple of --micro-rows", cached, "--rows", 3)
+    rollouts, train = tmp_path / "c/rollouts", training(tmp_path / "c", random_tiny, tmp_path / "a")
+    lines = (rollouts / "rollouts.jsonl").read_text().splitlines(keepends=True)
+    (rollouts / "rollouts.jsonl").write_text("".join(lines[1:]))
+    refused("opd_train_fsdp", train, "not the rollouts that rollouts.json describes")
+    changed_rollouts(rollouts, lambda lines: lines)
+    refused("opd_train_fsdp", train, "scores of other rollouts")
+    refused("opd_train_fsdp", training(cached, random_tiny, tmp_path / "a", "--rows", 3), "is no multiple of --micro-rows")
+    score = ["--teacher", random_tiny, "--rollouts", rollouts, "--out", tmp_path / "s"]
+    ids = json.loads(lines[3])["ids"]
+    for change, said in (
+        (with_row(ids=None), "rollouts.jsonl:3: no sample of opd_gen (ids)"),
+        (with_row(ids=[*ids, 1]), "rollouts.jsonl:3: no sample of opd_gen (tokens)"),
+        (with_row(ids=[-1] * len(ids)), "rollouts.jsonl:3: no sample of opd_gen (ids)"),
+        (with_row(finish_reason="eos"), "rollouts.jsonl:3: no sample of opd_gen (finish_reason)"),
+        (with_row(ids=[9999] * len(ids)), "tokens up to id 9999; "),
+        (lambda lines: [*lines, lines[0]], f"rollouts.jsonl:{len(lines)}: a second rollout of "),
+        (lambda lines: [*lines[:2], lines[2][:20], *lines[3:]], "rollouts.jsonl:3: not JSON"),
+        (lambda lines: [*lines[:2], "", *lines[3:]], "rollouts.jsonl:3: not JSON"),
+    ):
+        (rollouts / "rollouts.jsonl").write_text("".join(lines[1:]))
+        changed_rollouts(rollouts, change)
+        refused("opd_score", score, said)
+    (rollouts / "rollouts.jsonl").write_text("".join(lines[1:]))
+    changed_rollouts(rollouts, lambda lines: lines)
+    manifest = json.loads((rollouts / "rollouts.json").read_text())
+    for changes, said in (
+        ({"format": 1}, "format 1, expected 2, which holds token ids"),
+        ({"settings": manifest["settings"] | {"tokenizer_sha256": "0"}}, "generated with another tokenizer than the teacher's"),
+    ):
+        (rollouts / "rollouts.json").write_text(json.dumps(manifest | changes))
+        refused("opd_score", score, said)
+    # of a GGUF's server only what the ids say is known
+    foreign = manifest["settings"] | {"tokenizer_sha256": None}
+    (rollouts / "rollouts.json").write_text(json.dumps(manifest | {"settings": foreign}))
+    assert run("opd_score", *score) == (0, "")
+    changed_rollouts(rollouts, with_row(text="other"))
+    refused("opd_score", [*score[:-1], tmp_path / "s2"], "its ids are other text in the teacher's tokenizer")
+    index = json.loads((cached / "scores/index.json").read_text())
+    shutil.rmtree(tmp_path / "c")
+    shutil.copytree(cached, tmp_path / "c")
+    for change, said in ((lambda: index | {"format": 1}, "format 1, expected 2: scores of the ids"), (dict, "has no 'format'")):
+        (tmp_path / "c/scores/index.json").write_text(json.dumps(change()))
+        refused("opd_train_fsdp", train, said)
+
+
+def test_a_resumed_run_takes_only_answers_to_its_prompts(cached, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text, "id": text}) + "\n" for text in "abc"))
+    shutil.copytree(cached / "q", tmp_path / "q")
+    made = ["--model", tmp_path / "q", "--out", tmp_path / "r", "--prompts", prompts, "--backend", "hf", "--max-tokens", 4]
+    assert run("opd_gen", *made) == (0, "")
+    log = tmp_path / "r/samples.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    row = json.loads(lines[1])
+    for change, said in (
+        ([*lines, log_line(sealed(row | {"id": "z"}))], "p.jsonl z answers no prompt of this run"),
+        ([lines[0], log_line(sealed(row | {"prompt_ids": [5]})), *lines[2:]], "is of another prompt or chat template"),
+        ([lines[0], log_line(sealed(row | {"ids": None})), *lines[2:]], "no sample of opd_gen (ids)"),
+        ([lines[0], log_line(row | {"ids": [5] * 4}), *lines[2:]], "line 2 (a) was changed after it was written"),
+        ([*lines, lines[1]], "line 5"),
+        ([lines[0], lines[1][:30] + "\n", *lines[2:]], "line 2"),
+    ):
+        log.write_text("".join(change))
+        refused("opd_gen", made, said)
+    log.write_text("".join([*lines[:-1], lines[-1][:30]]))  # as a kill leaves it
+    assert run("opd_gen", *made) == (0, "") and log.read_text() == "".join(lines)
+    refused("opd_gen", [*made, "--temperature", 0.5], "holds samples of other settings (sampling)")
+    prompts.write_text('{"prompt": "d"}\n')
+    refused("opd_gen", made, "holds samples of other settings (prompts)")
+    (tmp_path / "q/chat_template.jinja").write_text("{{ messages[0].content }}")
+    refused(
+        "opd_gen", [*made[:3], tmp_path / "r2", *made[4:], "--correct-only"], "--correct-only with --prompts: nobody grades"
+    )
+    for backend, said in (("openai", "not for rollouts"), ("llamacpp", "is for a GGUF file"), ("none", "expected auto, vllm")):
+        refused("opd_gen", [*made[:3], tmp_path / "r2", *made[4:], "--backend", backend], said)
+    prompts.write_text('{"prompt": "d"}\n{"prompt": null}\n')
+    refused("opd_gen", ["--model", "none", *made[2:]], "p.jsonl:2: prompt is null")  # before the model
+    prompts.write_text(json.dumps({"text": "1 " * 5000}))
+    refused("opd_gen", [*made[:3], tmp_path / "r2", *made[4:]], "tokens; the engine's context is 2048")
+
+
+def test_the_end_that_was_generated_is_kept_and_scored(cached, random_tiny, tmp_path):
+    """Of two ends the second: generation_config.json alone names it. And ids that their text would not give."""
+    rows, _ = read_rollouts(cached / "rollouts")
+    other = rows[0]["ids"][5]
+    shutil.copytree(cached / "q", tmp_path / "q")
+    ends = json.loads((tmp_path / "q/generation_config.json").read_text())["eos_token_id"]
+    (tmp_path / "q/generation_config.json").write_text(json.dumps({"eos_token_id": [ends, other]}))
+    assert run("opd_gen", "--model", tmp_path / "q", "--out", tmp_path / "r", *GENERATE) == (0, "")
+    paths = ["--teacher", random_tiny, "--rollouts", tmp_path / "r", "--out", tmp_path / "s", "--k", 20]
+    assert run("opd_score", *paths) == (0, "")
+    rows, _ = read_rollouts(tmp_path / "r")
+    scores = ScoredRollouts(tmp_path / "s")
+    assert other in {row["ids"][-1] for row in rows if row["finish_reason"] == "stop"}
+    names = [name for shard in scores.index["shards"] for name in shard["rollouts"]]
+    own = {row["id"]: row for row in rows}
+    tokenizer, otherwise = load_tokenizer(random_tiny), 0
+    for name, example in zip(names, (scores[i] for i in range(len(scores))), strict=True):
+        row = own[name]
+        assert example.ids.tolist() == row["prompt_ids"] + row["ids"] and example.prompt == len(row["prompt_ids"])
+        ids = row["ids"][: len(row["ids"]) - (row["finish_reason"] == "stop")]
+        assert tokenizer.decode(ids) == row["text"] and (other not in row["ids"][:-1])
+        otherwise += tokenizer(row["text"], add_special_tokens=False)["input_ids"] != ids
+    assert otherwise and scores.index["retokenized"] == otherwise / len(rows)
+
+
+def with_nan(model, out, pattern):
+    """A copy of a checkpoint with one NaN, in the first tensor that ends with ``pattern``; its name."""
+    shutil.copytree(model, out)
+    tensors = load_file(out / "model.safetensors")
+    name = min(name for name in tensors if name.endswith(pattern))
+    tensors[name].view(-1)[7] = float("nan")
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return name
+
+
+def test_a_teacher_or_student_with_a_nan_is_named(cached, random_tiny, tmp_path):
+    with_nan(random_tiny, tmp_path / "t", "layers.1.mlp.experts.0.gate_proj.weight")
+    score = ["--teacher", tmp_path / "t", "--rollouts", cached / "rollouts", "--out", tmp_path / "s", "--k", 20]
+    refused("opd_score", score, "model.layers.1.mlp.experts.gate_up_proj: the weight contains NaN")
+    assert not (tmp_path / "s").exists()
+    shutil.copytree(cached, tmp_path / "c")
+    shutil.rmtree(tmp_path / "c/q")
+    with_nan(cached / "q", tmp_path / "c/q", "layers.2.post_attention_layernorm.weight")
+    train = training(tmp_path / "c", random_tiny, tmp_path / "a")
+    refused("opd_train_fsdp", train, "model.layers.2.post_attention_layernorm.weight: the weight contains NaN")
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(cached, whole, random_tiny, tmp_path):
@@ -241,16 +375,80 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_state(cached, whole, rand
     with safe_open(tmp_path / "a/state.safetensors", "pt") as file:
         facts = json.loads(file.metadata()["state"])
     state = load_file(tmp_path / "a/state.safetensors")
+    first = next(name for name in state if name.startswith("value:"))
+    state[first][:] = 3e38  # what a rate far too high makes of it
     save_file(state, tmp_path / "a/state.safetensors", {"state": json.dumps(facts | {"step": 2})})
     good = file_sha256(tmp_path / "a/state.safetensors")
-    shutil.copytree(cached, tmp_path / "c")
-    for shard in (tmp_path / "c/scores").glob("*.safetensors"):
-        tensors = load_file(shard)
-        tensors["logp"][:, 0] = float("nan")
-        save_file(tensors, shard)
-    code, error = run("opd_train_fsdp", *training(tmp_path / "c", random_tiny, tmp_path / "a"))
-    assert code == 2 and error.startswith("step 3: the loss is nan") and "state.safetensors, step 2;" in error
+    code, error = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "a"))
+    assert code == 2 and error.startswith("step 3: the loss is ") and "state.safetensors, step 2; lower --lr" in error
     assert file_sha256(tmp_path / "a/state.safetensors") == good and not (tmp_path / "a/adapter.json").exists()
+    shards = sorted((cached / "scores").glob("*.safetensors"))
+    shutil.copytree(cached, tmp_path / "c")
+    (tmp_path / "c/scores" / shards[0].name).write_bytes(shards[0].read_bytes()[:-4] + b"abcd")
+    refused("opd_train_fsdp", training(tmp_path / "c", random_tiny, tmp_path / "b"), "not the scores that index.json lists")
+
+
+def edited(path, change):
+    """A safetensors file with ``change`` made to its tensors; what it says of itself stays."""
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, facts)
+
+
+def first_value(value):
+    def change(tensors):
+        tensors[min(tensors)].view(-1)[0] = value
+
+    return change
+
+
+def test_a_damaged_adapter_or_state_is_one_line(cached, whole, random_tiny, tmp_path):
+    train = training(cached, random_tiny, tmp_path / "a")
+    merge = ["--student", cached / "q", "--teacher", random_tiny, "--adapter", tmp_path / "a", "--out", tmp_path / "r"]
+    start = training(cached, random_tiny, tmp_path / "b", "--init", tmp_path / "a")
+    state, adapter = tmp_path / "a/state.safetensors", tmp_path / "a/adapter.safetensors"
+    cut = slice(0, -100)
+
+    def described(**changes):
+        value = json.loads((tmp_path / "a/adapter.json").read_text())
+        value["parameters"][min(value["parameters"])]["sha256"] = "0"
+        (tmp_path / "a/adapter.json").write_text(json.dumps(value | changes))
+
+    for damage, script, arguments, said in (
+        (lambda: adapter.write_bytes(adapter.read_bytes()[cut]), "merge_adapter", merge, "adapter.safetensors: cannot be read"),
+        (lambda: adapter.write_bytes(b""), "merge_adapter", merge, "adapter.safetensors: cannot be read ("),
+        (adapter.unlink, "merge_adapter", merge, "adapter.safetensors: cannot be read ("),
+        (lambda: edited(adapter, first_value(torch.nan)), "merge_adapter", merge, "holds NaN or infinity; restore the adapter"),
+        (lambda: edited(adapter, first_value(0.5)), "merge_adapter", merge, "not the bytes that were trained: damaged or edi"),
+        (lambda: edited(adapter, lambda t: t.pop(min(t))), "merge_adapter", merge, "tensors are not those that adapter.json"),
+        (lambda: (tmp_path / "a/adapter.json").write_text("{}"), "merge_adapter", merge, "adapter.json: has no 'student'"),
+        (lambda: described(device="cuda"), "merge_adapter", merge, "trained on cuda, merged on cpu: merge on cuda"),
+        (
+            lambda: described(device="cpu"),
+            "merge_adapter",
+            merge,
+            "on the same kind of device: the adapter was edited, or made",
+        ),
+        (lambda: described(student={}), "merge_adapter", merge, "trained on another student than"),
+        (lambda: described(adapter={"rang": 4}), "merge_adapter", merge, "adapter.json: not an adapter of opd_train_fsdp"),
+        (lambda: described(parameters=[]), "merge_adapter", merge, "adapter.json: not an adapter of opd_train_fsdp"),
+        (lambda: adapter.write_bytes(adapter.read_bytes()[cut]), "opd_train_fsdp", start, "cannot be read ("),
+        (lambda: edited(adapter, first_value(torch.inf)), "opd_train_fsdp", start, "holds NaN or infinity"),
+        (lambda: edited(adapter, lambda t: t.pop(min(t))), "opd_train_fsdp", start, "adapter.safetensors: lacks "),
+        (lambda: state.write_bytes(state.read_bytes()[cut]), "opd_train_fsdp", train, "state.safetensors: cannot be read ("),
+        (lambda: state.write_bytes(b"garbage"), "opd_train_fsdp", train, "state.safetensors: cannot be read ("),
+        (lambda: edited(state, lambda t: t.pop(min(t))), "opd_train_fsdp", train, "state.safetensors: cannot be read ("),
+        (lambda: edited(state, first_value(torch.nan)), "opd_train_fsdp", train, "holds NaN or infinity; remove it"),
+        (lambda: save_file(load_file(state), state), "opd_train_fsdp", train, "state.safetensors: has no 'settings'"),
+        (lambda: save_file(load_file(state), state, {"state": "{"}), "opd_train_fsdp", train, "safetensors: cannot be read"),
+    ):
+        shutil.rmtree(tmp_path / "a", ignore_errors=True)
+        shutil.copytree(whole, tmp_path / "a")
+        damage()
+        refused(script, arguments, said)
+        assert not (tmp_path / "r").exists() and not (tmp_path / "b/adapter.json").exists()
 
 
 def test_an_adapter_goes_on_from_another_of_its_kind(cached, whole, random_tiny, tmp_path):
@@ -263,7 +461,9 @@ def test_an_adapter_goes_on_from_another_of_its_kind(cached, whole, random_tiny,
     assert second["data"]["init_sha256"] == file_sha256(whole / "adapter.safetensors")
     code, error = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "other"), *start, "--rank", 8)
     assert code == 2 and "these settings need" in error and "same rank" in error and "\n" not in error
-    swapped = ["--student", random_tiny]
+    shutil.copytree(cached / "q", tmp_path / "q")
+    (tmp_path / "q/config.json").write_text((tmp_path / "q/config.json").read_text() + " ")
+    swapped = ["--student", tmp_path / "q"]
     code, error = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "other"), *start, *swapped)
     assert code == 2 and "an adapter for another student" in error and "\n" not in error
 

@@ -60,6 +60,35 @@ def test_a_block_type_is_trained_and_packed_byte_for_byte(random_tiny, tmp_path)
     assert experts == 3 * 4
     record = json.loads((tmp_path / "r/distill/recovery_iq2_xs.json").read_text())
     assert record["metrics"]["kl_before"]["mean"] > 0 and record["metrics"]["changed_weights"] > 0
+    result = tmp_path / "r/distill/recovery_iq2_xs.json"
+    result.unlink()
+    run_part(study, "iq2_xs")  # nothing but the record
+    assert json.loads(result.read_text())["metrics"] == record["metrics"]
+    result.unlink()
+    for name, change, said in (
+        (
+            "recovered/recipe.json",
+            lambda old: old.replace(b'"adapter_sha256": "', b'"adapter_sha256": "0'),
+            "not made of .*adapter",
+        ),
+        (
+            "recovered/model.safetensors",
+            lambda old: old[:-1] + bytes([old[-1] ^ 1]),
+            "is not what was measured: model.saf.* differs",
+        ),
+        (
+            "adapter/adapter.json",
+            lambda old: old.replace(b'"scores_sha256": "', b'"scores_sha256": "0'),
+            "not made of .*scores",
+        ),
+        ("adapter/adapter.json", lambda old: b"{}", "adapter.json: has no"),
+    ):
+        old = (work / name).read_bytes()
+        (work / name).write_bytes(change(old))
+        with pytest.raises(UserError, match=said):
+            run_part(study, "iq2_xs")
+        (work / name).write_bytes(old)
+        assert not result.exists()
     with pytest.raises(UserError, match="rest goes to nearest"):
         plan_pack(made, "bf16", [], "ldlq", blocks=Blocks(work / "recovered" / GGML_FILE))
     name = next(iter(after))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from console import run_cli
-from opd_data import INDEX, Generation, Scoring, batch_option
+from opd_data import INDEX, Generation, Scoring, batch_option, check_scored, read_rollouts
 from opd_gen import make_rollouts
 from opd_score import score_rollouts
 from settings import parse_settings
@@ -28,7 +28,9 @@ def main() -> None:
     settings, _ = parse_settings(Settings, __doc__, batch_option)
     rollouts, scores = settings.out / "rollouts", settings.out / "scores"
     make_rollouts(settings, settings.teacher, rollouts)
-    if not (scores / INDEX).exists():
+    if (scores / INDEX).exists():
+        check_scored(scores, read_rollouts(rollouts)[1], settings)
+    else:
         score_rollouts(settings, settings.teacher, rollouts, scores)
 
 

@@ -23,16 +23,40 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from checkpoint import Checkpoint, different_file, source_identity
 from console import UserError, read_json, run_cli, run_script, write_json
 from fsdp_setup import shared_cores
+from hf_model import load_tokenizer
 from opd_budget import budget
-from opd_data import ADAPTER_JSON, INDEX, MANIFEST, PHASE, DistillSettings, Generation, Scoring, TrainSettings, options, shown
-from recipe import RECIPE_FILE, Recipe, recipe_record
+from opd_data import (
+    ADAPTER,
+    ADAPTER_JSON,
+    INDEX,
+    MANIFEST,
+    PHASE,
+    DistillSettings,
+    Generation,
+    ScoredRollouts,
+    Scoring,
+    TrainSettings,
+    check_scored,
+    members,
+    model_identity,
+    read_adapter,
+    read_prompts,
+    read_rollouts,
+    same_model,
+    shown,
+    tokenizer_sha256,
+)
+from opd_student import check_adapters
+from recipe import RECIPE_FILE, read_recipe, recipe_record
 from records import REPO, describe_model, read_result, write_result
-from settings import parse_settings
+from runner import training_benchmarks
+from settings import parse_settings, typed, values_of
 from size_model import RESULTS, Rates, duration, machine, records_of
 
-SMOKE = {"limit": 4, "repeats": 1, "max_tokens": 64, "finished_only": False, "steps": 2, "warmup": 0, "kl_items": 2}
+SMOKE = {"repeats": 1, "max_tokens": 64, "finished_only": False, "steps": 2, "warmup": 0, "kl_items": 2}
 SMOKE |= {"micro_rows": 2, "eval_limit": 0, "save_every": 1}
 EVAL_KEYS = ("n", "acc", "acc_low", "acc_high", "acc_finished", "trunc", "mean_tokens")
 Step = Callable[..., None]  # step(script, *arguments, processes=N) runs a command
@@ -67,41 +91,82 @@ class Run:
     def all(self) -> dict[str, Any]:
         """Every phase that is not done yet, and the record; returns its metrics."""
         started = time.time()
+        self.check()
         self.claim()
         for phase in (self.quantize, self.cache, self.start, self.train, self.merge, self.measure):
             phase()
         return self.record(started)
 
+    def check(self) -> None:
+        """Raise :class:`UserError` on what a later phase would refuse, by headers and prompts alone."""
+        config, teacher = self.config, Checkpoint(self.teacher)
+        student = Checkpoint(config.student) if config.student else None
+        check_adapters(student, teacher, read_recipe(config.student) if config.student else config.recipe, config)
+        if config.student:
+            same_texts(config.student, self.teacher)
+        if config.cache:
+            check_scored(self.scores, read_rollouts(self.rollouts)[1])
+        elif config.tasks:
+            training_benchmarks(config.tasks.split(","))
+        if not config.cache and (most := prompts(config) * config.repeats) < config.rows:
+            raise UserError(f"ROWS={config.rows}: there will be only {most} rollouts; raise LIMIT or REPEATS, or lower ROWS")
+
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """By key the identity of the files that the settings name."""
+        config = self.config
+        models = {"teacher": self.teacher, "student": config.student, "rollout_model": config.rollout_model}
+        models["prompts"] = None if config.cache else config.prompts
+        found = {key: source_identity(path) for key, path in models.items() if path}
+        if config.init:
+            found["init"] = source_identity(config.init / ADAPTER)
+        if config.cache:
+            found["cache"] = source_identity(self.rollouts / MANIFEST) | source_identity(self.scores / INDEX)
+        return found
+
     def claim(self) -> None:
-        """Note the settings in WORK, or refuse a WORK with others."""
-        path, settings = self.work / "settings.json", json.loads(json.dumps(flat(self.config), default=str))
-        if path.exists():
-            before = read_json(path)
-            changed = sorted(key.upper() for key in settings.keys() | before.keys() if settings.get(key) != before.get(key))
-            if changed:
-                raise UserError(f"{self.work}: made with other {', '.join(changed)}; give another WORK or remove it")
-        else:
+        """Note the settings and what their files hold in WORK, or refuse a WORK with others."""
+        path, settings = self.work / "settings.json", json.loads(json.dumps(values_of(self.config), default=str))
+        settings["inputs"] = self.inputs()
+        if not path.exists():
             write_json(path, settings)
+            return
+        before = members(
+            read_json(path), ("inputs",), path, "made before the contents of inputs were noted; give another WORK or remove it"
+        )
+        held, now = before.pop("inputs"), settings.pop("inputs")
+        if changed := sorted(key.upper() for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)):
+            raise UserError(f"{self.work}: made with other {', '.join(changed)}; give another WORK or remove it")
+        for key in sorted(now):
+            if why := different_file(held[key] if isinstance(held, dict) and key in held else None, now[key]):
+                raise UserError(f"{self.work}: made with another {key.upper()}: {why}; give another WORK or remove it")
 
     def quantize(self) -> None:
         recipe = self.config.recipe
         if not self.config.student and not (self.student / RECIPE_FILE).exists():
             paths = ["--model", self.teacher, "--out", self.student]
-            self.step("src/quant/quant_save.py", *paths, *options(Recipe, recipe))
+            self.step("src/quant/quant_save.py", *paths, *typed(recipe))
 
     def cache(self) -> None:
-        """Phases A and B, unless CACHE names the output of another run."""
-        config, teacher = self.config, ["--teacher", self.teacher]
+        """Phases A and B, unless CACHE names the output of another run; what is there must be of these models and settings."""
+        config, scored = self.config, typed(self.config, Scoring)
+        off_policy, teacher = config.trajectories == "teacher", ["--teacher", self.teacher]
+        model = self.teacher if off_policy else config.rollout_model or self.student
+        made = ["--out", self.rollouts.parent if off_policy else self.rollouts, *typed(config, Generation)]
         if config.cache or (self.scores / INDEX).exists():
-            return
-        made, scored = options(Generation, config), options(Scoring, config)
-        if config.trajectories == "teacher":
-            self.step("src/distill/cache_teacher.py", *teacher, "--out", self.rollouts.parent, *made, *scored)
-            return
-        if not (self.rollouts / MANIFEST).exists():
-            model = config.rollout_model or self.student
-            self.step("src/distill/opd_gen.py", "--model", model, "--out", self.rollouts, *made)
-        self.step("src/distill/opd_score.py", *teacher, "--rollouts", self.rollouts, "--out", self.scores, *scored)
+            pass
+        elif off_policy:
+            self.step("src/distill/cache_teacher.py", *teacher, *made, *scored)
+        elif not (self.rollouts / MANIFEST).exists():
+            self.step("src/distill/opd_gen.py", "--model", model, *made)
+        _, manifest = read_rollouts(self.rollouts)
+        if why := None if config.cache else different_file(manifest["settings"].get("identity"), source_identity(model)):
+            raise UserError(f"{self.rollouts}: not of {model} as it is now: {why}; give another WORK or remove {self.work}")
+        if (kept := manifest["kept"]["samples"]) < config.rows:
+            mend = "lower ROWS, or raise LIMIT, REPEATS or MAX_TOKENS, in another WORK"
+            raise UserError(f"ROWS={config.rows}: only {kept} rollouts are kept in {self.rollouts}; {mend}")
+        if not (self.scores / INDEX).exists():
+            self.step("src/distill/opd_score.py", *teacher, "--rollouts", self.rollouts, "--out", self.scores, *scored)
+        check_scored(self.scores, manifest, None if config.cache else config)
 
     def start(self) -> None:
         """The weights of a block type before training: an adapter of no steps, merged."""
@@ -116,7 +181,7 @@ class Run:
     def fit(self, out: Path, config: DistillSettings) -> None:
         if not (out / ADAPTER_JSON).exists():
             paths = ["--student", self.student, "--teacher", self.teacher, "--rollouts", self.rollouts, "--scores", self.scores]
-            arguments = [*paths, "--out", out, *options(TrainSettings, config)]
+            arguments = [*paths, "--out", out, *typed(config, TrainSettings)]
             self.step("src/distill/opd_train_fsdp.py", *arguments, processes=config.processes)
 
     def merge(self) -> None:
@@ -132,6 +197,11 @@ class Run:
         """KL to the teacher (and accuracy, where asked for) before and after."""
         config = self.config
         for tag, model in (("before", self.before), ("after", self.recovered)):
+            of, now = self.work / f"measured_{tag}.json", source_identity(model)
+            if why := different_file(read_json(of), now) if of.exists() else None:
+                measured = ", ".join(str(self.work / name) for name in (of.name, "kl", "eval"))
+                raise UserError(f"{model}: is not what was measured: {why}; remove {measured}")
+            write_json(of, now)
             if not (self.work / f"kl/{tag}.json").exists():
                 items = ["--items", config.kl_items, "--out", self.work / "kl", "--tag", tag]
                 self.step("src/eval/moe_eval.py", "--model", model, "--reference", self.teacher, *items)
@@ -147,23 +217,42 @@ class Run:
             found[value.pop("phase")] = value
         return found
 
+    def chain(self) -> tuple[dict[str, Any], list[float | None]]:
+        """(the manifest of the rollouts, the losses of training); raises :class:`UserError` unless each output in WORK was made
+        of the one before it as that is now."""
+        _, manifest = read_rollouts(self.rollouts)
+        scores, adapter, merged = ScoredRollouts(self.scores), read_adapter(self.adapter), self.recovered / RECIPE_FILE
+        recovery = members(read_json(merged), ("recovery",), merged, f"remove {self.recovered} and run again")["recovery"]
+        teacher, student = model_identity(self.teacher), model_identity(self.student)
+        for made, of, same in (
+            (self.scores, self.rollouts, scores.index["rollouts_sha256"] == manifest["sha256"]),
+            (self.scores, self.teacher, same_model(scores.index["teacher"], teacher)),
+            (self.adapter, self.scores, adapter["data"].get("scores_sha256") == scores.check_bytes()),
+            (self.adapter, self.teacher, same_model(adapter["teacher"], teacher)),
+            (self.adapter, self.student, same_model(adapter["student"], student)),
+            (self.recovered, self.adapter, recovery["adapter_sha256"] == adapter.get("adapter_sha256")),
+        ):  # fmt: skip
+            if not same:
+                raise UserError(f"{made}: not made of {of} as it is now; remove {made} and what was made of it, and run again")
+        return manifest, [loss for _, loss, _ in adapter["curve"]] or [None]
+
     def record(self, started: float) -> dict[str, Any]:
         """Write the record of the run; returns its metrics."""
         before, after = (read_result(self.work / f"kl/{tag}.json", "kl")["metrics"] for tag in ("before", "after"))
-        manifest, adapter = read_json(self.rollouts / MANIFEST), read_json(self.adapter / ADAPTER_JSON)
+        manifest, losses = self.chain()
         metrics: dict[str, Any] = {
             "kl_before": before["kl"], "kl_after": after["kl"],
             "kl_removed": 1 - after["kl"]["mean"] / before["kl"]["mean"] if before["kl"]["mean"] else 0.0,
             "kl_answer_before": before["kl_answer"]["mean"], "kl_answer_after": after["kl_answer"]["mean"],
             "rollouts": {"all": manifest["all"], "kept": manifest["kept"], "choice": manifest["choice"]},
-            "loss_first": adapter["curve"][0][1], "loss_last": adapter["curve"][-1][1], "phases": self.phases(),
+            "loss_first": losses[0], "loss_last": losses[-1], "phases": self.phases(),
             "changed_weights": read_json(self.recovered / RECIPE_FILE)["recovery"]["changed_weights"],
         }  # fmt: skip
         if self.config.eval_limit:
             for tag in ("before", "after"):
                 scores = read_result(self.work / f"eval/{tag}.json", "eval")["metrics"]
                 metrics[f"eval_{tag}"] = {name: {k: m[k] for k in EVAL_KEYS} for name, m in scores.items()}
-        public = {name: shown(value) if isinstance(value, Path) else value for name, value in flat(self.config).items()}
+        public = {name: shown(value) if isinstance(value, Path) else value for name, value in values_of(self.config).items()}
         write_result(
             self.result, kind="distill", tag=self.config.tag, started=started, model=describe_model(self.recovered),
             seconds=sum(phase["seconds"] for phase in metrics["phases"].values()), recipe=recipe_record(self.recovered),
@@ -172,12 +261,6 @@ class Run:
             sampling=manifest["settings"]["sampling"], metrics=metrics, extra={"settings": public},
         )  # fmt: skip
         return metrics
-
-
-def flat(config: DistillSettings) -> dict[str, Any]:
-    """The settings by name, those of the recipe among them."""
-    values = dataclasses.asdict(config)
-    return values | values.pop("recipe")
 
 
 def summary(metrics: dict[str, Any]) -> str:
@@ -215,18 +298,25 @@ def phase_rates(results: Path, phase: str) -> Rates:
 
 
 def prompts(config: DistillSettings) -> int:
-    """Prompts that get a rollout: of a file its lines, of the tiny tasks LIMIT each."""
-    if not config.prompts:
-        return config.limit * len(config.tasks.split(","))
-    try:
-        return min(config.limit, sum(1 for line in config.prompts.open(encoding="utf-8") if line.strip()))
-    except OSError as error:
-        raise UserError(f"{config.prompts}: cannot be read ({error.strerror}); PROMPTS names a jsonl file") from None
+    """Prompts that get a rollout: LIMIT of each task, and of a file all, or LIMIT where there is no task."""
+    tasks = [task for task in config.tasks.split(",") if task]
+    rows = len(read_prompts(config.prompts)) if config.prompts else 0
+    return config.limit * len(tasks) + rows if tasks else min(config.limit, rows)
+
+
+def same_texts(student: Path, teacher: Path) -> None:
+    """Raise :class:`UserError` unless student and teacher read and are asked alike: one tokenizer, one chat template."""
+    mine, others = load_tokenizer(student), load_tokenizer(teacher)
+    if tokenizer_sha256(mine) != tokenizer_sha256(others):
+        raise UserError(f"{student}: has another tokenizer than {teacher}; recovery needs one for both")
+    if mine.chat_template != others.chat_template:
+        raise UserError(f"{student}: has another chat template than {teacher}; give both the same, the one that is deployed")
 
 
 def plan(config: DistillSettings, result: Path) -> str:
     """What the run would do, with sizes and times; no weight is read."""
     run, rollouts = Run(config, result, step), prompts(config) * config.repeats
+    run.check()
     needs = budget(config.teacher, rank=config.rank, rollouts=rollouts, tokens=config.max_tokens, k=config.k)
     shape, disk, recipe = needs["shape"], needs["disk"], config.recipe
     if config.mode == "scales":
@@ -266,7 +356,8 @@ def main() -> None:
     result = Path("results/distill") / f"{config.tag}.json"
     if args.smoke:
         work = config.work.with_name(f"{config.work.name}-smoke")
-        config = dataclasses.replace(config, **SMOKE, rows=2 * config.processes, work=work)
+        rows = 2 * config.processes
+        config = dataclasses.replace(config, **SMOKE, rows=rows, limit=max(4, rows), work=work)
         result = config.work / "distill/smoke.json"
     if args.dry_run:
         print(plan(config, result), flush=True)

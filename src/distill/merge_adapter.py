@@ -19,54 +19,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import Checkpoint
-from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
-from families import place_of
+from console import UserError, file_sha256, progress, read_json, run_cli, write_json
 from fsdp_setup import World
-from moe_lora import Adapter, digest, refuse_family
-from opd_data import ADAPTER, ADAPTER_JSON, FORMAT, AdapterSettings, model_identity, same_model, write_phase
+from moe_lora import Adapter, digest
+from opd_data import (
+    ADAPTER,
+    AdapterSettings,
+    model_identity,
+    named,
+    opened,
+    read_adapter,
+    same_model,
+    write_phase,
+)
 from opd_student import GridMaker
 from plans import CHUNK_BYTES, sidecars
 from recipe import RECIPE_FILE
 from run_dir import check_output, staged_directory
-from safetensors_file import CheckpointWriter
+from safetensors_file import CheckpointWriter, save_tensors
 
 GGML_FILE = "ggml.safetensors"
-
-
-def read_adapter(directory: Path) -> dict[str, Any]:
-    """adapter.json, checked for its format and its tensors' names and ranks."""
-    described = read_json(directory / ADAPTER_JSON)
-    if described.get("format") != FORMAT or not isinstance(described.get("parameters"), dict):
-        raise UserError(f"{directory / ADAPTER_JSON}: not an adapter of opd_train_fsdp")
-    config = described["adapter"]
-    expected = {"lora": ("a", "b"), "scales": ("growth",)}.get(config["mode"], ("a", "b", "growth"))
-    try:
-        with safe_open(directory / ADAPTER, "pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except OSError as error:
-        raise UserError(f"{directory / ADAPTER}: cannot be read ({error}); train again") from None
-    if set(shapes) != {f"{name}.{leaf}" for name in described["parameters"] for leaf in expected}:
-        raise UserError(f"{directory / ADAPTER}: its tensors are not those that {ADAPTER_JSON} lists; train again")
-    for name, shape in shapes.items():
-        rank = {"a": shape[1], "b": shape[-1]}.get(name.rpartition(".")[2], config["rank"])
-        if rank != config["rank"]:
-            raise UserError(f"{directory / ADAPTER}: {name} has rank {rank}, {ADAPTER_JSON} says {config['rank']}")
-    return described
 
 
 def check_models(described: dict[str, Any], student: Path, teacher: Path, directory: Path) -> None:
     """Raise :class:`UserError` unless the adapter was trained on these two checkpoints."""
     for role, path in (("student", student), ("teacher", teacher)):
         if not same_model(described[role], model_identity(path)):
-            raise UserError(
-                f"{directory}: trained on another {role} than {path} ({described[role]['name']}, weights "
-                f"{described[role]['weights_sha256'][:12]})"
-            )
+            raise UserError(f"{directory}: trained on another {role} than {path} ({named(described[role])})")
 
 
 def trained_adapter(maker: GridMaker, name: str, directory: Path) -> Adapter:
@@ -74,7 +56,7 @@ def trained_adapter(maker: GridMaker, name: str, directory: Path) -> Adapter:
     adapter = maker.make(name)
     if adapter is None:
         raise UserError(f"{directory}: adapts {name}, which the student's recipe leaves unquantized")
-    with safe_open(directory / ADAPTER, "pt") as file, torch.no_grad():
+    with opened(directory / ADAPTER, "train again") as file, torch.no_grad():
         for leaf in ("a", "b", "growth"):
             target = getattr(adapter, leaf)
             if target is None:
@@ -102,10 +84,11 @@ class Bake:
             self.name, self.weights = name, adapter.baked().cpu()
             expected = self.described["parameters"][name]["sha256"]
             if digest(self.weights) != expected:
-                raise UserError(
-                    f"{self.directory}: {name} comes out otherwise than it was trained; merge on the kind of device that "
-                    f"trained it ({self.described['device']})"
-                )
+                own, trained = self.maker.device.type, self.described["device"]
+                mend = f"trained on {trained}, merged on {own}: merge on {trained}" if own != trained else (
+                    "on the same kind of device: the adapter was edited, or made with another version of the code or of torch"
+                )  # fmt: skip
+                raise UserError(f"{self.directory}: {name} comes out otherwise than it was trained, {mend}")
             before = self.maker.student.read(name)
             self.changed += int((before != self.weights).sum())
             self.total += before.numel()
@@ -118,7 +101,6 @@ def merge(student: Path, teacher: Path, directory: Path, out: Path, force: bool,
     """Write the recovered checkpoint; returns what recipe.json says of it. A killed run resumes to the same bytes."""
     started = time.monotonic()
     checkpoint, described = Checkpoint(student), read_adapter(directory)
-    refuse_family(str(checkpoint.config.get("model_type")))
     out = out.resolve()
     extras = sidecars(student)
     needed = sum(info.bytes for info in checkpoint.tensors.values()) + sum(file.stat().st_size for file in extras)
@@ -136,8 +118,7 @@ def merge(student: Path, teacher: Path, directory: Path, out: Path, force: bool,
         recovery = recovery_record(described, job["adapter_sha256"], bake)
         write_json(partial / RECIPE_FILE, read_json(student / RECIPE_FILE) | {"recovery": recovery})
         if bake.packed:
-            with atomic_path(partial / GGML_FILE) as temporary:
-                save_file(bake.packed, temporary, {"type": described["adapter"]["ggml"]})
+            save_tensors(partial / GGML_FILE, bake.packed, {"type": described["adapter"]["ggml"]})
         share = round(bake.changed / max(1, bake.total), 6)
         write_phase(partial, "merge", time.monotonic() - started, 0, changed_share=share)
     return recovery
@@ -146,9 +127,9 @@ def merge(student: Path, teacher: Path, directory: Path, out: Path, force: bool,
 def order_key(checkpoint: Checkpoint) -> Callable[[str], int]:
     """Sort key of tensor names: parameters in the order in which the checkpoint first names them."""
     first: dict[str, int] = {}
-    for place, name in enumerate(checkpoint.tensors):
-        first.setdefault(place_of(name).parameter, place)
-    return lambda name: first[place_of(name).parameter]
+    for number, place in enumerate(checkpoint.places.values()):
+        first.setdefault(place.parameter, number)
+    return lambda name: first[checkpoint.places[name].parameter]
 
 
 def write_tensors(checkpoint: Checkpoint, bake: Bake, names: list[str], out: Path, shard_bytes: int) -> None:
@@ -157,9 +138,11 @@ def write_tensors(checkpoint: Checkpoint, bake: Bake, names: list[str], out: Pat
     total = sum(checkpoint.tensors[name].bytes for name in names)
     with progress(total, "merge", "B", True) as bar, CheckpointWriter(out, plan, shard_bytes) as writer:
         for name in names:
-            place, info = place_of(name), checkpoint.tensors[name]
+            place, info = checkpoint.places[name], checkpoint.tensors[name]
             if place.parameter in bake.described["parameters"]:
-                value = place.view(bake.parameter(place.parameter)).reshape(info.shape)
+                baked = bake.parameter(place.parameter)
+                turned = bake.maker.student.is_turned(place.parameter)
+                value = place.view(baked.mT if turned else baked).reshape(info.shape)
                 if not writer.is_done(name):
                     writer.append(name, value)
             elif not writer.is_done(name):

@@ -1,7 +1,8 @@
 """Per-expert low-rank adapters on fused experts (and on plain linears) whose forward goes through the real target grid.
 
 Not a command; opd_train_fsdp trains them and merge_adapter bakes them. Duck typing: a module with 3-D parameters gate_up_proj
-[E, 2I, H] and down_proj [E, H, I] is a block of experts, whatever family it comes from. The weight that it computes with is
+(or up_proj) and down_proj is a block of experts, whatever family it comes from (calibration.Layout). The weight that it
+computes with is
 
     grid(latent + B @ A)      A [E, r, inputs], B [E, outputs, r], in steps of the grid (target_grid.py)
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from calibration import Layout
 from console import UserError
 from target_grid import GgmlGrid, IntGrid, parts_of
 
@@ -115,42 +117,29 @@ def digest(weights: Tensor) -> str:
     return found.hexdigest()
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Whether a module has the fused experts that an adapter knows; a block of experts of another kind is refused by name."""
+def experts_of(module: nn.Module) -> Layout | None:
+    """How a module holds fused experts, None where it holds none; a block of experts of another kind is refused by name."""
     fused = {name for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
     if not fused or isinstance(module, nn.Conv1d):
-        return False
-    gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    biased = any("bias" in name for name, _ in module.named_parameters(recurse=False))
-    if gate_up is None or down is None or biased or gate_up.ndim != 3 or down.ndim != 3:
+        return None
+    if fused not in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}):
         raise UserError(f"{type(module).__name__}: experts with {', '.join(sorted(fused))} are not supported by moe_lora")
-    experts, twice, hidden = gate_up.shape
-    if tuple(down.shape) != (experts, hidden, twice // 2):
-        raise UserError(f"{type(module).__name__}: {list(gate_up.shape)} and {list(down.shape)} are not [E, 2I, H], [E, H, I]")
-    return True
+    return Layout.of(module)
 
 
-def refuse_family(model_type: str) -> None:
-    """Raise :class:`UserError` for families whose expert arithmetic an adapter would get wrong."""
-    if model_type.startswith("gpt_oss"):
-        raise UserError(
-            "model_type gpt_oss is not supported: its experts are transposed, have biases and a clamped activation, and are "
-            "stored in MXFP4; use qwen3_5_moe, qwen3_next, qwen3_moe, mixtral, olmoe or deepseek_v3"
-        )
-
-
-def adaptable(layer: nn.Module, linears: bool) -> Iterator[tuple[nn.Module, str, str]]:
-    """(module, attribute, parameter's name in the layer) of everything in a decoder layer that can have an adapter."""
+def adaptable(layer: nn.Module, linears: bool) -> Iterator[tuple[nn.Module, str, str, bool]]:
+    """(module, attribute, parameter's name in the layer, whether it lies as [E, I, O]) of everything in a decoder layer that
+    can have an adapter."""
     for name, module in layer.named_modules():
-        if is_experts(module):
-            for attribute in ("gate_up_proj", "down_proj"):
-                yield module, attribute, f"{name}.{attribute}"
+        if (layout := experts_of(module)) is not None:
+            for attribute in (layout.first, "down_proj"):
+                yield module, attribute, f"{name}.{attribute}", layout.transposed
         elif linears and isinstance(module, nn.Linear):
-            yield module, "weight", f"{name}.weight"
+            yield module, "weight", f"{name}.weight", False
 
 
-def attach(owner: nn.Module, attribute: str, adapter: Adapter) -> None:
-    """Let ``owner`` compute with the adapter's weights in place of its parameter ``attribute``.
+def attach(owner: nn.Module, attribute: str, adapter: Adapter, turned: bool = False) -> None:
+    """Let ``owner`` compute with the adapter's weights in place of its parameter ``attribute``; ``turned``: to [E, I, O].
 
     The weights are made when the owner is called and dropped when it returns, so that one layer's are alive at a time; a
     checkpointed layer makes them again in its backward.
@@ -160,7 +149,8 @@ def attach(owner: nn.Module, attribute: str, adapter: Adapter) -> None:
     owner.add_module(f"{attribute}_adapter", adapter)
 
     def make(module: nn.Module, args: Any) -> None:  # what a pre-hook returned would replace the module's arguments
-        module.__dict__[attribute] = adapter(dtype)
+        weights = adapter(dtype)
+        module.__dict__[attribute] = weights.mT if turned else weights
 
     def drop(module: nn.Module, args: Any, out: Any) -> None:
         module.__dict__.pop(attribute, None)
@@ -194,6 +184,8 @@ def _use_tape(tape: list[Any], replay: bool) -> Iterator[None]:
 def _route(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Hook of the experts: in the forward note which experts each token goes to, in the recomputation send it there again."""
     if _tape is None:
+        return None
+    if len(args) < 2:  # llama4: every expert is given a row for every token, so nothing can differ in shape
         return None
     hidden, chosen, *rest = args
     if _replaying:
@@ -241,9 +233,9 @@ Maker = Callable[[str], Adapter | None]
 def adapt_layer(layer: nn.Module, prefix: str, linears: bool, make: Maker) -> list[str]:
     """Attach what ``make`` gives for the name of each adaptable parameter (None leaves it); the names that got one."""
     names = []
-    for owner, attribute, local in list(adaptable(layer, linears)):
+    for owner, attribute, local, turned in list(adaptable(layer, linears)):
         adapter = make(prefix + local)
         if adapter is not None:
-            attach(owner, attribute, adapter)
+            attach(owner, attribute, adapter, turned)
             names.append(adapter.name)
     return names

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,17 @@ from target_grid import IntGrid
 GROUP = 128
 GRID_BYTES = 96  # traffic of a weight each time: what two more layers of the 122B took (results/bench/multi_gpu_train122b.json)
 FLOAT_COPIES = 4  # float32 tensors of a chunk that the grid holds at once: position, codes, product, gradient
-SIZES = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size", "moe_intermediate_size", "vocab_size")
+# Keys of config.json by family, in the order of Shape's fields; a dense model has no experts.
+SIZES = (
+    ("num_hidden_layers",), ("num_experts", "num_local_experts", "n_routed_experts"), ("num_experts_per_tok",),
+    ("hidden_size",), ("moe_intermediate_size", "intermediate_size"), ("vocab_size",),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A mixture of experts whose layers all have them. ``parameters`` and ``active``: all, and those that one token meets."""
+    """A mixture of experts whose layers all have them, or a dense model without. ``parameters`` and ``active``: all, and those
+    that one token meets."""
 
     layers: int
     experts: int
@@ -51,16 +58,25 @@ class Shape:
         return self.layers * self.experts * rank * ((2 * self.inner + self.hidden) + (self.hidden + self.inner))
 
 
+def sizes_of(config: Mapping[str, Any], where: Path) -> list[int]:
+    """The sizes of a config.json; no experts where it names none."""
+    found = [next((config[key] for key in keys if isinstance(config.get(key), int)), 0) for keys in SIZES]
+    if not all(found[place] for place in (0, 3, 4, 5)) or bool(found[1]) != bool(found[2]):
+        missing = [keys[0] for keys, size in zip(SIZES, found, strict=True) if not size]
+        raise UserError(f"{where / 'config.json'}: has no {', '.join(missing)}")
+    return found
+
+
 def shape_of(model: Path | None) -> Shape:
     """The shape of a checkpoint; without one that of Qwen3.5-122B-A10B, its parameters as its name rounds them."""
     if model is None:
         config = text_config(read_json(REPO / "configs/shape_122b.json"))
-        return Shape(*(config[key] for key in SIZES), 122e9, 10e9)
+        return Shape(*sizes_of(config, REPO / "configs"), 122e9, 10e9)
     checkpoint = Checkpoint(model)
     config = text_config(checkpoint.config)
     total = sum(info.numel for info in checkpoint.tensors.values())
-    shape = Shape(*(config[key] for key in SIZES), total, total)
-    return dataclasses.replace(shape, active=total - shape.routed * (1 - shape.top_k / shape.experts))
+    shape = Shape(*sizes_of(config, checkpoint.path), total, total)
+    return dataclasses.replace(shape, active=total - shape.routed * (1 - shape.top_k / max(1, shape.experts)))
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,7 @@ def main() -> None:
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     values = vars(parser.parse_args())
     model = values.pop("model")
-    if min(values.values()) <= 0 or values["rows"] % (values["micro_rows"] * values["gpus"]):
+    if not all(0 < value < math.inf for value in values.values()) or values["rows"] % (values["micro_rows"] * values["gpus"]):
         raise UserError("every number must be above 0, and --rows a multiple of --micro-rows x --gpus")
     found = budget(model, **values)
     for kind, shown, unit in (("gpu", "gpu_gb", 1e9), ("hours", "hours", 1), ("disk", "disk_gb", 1e9)):

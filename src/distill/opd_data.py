@@ -10,6 +10,7 @@ Not a command; docs/OPD_INTEGRATION.md describes the formats.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import random
@@ -19,20 +20,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, model_name
 from console import UserError, atomic_path, file_sha256, read_json, write_json
+from hf_model import all_finite
 from moe_lora import MODES
 from opd_losses import LOSSES, TopK
 from recipe import Recipe
 from records import header_sha256, peak_rss_mib, public_path, sha256_json
-from settings import keys_of, part, setting
+from settings import part, setting
 
 ROLLOUTS, MANIFEST, INDEX, PHASE = "rollouts.jsonl", "rollouts.json", "index.json", "phase.json"
 ADAPTER, ADAPTER_JSON = "adapter.safetensors", "adapter.json"
-FORMAT = 1
+FORMAT = 1  # of an adapter
+DATA_FORMAT = 2  # of rollouts and scores; those of format 1 hold no token ids: their text was tokenized again, with another end
+ROW = {
+    "benchmark": str,
+    "id": str,
+    "prompt": str,
+    "text": str,
+    "finish_reason": str,
+    "tokens": int,
+    "ids": list,
+    "prompt_ids": list,
+}
+
+
+TURNS = ("system", "developer", "user", "assistant", "tool")
+FORMS = '{"prompt": "..."}, {"messages": [...]} or {"text": "..."}'
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
@@ -44,11 +61,16 @@ def model_identity(model: str | Path) -> dict[str, str]:
     """What makes a checkpoint this one and no other: its name, and digests of config.json, tensor headers and weights."""
     checkpoint = Checkpoint(model)
     return {
-        "name": checkpoint.path.resolve().name,
+        "name": model_name(checkpoint.path),
         "config_sha256": checkpoint.config_sha256,
         "header_sha256": header_sha256(checkpoint),
         "weights_sha256": checkpoint.sha256(),
     }
+
+
+def named(identity: dict[str, str]) -> str:
+    """A model's identity in an error's text."""
+    return f"{identity.get('name')}, weights {str(identity.get('weights_sha256'))[:12]}"
 
 
 def same_model(a: dict[str, str], b: dict[str, str]) -> bool:
@@ -56,14 +78,125 @@ def same_model(a: dict[str, str], b: dict[str, str]) -> bool:
     return all(a.get(key) == b.get(key) for key in ("config_sha256", "header_sha256", "weights_sha256"))
 
 
+def wrong_text(value: Any) -> str:
+    """Why a value is no text to show a model; empty if it is one."""
+    if not isinstance(value, str):
+        return f"is {json.dumps(value)[:40]}, not a text"
+    if not value.strip():
+        return "is empty"
+    return "holds half of a surrogate pair, which is no character" if any("\ud800" <= c <= "\udfff" for c in value) else ""
+
+
+def wrong_prompt(row: Any) -> str:
+    """What is wrong with a row of a prompt file, in words; empty if nothing is."""
+    forms = row.keys() & {"prompt", "messages", "text"} if isinstance(row, dict) else set()
+    if len(forms) != 1:
+        return f"expected one of {FORMS}"
+    form = next(iter(forms))
+    if unknown := sorted(row.keys() - {form, "id"}):
+        return f"unknown key {', '.join(unknown)}; known: id beside one of {FORMS}"
+    if "id" in row and (type(row["id"]) not in (str, int) or wrong_text(str(row["id"]))):
+        return f"id {json.dumps(row['id'])[:40]}: expected a text or a whole number"
+    if form != "messages":
+        why = wrong_text(row[form])
+        # a text of spaces alone has tokens to go on from
+        return "" if form == "text" and why == "is empty" and row["text"] else f"{form} {why}" if why else ""
+    turns = row["messages"]
+    if not isinstance(turns, list) or not turns:
+        return "messages: expected a list of turns"
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict) or turn.keys() != {"role", "content"}:
+            return f'turn {number}: expected {{"role": "...", "content": "..."}}'
+        if turn["role"] not in TURNS:
+            return f"turn {number}: role {json.dumps(turn['role'])[:40]}; known: {', '.join(TURNS)}"
+        if why := wrong_text(turn["content"]):
+            return f"turn {number}: content {why}"
+    return "" if turns[-1]["role"] in ("user", "tool") else f"ends with {turns[-1]['role']}; the last turn must be the user's"
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """The rows of a jsonl file of prompts, each with its id (its number where it names none). The first that is none, or has
+    the id of another, is a :class:`UserError` with its line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); --prompts (PROMPTS) names a jsonl file of {FORMS}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    found: dict[str, tuple[int, dict[str, Any]]] = {}
+    for line, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits too
+            raise UserError(f"{path}:{line}: not JSON ({error})") from None
+        if why := wrong_prompt(row):
+            raise UserError(f"{path}:{line}: {why}")
+        own = str(row.get("id", f"{len(found) + 1:06d}"))
+        if own in found:
+            raise UserError(f"{path}:{line}: id {own!r} is that of line {found[own][0]} too; every prompt needs one of its own")
+        found[own] = line, row | {"id": own}
+    if not found:
+        raise UserError(f"{path}: holds no prompts")
+    return [row for _, row in found.values()]
+
+
+@contextlib.contextmanager
+def opened(path: Path, mend: str) -> Iterator[Any]:
+    """A safetensors file. One that is missing, cut short or without the tensor that is asked of it is a :class:`UserError`
+    that ends with ``mend``."""
+    try:
+        with safe_open(path, "pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); {mend}") from None
+
+
+def members(value: Any, keys: Sequence[str], path: Path, mend: str) -> Any:
+    """``value``, read from ``path``, if it is an object that has the ``keys``."""
+    if missing := [key for key in keys if not isinstance(value, dict) or key not in value]:
+        raise UserError(f"{path}: has no {missing[0]!r}; {mend}")
+    return value
+
+
+def check_row(row: Any, where: str) -> None:
+    """Raise :class:`UserError` unless a sample has what later phases read: texts, and the token ids of prompt and answer."""
+    wrong = [key for key, kind in ROW.items() if not isinstance(row, dict) or not isinstance(row.get(key), kind)]
+    if not wrong:
+        wrong += [key for key in ("ids", "prompt_ids") if not row[key] or any(type(i) is not int or i < 0 for i in row[key])]
+        wrong += ["tokens"] if row["tokens"] != len(row["ids"]) else []
+        wrong += ["finish_reason"] if row["finish_reason"] not in ("stop", "length") else []
+    if wrong:
+        raise UserError(f"{where}: no sample of opd_gen ({wrong[0]}); remove the file and run opd_gen again")
+
+
 def read_rollouts(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """(kept rollouts, manifest), the digest of the former checked against the latter."""
-    manifest = read_json(directory / MANIFEST)
-    path = directory / ROLLOUTS
+    """(kept rollouts, manifest), the digest of the former checked against the latter, and each row for what it must hold."""
+    path, again = directory / ROLLOUTS, "remove the directory and run opd_gen again"
+    keys = ("format", "sha256", "settings", "all", "kept", "choice")
+    manifest = members(read_json(directory / MANIFEST), keys, directory / MANIFEST, again)
+    if manifest["format"] != DATA_FORMAT:
+        raise UserError(
+            f"{directory / MANIFEST}: format {manifest['format']!r}, expected {DATA_FORMAT}, which holds token ids; {again}"
+        )
     if not path.is_file() or file_sha256(path) != manifest["sha256"]:
         raise UserError(f"{path}: not the rollouts that {MANIFEST} describes; run opd_gen again")
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     # not splitlines, which also breaks a line at U+2028
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line], manifest
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error}); {again}") from None
+        check_row(row, f"{path}:{number}")
+        if rows.setdefault((row["benchmark"], row["id"]), row) is not row:
+            raise UserError(f"{path}:{number}: a second rollout of {row['benchmark']} {row['id']}; {again}")
+    if not rows:
+        raise UserError(f"{path}: holds no rollouts; {again}")
+    return list(rows.values()), manifest
 
 
 def counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -85,18 +218,16 @@ def write_rollouts(
     with atomic_path(out / ROLLOUTS) as temporary:
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in chosen]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    manifest = {"format": 1, "settings": settings, "choice": choice, "all": counts(rows), "kept": counts(chosen)}
+    manifest = {"format": DATA_FORMAT, "settings": settings, "choice": choice, "all": counts(rows), "kept": counts(chosen)}
     manifest |= {"settings_sha256": sha256_json(settings), "sha256": file_sha256(out / ROLLOUTS)}
     write_phase(out, "opd_gen", seconds, tokens)
     write_json(out / MANIFEST, manifest)  # last: its presence says that the phase is complete
     return manifest
 
 
-def encode_rollout(tokenizer: Any, row: dict[str, Any]) -> tuple[list[int], int]:
-    """(token ids of prompt, completion and, where it finished, the end of turn; tokens of the prompt)."""
-    prompt, text = (tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "text"))
-    end = [tokenizer.eos_token_id] if row["finish_reason"] == "stop" else []
-    return prompt + text + end, len(prompt)
+def rollout_ids(row: dict[str, Any]) -> tuple[list[int], int]:
+    """(token ids of prompt and answer as they were generated, the end of turn among them; tokens of the prompt)."""
+    return row["prompt_ids"] + row["ids"], len(row["prompt_ids"])
 
 
 class Example(NamedTuple):
@@ -112,16 +243,21 @@ class ScoredRollouts:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.index = read_json(directory / INDEX)
-        if self.index.get("format") != FORMAT:
-            raise UserError(f"{directory / INDEX}: format {self.index.get('format')!r}, expected {FORMAT}")
+        again = "remove the directory and run opd_score again"
+        keys = ("format", "rollouts_sha256", "tokenizer_sha256", "teacher", "k", "temperature", "shards")
+        self.index = members(read_json(directory / INDEX), keys, directory / INDEX, again)
+        if self.index["format"] != DATA_FORMAT:
+            raise UserError(
+                f"{directory / INDEX}: format {self.index['format']!r}, expected {DATA_FORMAT}: scores of the ids that were "
+                f"generated; run opd_gen and opd_score again"
+            )
         self.places: list[tuple[Path, int, int, int]] = []  # file, first id, first position, length of the prompt
         self.lengths: list[int] = []
         for shard in self.index["shards"]:
-            path = directory / shard["file"]
+            path = directory / members(shard, ("file", "sha256", "rollouts"), directory / INDEX, again)["file"]
             if not path.is_file():
                 raise UserError(f"{path}: missing; run opd_score again")
-            with safe_open(path, "pt") as tensors:
+            with opened(path, again) as tensors:
                 starts, prompts = tensors.get_tensor("starts").tolist(), tensors.get_tensor("prompts").tolist()
             position = 0
             for start, end, prompt in zip(starts[:-1], starts[1:], prompts, strict=True):
@@ -137,10 +273,17 @@ class ScoredRollouts:
         path, start, position, prompt = self.places[number]
         length = self.lengths[number]
         own = slice(position, position + length - prompt)
-        with safe_open(path, "pt") as tensors:
+        with opened(path, "remove the directory and run opd_score again") as tensors:
             ids = tensors.get_slice("ids")[start : start + length].long()
             top, logp, tail = (tensors.get_slice(name)[own] for name in ("top", "logp", "tail"))
         return Example(ids, prompt, TopK(top.long(), logp, tail))
+
+    def check_bytes(self) -> str:
+        """Raise :class:`UserError` unless every shard has the bytes that the index lists; returns the digest of the index."""
+        for shard in self.index["shards"]:
+            if file_sha256(self.directory / shard["file"]) != shard["sha256"]:
+                raise UserError(f"{self.directory / shard['file']}: not the scores that {INDEX} lists; run opd_score again")
+        return file_sha256(self.directory / INDEX)
 
 
 def check_belongs(scores: ScoredRollouts, rollouts: dict[str, Any], tokenizer: Any) -> None:
@@ -153,6 +296,47 @@ def check_belongs(scores: ScoredRollouts, rollouts: dict[str, Any], tokenizer: A
         )
     if index["tokenizer_sha256"] != tokenizer_sha256(tokenizer):
         raise UserError(f"{scores.directory}: scored with another tokenizer than the student's; run opd_score again")
+
+
+def read_adapter(directory: Path) -> dict[str, Any]:
+    """adapter.json, checked against the bytes of the adapter and for the names, ranks and values of its tensors."""
+    keys, path, again = (
+        ("student", "teacher", "adapter", "data", "training", "device", "parameters"),
+        directory / ADAPTER_JSON,
+        "train again",
+    )
+    described = members(read_json(path), keys, path, "not an adapter of opd_train_fsdp")
+    config, parameters = described["adapter"], described["parameters"]
+    try:
+        AdapterSettings(**config)
+        known = described.get("format") == FORMAT and all({"grid", "sha256"} <= entry.keys() for entry in parameters.values())
+    except (TypeError, AttributeError):  # an unknown setting, or what is no object
+        known = False
+    if not known:
+        raise UserError(f"{path}: not an adapter of opd_train_fsdp of format {FORMAT}; {again}")
+    expected = {"lora": ("a", "b"), "scales": ("growth",)}.get(config["mode"], ("a", "b", "growth"))
+    path = directory / ADAPTER
+    with opened(path, again) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        if set(shapes) != {f"{name}.{leaf}" for name in parameters for leaf in expected}:
+            raise UserError(f"{path}: its tensors are not those that {ADAPTER_JSON} lists; {again}")
+        for name, shape in shapes.items():
+            rank = {"a": shape[1], "b": shape[-1]}.get(name.rpartition(".")[2], config["rank"])
+            if rank != config["rank"]:
+                raise UserError(f"{path}: {name} has rank {rank}, {ADAPTER_JSON} says {config['rank']}")
+            if not all_finite(file.get_tensor(name)):
+                raise UserError(f"{path}: {name} holds NaN or infinity; restore the adapter from a copy, or {again}")
+    if described.get("adapter_sha256", file_sha256(path)) != file_sha256(path):
+        raise UserError(f"{path}: not the bytes that were trained: damaged or edited; restore it from a copy, or {again}")
+    return described
+
+
+def check_scored(directory: Path, rollouts: dict[str, Any], settings: Scoring | None = None) -> None:
+    """Raise :class:`UserError` unless the scores there are of these rollouts and, if given, made with these settings."""
+    index = ScoredRollouts(directory).index
+    wanted = {"rollouts_sha256": rollouts["sha256"]} | (settings.scores() if settings else {})
+    if changed := sorted(key for key in wanted if index.get(key) != wanted[key]):
+        raise UserError(f"{directory}: scores of other rollouts or settings ({', '.join(changed)}); remove it to score again")
 
 
 class Batch(NamedTuple):
@@ -251,7 +435,7 @@ class Generation(Seed):
         super().__post_init__()
         if min(self.limit, self.repeats, self.max_tokens, self.chunk) < 1:
             raise UserError("--limit, --repeats, --max-tokens and --chunk must be at least 1")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise UserError("sampling: temperature >= 0, 0 < top-p <= 1, top-k >= 0")
         if self.repeats > 1 and self.temperature == 0:
             raise UserError("--repeats above 1 at temperature 0 would repeat the same text")
@@ -269,8 +453,12 @@ class Scoring(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.score_temperature <= 0 or min(self.k, self.score_batch, self.shard_rollouts) < 1:
+        if not 0 < self.score_temperature < math.inf or min(self.k, self.score_batch, self.shard_rollouts) < 1:
             raise UserError("--k, --score-batch and --shard-rollouts must be at least 1, --score-temperature above 0")
+
+    def scores(self) -> dict[str, Any]:
+        """What index.json says of these settings."""
+        return {"k": self.k, "temperature": self.score_temperature, "score_prompts": self.score_prompts}
 
 
 def batch_option(parser: argparse.ArgumentParser) -> None:
@@ -295,6 +483,10 @@ class AdapterSettings(Seed):
         super().__post_init__()
         if self.mode != "scales" and self.rank < 1:
             raise UserError(f"rank {self.rank} must be at least 1")
+        if self.ggml and self.mode != "lora":
+            raise UserError(
+                f"--ggml {self.ggml} with --mode {self.mode}: the scales of a block type cannot be trained; use mode lora"
+            )
 
     def adapter(self) -> dict[str, Any]:
         """What adapter.json says of an adapter, and merging reads."""
@@ -320,8 +512,8 @@ class TrainSettings(AdapterSettings):
         super().__post_init__()
         if min(self.rows, self.micro_rows, self.save_every) < 1 or min(self.steps, self.warmup) < 0:
             raise UserError("--rows, --micro-rows and --save-every must be at least 1, --steps and --warmup at least 0")
-        if not self.lr > 0 or not self.clip > 0:
-            raise UserError("--lr and --clip must be above 0")
+        if not 0 < self.lr < math.inf or not self.clip > 0:
+            raise UserError("--lr and --clip must be above 0, --lr a number")
 
     def rate(self, step: int) -> float:
         """Learning rate: linear warm-up, then a cosine down to a tenth."""
@@ -364,15 +556,9 @@ class DistillSettings(AllPhases):
             raise UserError("INIT with rollouts of the student: set ROLLOUT_MODEL to what INIT's run recovered")
         if self.processes < 1:
             raise UserError(f"PROCESSES={self.processes}: must be at least 1")
-
-
-def options(cls: type, settings: object) -> list[str]:
-    """The settings of ``cls`` as options of the command that takes them."""
-    found = []
-    for key in keys_of(cls):
-        value = getattr(settings, key.name)
-        if key.kind is bool:
-            found += [key.option] if value else [key.option.replace("--", "--no-", 1)] if key.default else []
-        elif value not in (None, ""):
-            found += [key.option, str(value)]
-    return found
+        if self.rows % (self.micro_rows * self.processes):
+            raise UserError(f"ROWS={self.rows} is no multiple of MICRO_ROWS x PROCESSES = {self.micro_rows * self.processes}")
+        if not self.cache and not self.tasks and not self.prompts:
+            raise UserError("set TASKS, PROMPTS or both")
+        if self.eval_limit and not self.tasks:
+            raise UserError(f"EVAL_LIMIT={self.eval_limit} without TASKS: there is nothing to evaluate on")

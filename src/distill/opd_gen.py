@@ -5,27 +5,28 @@
         [--max-tokens N] [--temperature T --top-p P --top-k K --seed S] [--repeats R]
 
 Prompts are the training split of the tiny tasks, never a test split, and lines of FILE: {"prompt": "..."},
-{"messages": [...]} or {"text": "..."}, which goes on as it is, with an optional "id"; those are not graded. Samples are
-appended to OUT/samples.jsonl as they finish, chunk by chunk; a killed run goes on with the same command, to the same samples
-on a CPU. OUT/rollouts.jsonl: the kept ones.
+{"messages": [...]}, which ends with the user, or {"text": "..."}, which goes on as it is, with an optional "id" of its own;
+those are not graded. Every line is checked before the model is loaded. Samples are appended to OUT/samples.jsonl as they
+finish, chunk by chunk, with the token ids of prompt and answer; a killed run goes on with the same command, to the same
+samples on a CPU. OUT/rollouts.jsonl: the kept ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from backend import PROMPT_ROOM, Backend, Completion, HfBackend, Sampling, choose_backend
-from checkpoint import Checkpoint
+from checkpoint import source_identity
 from console import UserError, file_sha256, progress, run_cli
 from graders import GRADER_VERSION
-from opd_data import Generation, shown, write_rollouts
+from hf_model import ids_sha256
+from opd_data import DATA_FORMAT, Generation, check_row, read_prompts, shown, tokenizer_sha256, write_rollouts
 from records import sha256_text
-from runner import get_benchmarks, graded_rows
+from runner import graded_rows, training_benchmarks
 from sample_log import SampleLog, sample_key
 from settings import parse_settings, setting
 from task import Benchmark
@@ -44,36 +45,42 @@ class Prompt:
     item: Item | None = None
     turn: int = 0  # of a prompt that is answered more than once
     open: bool = False  # text that goes on as it is has no end to reach
+    ids: Sequence[int] = ()
 
 
-def task_prompts(names: Sequence[str], limit: int, backend: Backend) -> list[Prompt]:
-    """``limit`` training items of each benchmark class that has a training split."""
+def task_prompts(benchmarks: Sequence[Any], limit: int, backend: Backend) -> list[Prompt]:
+    """``limit`` training items of each benchmark."""
+    return [
+        Prompt(benchmark.name, item.id, backend.render(benchmark.messages(item)), benchmark, item)
+        for benchmark in benchmarks
+        for item, _ in benchmark.load_with_solutions(limit, "train")
+    ]
+
+
+def file_prompts(source: str, rows: Sequence[dict[str, Any]], backend: Backend) -> list[Prompt]:
+    """The prompts of the rows of :func:`read_prompts`."""
     found = []
-    for benchmark in get_benchmarks(names):
-        load = getattr(benchmark, "load_with_solutions", None)
-        if load is None:
-            raise UserError(f"--tasks {benchmark.name}: has no training split; give prompts as --prompts FILE.jsonl")
-        for item, _ in load(limit, "train"):
-            text = backend.render(benchmark.messages(item))
-            found.append(Prompt(benchmark.name, item.id, text, benchmark, item))
+    for row in rows:
+        messages = row.get("messages") or [{"role": "user", "content": row.get("prompt")}]
+        text = row["text"] if "text" in row else backend.render(messages)
+        found.append(Prompt(source, row["id"], text, open="text" in row))
     return found
 
 
-def file_prompts(path: Path, limit: int | None, backend: Backend) -> list[Prompt]:
-    """The prompts of a jsonl file."""
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()][:limit]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not a jsonl file of prompts ({error})") from None
-    found = []
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not row.keys() & {"prompt", "messages", "text"}:
-            raise UserError(f'{path}:{number}: expected {{"prompt": "..."}}, {{"messages": [...]}} or {{"text": "..."}}')
-        messages = row.get("messages") or [{"role": "user", "content": row.get("prompt")}]
-        text = row["text"] if "text" in row else backend.render(messages)
-        found.append(Prompt(path.name, str(row.get("id", f"{number:06d}")), text, open="text" in row))
-    if not found:
-        raise UserError(f"{path}: holds no prompts")
+def with_ids(prompts: Sequence[Prompt], backend: Any, max_tokens: int) -> list[Prompt]:
+    """The prompts with their token ids, before anything is generated: one without a token, or that leaves an answer no room in
+    the engine's context, is a :class:`UserError`; that there is less room than was asked for is said."""
+    found = [
+        dataclasses.replace(prompt, ids=backend.tokenizer(prompt.text, add_special_tokens=False)["input_ids"])
+        for prompt in prompts
+    ]
+    for prompt in found:
+        if not 0 < len(prompt.ids) < backend.context:
+            limit = f"the engine's context is {backend.context} (of vllm and llamacpp at most --max-tokens + {PROMPT_ROOM})"
+            raise UserError(f"{prompt.source} {prompt.id}: {len(prompt.ids)} tokens; {limit}")
+    if short := sum(len(prompt.ids) + max_tokens > backend.context for prompt in found):
+        print(f"{short} of {len(found)} prompts leave less than --max-tokens {max_tokens:,} in the engine's context of "
+              f"{backend.context:,}; their answers end there", flush=True)  # fmt: skip
     return found
 
 
@@ -86,7 +93,7 @@ def repeated(prompts: Sequence[Prompt], repeats: int) -> list[Prompt]:
 
 
 def log_rows(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[dict[str, Any]]:
-    """Rows of the sample log, graded benchmark by benchmark, with the prompt's text."""
+    """Rows of the sample log, graded benchmark by benchmark, with the prompt's text and the token ids of both."""
     rows: list[dict[str, Any] | None] = [None] * len(prompts)
     for source in dict.fromkeys(prompt.source for prompt in prompts):
         places = [i for i, prompt in enumerate(prompts) if prompt.source == source]
@@ -96,8 +103,10 @@ def log_rows(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> li
             made = graded_rows(own[0].benchmark, items, [prompt.text for prompt in own], answers)
         else:
             made = [ungraded_row(*pair) for pair in zip(own, answers, strict=True)]
-        for place, row, prompt in zip(places, made, own, strict=True):
-            rows[place] = row | {"prompt": prompt.text}
+        for place, row, prompt, done in zip(places, made, own, answers, strict=True):
+            if not done.ids or done.prompt_ids_sha256 != ids_sha256(prompt.ids):
+                raise UserError(f"{prompt.source} {prompt.id}: the engine does not tell the token ids that it read and wrote")
+            rows[place] = row | {"prompt": prompt.text, "prompt_ids": list(prompt.ids), "ids": list(done.ids)}
     return rows
 
 
@@ -142,46 +151,81 @@ def kept(rows: Sequence[dict[str, Any]], finished_only: bool, correct_only: bool
     return [row for row in rows if good(row)]
 
 
-def make_backend(name: str, model: Path, max_tokens: int, chunk: int) -> Backend:
-    if name == "llamacpp" or name == "auto" and model.suffix == ".gguf":
+def make_backend(name: str, model: Path, max_tokens: int, chunk: int) -> Any:
+    """The engine called ``name`` for a checkpoint or a GGUF; one that cannot run it is a :class:`UserError`."""
+    name = choose_backend(name, model)
+    if name == "openai" or (name == "llamacpp") is not (model.suffix == ".gguf"):
+        runs = "not for rollouts" if name == "openai" else "for a GGUF file" if name == "llamacpp" else "for a checkpoint"
+        raise UserError(f"--backend {name}: is {runs}, --model is {model}; leave it out, and the right one is taken")
+    if name == "llamacpp":
         from llamacpp_eval8 import LlamaCppBackend  # needs gguf, which a checkpoint's student does not
 
         return LlamaCppBackend(model, max_tokens + PROMPT_ROOM)
-    return HfBackend(model, chunk) if choose_backend(name) == "hf" else VllmBackend(model, max_tokens + PROMPT_ROOM)
+    return HfBackend(model, chunk) if name == "hf" else VllmBackend(model, max_tokens + PROMPT_ROOM)
 
 
-def weights_sha256(model: Path) -> str:
-    return file_sha256(model) if model.is_file() else Checkpoint(model).sha256()
+def check_log(log: SampleLog, prompts: Sequence[Prompt]) -> None:
+    """Raise :class:`UserError` unless what an earlier run has left are answers to these prompts."""
+    asked = {(prompt.source, prompt.id, 0): prompt for prompt in prompts}
+    for key, row in log.done.items():
+        check_row(row, f"{log.path}: {row['benchmark']} {row['id']}")
+        if key not in asked or row["prompt_ids"] != list(asked[key].ids):
+            why = "is of another prompt or chat template" if key in asked else "answers no prompt of this run"
+            raise UserError(f"{log.path}: {row['benchmark']} {row['id']} {why}; give another --out or remove it")
+
+
+def none_kept(rows: Sequence[dict[str, Any]], settings: Generation) -> str:
+    """Why no rollout is kept, with counts, and what can change it."""
+    empty = [row for row in rows if not row["text"]]
+    cut = [row for row in rows if row["text"] and settings.finished_only and row["finish_reason"] != "stop"]
+    wrong = len(rows) - len(empty) - len(cut)
+    found = [
+        (len(empty), "empty (the model ends its turn at once: look at --model, its chat template and the prompts)"),
+        (len(cut), "unfinished (raise --max-tokens or drop --finished-only)"),
+        (wrong, "wrong (drop --correct-only)"),
+    ]
+    return f"none of {len(rows)} rollouts is kept: " + ", ".join(f"{count} {what}" for count, what in found if count)
 
 
 def make_rollouts(settings: Generation, model: Path, out: Path) -> None:
     """Generate, grade, keep, into ``out``. What an earlier run of the same settings has finished is not made again."""
     if not settings.tasks and not settings.prompts:
         raise UserError("give --tasks, --prompts or both")
+    if settings.prompts and settings.correct_only:
+        raise UserError("--correct-only with --prompts: nobody grades the answers to the prompts of a file")
+    benchmarks = training_benchmarks(settings.tasks.split(",")) if settings.tasks else []
+    rows = read_prompts(settings.prompts) if settings.prompts else []
+    if len(rows) > settings.limit and not benchmarks:
+        print(f"{settings.prompts}: the first {settings.limit} of {len(rows)} prompts (--limit)", flush=True)
+        rows = rows[: settings.limit]
     sampling = Sampling(settings.temperature, settings.top_p, settings.top_k, settings.seed, settings.max_tokens)
-    facts: dict[str, Any] = {"model": shown(model), "weights_sha256": weights_sha256(model), "backend": settings.backend}
+    facts: dict[str, Any] = {"model": shown(model), "identity": source_identity(model), "backend": settings.backend}
     facts |= {"sampling": sampling.to_json(), "tasks": settings.tasks, "limit": settings.limit, "repeats": settings.repeats}
     facts |= {"prompts": file_sha256(settings.prompts) if settings.prompts else None, "grader": GRADER_VERSION}
-    facts |= {"chunk": settings.chunk}
-    log = SampleLog(out / "samples.jsonl", facts)
+    facts |= {"chunk": settings.chunk, "format": DATA_FORMAT}
+    log = SampleLog(out / "samples.jsonl", facts, settled=False)
     started = time.monotonic()
     backend = make_backend(settings.backend, model, settings.max_tokens, settings.chunk)
-    names = settings.tasks.split(",") if settings.tasks else []
-    prompts = task_prompts(names, settings.limit, backend) if names else []
-    prompts += file_prompts(settings.prompts, None if names else settings.limit, backend) if settings.prompts else []
-    prompts = repeated(prompts, settings.repeats)
+    facts |= getattr(backend, "describe", dict)()  # what only a started engine can tell
+    log.settle(facts)
+    prompts = task_prompts(benchmarks, settings.limit, backend)
+    prompts += file_prompts(settings.prompts.name, rows, backend) if settings.prompts else []
+    prompts = repeated(with_ids(prompts, backend, settings.max_tokens), settings.repeats)
+    check_log(log, prompts)
     tokens = generate(backend, prompts, sampling, log, settings.chunk)
-    rows = [log.done[prompt.source, prompt.id, 0] for prompt in prompts]
-    chosen = kept(rows, settings.finished_only, settings.correct_only)
+    samples = [log.done[prompt.source, prompt.id, 0] for prompt in prompts]
+    chosen = kept(samples, settings.finished_only, settings.correct_only)
     if not chosen:
-        finished = sum(row["finish_reason"] == "stop" for row in rows)
-        raise UserError(f"{out}: none of {len(rows)} rollouts is kept (finished {finished}); "
-                        "raise --max-tokens or drop --finished-only")  # fmt: skip
+        raise UserError(f"{out}: {none_kept(samples, settings)}")
+    # a GGUF's own tokenizer is its server's, which tells no vocabulary
+    vocabulary = tokenizer_sha256(backend.tokenizer) if hasattr(backend.tokenizer, "get_vocab") else None
     choice = {"finished_only": settings.finished_only, "correct_only": settings.correct_only}
-    manifest = write_rollouts(out, rows, chosen, facts, choice, time.monotonic() - started, tokens)
+    facts |= {"tokenizer_sha256": vocabulary}
+    manifest = write_rollouts(out, samples, chosen, facts, choice, time.monotonic() - started, tokens)
     made, left = manifest["all"], manifest["kept"]
-    print(f"{made['samples']} rollouts, {made['finished']} finished, {made['correct']} of {made['graded']} right; "
-          f"kept {left['samples']} with {left['tokens']:,} tokens in {out}", flush=True)  # fmt: skip
+    empty = sum(not row["text"] for row in samples)
+    print(f"{made['samples']} rollouts, {made['finished']} finished, {empty} empty, {made['correct']} of {made['graded']} "
+          f"right; kept {left['samples']} with {left['tokens']:,} tokens in {out}", flush=True)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

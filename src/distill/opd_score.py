@@ -1,4 +1,4 @@
-"""Phase B: the teacher's top-k log-probabilities for every completion token of the rollouts.
+"""Phase B: the teacher's top-k log-probabilities for every completion token of the rollouts, as it was generated.
 
     python src/distill/opd_score.py --teacher models/razor-tiny --rollouts work/rollouts --out work/scores
         [--k 32] [--score-temperature 1.0] [--score-batch 16] [--shard-rollouts 512] [--score-prompts]
@@ -10,31 +10,35 @@ when it is complete; a killed run goes on with the same command. Format: docs/OP
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoint import Checkpoint
-from console import UserError, atomic_path, file_sha256, progress, run_cli, write_json
-from hf_model import load_model, load_tokenizer
+from console import UserError, file_sha256, progress, run_cli, write_json
+from families import text_config
+from hf_model import all_finite, first_nonfinite, load_model, load_tokenizer, load_weights, text_ids
 from opd_data import (
-    FORMAT,
+    DATA_FORMAT,
     INDEX,
     Scoring,
     batch_option,
-    encode_rollout,
     model_identity,
     read_rollouts,
+    rollout_ids,
     tokenizer_sha256,
     write_phase,
 )
 from opd_losses import TopK, top_k_of
 from run_dir import staged_directory
+from safetensors_file import save_tensors
 from settings import parse_settings
 
 
@@ -44,9 +48,7 @@ def load_teacher(path: Path) -> torch.nn.Module:
     if count > 1 and Checkpoint(path).bytes > 0.8 * torch.cuda.get_device_properties(0).total_memory:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=torch.bfloat16, device_map="auto", local_files_only=True
-        ).eval()
+        return load_weights(AutoModelForCausalLM, path, torch.bfloat16, "auto").eval()
     return load_model(path)
 
 
@@ -91,18 +93,23 @@ def score_rollouts(
     rows, manifest = read_rollouts(rollouts)
     identity, tokenizer = model_identity(teacher), load_tokenizer(teacher)
     started = time.monotonic()
-    encoded = [encode_rollout(tokenizer, row) for row in rows]
-    lengths = [len(ids) - prompt for ids, prompt in encoded]
-    if settings.score_prompts:  # their tokens count too, from the second on
-        encoded = [(ids, 1) for ids, _ in encoded]
-    vocabulary = Checkpoint(teacher).config.get("vocab_size") or Checkpoint(teacher).config["text_config"]["vocab_size"]
+    encoded, names = [rollout_ids(row) for row in rows], [f"{row['benchmark']} {row['id']}" for row in rows]
+    check_tokens(rows, manifest["settings"].get("tokenizer_sha256"), tokenizer, rollouts)
+    text = text_config(Checkpoint(teacher).config)
+    vocabulary, context = text["vocab_size"], text.get("max_position_embeddings") or math.inf
     if settings.k > vocabulary:
         raise UserError(f"--k {settings.k} is outside 1..{vocabulary}, the teacher's vocabulary")
+    for name, (ids, _) in zip(names, encoded, strict=True):
+        if max(ids) >= vocabulary or len(ids) > context:
+            limits = f"a vocabulary of {vocabulary} and a context of {context}"
+            raise UserError(f"{rollouts}: {name}: {len(ids)} tokens up to id {max(ids)}; {teacher} has {limits}")
+    if settings.score_prompts:  # their tokens count too, from the second on
+        encoded = [(ids, 1) for ids, _ in encoded]
     order = sorted(range(len(rows)), key=lambda i: (len(encoded[i][0]), i))
     size = settings.shard_rollouts
     shards = [order[start : start + size] for start in range(0, len(order), size)]
-    own = {"format": FORMAT, "rollouts_sha256": manifest["sha256"], "tokenizer_sha256": tokenizer_sha256(tokenizer)}
-    own |= {"teacher": identity, "k": settings.k, "temperature": settings.score_temperature}
+    own = {"format": DATA_FORMAT, "rollouts_sha256": manifest["sha256"], "tokenizer_sha256": tokenizer_sha256(tokenizer)}
+    own |= {"teacher": identity} | settings.scores()
     model, listed = None, []
     job = own | {"shard_rollouts": size, "batch": settings.score_batch}
     with staged_directory(out.resolve(), False, job) as partial:
@@ -111,25 +118,59 @@ def score_rollouts(
                 path = partial / f"scores-{number:05d}.safetensors"
                 if not path.exists():
                     model = model or load(teacher)
-                    write_shard(path, model, [encoded[i] for i in members], settings)
+                    write_shard(path, model, [encoded[i] for i in members], [names[i] for i in members], settings)
                 listed.append({"file": path.name, "sha256": file_sha256(path), "rollouts": [rows[i]["id"] for i in members]})
                 bar.update(sum(len(encoded[i][0]) for i in members))
         tokens = sum(len(ids) for ids, _ in encoded)
         index = own | {"tokens": tokens, "positions": tokens - sum(prompt for _, prompt in encoded)}
-        # the share of rollouts that the tokenizer does not read as they were generated
-        index["retokenized"] = sum(length != row["tokens"] for length, row in zip(lengths, rows, strict=True)) / len(rows)
+        other = sum(read_otherwise(tokenizer, row) for row in rows)
+        index["retokenized"] = other / len(rows)
         write_json(partial / INDEX, index | {"shards": listed})
         write_phase(partial, "opd_score", time.monotonic() - started, tokens)
     size = sum(file.stat().st_size for file in out.iterdir())
-    print(f"{len(rows)} rollouts, {index['positions']:,} positions, {size / 1e6:.2f} MB in {out}", flush=True)
+    print(f"{len(rows)} rollouts, {index['positions']:,} positions, {size / 1e6:.2f} MB in {out}; scored as generated "
+          f"(the texts of {other} of them would be tokenized otherwise)", flush=True)  # fmt: skip
 
 
-def write_shard(path: Path, model: torch.nn.Module, rows: Sequence[tuple[list[int], int]], settings: Scoring) -> None:
+def write_shard(
+    path: Path, model: torch.nn.Module, rows: Sequence[tuple[list[int], int]], names: Sequence[str], settings: Scoring
+) -> None:
+    """One file of scores; a score that is not finite is a :class:`UserError` that names its rollout and where it came from."""
     scores: list[TopK] = []
     for start in range(0, len(rows), settings.score_batch):
-        scores += score_batch(model, rows[start : start + settings.score_batch], settings.k, settings.score_temperature)
-    with atomic_path(path) as temporary:
-        save_file(shard_tensors(rows, scores), temporary)
+        part = rows[start : start + settings.score_batch]
+        found = score_batch(model, part, settings.k, settings.score_temperature)
+        for (ids, _), name, own in zip(part, names[start:], found, strict=False):
+            if not all_finite(own):
+                device = model.get_input_embeddings().weight.device
+                where = first_nonfinite(model, input_ids=torch.tensor([ids], device=device), use_cache=False)
+                raise UserError(f"{name}: the teacher's scores are not finite; {model.name_or_path}: {where}")
+        scores += found
+    save_tensors(path, shard_tensors(rows, scores))
+
+
+def read_otherwise(tokenizer: Any, row: dict[str, Any]) -> bool:
+    """Whether the tokenizer has other ids for the texts of a rollout than those that were read and generated."""
+    ids = row["ids"][:-1] if row["finish_reason"] == "stop" else row["ids"]
+    return text_ids(tokenizer, row["prompt"]) != row["prompt_ids"] or text_ids(tokenizer, row["text"]) != ids
+
+
+def check_tokens(rows: Sequence[dict[str, Any]], vocabulary: str | None, tokenizer: Any, rollouts: Path) -> None:
+    """Raise :class:`UserError` unless the teacher's tokenizer gives the ids of the rollouts the meaning that they had. Where
+    what generated them told no ``vocabulary`` (a GGUF's server), they must decode to the rollouts' texts."""
+    mend = "student and teacher need the same tokenizer"
+    if vocabulary not in (None, tokenizer_sha256(tokenizer)):
+        raise UserError(f"{rollouts}: generated with another tokenizer than the teacher's; {mend}")
+    for row in rows if vocabulary is None else ():
+        ids = row["ids"][:-1] if row["finish_reason"] == "stop" else row["ids"]
+        decoded = [tokenizer.decode(part, skip_special_tokens=False) for part in (row["prompt_ids"], ids)]
+        # a server may drop a leading space, and write bytes that are no character otherwise
+        if [re.sub("\ufffd+", "\ufffd", text.lstrip()) for text in decoded] != [
+            re.sub("\ufffd+", "\ufffd", row[key].lstrip()) for key in ("prompt", "text")
+        ]:
+            raise UserError(
+                f"{rollouts}: {row['benchmark']} {row['id']}: its ids are other text in the teacher's tokenizer; {mend}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from calibration import LayerStream
 from checkpoint import Checkpoint
 from console import UserError, progress
-from families import Place, Role, place_of, role_of
+from families import FAMILIES, Role, family_of, role_of, roles_of
 from fsdp_setup import World, own_rows, shard
-from moe_lora import Adapter, adapt_layer, checkpoint_layer, refuse_family
+from hf_model import all_finite, scaled_logits
+from moe_lora import Adapter, adapt_layer, checkpoint_layer
+from moe_ptq import SYMMETRIC
 from opd_data import AdapterSettings, Batch
 from opd_losses import LOSSES, TopK, position_losses
-from recipe import read_recipe
-from safetensors_file import TensorInfo
+from recipe import Recipe, read_recipe
 from target_grid import GgmlGrid, IntCells, IntGrid, int_cells
 
 HEAD_CHUNK = 2048  # positions whose logits exist at once
@@ -34,39 +35,37 @@ class ParameterReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.sources: dict[str, list[tuple[str, Place, TensorInfo]]] = {}
-        for name, info in checkpoint.tensors.items():
-            place = place_of(name)
-            self.sources.setdefault(place.parameter, []).append((name, place, info))
-
-    def shape(self, parameter: str) -> tuple[int, ...]:
-        """Of the parameter, its experts fused where the checkpoint stores them one by one."""
-        sources = self.sources.get(parameter)
-        if not sources:
-            raise UserError(f"{self.checkpoint.path}: has no tensor for {parameter}")
-        _, place, info = sources[0]
-        if place.expert is None:
-            return info.shape
-        experts = 1 + max(place.expert for _, place, _ in sources)
-        rows = info.shape[0] * (1 if place.part == "down" else 2)
-        if len(sources) != experts * (rows // info.shape[0]):
-            raise UserError(f"{self.checkpoint.path}: {parameter} has {len(sources)} tensors for {experts} experts")
-        return (experts, rows, info.shape[1])
 
     def read(self, parameter: str, part: slice = slice(None)) -> Tensor:
         """The parameter [E, O, I], or the matrices ``part`` of it; one that is a matrix [O, I] counts as [1, O, I]."""
-        shape = self.shape(parameter)
+        found = self._stored(parameter, part)
+        return found.mT.contiguous() if self.is_turned(parameter) else found
+
+    def is_turned(self, parameter: str) -> bool:
+        """Whether the parameter lies as [E, I, O]."""
+        family = FAMILIES[family_of(self.checkpoint.model_type)]
+        return family.transposed and len(self.checkpoint.parameter_shape(parameter)) == 3
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Of the parameter as :meth:`read` gives it, a matrix as [O, I]."""
+        shape = self.checkpoint.parameter_shape(parameter)
+        return (shape[0], shape[2], shape[1]) if self.is_turned(parameter) else shape
+
+    def _stored(self, parameter: str, part: slice) -> Tensor:
+        shape = self.checkpoint.parameter_shape(parameter)
         experts, *matrix = shape if len(shape) == 3 else (1, *shape)
         first, last, _ = part.indices(experts)
-        name, place, info = self.sources[parameter][0]
+        sources, places = self.checkpoint.sources[parameter], self.checkpoint.places
+        info = self.checkpoint.tensors[sources[0]]
         if first >= last:
             return torch.empty(0, *matrix, dtype=info.dtype)
-        if place.expert is None:
+        if places[sources[0]].expert is None:
             return info.read(first, last - first) if len(shape) == 3 else info.read()[None]
         fused = torch.empty(last - first, *matrix, dtype=info.dtype)
-        for name, place, _ in self.sources[parameter]:
-            if first <= place.expert < last:
-                dataclasses.replace(place, expert=place.expert - first).view(fused).copy_(self.checkpoint.read(name))
+        for name in sources:
+            place = places[name]
+            if first <= (place.expert or 0) < last:
+                dataclasses.replace(place, expert=(place.expert or 0) - first).view(fused).copy_(self.checkpoint.read(name))
         return fused
 
 
@@ -76,7 +75,6 @@ class GridMaker:
     def __init__(self, student: Path, teacher: Path, config: AdapterSettings, world: World) -> None:
         self.student, self.teacher = ParameterReader(Checkpoint(student)), ParameterReader(Checkpoint(teacher))
         self.config, self.world, self.device, self.recipe = config, world, world.device, read_recipe(student)
-        self.model_type = self.student.checkpoint.config["model_type"]
         self.by_expert = dict(self.recipe.experts)
 
     def bits(self, parameter: str, role: Role) -> tuple[int, ...]:
@@ -88,7 +86,9 @@ class GridMaker:
 
     def make(self, parameter: str) -> Adapter | None:
         shape = self.student.shape(parameter)
-        role = role_of(parameter, shape, self.model_type)
+        checkpoint = self.student.checkpoint
+        source = checkpoint.sources[parameter][0]
+        role = role_of(source, checkpoint.tensors[source].shape, checkpoint.model_type)
         bits = self.bits(parameter, role)
         if role in (Role.MTP, Role.EMBEDDING, Role.LM_HEAD) or not bits:
             return None
@@ -97,6 +97,8 @@ class GridMaker:
             raise UserError(f"{parameter}: {list(shape)} in the student, {other} in the teacher")
         if self.config.ggml and role is Role.ROUTED_EXPERT:
             teacher = self.teacher.read(parameter)
+            if not all_finite(teacher):
+                raise UserError(f"{self.teacher.checkpoint.path}: {parameter} holds NaN or infinity")
             grid: IntGrid | GgmlGrid = GgmlGrid(teacher.to(self.device), self.config.ggml, teacher.dtype)
         else:
             grid = self._int_grid(parameter, shape, bits)
@@ -155,12 +157,12 @@ class Student(nn.Module):
         return total
 
     def _chunk(self, hidden: Tensor, targets: Tensor, teacher: TopK) -> Tensor:
-        logits = self.model.lm_head(hidden)
+        logits = scaled_logits(self.model.lm_head(hidden), self.model.config)
         return position_losses(logits, targets, teacher, self.loss, self.temperature).sum()
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits [B, T, V] of token ids, for tests and checks."""
-        return self.model.lm_head(self.model.model(input_ids=ids, use_cache=False)[0])
+        return scaled_logits(self.model.lm_head(self.model.model(input_ids=ids, use_cache=False)[0]), self.model.config)
 
 
 def build_student(
@@ -168,8 +170,7 @@ def build_student(
 ) -> Student:
     """The student on this process's device, sharded where there are several; every parameter but the adapters' is frozen."""
     checkpoint_ = Checkpoint(student)
-    refuse_family(str(checkpoint_.config.get("model_type")))
-    check_pair(checkpoint_, Checkpoint(teacher))
+    check_adapters(checkpoint_, Checkpoint(teacher), read_recipe(student), config)
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     stream = LayerStream(checkpoint_, world.device, dtype)
     maker = GridMaker(student, teacher, config, world)
@@ -182,8 +183,6 @@ def build_student(
                 checkpoint_layer(layer)
             shard(layer, world)
             bar.update()
-    if not names:
-        raise UserError(f"{student}: has no quantized experts to adapt; its recipe leaves them as they are")
     fill_rest(stream)
     whole = Student(stream.model, loss, temperature)
     shard(whole, world)
@@ -191,13 +190,36 @@ def build_student(
 
 
 def fill_rest(stream: LayerStream) -> None:
-    """The embedding, the final norm and the head, which may be the embedding."""
-    stream.fill(stream.decoder.embed_tokens, "model.embed_tokens.")
-    stream.fill(stream.decoder.norm, "model.norm.")
-    if "lm_head.weight" in stream.by_parameter:
+    """The embedding, what lies around the layers, and the head, which may be the embedding."""
+    for module, prefix in (*stream.around.items(), (stream.embedding, stream.embedding_prefix)):
+        stream.fill(module, prefix)
+    if "lm_head.weight" in stream.checkpoint.sources:
         stream.fill(stream.model.lm_head, "lm_head.")
     else:
-        stream.model.lm_head.weight = stream.decoder.embed_tokens.weight
+        stream.model.lm_head.weight = stream.embedding.weight
+
+
+def check_adapters(student: Checkpoint | None, teacher: Checkpoint, recipe: Recipe, config: AdapterSettings) -> None:
+    """Raise :class:`UserError` unless adapters of these settings have something to train, by headers alone. ``student``: None
+    where the recipe is yet to make it of the teacher."""
+    if student is not None:
+        check_pair(student, teacher)
+    if recipe.method not in SYMMETRIC and (config.linears or not config.ggml):
+        raise UserError(f"method {recipe.method} has no symmetric grid; a student of {', '.join(SYMMETRIC)} can be recovered")
+    roles = roles_of({name: info.shape for name, info in teacher.tensors.items()}, teacher.config)
+    if Role.ROUTED_EXPERT not in roles.values() and not config.linears:
+        raise UserError(
+            f"{teacher.path}: a dense model, without routed experts; LINEARS=1 (--linears) adapts its other matrices"
+        )
+    left = {Role.MTP, Role.EMBEDDING, Role.LM_HEAD}
+    by_expert = {name for name, _ in recipe.experts}
+    for name, role in roles.items():
+        parameter = teacher.places[name].parameter
+        bits = parameter.rpartition(".")[0] in by_expert or recipe.bits_of(parameter, role)
+        if role not in left and bits and (config.linears or role is Role.ROUTED_EXPERT):
+            return
+    what = "experts or other matrices" if config.linears else "experts"
+    raise UserError(f"{(student or teacher).path}: its recipe quantizes no {what}, so that nothing can be recovered")
 
 
 def check_pair(student: Checkpoint, teacher: Checkpoint) -> None:

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from console import UserError, atomic_path, file_sha256, progress, read_json, run_cli, write_json
+from checkpoint import Checkpoint
+from console import UserError, file_sha256, progress, read_json, run_cli, write_json
 from fsdp_setup import World, end_world, from_each, full, gathered, gathered_layer, put, release_layer, start_world, summed
-from hf_model import load_tokenizer
+from hf_model import all_finite, first_nonfinite, load_tokenizer
 from moe_lora import adapters_of, digest, trainable
 from opd_data import (
     ADAPTER,
@@ -38,7 +37,10 @@ from opd_data import (
     TrainSettings,
     check_belongs,
     collate,
+    members,
     model_identity,
+    named,
+    opened,
     peak_memory,
     read_rollouts,
     row_order,
@@ -46,7 +48,9 @@ from opd_data import (
     tokenizer_sha256,
     write_phase,
 )
-from opd_student import Student, build_student
+from opd_student import Student, build_student, check_adapters
+from recipe import read_recipe
+from safetensors_file import save_tensors
 from settings import parse_settings
 
 DIGEST_THREADS = 8  # baked parameters in memory while they are digested, over all processes
@@ -95,7 +99,9 @@ class Trainer:
         norm = full(nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip)).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             kept = f"the last good state is {self.out / STATE}, step {self.saved}" if self.saved else "no state was saved yet"
-            raise UserError(f"step {self.step + 1}: the loss is {loss}, its gradient {norm}; {kept}; lower --lr")
+            raise UserError(
+                f"step {self.step + 1}: the loss is {loss}, its gradient {norm}; {kept}; {self.cause(rows, scores)}"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
         self.optimizer.step()
@@ -103,6 +109,17 @@ class Trainer:
         self.step += 1
         self.tokens += sum(scores.lengths[row] for row in rows)
         self.curve.append([self.step, round(loss, 6), round(norm, 6)])
+
+    def cause(self, rows: Sequence[int], scores: ScoredRollouts) -> str:
+        """Why a loss may not be finite: before anything was trained it is the student; afterwards, the size of the steps."""
+        if self.step or self.world.size > 1:
+            return "lower --lr"
+        model = self.student.model
+        for row in rows:
+            inputs = {"input_ids": scores[row].ids[None].to(self.world.device), "use_cache": False}
+            if not all_finite(model(**inputs).logits):
+                return f"nothing was trained yet: in the student, {first_nonfinite(model, **inputs)}"
+        return "nothing was trained yet, and the student alone is finite: look at --score-temperature and --init"
 
     def save(self) -> None:
         """The trained tensors and both of Adam's moments, whole, in one file that the first process writes."""
@@ -113,23 +130,26 @@ class Trainer:
             tensors |= gathered({f"{kind}:{name}": value for kind, value in values.items()}, self.world.first)
         if self.world.first:
             facts = {"settings": self.settings, "step": self.step, "seconds": self.seconds, "tokens": self.tokens}
-            with atomic_path(self.out / STATE) as temporary:
-                save_file(tensors, temporary, {"state": json.dumps(facts | {"curve": self.curve})})
+            save_tensors(self.out / STATE, tensors, {"state": json.dumps(facts | {"curve": self.curve})})
         self.saved = self.step
 
     def restore(self) -> None:
-        path = self.out / STATE
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {}).get("state", "null"))
-            if not facts or facts["settings"] != json.loads(json.dumps(self.settings)):
-                changed = sorted(k for k in self.settings if not facts or facts["settings"].get(k) != self.settings[k])
+        path, mend = self.out / STATE, "remove it, to train from the start, or give another --out"
+        with opened(path, mend) as file:
+            try:
+                facts = json.loads((file.metadata() or {}).get("state", "null"))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: cannot be read ({error}); {mend}") from None
+            members(facts, ("settings", "step", "seconds", "tokens", "curve"), path, mend)
+            if facts["settings"] != json.loads(json.dumps(self.settings)):
+                changed = sorted(k for k in self.settings if facts["settings"].get(k) != self.settings[k])
                 raise UserError(f"{path}: made with other settings ({', '.join(changed)}); remove it or give another --out")
             for name, parameter in self.parameters.items():
-                put(parameter, file.get_tensor(f"value:{name}"))
+                put(parameter, read_trained(file, f"value:{name}", parameter.shape, path, mend))
                 state = {"step": torch.tensor(float(facts["step"]))}
                 for kind in ("exp_avg", "exp_avg_sq"):
                     state[kind] = torch.zeros_like(parameter)
-                    put(state[kind], file.get_tensor(f"{kind}:{name}"))
+                    put(state[kind], read_trained(file, f"{kind}:{name}", parameter.shape, path, mend))
                 self.optimizer.state[parameter] = state
         self.step = self.saved = facts["step"]
         self.seconds, self.tokens, self.curve = facts["seconds"], facts["tokens"], facts["curve"]
@@ -159,28 +179,34 @@ class Trainer:
             bar.close()
 
 
+def read_trained(file: Any, name: str, shape: Sequence[int], path: Path, mend: str) -> torch.Tensor:
+    """A tensor of a saved state or adapter; one of another shape, or that is not finite, is a :class:`UserError`."""
+    value = file.get_tensor(name)
+    if value.shape != torch.Size(shape):
+        raise UserError(f"{path}: {name} is {list(value.shape)}, these settings need {list(shape)}; {mend}")
+    if not all_finite(value):
+        raise UserError(f"{path}: {name} holds NaN or infinity; {mend}")
+    return value
+
+
 def start_from(parameters: Mapping[str, nn.Parameter], directory: Path) -> str:
     """Copy the tensors of an earlier adapter of the same student into ``parameters``; returns the SHA-256 of its file."""
-    path = directory / ADAPTER
-    with safe_open(path, "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        for name in sorted(shapes.keys() | parameters.keys()):
-            own = tuple(parameters[name].shape) if name in parameters else None
-            if shapes.get(name) != own:
-                raise UserError(
-                    f"{path}: {name} is {shapes.get(name)}, these settings need {own}; start from one of the same rank"
-                )
+    path, mend = directory / ADAPTER, "start from one of the same rank"
+    with opened(path, "train it again") as file:
+        names = set(file.keys())
+        for name in sorted(names ^ parameters.keys()):
+            raise UserError(f"{path}: {'adapts' if name in names else 'lacks'} {name}; start from one of the same settings")
         for name, parameter in parameters.items():
-            put(parameter, file.get_tensor(name))
+            put(parameter, read_trained(file, name, parameter.shape, path, mend))
     return file_sha256(path)
 
 
 def check_start(directory: Path, student: dict[str, str], teacher: dict[str, str]) -> None:
     """Raise :class:`UserError` unless an adapter to start from is of these two models: its steps are those of their grid."""
-    described = read_json(directory / ADAPTER_JSON)
+    described = members(read_json(directory / ADAPTER_JSON), ("student", "teacher"), directory / ADAPTER_JSON, "train it again")
     for role, own in (("student", student), ("teacher", teacher)):
         if not same_model(described[role], own):
-            raise UserError(f"{directory}: an adapter for another {role} ({described[role]['name']})")
+            raise UserError(f"{directory}: an adapter for another {role} ({named(described[role])})")
 
 
 def baked_digests(student: Student, world: World) -> dict[str, str]:
@@ -213,14 +239,16 @@ def write_adapter(trainer: Trainer, identities: dict[str, Any], data: dict[str, 
     """adapter.safetensors (A, B, growth of every parameter) and, at last, adapter.json, which says what it belongs to."""
     ranks = from_each(peak_memory(), trainer.world)  # of training, before the digests
     tensors = gathered({name: parameter.detach() for name, parameter in trainer.parameters.items()}, trainer.world.first)
+    if bad := sorted(name for name, value in tensors.items() if not all_finite(value)):
+        raise UserError(f"{bad[0]} holds NaN or infinity after step {trainer.step}; lower --lr")
     digests = baked_digests(trainer.student, trainer.world)
     if not trainer.world.first:
         return
-    with atomic_path(trainer.out / ADAPTER) as temporary:
-        save_file(tensors, temporary)
+    save_tensors(trainer.out / ADAPTER, tensors)
     grids = {name: adapter.grid.describe() for name, adapter in adapters_of(trainer.student).items()}
     described = {"format": FORMAT, **identities, "adapter": trainer.config.adapter(), "data": data}
     described |= {"training": trainer.config.training(), "device": trainer.world.device.type, "curve": trainer.curve}
+    described["adapter_sha256"] = file_sha256(trainer.out / ADAPTER)
     described["parameters"] = {name: grids[name] | {"sha256": digests[name]} for name in grids}
     facts = {"steps": trainer.step, "processes": trainer.world.size, "loss": trainer.curve[-1][1] if trainer.curve else None}
     facts |= {"median_step_seconds": median_after_first(trainer.step_seconds), "ranks": ranks}
@@ -234,14 +262,15 @@ def median_after_first(seconds: Sequence[float]) -> float | None:
 
 
 def load_data(settings: Settings) -> tuple[ScoredRollouts, dict[str, Any]]:
-    """The scores, checked against rollouts and tokenizer; and what the adapter's JSON says of them."""
+    """The scores, checked against rollouts, tokenizer and their own digests; and what the adapter's JSON says of them."""
     _, manifest = read_rollouts(settings.rollouts)
     scores, tokenizer = ScoredRollouts(settings.scores), load_tokenizer(settings.student)
     check_belongs(scores, manifest, tokenizer)
     if len(scores) < settings.rows:
         raise UserError(f"--rows {settings.rows}: there are only {len(scores)} rollouts in {settings.scores}")
     keys = ("rollouts_sha256", "k", "temperature")
-    return scores, {key: scores.index[key] for key in keys} | {"tokenizer_sha256": tokenizer_sha256(tokenizer)}
+    digests = {"scores_sha256": scores.check_bytes(), "tokenizer_sha256": tokenizer_sha256(tokenizer)}
+    return scores, {key: scores.index[key] for key in keys} | digests
 
 
 def train(settings: Settings) -> None:
@@ -250,6 +279,7 @@ def train(settings: Settings) -> None:
     if settings.rows % (settings.micro_rows * world.size):
         parts = f"--micro-rows {settings.micro_rows} x {world.size} processes"
         raise UserError(f"--rows {settings.rows} is no multiple of {parts}")
+    check_adapters(Checkpoint(settings.student), Checkpoint(settings.teacher), read_recipe(settings.student), settings)
     scores, data = load_data(settings)
     settings.out.mkdir(parents=True, exist_ok=True)
     models = {"student": settings.student, "teacher": settings.teacher}
@@ -267,8 +297,8 @@ def train(settings: Settings) -> None:
         )
         identities = identities_()
     if not same_model(scores.index["teacher"], identities["teacher"]):
-        other = scores.index["teacher"]["name"]
-        raise UserError(f"{scores.directory}: scored by another teacher ({other}) than {identities['teacher']['name']}")
+        own, other = (named(identity) for identity in (identities["teacher"], scores.index["teacher"]))
+        raise UserError(f"{scores.directory}: scored by another teacher ({other}) than {settings.teacher} ({own})")
     if settings.init is not None:
         data["init_sha256"] = start_from(trainable(student), settings.init)
     facts = {**identities, "adapter": settings.adapter(), "training": settings.training(), "data": data}

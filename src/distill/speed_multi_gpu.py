@@ -46,7 +46,7 @@ from families import text_config
 from fsdp_setup import shared_cores
 from hf_model import load_tokenizer
 from opd_budget import budget
-from opd_data import ADAPTER, ADAPTER_JSON, Scoring, write_rollouts
+from opd_data import ADAPTER, ADAPTER_JSON, Scoring, tokenizer_sha256, write_rollouts
 from opd_score import score_rollouts
 from recipe import RECIPE_FILE, Recipe
 from records import REPO, read_result, write_result
@@ -148,11 +148,12 @@ def random_rollouts(bench: Bench, teacher: Path, out: Path) -> float:
     words = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
     rows = []
     for number in range(2 * bench.rows):
-        asked, said = (tokenizer.decode(draw.choices(words, k=length)) for length in (PROMPT, tokens))
-        made = len(tokenizer(said, add_special_tokens=False)["input_ids"])
-        row = {"benchmark": "random", "id": f"{number:06d}", "prompt": asked, "text": said, "tokens": made}
+        asked, said = (draw.choices(words, k=length) for length in (PROMPT, tokens))
+        row = {"benchmark": "random", "id": f"{number:06d}", "prompt": tokenizer.decode(asked), "text": tokenizer.decode(said)}
+        row |= {"prompt_ids": asked, "ids": said, "tokens": tokens}
         rows.append(row | {"finish_reason": "length", "correct": None})  # it ran out of tokens
     settings = {"model": "random tokens", "seed": 0, "tokens": tokens, "prompt": PROMPT}
+    settings["tokenizer_sha256"] = tokenizer_sha256(tokenizer)
     choice, total = {"finished_only": False, "correct_only": False}, sum(row["tokens"] for row in rows)
     write_rollouts(out / "rollouts", rows, rows, settings, choice, time.monotonic() - started, total)
     scoring = Scoring(score_batch=4)

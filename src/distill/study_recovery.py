@@ -25,10 +25,10 @@ import torch
 
 from console import UserError, atomic_path, run_cli
 from distill_run import recover
-from opd_data import INDEX, AllPhases, DistillSettings, Generation, Scoring, options
+from opd_data import INDEX, AllPhases, DistillSettings, Generation, Scoring
 from recipe import RECIPE_FILE, read_recipe
 from records import REPO
-from settings import parse_settings, setting
+from settings import parse_settings, setting, typed
 from tiny_data import END_OF_TEXT
 
 STUDY = Path("configs/recovery_study.env")
@@ -142,7 +142,7 @@ def teacher_texts(study: StudySettings, name: str, limit: int, prompts: Path | N
     """The teacher's texts in the directory ``name`` of WORK, scored in the answers."""
     if not (study.work / name / "scores" / INDEX).exists():
         own = dataclasses.replace(study, limit=limit, prompts=prompts)
-        made = ["--teacher", study.teacher, "--out", study.work / name, *options(Generation, own), *options(Scoring, own)]
+        made = ["--teacher", study.teacher, "--out", study.work / name, *typed(own, Generation), *typed(own, Scoring)]
         inside("src/distill/cache_teacher.py", *made)
 
 
@@ -153,7 +153,7 @@ def make_cache(study: StudySettings) -> None:
     if not (whole / "scores" / INDEX).exists():
         paths = ["--teacher", study.teacher, "--rollouts", rollouts, "--out", whole / "scores"]
         own = dataclasses.replace(study, score_prompts=True)
-        inside("src/distill/opd_score.py", *paths, *options(Scoring, own))
+        inside("src/distill/opd_score.py", *paths, *typed(own, Scoring))
         (whole / "rollouts").unlink(missing_ok=True)
         (whole / "rollouts").symlink_to(rollouts.resolve())
 

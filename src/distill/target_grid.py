@@ -50,6 +50,9 @@ def int_cells(student: Tensor, teacher: Tensor | None, bits: Sequence[int], grou
     """
     if student.shape[-1] % group:
         raise UserError(f"group {group} does not divide the last axis of shape {list(student.shape)}")
+    for whose, weights in (("student's", student), ("teacher's", teacher)):
+        if weights is not None and not torch.isfinite(weights).all():
+            raise UserError(f"the {whose} weights hold NaN or infinity")
     groups = student.reshape(-1, group)
     for own in bits:
         scale, found = recover_scales(groups, own)
