@@ -5,5 +5,6 @@
 # Any key of the config from the environment: STEPS=50 WORK=work/mine TAG=mine. A killed run goes on with the same command.
 set -euo pipefail
 OPTIONS_FOLLOW=1 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
+export MOE_LOWBIT_CALLER=$PWD  # paths that a user types are relative to it, those of a config to the repository
 cd "$MOE_LOWBIT_ROOT"
 exec python src/distill/distill_run.py --config "${CONFIG:-configs/opd_tiny.env}" "$@"

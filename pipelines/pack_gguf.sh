@@ -6,5 +6,6 @@
 # llama.cpp is found in $LLAMA_CPP or built once. A killed run goes on with the same command; FORCE=1 replaces an output.
 set -euo pipefail
 OPTIONS_FOLLOW=1 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
+export MOE_LOWBIT_CALLER=$PWD  # paths that a user types are relative to it, those of a config to the repository
 cd "$MOE_LOWBIT_ROOT"
 exec python src/quant/gguf_pack.py --config "${CONFIG:-configs/gguf_iq3.env}" "$@"

@@ -8,5 +8,6 @@
 # A killed run goes on with the same command; FORCE=1 replaces an output.
 set -euo pipefail
 OPTIONS_FOLLOW=1 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
+export MOE_LOWBIT_CALLER=$PWD  # paths that a user types are relative to it, those of a config to the repository
 cd "$MOE_LOWBIT_ROOT"
 exec python src/quant/quant_save.py --config "${CONFIG:-configs/clip_122b.env}" "$@"

@@ -59,6 +59,30 @@ def untrained_vl(path, texts, layers):
     return path
 
 
+def log_row(benchmark, item, **more):
+    """A row of a sample log, answered rightly."""
+    row = {"benchmark": benchmark, "id": str(item), "prompt_sha256": f"prompt {item}", "tokens": 3, "finish_reason": "stop"}
+    return row | {"text": "a\u2028b", "extracted": "4", "gold": "4", "correct": True} | more
+
+
+def write_evaluation(directory, tag, rows, settings=None, **fields):
+    """A finished evaluation in ``directory``/eval: its log, and the record that counts the log's rows."""
+    from records import write_result
+    from runner import summarize
+    from sample_log import SampleLog
+
+    log = directory / f"eval/{tag}.samples.jsonl"
+    log.unlink(missing_ok=True)
+    with SampleLog(log, {"sampling": {}, "limit": None} | (settings or {})) as kept:
+        kept.append(rows)
+    names = dict.fromkeys(row["benchmark"] for row in rows)
+    metrics = {name: summarize([row for row in rows if row["benchmark"] == name]) for name in names}
+    fields = {"started": 1e9, "model": {"path": "gone", "config_sha256": "0", "family": None}, "metrics": metrics} | fields
+    fields |= {"sampling": {"temperature": 0.0}, "extra": {"samples": log.name}}
+    write_result(directory / f"eval/{tag}.json", kind="eval", tag=tag, **fields)
+    return log
+
+
 @contextlib.contextmanager
 def as_a_process(script, arguments, cwd, streams):
     """What a new process would have of its own, and give back: arguments, folder, environment, output, seed, exit handlers."""

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +18,14 @@ from calibration_text import calibration_ids, default_source
 from checkpoint import Checkpoint
 from console import UserError
 from families import roles_of
+from hf_model import prefix_ids
+from kl import batches, text_windows
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from safetensors_file import CheckpointWriter
+from token_weights import token_weights
 
+REPO = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
@@ -135,12 +141,121 @@ def test_a_fraction_of_a_bit_goes_to_the_experts_that_gain_most(random_tiny, tmp
     assert sorted(level <= 2 for level in levels) == [False] * 4 + [True] * 4  # |codes|: 0, 1 at two bits
 
 
+@pytest.fixture
+def tokenizer_with(tmp_path):
+    """Make a copy of razor-tiny's tokenizer (and config) that puts these tokens before, and behind, a text."""
+
+    def make(before=(), behind=(), template=True):
+        path = Path(tempfile.mkdtemp(dir=tmp_path))
+        for name in ("config.json", "tokenizer_config.json", *(["chat_template.jinja"] if template else [])):
+            shutil.copy(REPO / "models/razor-tiny" / name, path)
+        made = json.loads((REPO / "models/razor-tiny/tokenizer.json").read_text())
+        ids = {token["content"]: token["id"] for token in made["added_tokens"]}
+        pieces = (
+            [{"SpecialToken": {"id": token, "type_id": 0}} for token in before],
+            [{"SpecialToken": {"id": token, "type_id": 0}} for token in behind],
+        )
+        made["post_processor"]["single"] = [*pieces[0], {"Sequence": {"id": "A", "type_id": 0}}, *pieces[1]]
+        made["post_processor"]["special_tokens"] = {
+            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in {*before, *behind}
+        }
+        (path / "tokenizer.json").write_text(json.dumps(made))
+        return path, [ids[token] for token in before]
+
+    return make
+
+
+BEGINNINGS = [  # before, behind: Qwen, Gemma and Llama, GLM, one that also ends a text
+    ((), ()),
+    (("<|im_start|>",), ()),
+    (("<|im_start|>", "<think>"), ()),
+    (("<|endoftext|>",), ("<|im_end|>",)),
+]
+
+
+@pytest.mark.parametrize("before,behind", BEGINNINGS)
+def test_sequences_begin_as_the_tokenizer_begins_a_text(tokenizer_with, tmp_path, before, behind):
+    model, prefix = tokenizer_with(before, behind)
+    (tmp_path / "a+b.txt").write_text("one two three\n  \nfour five six seven\n\n" * 9, encoding="utf-8-sig")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert prefix_ids(tokenizer) == prefix
+    ids, entry = calibration_ids(tmp_path / "a+b.txt", model, 5, 16)
+    stream = [i for part in ["one two three\n\n", "four five six seven\n\n"] * 9
+              for i in tokenizer(part, add_special_tokens=False)["input_ids"]]  # fmt: skip
+    own = 16 - len(prefix)
+    assert ids.tolist() == [prefix + stream[own * i : own * (i + 1)] for i in range(5)]
+    assert entry.get("prefix", []) == prefix and entry["name"] == "a+b.txt"
+    chat, _ = calibration_ids("tiny", model, 2, 64)  # razor-tiny's template writes <|im_start|> itself
+    twice = tokenizer("<|im_start|>" * 2, add_special_tokens=False)["input_ids"]
+    assert chat[0].tolist()[: len(twice)] != twice and chat[:, : len(prefix)].tolist() == [prefix] * 2
+    pairs = [("", "one two three"), ("<|im_start|>one", " two")]
+    found = {tuple(row[real].tolist()): (scored, answer) for batch in batches(tokenizer, pairs, 1, 9)
+             for row, real, scored, answer in zip(*batch)}  # fmt: skip
+    words = tokenizer("one two three", add_special_tokens=False)["input_ids"]
+    scored, answer = found[(*prefix, *words)[:9]]
+    assert scored.tolist() == answer.tolist() == ([False] * len(prefix) + [True] * len(words))[:9]
+    assert tuple(tokenizer("<|im_start|>one two", add_special_tokens=False)["input_ids"]) in found  # a prompt has its own
+    for half, first in ((True, 9), (False, max(1, len(prefix)))):
+        window = text_windows(stream[: 40 - len(prefix)], prefix, 16, half, 8)[0]
+        text = [*prefix, *stream]
+        assert window.ids.tolist() == [prefix + text[16 * i + len(prefix) : 16 * (i + 1)] for i in range(2)]
+        assert window.scored.tolist() == [[place >= first for place in range(16)]] * 2 and window.real.all()
+
+
+def test_what_a_calibration_text_lacks_is_said(tokenizer_with, tmp_path, random_tiny, command):
+    (tmp_path / "rows").mkdir()
+    text, rows = tmp_path / "text.txt", tmp_path / "rows" / "train.jsonl"
+    text.write_text("word " * 900)
+    rows.write_text(json.dumps({"messages": [{"role": "user", "content": "hello there"}]}) + "\n")
+    plain, _ = tokenizer_with(template=False)
+    assert calibration_ids(text, plain, 2, 32)[0].shape == (2, 32)  # no template is needed for text
+    empty, picky, parts = (tokenizer_with()[0] for _ in range(3))
+    (empty / "tokenizer.json").unlink()
+    (picky / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
+    (parts / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    )
+    assert calibration_ids(f"hf:{rows.parent}:train", parts, 1, 2)[0].shape == (1, 2)  # it gets a list of parts
+    for source, model, message in (
+        (text, empty, "knows no words; copy tokenizer.json"),
+        (f"hf:{rows.parent}:train", plain, "no chat template, which chat turns need"),
+        (f"hf:{rows.parent}:train", picky, "cannot render these turns: no system turn"),
+    ):
+        with pytest.raises(UserError, match=message):
+            calibration_ids(source, model, 1, 8)
+    for more, message in (
+        (["--calib", text, "--calib-length", 4096], "reads at most 2048 positions"),
+        (["--calib", f"{text}+nothing.txt", "--dry-run"], "--calib nothing.txt: no such file"),
+    ):
+        base = ["--model", random_tiny, "--out", tmp_path / "q", "--expert-bits", 3, "--linear-bits", 4, "--method", "gptq"]
+        done = command("src/quant/quant_save.py", *base, *more)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("token_power", [0.0, 0.4])
+def test_a_layer_whose_output_is_not_finite_stops_the_pass(random_tiny, tmp_path, token_power):
+    stream = LayerStream(Checkpoint(random_tiny), CPU, torch.float32)
+    one = stream.checkpoint.read
+    bad = "model.layers.2.mlp.experts.down_proj"
+    names = set(stream.checkpoint.sources[bad])
+    stream.checkpoint.read = lambda name: one(name) * (torch.nan if name in names else 1)
+    with pytest.raises(UserError, match="layers.2.mlp.experts.0.down_proj.weight: the weight contains NaN"):
+        given = calibration(800, token_power=token_power)
+        weights = token_weights(stream, given, tmp_path)
+        hidden, kwargs = stream.embed(given.batches()), stream.arguments(given.batches()[0])
+        for index, layer in enumerate(stream.layers):
+            stream.fill(layer, f"model.layers.{index}.")
+            collector = Collector(layer, {"mlp.experts.down_proj"}, None if weights is None else weights[index])
+            hidden = list(stream.run(layer, hidden, kwargs[index]))
+            collector.remove()
+
+
 def test_bad_calibration_is_one_line_and_leaves_nothing(random_tiny, tmp_path, command):
     base = ["--model", random_tiny, "--out", tmp_path / "q", "--expert-bits", 3, "--linear-bits", 4]
     (tmp_path / "short.txt").write_text("too short\n")
     for more, message in (
         (["--method", "gptq", "--calib", tmp_path / "short.txt"], "short.txt: "),
-        (["--method", "gptq", "--calib", tmp_path / "none.txt"], "none.txt: cannot be read"),
+        (["--method", "gptq", "--calib", tmp_path / "none.txt"], "none.txt: no such file"),
         (["--method", "gtpq"], "method 'gtpq' is unknown"),
         (["--expert-bits", 2.5], "a mix of two grids needs a calibrated method"),
     ):
@@ -166,13 +281,25 @@ def test_a_layer_that_cannot_be_written_ends_the_run(random_tiny, tmp_path, monk
     assert layers in ([0], [0, 1]) and not list(tmp_path.iterdir())
 
 
+def never_routed(model, length):
+    """Experts of a model that none of the calibration's tokens is sent to, counted in a plain forward pass."""
+    from transformers import AutoModelForCausalLM
+
+    loaded, seen = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), []
+    for layer in loaded.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args[1].unique().numel()))
+    with torch.no_grad():
+        loaded(calibration(length).ids)
+    return sum(8 - count for count in seen)
+
+
 def test_a_broken_activation_names_its_tensor_and_cold_experts_are_counted(random_tiny, tmp_path):
     shutil.copytree(random_tiny, tmp_path / "nan")
     tensors = load_file(tmp_path / "nan/model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"][:] = 3e38
     save_file(tensors, tmp_path / "nan/model.safetensors", {"format": "pt"})
     recipe = Recipe(3, 4, 128, 1, method="gptq")
-    with pytest.raises(UserError, match=r"model\.layers\.1\..*activation is NaN or infinite"):
+    with pytest.raises(UserError, match=r"at model\.layers\.1\.input_layernorm .*: its weights are finite and overflow"):
         quantize_checkpoint(tmp_path / "nan", tmp_path / "q", recipe, calibration=calibration(512))
     tensors = load_file(random_tiny / "model.safetensors")
     gate = tensors["model.layers.0.mlp.gate.weight"]
@@ -180,7 +307,9 @@ def test_a_broken_activation_names_its_tensor_and_cold_experts_are_counted(rando
     gate[1], gate[3] = -gate[0], -gate[2]
     save_file(tensors, tmp_path / "nan/model.safetensors", {"format": "pt"})
     report = quantize_checkpoint(tmp_path / "nan", tmp_path / "q", recipe, calibration=calibration(512))
-    assert report.calibration["experts_never_routed"] == 8 and report.calibration["experts_below_floor"] > 8
+    # of eight experts four are never chosen in this layer; in the others the text may miss some too, by a hook's count
+    assert report.calibration["experts_never_routed"] == never_routed(tmp_path / "nan", 512) >= 4
+    assert report.calibration["experts_never_routed"] <= report.calibration["experts_below_floor"] <= 32
     assert json.loads((tmp_path / "q/recipe.json").read_text())["report"]["calibration"] == report.calibration
 
 

@@ -17,6 +17,8 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 weight = torch.randn(5, 4, 256).bfloat16()
 weight[0, 0], weight[1, 0, :128], weight[2, 1] = 0, 1e-35, weight[2, 1] * 1e4
+weight[0, 1] *= 2.0**100
+weight[0, 2, 5], weight[0, 3] = 1e30, weight[0, 3] * 2.0**-90
 weight[3, 2, ::2] = weight[3, 2, 1::2]  # ties
 for bits, group, steps in ((2, 32, 16), (3, 128, 16), (4, 128, 1), (8, 256, 5)):
     qmax = 2 ** (bits - 1) - 1

@@ -1,16 +1,22 @@
 """The direct path to GGUF: equal to llama.cpp's converter, decoded exactly, the same bytes after kills; bad input."""
 
+import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import moe_alloc
+import pack_plan
 from calibration import Calibration
 from calibration_text import calibration_ids
 from checkpoint import Checkpoint
@@ -18,8 +24,18 @@ from console import UserError
 from ggml_codecs import decode_rows
 from gguf_dequant import dequantize
 from gguf_format import Entry, GgufFile, run_converter, write_imatrix
-from gguf_layout import exact_patterns, pieces_of, read_parameter, read_patterns, to_gguf, types_of
-from gguf_pack import write_pack
+from gguf_layout import (
+    check_config,
+    check_header,
+    exact_patterns,
+    extra_keys,
+    pieces_of,
+    read_parameter,
+    read_patterns,
+    to_gguf,
+    types_of,
+)
+from gguf_pack import check_loads, write_pack
 from pack_plan import plan_pack
 
 PATTERNS = [("_shexp", "q8_0"), ("attn_gate|ssm_out", "f16"), ("token_embd|^output", "q8_0")]
@@ -131,6 +147,117 @@ def test_bad_input_is_one_line(random_tiny, mixed, tmp_path, command):
     assert not (tmp_path / "o").exists()
 
 
+def with_config(model, path, changes):
+    """The checkpoint with other fields in its config.json: the same weights, another function."""
+    path.mkdir(exist_ok=True)
+    for file in model.iterdir():
+        if not (path / file.name).exists():
+            (path / file.name).symlink_to(file)
+    (path / "config.json").unlink()
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"] |= changes.pop("rope", {})
+    (path / "config.json").write_text(json.dumps(config | changes))
+    return Checkpoint(path)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+YARN_KEYS = {"type": "yarn", "factor": 4.0, "original_context_length": 512}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "changes,keys,message",
+    [
+        ({}, {}, None),
+        ({"rms_norm_eps": 1e-5}, {}, "layer_norm_rms_epsilon"),
+        ({"num_experts_per_tok": 3}, {}, "expert_used_count 2, but transformers computes with 3"),
+        ({"max_position_embeddings": 4096}, {}, "context_length"),
+        ({"num_key_value_heads": 4}, {}, "head_count_kv"),
+        ({"linear_value_head_dim": 32}, {}, "ssm.inner_size"),
+        ({"layer_types": ["full_attention", *["linear_attention"] * 3]}, {}, "layer_types"),
+        ({"rope": {"partial_rotary_factor": 0.5}}, {}, "rope.dimension_count 16, but transformers computes with 32"),
+        ({"rope": {"mrope_section": [4, 2, 2]}}, {}, "rope.dimension_sections"),
+        ({"rope": {"rope_theta": 5e5}}, {}, "cannot rotate"),
+        ({"rope": {"rope_type": "linear", "factor": 4.0}}, {"type": "linear", "factor": 4.0}, None),
+        ({"rope": {"rope_type": "linear", "factor": 4.0}}, {}, "differ by a factor of up to 4"),
+        ({"rope": YARN}, YARN_KEYS, None),
+        ({"rope": YARN | {"beta_fast": 16.0, "beta_slow": 2.0}}, YARN_KEYS, "cannot rotate"),
+        ({"rope": YARN | {"beta_fast": 16.0}}, YARN_KEYS | {"yarn_beta_fast": 16.0}, None),
+        ({"rope": YARN | {"attention_factor": 1.0}}, YARN_KEYS | {"yarn_attn_factor": 1.0}, "sizes by 1.139"),
+        ({"rope": YARN | {"attention_factor": 1.0}}, YARN_KEYS | {"attn_factor": 1 / (1 + 0.1 * np.log(4))}, None),
+        ({"rope": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}}, YARN_KEYS, "cannot rotate"),
+        ({"rope": YARN | {"truncate": False}}, YARN_KEYS, "cannot rotate"),
+        ({"rope": LLAMA3 | {"original_max_position_embeddings": 512}}, {}, "cannot rotate"),
+    ],
+)  # fmt: skip
+def test_a_header_that_would_change_the_function_is_refused(random_tiny, mixed, tmp_path, changes, keys, message):
+    fields = GgufFile(mixed[0]).fields | {f"qwen35moe.rope.scaling.{key}": value for key, value in keys.items()}
+    checkpoint = with_config(random_tiny, tmp_path / "m", dict(changes))
+    if message is None:
+        check_header(fields, checkpoint)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_header(fields, checkpoint)
+    extra = extra_keys(checkpoint)
+    assert set(extra) == (
+        {"rope.scaling.attn_factor"} if {"attention_factor", "mscale"} & set(changes.get("rope", {})) else set()
+    )
+    if extra and "truncate" not in changes["rope"]:
+        made = fields | {f"qwen35moe.rope.scaling.{key}": value for key, value in YARN_KEYS.items()}
+        check_header(made | {f"qwen35moe.{key}": value for key, value in extra.items()}, checkpoint)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"attention_bias": True}, "attention_bias is True, and llama.cpp's qwen35moe computes with False only"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"attn_output_gate": False}, "attn_output_gate is False"),
+        ({"norm_topk_prob": False}, "norm_topk_prob is False"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor is 2.5"),
+        ({"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ({"sliding_window": 4096}, "sliding_window = '4096' is no field that a GGUF of qwen35moe is known to carry"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"query_pre_attn_scalar": 256}, "query_pre_attn_scalar"),
+        ({"n_group": 2}, "n_group"),
+        ({"embedding_multiplier": 2.0}, "embedding_multiplier"),
+        ({"sliding_window": None, "attn_output_gate": True, "mlp_only_layers": []}, None),
+    ],
+)
+def test_every_field_of_the_config_is_known(random_tiny, changes, message):
+    config = json.loads((random_tiny / "config.json").read_text())
+    nested = {"model_type": "qwen3_5_moe", "text_config": config | changes, "vision_config": {}, "tie_word_embeddings": False}
+    for found in (config | changes, nested):
+        if message is None:
+            check_config(found)
+        else:
+            with pytest.raises(UserError, match=re.escape(message)):
+                check_config(found)
+
+
+@pytest.mark.slow
+def test_ends_and_a_factor_of_yarn_are_in_the_file_and_it_loads(random_tiny, tmp_path, command):
+    rope = YARN | {"attention_factor": 1.0}
+    checkpoint = with_config(random_tiny, tmp_path / "m", {"rope": rope})
+    own = checkpoint.config["eos_token_id"]
+    (tmp_path / "m/generation_config.json").unlink()  # a link
+    (tmp_path / "m/generation_config.json").write_text(json.dumps({"eos_token_id": [own, 5, 6]}))
+    flags = ["--base-type", "q8_0", "--method", "nearest", "--model", tmp_path / "m"]
+    done = command("src/quant/gguf_pack.py", *flags, "--out", tmp_path / "q", "--calib-sequences", 2, "--calib-length", 64)
+    assert done.returncode == 0 and "m-Q8_0.gguf was loaded by llama.cpp" in done.stdout, done.stderr
+    fields = GgufFile(tmp_path / "q/m-Q8_0.gguf").fields
+    ends = {fields[f"tokenizer.ggml.{key}_token_id"] for key in ("eos", "eot", "eom")}
+    assert ends == {own, 5, 6} and fields["qwen35moe.rope.scaling.attn_factor"] == pytest.approx(1 / (1 + 0.1 * np.log(4)))
+    (tmp_path / "m/generation_config.json").write_text(json.dumps({"eos_token_id": [own, 5, 6, 7]}))
+    done = command("src/quant/gguf_pack.py", *flags, "--out", tmp_path / "r")
+    assert done.returncode == 2 and "no place for the ends [7]" in done.stderr
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes((tmp_path / "q/m-Q8_0.gguf").read_bytes().replace(b"blk.0.attn_norm", b"blk.0.attn_nerm"))
+    with pytest.raises(UserError, match=r"broken.gguf: llama.cpp does not load it \(.*attn_norm"):
+        check_loads(broken)
+
+
 @pytest.mark.slow
 def test_the_reference_path_gives_the_same_types(random_tiny, tmp_path, command):
     (tmp_path / "types.txt").write_text("".join(f"{pattern}={kind}  # a comment\n" for pattern, kind in PATTERNS))
@@ -216,3 +343,66 @@ def test_kills_end_with_the_same_bytes(random_tiny, tmp_path):
     run = [sys.executable, "-c", KILLER, str(random_tiny), str(tmp_path), "12"]
     done = subprocess.run(run, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
+
+
+def killed(*_):
+    raise OSError("stands for a kill")
+
+
+def packed(model, out, *more, method="nearest"):
+    text = ["--calib-sequences", 2, "--calib-length", 32]
+    return ["src/quant/gguf_pack.py", "--model", model, "--out", out, "--base-type", "Q8_0", "--method", method, *text, *more]
+
+
+def test_a_killed_pack_of_chosen_types_goes_on_and_only_with_its_own(random_tiny, tmp_path, command, monkeypatch):
+    (tmp_path / "fixed.txt").write_text("token_embd|^output=q8_0\nattn|ssm|shexp=q8_0\n")
+    monkeypatch.setattr(
+        moe_alloc, "type_losses", lambda c, t, pieces, options, *_: ({n: dict.fromkeys(k, 0.0) for n, k in options.items()}, {})
+    )
+    sized = ["--target-gib", 0.004, "--protected", tmp_path / "fixed.txt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_plan.GgufSink, "write", killed)
+        done = command(*packed(random_tiny, tmp_path / "o", *sized))
+    assert done.returncode == 1 and "stands for a kill" in done.stderr and (tmp_path / "o.types.txt").exists(), done.stderr
+    other = command(*packed(random_tiny, tmp_path / "o", "--target-gib", 0.0041, *sized[2:]))
+    assert other.returncode == 2 and "o.types.txt: made with other settings" in other.stderr
+    done = command(*packed(random_tiny, tmp_path / "o", *sized))
+    assert done.returncode == 0 and f"kept {tmp_path}/o.types.txt" in done.stdout and "(resumed)" in done.stdout, done.stderr
+    assert not list(tmp_path.glob(".*")) and len(made := list((tmp_path / "o").glob("*.gguf"))) == 1
+    experts = {line.rpartition("=")[2] for line in (tmp_path / "o.types.txt").read_text().splitlines() if "exps" in line}
+    assert made[0].stem.removeprefix("random-tiny-").lower() in experts  # Q8_0, which no expert has, would mislead
+
+
+@pytest.mark.parametrize("where", ["model", "o", "o/inside", "model/inside", ".", "file/x"])
+def test_a_place_that_cannot_hold_the_decoded_checkpoint_is_said_before_the_pack(random_tiny, tmp_path, command, where):
+    shutil.copytree(random_tiny, tmp_path / "model")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    done = command(*packed(tmp_path / "model", tmp_path / "o", "--dequant-out", tmp_path / where))
+    assert done.returncode == 2 and done.stderr.startswith("error: DEQUANT_OUT: ") and done.stderr.count("\n") == 1, done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_the_reference_kept_is_of_the_same_weights(random_tiny, tmp_path, command, monkeypatch):
+    """A tool that writes its arguments stands for llama.cpp's; the steps are the same."""
+    import gguf_pack
+
+    monkeypatch.setattr(gguf_pack, "run_converter", lambda *a: a[3].write_text("bf16"))
+    monkeypatch.setattr(
+        gguf_pack, "run_tool", lambda name, arguments, log: Path(arguments[-1 if "imatrix" in name else -2]).touch()
+    )
+    monkeypatch.setattr(gguf_pack, "GgufFile", lambda path: path)
+    monkeypatch.setattr(gguf_pack, "check_types", lambda *_: None)
+    model = shutil.copytree(random_tiny, tmp_path / "model")
+    steps = lambda force=False: gguf_pack.make_reference(  # noqa: E731
+        plan_pack(Checkpoint(model), "q8_0", [], "nearest")[0], calibration(random_tiny), tmp_path / "o", force=force
+    )
+    with contextlib.suppress(AttributeError):  # a path is no GgufFile
+        steps()
+    made = {file.name for file in (tmp_path / "o").iterdir()}
+    assert {"model-BF16.gguf", "imatrix.gguf", "model-Q8_0.gguf", "steps.json"} <= made
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="model-BF16.gguf: made of another model .model.safetensors differs"):
+        steps()

@@ -23,6 +23,10 @@ def test_round_trip_and_foreign_files(tmp_path):
     assert all(np.array_equal(back[n].sums, e.sums) and np.array_equal(back[n].counts, e.counts) for n, e in entries.items())
     shapes = {t.name: t.shape.tolist() for t in gguf.GGUFReader(tmp_path / "i.gguf").tensors}  # innermost first
     assert shapes["blk.0.ffn_gate_exps.weight.in_sum2"] == [32, 4] and shapes["blk.0.ffn_gate_exps.weight.counts"] == [1, 4]
+    broken = entries | {"blk.0.attn_q.weight": Entry(np.full((1, 32), np.nan, np.float32), np.array([512], np.float32))}
+    write_imatrix(tmp_path / "nan.gguf", broken, ["a text"], chunks=7, length=512)
+    with pytest.raises(UserError, match="nan.gguf: blk.0.attn_q.weight holds NaN or infinity"):
+        read_imatrix(tmp_path / "nan.gguf")
     (tmp_path / "text").write_text("nothing of the kind")
     for name, message in (("text", "not a GGUF file"), ("none", "no such GGUF file")):
         with pytest.raises(UserError, match=message):

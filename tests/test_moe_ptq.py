@@ -32,6 +32,32 @@ def problem(experts=3, outputs=24, inputs=64, tokens=300, seed=0):
     return weight, Statistics(x.transpose(1, 2) @ x / tokens, torch.full((experts,), float(tokens)))
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("hqq", "awq")])  # which know a unit
+def test_magnitudes_far_beyond_float32s_squares_change_nothing(method):
+    weight, statistics = problem()
+    weight, grid = weight.bfloat16().float(), Grid(3, 16)
+    plain = round_weight(weight, grid, statistics, method)
+    for power in (60, 100, 120):
+        assert torch.equal(round_weight(weight * 2.0**power, grid, statistics, method), plain * 2.0**power)
+    moments = Statistics(statistics.hessian * 2.0**80, statistics.tokens)  # inputs of 1e12
+    assert torch.equal(round_weight(weight, grid, moments, method), plain)
+    mixed = weight.clone()
+    mixed[:, 3] *= 2.0**100  # an output of its own
+    mixed[:, 5, 7] = 1e30  # one weight among others
+    rounded = round_weight(mixed, grid, statistics, method)
+    others = [row for row in range(24) if row not in (3, 5)]
+    assert torch.equal(rounded[:, others], plain[:, others]) and torch.equal(rounded[:, 3], plain[:, 3] * 2.0**100)
+    assert rounded[0, 5, 7].item() == pytest.approx(1e30, rel=0.01)
+    assert (rounded[:, 5].view(3, 4, 16).abs().amax(-1) > 0).all(), "a group beside it became zeros"
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_no_magnitude_gives_what_is_not_finite(method):
+    weight, statistics = problem()
+    for power in (-120, 60, 100, 124):
+        assert torch.isfinite(round_weight(weight.bfloat16().float() * 2.0**power, Grid(4, 16), statistics, method)).all()
+
+
 def plain_gptq(weight, hessian, bits, group, damping):
     """GPTQ as its paper writes it, in float64: one matrix, one input at a time, the scale of each group by search."""
     w, h = weight.double().numpy().copy(), hessian.double().numpy().copy()

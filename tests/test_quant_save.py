@@ -1,7 +1,9 @@
 """The builder: every tensor accounted for, equal to the pure grid, reloadable; bad input leaves nothing behind."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from checkpoint import Checkpoint
+from console import UserError
 from families import Role, role_of, roles_of
+from hf_model import check_complete
 from moe_quant import fake_quant
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
@@ -79,11 +84,150 @@ def test_checkpoints_that_transformers_writes_have_roles(family, tmp_path):
     quantize_checkpoint(tmp_path / "m", tmp_path / "q", Recipe(3, 4, 32, 1))
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "q", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tied = info_of_tied(checkpoint)
+    for name in [name for name in checkpoint.tensors if ".layers." not in name or ".layers.2." in name]:
+        info = checkpoint.tensors.pop(name)
+        if name in tied:
+            check_complete(checkpoint)
+        else:
+            with pytest.raises(UserError, match=f"1 tensors are missing: {re.escape(name)};"):
+                check_complete(checkpoint)
+        checkpoint.tensors[name] = info
+
+
+def info_of_tied(checkpoint):
+    """What a tied checkpoint may hold and need not."""
+    return {"lm_head.weight"} if checkpoint.config.get("tie_word_embeddings") else set()
+
+
+def test_tensors_that_the_config_does_not_ask_for(random_tiny, tmp_path):
+    """Named alone, and exactly: other numbers of experts, of layers and of rows, a fused layout, another nesting."""
+
+    def refused(message, config=None, **tensors):
+        checkpoint = Checkpoint(random_tiny)
+        if config:
+            shutil.copytree(random_tiny, tmp_path / "m", dirs_exist_ok=True)
+            (tmp_path / "m/config.json").write_text(json.dumps(checkpoint.config | config))
+            checkpoint = Checkpoint(tmp_path / "m")
+        for name, like in tensors.items():
+            checkpoint.tensors[name] = checkpoint.tensors[like]
+        with pytest.raises(UserError, match=message):
+            check_complete(checkpoint)
+
+    stem = "model.layers.1.mlp.experts"
+    norms = {f"model.layers.{i}.input_layernorm.weight": "model.norm.weight" for i in (4, 5)}
+    more = {f"{stem}.{e}.up_proj.weight": f"{stem}.0.up_proj.weight" for e in (8, 9)}
+    refused(r"2 tensors are none of the model's.*experts\.8\.", **more)
+    refused(r"24 tensors are missing: model\.layers\.0\.mlp\.experts\.8\.gate_proj\.weight", {"num_experts": 10})
+    refused(r"num_hidden_layers 4, so no layer 4 would ever run", **norms)
+    refused(r"num_hidden_layers 3, so no layer 3 would ever run", {"num_hidden_layers": 3})
+    shape = r"model\.embed_tokens\.weight \[\d+, 256\] instead of \[512, 256\]"
+    refused(f"2 tensors have another shape: .*{shape}", {"vocab_size": 512, "pad_token_id": 0})
+    bias = {f"model.layers.3.self_attn.{x}_proj.bias": "model.norm.weight" for x in "qkv"}
+    refused(r"3 tensors are none of the model's and would be lost: model\.layers\.3\.self_attn\.q_proj\.bias", **bias)
+    refused(r"4 tensors are missing: model\.layers\.3\.self_attn\.q_proj\.bias", {"attention_bias": True})
+    checkpoint = Checkpoint(random_tiny)
+    gate = checkpoint.tensors["model.layers.0.mlp.experts.0.gate_proj.weight"]
+    for name in [name for name in checkpoint.tensors if "layers.0.mlp.experts." in name]:
+        del checkpoint.tensors[name]
+    with pytest.raises(UserError, match=r"24 tensors are missing: model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight, "):
+        check_complete(checkpoint)
+    checkpoint.tensors["model.layers.0.mlp.experts.gate_up_proj"] = dataclasses.replace(gate, shape=(8, 512, 256))
+    with pytest.raises(UserError, match=r"8 tensors are missing: model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight, "):
+        check_complete(checkpoint)
+    checkpoint.tensors["model.layers.0.mlp.experts.down_proj"] = dataclasses.replace(gate, shape=(8, 256, 256))
+    check_complete(checkpoint)
+    assert role_of("model.layers.4.mlp.gate.weight", (8, 256), "deepseek_v3", 4, 1) is Role.MTP
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.experts.3.up_proj", "model.layers.3.self_attn.q_proj", "lm_head"])
+def test_a_damaged_checkpoint_stops_every_command_before_it_begins(random_tiny, tmp_path, command, lost):
+    tensors = load_file(random_tiny / "model.safetensors")
+    kept = tensors.pop(f"{lost}.weight")
+    shutil.copytree(random_tiny, tmp_path / "m")
+    save_file(tensors, tmp_path / "m/model.safetensors", {"format": "pt"})
+    commands = [
+        ["src/quant/quant_save.py", *arguments(tmp_path / "m", tmp_path / "q")],
+        ["src/quant/quant_save.py", *arguments(tmp_path / "m", tmp_path / "q", method="gptq")],
+        ["src/quant/gguf_pack.py", "--model", tmp_path / "m", "--out", tmp_path / "q", "--base-type", "q8_0"],
+        ["src/eval/moe_eval.py", "--model", tmp_path / "m", "--out", tmp_path / "q", "--tag", "t"],
+    ]
+    for each in commands:
+        done = command(*each)
+        assert done.returncode == 2 and f"1 tensors are missing: {lost}.weight" in done.stderr, done.stderr
+    kept[0, 0] = torch.nan
+    save_file(tensors | {f"{lost}.weight": kept}, tmp_path / "m/model.safetensors", {"format": "pt"})
+    for each in commands:
+        done = command(*each)
+        assert done.returncode == 2 and "contains NaN or infinity" in done.stderr, done.stderr
+        assert lost in done.stderr or "experts.gate_up_proj" in done.stderr
+    assert not (tmp_path / "q").exists() and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("lm_head", 3e38),
+        ("lm_head", 1e30),
+        ("model.embed_tokens", 70000.0),
+        ("model.layers.1.mlp.experts.3.up_proj", 1e30),
+        ("model.layers.0.linear_attn.out_proj", -3e38),
+    ],
+)
+def test_a_huge_weight_is_rounded_right_or_its_tensor_named(random_tiny, tmp_path, command, name, value):
+    tensors = load_file(random_tiny / "model.safetensors")
+    tensors[f"{name}.weight"][0, 0] = value
+    shutil.copytree(random_tiny, tmp_path / "m")
+    save_file(tensors, tmp_path / "m/model.safetensors", {"format": "pt"})
+    report = quantize_checkpoint(tmp_path / "m", tmp_path / "q", RECIPE)
+    made, plain = Checkpoint(tmp_path / "q").read(f"{name}.weight"), Checkpoint(random_tiny).read(f"{name}.weight")
+    bits = 3 if "experts" in name else 4
+    assert made[0, 0].item() == pytest.approx(value, rel=0.2) and torch.isfinite(made).all()
+    assert torch.equal(made[0, 128:], fake_quant(plain, bits, 128, 16)[0, 128:]) and torch.equal(
+        made[1:], fake_quant(plain, bits, 128, 16)[1:]
+    )
+    assert all(0 <= (role.relative_error or 0) < 1 for role in report.roles.values())
+    pack = ["src/quant/gguf_pack.py", "--model", tmp_path / "m", "--out", tmp_path / "g", "--method", "nearest", "--base-type"]
+    done = command(*pack, "f16", "--calib-sequences", 2, "--calib-length", 64)
+    assert done.returncode == 2 and "is beyond what f16 holds" in done.stderr and done.stderr.count("error: ") == 1
+    assert not (tmp_path / "g").exists()
+
+
+def test_a_dense_model_needs_no_bits_of_experts_and_odd_groups_are_named_together(tmp_path, random_tiny, command):
+    from transformers import AutoConfig
+
+    sizes = TINY | {"hidden_size": 192, "intermediate_size": 320}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes)).bfloat16().save_pretrained(tmp_path / "m")
+    flags = ["--model", tmp_path / "m", "--out", tmp_path / "q", "--linear-bits", 4]
+    done = command("src/quant/quant_save.py", *flags, "--group", 64)
+    assert done.returncode == 0, done.stderr
+    assert read_recipe(tmp_path / "q").expert_bits == 16
+    done = command("src/quant/quant_save.py", *flags, "--group", 128)
+    assert done.returncode == 2 and "choose a --group that divides 64, which divides all" in done.stderr
+    assert "group 128 does not divide the inputs of 30 of 30 tensors" in done.stderr
+    done = command("src/quant/quant_save.py", "--model", random_tiny, *flags[2:])
+    assert done.returncode == 2 and "the model has routed experts: give --expert-bits" in done.stderr
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_token_beyond_the_embedding_is_one_line(random_tiny, tmp_path, command, file):
+    shutil.copytree(random_tiny, tmp_path / "m")
+    value = json.loads((tmp_path / "m" / file).read_text())
+    if file == "tokenizer.json":
+        value["added_tokens"].append(value["added_tokens"][0] | {"id": 832, "content": "<|new|>"})
+    else:
+        value["added_tokens_decoder"] = {"832": {"content": "<|new|>", "special": True}}
+    (tmp_path / "m" / file).write_text(json.dumps(value))
+    for each in (
+        ["src/quant/quant_save.py", *arguments(tmp_path / "m", tmp_path / "q")],
+        ["src/quant/gguf_pack.py", "--model", tmp_path / "m", "--out", tmp_path / "q", "--base-type", "q8_0", "--dry-run"],
+        ["src/eval/moe_eval.py", "--model", tmp_path / "m", "--out", tmp_path / "q", "--tag", "t"],
+    ):
+        done = command(*each)
+        assert done.returncode == 2 and "token '<|new|>' has id 832, but config.json says vocab_size 832" in done.stderr
 
 
 def test_unknown_tensors_and_families_raise():
-    from console import UserError
-
     with pytest.raises(UserError, match="no rule for it"):
         role_of("model.layers.0.mlp.surprise.weight", (4, 4), "qwen3_moe")
     with pytest.raises(UserError, match="'rwkv9' is not supported"):
@@ -134,16 +278,17 @@ def test_force_replaces_and_the_record_is_written(random_tiny, tmp_path, command
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A llama checkpoint of 600 MB whose tensors are all of one size."""
-    path = tmp_path_factory.mktemp("large")
-    tensors = {}
-    for layer in range(24):
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            tensors[f"model.layers.{layer}.mlp.{name}.weight"] = torch.randn(2048, 2048).bfloat16()
-    from safetensors.torch import save_file
+    """A llama checkpoint of 590 MB whose matrices are all of one size."""
+    from transformers import AutoConfig
 
-    save_file(tensors, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 24}))
+    from hf_model import meta_model
+
+    path = tmp_path_factory.mktemp("large")
+    sizes = {"hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 10, "vocab_size": 128}
+    config = AutoConfig.for_model("llama", num_attention_heads=16, num_key_value_heads=16, **sizes)
+    config.save_pretrained(path)
+    shapes = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
+    save_file({name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}, path / "model.safetensors")
     return path
 
 
@@ -168,8 +313,9 @@ def test_ctrl_c_leaves_nothing_and_a_killed_run_refuses_other_settings(large, tm
     assert process.returncode == 130 and "interrupted" in errors and not list(tmp_path.iterdir())
     process = start(large, tmp_path / "q")
     same = [*arguments(large, tmp_path / "q", **{"clip-steps": 64}), "--shard-gib", 0.05]
-    second = command("src/quant/quant_save.py", *same)
-    assert second.returncode == 2 and "another run is writing" in second.stderr
+    for second in (same, arguments(large, tmp_path / "q")):  # of other settings too: what is alive is said first
+        done = command("src/quant/quant_save.py", *second)
+        assert done.returncode == 2 and "another run is writing" in done.stderr, done.stderr
     process.kill()
     process.communicate()
     assert [p.name for p in tmp_path.iterdir()] == [".q.partial"]
@@ -182,10 +328,27 @@ def test_ctrl_c_leaves_nothing_and_a_killed_run_refuses_other_settings(large, tm
 def test_memory_stays_far_below_the_checkpoint(large, tmp_path):
     code = (
         "import sys\nfrom quant_save import quantize_checkpoint\nfrom recipe import Recipe\n"
-        "from records import peak_rss_mib as peak\nbefore = peak()\n"
+        "from transformers import LlamaForCausalLM\nfrom records import peak_rss_mib as peak\nbefore = peak()\n"
         "quantize_checkpoint(sys.argv[1], sys.argv[2], Recipe(3, 4, 128, 1), chunk_bytes=8 << 20)\n"
         "print('grown by', peak() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(large), str(tmp_path / "q")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) < 200  # MiB; the file has 604
+
+
+def test_a_source_that_is_quantized_already_is_said(random_tiny, tmp_path, command):
+    source = shutil.copytree(random_tiny, tmp_path / "w3")
+    base = ["--out", tmp_path / "q", "--model", source, "--dry-run"]
+    for script, more in (
+        ("src/quant/quant_save.py", ["--expert-bits", 3, "--linear-bits", 4]),
+        ("src/quant/gguf_pack.py", ["--base-type", "q8_0", "--method", "nearest", "--token-power", 0]),
+    ):
+        done = command(script, *base, *more)
+        assert done.returncode == 0 and "quantized already" not in done.stdout, done.stderr
+        (source / "recipe.json").write_text("{}")
+        done = command(script, *base, *more)
+        assert done.returncode == 0 and "w3 is quantized already (recipe.json in it)" in done.stdout, done.stderr
+        (source / "recipe.json").unlink()
+    done = command("src/quant/gguf_pack.py", *base, "--base-type", "q8_0", "--method", "nearest", "--token-power", 0.3)
+    assert done.returncode == 2 and "of method ldlq; nearest counts all tokens alike" in done.stderr

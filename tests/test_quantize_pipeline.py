@@ -29,7 +29,7 @@ def test_overrides_win_and_the_probe_comes_first(random_tiny, tmp_path):
     assert (recipe.expert_bits, recipe.linear_bits, recipe.method) == (2.5, 4, "gptq")
     assert json.loads((out / "recipe.json").read_text())["calibration"]["shape"] == [2, 64]
     again = quantize(tmp_path, **small)
-    assert again.returncode == 2 and "exists; use --force" in again.stderr
+    assert again.returncode == 2 and "exists; use FORCE=1" in again.stderr
 
 
 def test_a_wrong_setting_is_one_line(tmp_path):
@@ -57,7 +57,7 @@ def planned(capsys, monkeypatch, main, config, **settings):
 def test_a_dry_run_plans_what_the_run_would_do(random_tiny, tmp_path, capsys, monkeypatch):
     """PACKED, DEVICES and TOKEN_POWER change the plan as they change the run; only headers are read, nothing is written."""
     base = {"MODEL": random_tiny, "OUT": tmp_path / "q", "CALIB": "hf:nobody/nothing:train", "TAG": "dry"}
-    text = base | {"METHOD": "gptq", "CALIB_LENGTH": 4096}
+    text = base | {"METHOD": "gptq", "CALIB_LENGTH": 2048}
 
     def plan(**settings):
         return planned(capsys, monkeypatch, quant_save.main, "configs/clip_122b.env", **settings)
@@ -73,7 +73,7 @@ def test_a_dry_run_plans_what_the_run_would_do(random_tiny, tmp_path, capsys, mo
     (tmp_path / "q").mkdir()
     (tmp_path / "q/recipe.json").touch()
     assert "note: the run would stop" in plan(**base) and "would stop" not in plan(**base, FORCE=1)
-    pack = {"MODEL": random_tiny, "OUT": tmp_path / "g", "TENSOR_TYPES": "", "CALIB": base["CALIB"], "CALIB_LENGTH": 4096}
+    pack = {"MODEL": random_tiny, "OUT": tmp_path / "g", "TENSOR_TYPES": "", "CALIB": base["CALIB"], "CALIB_LENGTH": 2048}
     with_, without, dequantized = (
         planned(capsys, monkeypatch, gguf_pack.main, "configs/gguf_iq3.env", **pack, **more)
         for more in ({}, {"TOKEN_POWER": 0}, {"DEQUANT_OUT": tmp_path / "d"})

@@ -12,6 +12,7 @@ from calibration import Calibration, Collector, LayerStream
 from calibration_text import calibration_ids
 from checkpoint import Checkpoint
 from console import UserError
+from hf_model import finite_logits, load_model
 from token_weights import powered, score
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def test_streamed_gradients_are_those_of_the_whole_model(random_tiny, tmp_path):
     torch.testing.assert_close(found, expected / expected.mean(-1, keepdim=True), rtol=1e-3, atol=1e-4)
     again = token_weights.token_weights(stream, calibration, tmp_path)  # what a run that goes on finds
     assert torch.equal(again, found)
-    with pytest.raises(UserError, match="of another model, text or power"):
+    with pytest.raises(UserError, match="of another text or power"):
         token_weights.token_weights(stream, dataclasses.replace(calibration, token_power=0.5), tmp_path)
 
 
@@ -76,6 +77,31 @@ def test_powers_and_gradients_that_cannot_be_used():
     assert powered(sizes, 0.25).tolist() == [[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]]
     with pytest.raises(UserError, match="NaN or infinite"):
         powered(torch.tensor([[1.0, torch.inf]]), 0.25)
+
+
+@pytest.mark.parametrize(
+    "name,value,said",
+    [
+        (
+            "model.layers.1.mlp.experts.down_proj",
+            torch.nan,
+            r"layers.1.mlp.experts .*: model.layers.1.mlp.experts.down_proj holds",
+        ),
+        ("model.layers.2.mlp.gate.weight", torch.nan, r"layers.2.mlp.gate .*: model.layers.2.mlp.gate.weight holds NaN, 8 of"),
+        ("model.layers.0.linear_attn.dt_bias", torch.nan, r"model.layers.0.linear_attn.dt_bias holds NaN"),  # between modules
+        ("model.norm.weight", torch.inf, r"at model.norm .*: model.norm.weight holds infinity, 8 of 256"),
+        ("model.layers.3.input_layernorm.weight", 3e38, r"layers.3.input_layernorm .*: its weights are finite and overflow"),
+    ],
+)
+def test_the_first_number_that_is_not_finite_is_named(random_tiny, name, value, said):
+    model, ids = load_model(random_tiny), torch.arange(24).view(2, 12)
+    held = model.get_parameter(name).detach()
+    held.view(-1)[:8] = value
+    with pytest.raises(UserError, match=said):
+        finite_logits(model, input_ids=ids)
+    held.view(-1)[:8] = 0.5
+    assert finite_logits(model, input_ids=ids).shape == (2, 12, model.config.vocab_size)  # and no hook is left
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_scores_have_the_covariance_of_the_predictions():

@@ -1,14 +1,19 @@
 """The vision tower through quantization: byte-identical beside quantized text experts, in both passes, and reloadable."""
 
+import gguf
 import pytest
 import torch
 from conftest import untrained_vl
 from transformers import AutoModelForImageTextToText
 
+import pack_plan
 from calibration import Calibration
 from checkpoint import Checkpoint
+from console import UserError
 from families import Role, roles_of
+from hf_model import check_complete
 from moe_quant import fake_quant
+from pack_plan import left_out, write_mmproj
 from pictures import load_processor
 from quant_save import quantize_checkpoint
 from recipe import Recipe
@@ -44,6 +49,48 @@ def test_vision_is_kept_and_text_is_quantized(model, tmp_path, method):
     groups = made.read(experts[0]).float().reshape(-1, 128)
     assert max(len(group.unique()) for group in groups[:64]) <= 8
     assert report.roles["vision"].bits is None and report.roles["routed_expert"].relative_error > 0
+
+
+@pytest.mark.parametrize(
+    "old,new,message",
+    [
+        ("model.visual.", "vision_tower.", "tensors are missing: visual.*; it has vision_tower."),
+        ("model.visual.", "model.vision_tower.", "tensors are missing: visual."),
+        ("model.visual.blocks.0.attn.", "", "tensors are missing: visual.blocks.0.attn."),
+        ("model.visual.", "", "tensors are missing: visual."),
+        ("model.visual.", "visual.", None),
+        ("model.language_model.", "language_model.model.", None),
+    ],
+)
+def test_every_tensor_of_the_tower_is_wanted_by_its_name(model, old, new, message):
+    checkpoint = Checkpoint(model)
+    for name in [name for name in checkpoint.tensors if name.startswith(old)]:
+        info = checkpoint.tensors.pop(name)
+        if new:
+            checkpoint.tensors[name.replace(old, new)] = info
+    if message is None:
+        check_complete(checkpoint)
+    else:
+        with pytest.raises(UserError, match=message):
+            check_complete(checkpoint)
+
+
+def test_a_tower_that_the_converter_drops_is_no_file(model, tmp_path, monkeypatch):
+    def converter(kind, source, out, path, *more):
+        writer = gguf.GGUFWriter(path, "clip")
+        writer.add_tensor("v.patch_embd.weight", torch.ones(4, 4).numpy())
+        writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+
+    monkeypatch.setattr(pack_plan, "run_converter", converter)
+    with pytest.raises(UserError, match=r"put 16 of the vision tower's [\d,]+ weights into"):
+        write_mmproj(Checkpoint(model), tmp_path)
+    assert not list(tmp_path.iterdir())
+    roles = roles_of({name: info.shape for name, info in Checkpoint(model).tensors.items()}, Checkpoint(model).config)
+    count = sum(role is Role.VISION for role in roles.values())
+    checkpoint = Checkpoint(model)
+    assert left_out(checkpoint)[0].startswith(f"in a file of their own (mmproj): {count} tensors, ")
+    checkpoint.tensors["mtp.fc.weight"] = checkpoint.tensors["lm_head.weight"]
+    assert left_out(checkpoint)[0].startswith("left out: 1 tensors, 0.1")
 
 
 @pytest.mark.parametrize("method", ["absmax", "gptq_refit"])

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from calibration import Calibration, Collector, LayerStream, Moments
-from console import UserError, atomic_path, read_json, write_json
+from console import UserError, read_json, write_json
 from devices import OneBehind
 from moe_ptq import Statistics, damped
 from run_dir import RUN
+from safetensors_file import save_tensors
 from settings import setting
 from token_weights import token_weights
 
@@ -153,14 +154,13 @@ class CalibratedPass(Generic[V]):
         """Round lm_head, where it is a target, on what it sees: the normed output of the last layer."""
         if LM_HEAD not in self.rounder.targets:
             return {}
-        stream, norm = self.stream, self.stream.decoder.norm
-        stream.fill(norm, "model.norm.")
-        moments = Moments(1, stream.decoder.config.hidden_size, stream.device)
-        for hidden in self.hidden:
-            moments.add(0, norm(hidden.to(stream.device)).flatten(0, 1))
-        stream.empty(norm)
+        stream = self.stream
+        moments = Moments(1, stream.model.lm_head.in_features, stream.device)
+        with stream.ending() as inputs_of:
+            for hidden in self.hidden:
+                moments.add(0, inputs_of(hidden.to(stream.device)).flatten(0, 1))
         self.moments = {LM_HEAD: moments}
-        weight = stream.checkpoint.read(stream.by_parameter[LM_HEAD][0]).to(stream.device, torch.float32)
+        weight = stream.checkpoint.read(stream.checkpoint.sources[LM_HEAD][0]).to(stream.device, torch.float32)
         self.rounder.round({LM_HEAD: weight}, self.take)
         return self.rounder.taken({LM_HEAD: weight})
 
@@ -183,8 +183,7 @@ class CalibratedPass(Generic[V]):
         """Keep the activations behind layer ``index``, and the counts so far, for a run that resumes there."""
         activations, facts = self.files_behind(index)
         write_json(facts, {"cold": self.cold, "unrouted": self.unrouted})
-        with atomic_path(activations) as temporary:
-            save_file({str(i): hidden.contiguous() for i, hidden in enumerate(self.hidden)}, temporary)
+        save_tensors(activations, {str(i): hidden.contiguous() for i, hidden in enumerate(self.hidden)})
 
     def load(self, index: int) -> None:
         """What :meth:`save` kept."""
@@ -193,9 +192,17 @@ class CalibratedPass(Generic[V]):
         self.hidden = [saved[str(i)] for i in range(len(saved))]
         self.cold, self.unrouted = counts["cold"], counts["unrouted"]
 
+    @staticmethod
+    def _experts(counts: Mapping[str, int]) -> int:
+        """How many experts ``counts``, by parameter, tell of: each has several matrices, with the same tokens."""
+        by_module: dict[str, int] = {}
+        for name, count in counts.items():
+            module = name.rpartition(".")[0]
+            if module.endswith(".experts"):
+                by_module[module] = max(count, by_module.get(module, 0))
+        return sum(by_module.values())
+
     def facts(self) -> dict[str, Any]:
         """What the record says of the calibration: experts below the floor and never routed to, over all layers."""
-        cold, unrouted = (
-            sum(count for name, count in counts.items() if ".experts." in name) for counts in (self.cold, self.unrouted)
-        )
+        cold, unrouted = (self._experts(counts) for counts in (self.cold, self.unrouted))
         return {"experts_below_floor": cold, "experts_never_routed": unrouted} | self.calibration.weighting()

@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from console import UserError
-from families import LAYER_PREFIX, place_of
+from families import FAMILIES, LAYER_PREFIX, family_of, text_name
+from hf_model import all_finite, check_complete, check_finite, first_nonfinite, model_config
 from moe_ptq import Statistics, shrink
 
 
@@ -63,6 +66,9 @@ class Calibration:
         return {key: value for key in ("token_power", "damping") if (value := getattr(self, key))}
 
 
+SECOND = re.compile(r"\.experts\.\d+\.(up_proj|w3)\.")  # has the inputs of the gate
+
+
 def layer_bytes(jobs: Sequence[Any], calibration: Calibration) -> int:
     """Bytes of the largest decoder layer at work: weights, second moments, the activations before and after it, and the weights
     of the layer that is being written. With a GPU the first two are in its memory, which leaves room on the host for the layer
@@ -71,13 +77,12 @@ def layer_bytes(jobs: Sequence[Any], calibration: Calibration) -> int:
     layers: dict[str, int] = {}
     width = 0
     for job in jobs:
-        place = place_of(job.name)
-        if not (match := LAYER_PREFIX.match(place.parameter)):
+        if not (match := LAYER_PREFIX.match(text_name(job.name))):
             width = max(width, job.info.shape[-1])
             continue
         size = item * job.info.numel + job.info.bytes
-        if job.bits and place.part != "up":  # gate and up have the same inputs
-            size += 4 * math.prod(job.info.shape[:-2]) * job.info.shape[-1] ** 2
+        if job.bits and not SECOND.search(job.name):
+            size += 4 * math.prod(job.info.shape[:-2]) * job.inputs**2
         layers[match[1]] = layers.get(match[1], 0) + size
     return max(layers.values(), default=0) + 2 * item * calibration.ids.numel() * width
 
@@ -116,6 +121,36 @@ class Moments:
         return Statistics(shrink(mean, tokens, floor) if len(tokens) > 1 else mean, tokens)
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one of transformers' modules holds its experts: ``first``, the parameter that reads their inputs (gate_up_proj, or
+    up_proj of experts without a gate); ``transposed``: [E, I, O] instead of [E, O, I]."""
+
+    first: str
+    experts: int
+    inner: int
+    transposed: bool
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Layout:
+        first = "gate_up_proj" if hasattr(module, "gate_up_proj") else "up_proj"
+        down, transposed = module.down_proj, getattr(module, "is_transposed", None)
+        if transposed is None:  # llama4 does not say
+            transposed = down.shape[1] * 2 == getattr(module, first).shape[2] and first == "gate_up_proj"
+        return cls(first, down.shape[0], down.shape[1 if transposed else 2], bool(transposed))
+
+    def inner_of(self, module: nn.Module, expert: int, x: Tensor) -> Tensor:
+        """What down_proj of an expert reads when the expert reads x [N, I]."""
+        weight, bias = getattr(module, self.first)[expert], getattr(module, f"{self.first}_bias", None)
+        out = nn.functional.linear(x, weight.mT if self.transposed else weight, None if bias is None else bias[expert])
+        if self.first == "up_proj":
+            return module.act_fn(out)
+        if hasattr(module, "_apply_gate"):
+            return module._apply_gate(out)
+        gate, up = out.chunk(2, -1)
+        return module.act_fn(gate) * up
+
+
 class Collector:
     """Hooks on one decoder layer that fill :class:`Moments` for the parameters in ``wanted``.
 
@@ -132,8 +167,8 @@ class Collector:
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) and f"{name}.weight" in wanted:
                 self.handles.append(module.register_forward_pre_hook(self._linear(f"{name}.weight")))
-            elif f"{name}.gate_up_proj" in wanted or f"{name}.down_proj" in wanted:
-                self.handles.append(module.register_forward_pre_hook(self._experts(name)))
+            elif any(f"{name}.{part}" in wanted for part in ("gate_up_proj", "up_proj", "down_proj")):
+                self.handles.append(module.register_forward_pre_hook(self._experts(name), with_kwargs=True))
 
     def _get(self, name: str, experts: int, inputs: int, device: torch.device) -> Moments:
         if name not in self.moments:
@@ -154,25 +189,33 @@ class Collector:
 
         return hook
 
-    def _experts(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            hidden, chosen, weights = args[:3]
-            hidden = hidden.reshape(-1, hidden.shape[-1])
-            count, inner = module.down_proj.shape[0], module.down_proj.shape[2]
-            ups = self._get(f"{name}.gate_up_proj", count, hidden.shape[1], hidden.device)
-            downs = self._get(f"{name}.down_proj", count, inner, hidden.device)
-            own = self._own(hidden.device)
-            routed = torch.bincount(chosen.flatten(), minlength=count)[:count]
+    def _experts(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = list(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values())
+            layout = Layout.of(module)
+            hidden, device = given[0].reshape(-1, given[0].shape[-1]), given[0].device
+            count, inner = layout.experts, layout.inner
+            ups = self._get(f"{name}.{layout.first}", count, hidden.shape[1], device)
+            downs = self._get(f"{name}.down_proj", count, inner, device)
+            own = self._own(device)
+            if len(given) == 1:  # llama4: a row for each expert and token, times its routing weight, or zeros
+                rows = hidden.view(count, -1, hidden.shape[1])
+                chosen = [(row.any(-1).nonzero()[:, 0], None) for row in rows]
+            else:
+                index, weights = given[1], given[2]
+                rows = hidden.expand(count, *hidden.shape)
+                chosen = [(token, weights[token, at]) for token, at in (torch.where(index == e) for e in range(count))]
+            routed = torch.tensor([len(token) for token, _ in chosen], device=device)
+            mass = torch.stack([routed[e].float() if w is None else w.sum().float() for e, (_, w) in enumerate(chosen)])
             self.routed[name] = self.routed.get(name, 0) + routed
-            mass = torch.zeros(count, device=hidden.device).index_add_(0, chosen.flatten(), weights.flatten().float())
             self.mass[name] = self.mass.get(name, 0) + mass
             for expert in routed.nonzero()[:, 0].tolist():
-                token, place = torch.where(chosen == expert)
-                x, weight = hidden[token], weights[token, place]
-                weight = weight if own is None else weight * own[token]
-                gate, up = nn.functional.linear(x, module.gate_up_proj[expert]).chunk(2, -1)
+                token, weight = chosen[expert]
+                x = rows[expert][token]
+                if own is not None:
+                    weight = own[token] if weight is None else weight * own[token]
                 ups.add(expert, x, weight)
-                downs.add(expert, module.act_fn(gate) * up, weight)
+                downs.add(expert, layout.inner_of(module, expert, x), weight)
 
         return hook
 
@@ -187,12 +230,12 @@ def output(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tenso
     return out[0] if isinstance(out, tuple) else out
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: notes the keyword arguments that the model gives it and passes its input on."""
+class _Stand(nn.Module):
+    """Stands in for a decoder layer, whose attributes it has. ``carries``: whether the model wants a second output of it."""
 
-    def __init__(self, layer: nn.Module, seen: list[dict[str, Any]]) -> None:
+    def __init__(self, layer: nn.Module, carries: bool) -> None:
         super().__init__()
-        self._layer, self._seen = [layer], seen  # in a list, so that it is no submodule
+        self._layer, self._carries = [layer], carries  # in a list, so that it is no submodule
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -200,11 +243,36 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_layer"][0], name)
 
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args:
-            raise TypeError("a decoder layer is called with positional arguments; calibration does not know them")
-        self._seen.append(kwargs)
-        return hidden
+
+class _Recorder(_Stand):
+    """Notes its input and the other arguments that the model gives it, by name, and passes the input on. The second output is
+    the positions that a layer looks at: here all of them."""
+
+    def __init__(self, layer: nn.Module, carries: bool, seen: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        super().__init__(layer, carries)
+        self._seen = seen
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        signature = inspect.signature(self._layer[0].forward)
+        (_, hidden), *named = signature.bind(*args, **kwargs).arguments.items()
+        given: dict[str, Any] = {}
+        for name, value in named:
+            given |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        self._seen.append((hidden, given))
+        if not self._carries:
+            return hidden
+        length = hidden.shape[1]
+        return hidden, torch.arange(length, device=hidden.device).expand(len(hidden), length, length)
+
+
+class _Given(_Stand):
+    """Its output is what was given, if anything was, whatever comes in."""
+
+    value: Tensor | None = None
+
+    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
+        out = hidden if self.value is None else self.value
+        return (out, None) if self._carries else out
 
 
 class LayerStream:
@@ -216,10 +284,12 @@ class LayerStream:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, ahead: bool | None = None) -> None:
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        config = AutoConfig.from_pretrained(str(checkpoint.path), local_files_only=True).get_text_config()
+        self.family = FAMILIES[family_of(checkpoint.model_type)]
+        config = model_config(checkpoint.path).get_text_config()
+        check_complete(checkpoint)
         with init_empty_weights(include_buffers=False):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         self.decoder = self.model.model
@@ -227,29 +297,30 @@ class LayerStream:
             made = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and not buffer.is_meta}
             module._buffers.update({name: buffer.to(self.device) for name, buffer in made.items()})
         self.layers = list(self.decoder.layers)
-        self.places = {name: place_of(name) for name in checkpoint.tensors}
+        self.embedding, prefix = self.model.get_input_embeddings(), "model."
+        names = {module: f"{prefix}{name}." for name, module in self.decoder.named_children()}
+        self.embedding_prefix = names[self.embedding]
+        self.around = {m: name for m, name in names.items() if m not in (self.embedding, self.decoder.layers)}
         self.ahead = device.type == "cuda" if ahead is None else ahead
         self._reader = ThreadPoolExecutor(1, "ahead")
         self._coming: dict[str, Future[Tensor]] = {}
-        self.by_parameter: dict[str, list[str]] = {}
-        for name, place in self.places.items():
-            self.by_parameter.setdefault(place.parameter, []).append(name)
 
     def fill(self, module: nn.Module, prefix: str, values: Mapping[str, Tensor] | None = None) -> None:
         """Give ``module`` its parameters and persistent buffers from the checkpoint (or from ``values``, by checkpoint
         name, where they are there). ``prefix`` ends in a dot. :class:`UserError` where the checkpoint lacks one; a parameter
         that is in memory and not in the checkpoint (an adapter's) stays."""
+        sources, places = self.checkpoint.sources, self.checkpoint.places
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             parameter = prefix + name
-            if parameter not in self.by_parameter:
+            if parameter not in sources:
                 if isinstance(tensor, nn.Parameter) and tensor.is_meta:
                     raise UserError(f"{self.checkpoint.path}: has no tensor for {parameter}")
                 continue
             dtype = self.dtype if isinstance(tensor, nn.Parameter) else tensor.dtype
             full = torch.empty(tensor.shape, dtype=dtype, device=self.device)
-            for source in self.by_parameter[parameter]:
-                value = values[source] if values and source in values else self._read(source)
-                self.places[source].view(full).copy_(value.view_as(self.places[source].view(full)))
+            for source in sources[parameter]:
+                value, own = values[source] if values and source in values else self._read(source), places[source].view(full)
+                check_finite(own.copy_(value.view_as(own)), source, self.checkpoint.path)
             owner, _, leaf = name.rpartition(".")
             value = nn.Parameter(full, requires_grad=False) if isinstance(tensor, nn.Parameter) else full
             setattr(module.get_submodule(owner), leaf, value)
@@ -259,7 +330,7 @@ class LayerStream:
         if self.ahead and index < len(self.layers):
             layer = self.layers[index]
             for name, _ in [*layer.named_parameters(), *layer.named_buffers()]:
-                for source in self.by_parameter.get(f"model.layers.{index}.{name}", ()):
+                for source in self.checkpoint.sources.get(f"model.layers.{index}.{name}", ()):
                     self._coming[source] = self._reader.submit(self.checkpoint.read, source)
 
     def close(self) -> None:
@@ -281,45 +352,118 @@ class LayerStream:
             part._buffers[name] = buffer
         trim_heap()
 
+    @contextlib.contextmanager
+    def _layers(self, layers: Iterable[nn.Module]) -> Iterator[None]:
+        """Others in the place of the decoder's layers."""
+        self.decoder.layers = nn.ModuleList(layers)
+        try:
+            yield
+        finally:
+            self.decoder.layers = nn.ModuleList(self.layers)
+
+    @contextlib.contextmanager
+    def _filled(self, *parts: tuple[nn.Module, str]) -> Iterator[None]:
+        for module, prefix in parts:
+            self.fill(module, prefix)
+        yield
+        for module, _ in parts:
+            self.empty(module)
+
+    def _zeros(self, batch: int, length: int) -> Tensor:
+        width = self.decoder.config.hidden_size
+        return torch.zeros(batch, length, width, dtype=self.dtype, device=self.device)
+
     @torch.no_grad()
+    def _seen(self, embedded: Tensor) -> list[tuple[Tensor, dict[str, Any]]]:
+        """What the model hands to each decoder layer for an embedding [B, T, H] if no layer changes it."""
+        seen: list[tuple[Tensor, dict[str, Any]]] = []
+        limit = getattr(self.decoder.config, "index_topk", None)
+        if self.family.carries and limit and embedded.shape[1] > limit:
+            raise UserError(
+                f"calibration sequences of {embedded.shape[1]} tokens: this family looks at {limit}; give shorter ones"
+            )
+        with self._layers(_Recorder(layer, bool(self.family.carries), seen) for layer in self.layers):
+            self.decoder(inputs_embeds=embedded, use_cache=False)
+        return seen
+
     def arguments(self, ids: Tensor) -> list[dict[str, Any]]:
         """What the model hands to each decoder layer for token ids [B, T]: masks, positions. They depend on the shape only."""
-        seen: list[dict[str, Any]] = []
-        self.decoder.layers = nn.ModuleList(_Recorder(layer, seen) for layer in self.layers)
-        embeds = torch.zeros(*ids.shape, self.decoder.config.hidden_size, dtype=self.dtype, device=self.device)
-        norm, self.decoder.norm = self.decoder.norm, nn.Identity()
-        try:
-            self.decoder(inputs_embeds=embeds, use_cache=False)
-        finally:
-            self.decoder.layers, self.decoder.norm = nn.ModuleList(self.layers), norm
-        return seen
+        with self._filled(*self.around.items()):
+            return [kwargs for _, kwargs in self._seen(self._zeros(*ids.shape))]
 
     @torch.no_grad()
     def embed(self, parts: Iterable[Tensor], values: Mapping[str, Tensor] | None = None) -> list[Tensor]:
-        """Each batch of token ids [B, T] embedded, [B, T, H] on the CPU, by the family's own module (gemma scales)."""
-        self.fill(self.decoder.embed_tokens, "model.embed_tokens.", values)
-        out = [self.decoder.embed_tokens(ids.to(self.device)).cpu() for ids in parts]
-        self.empty(self.decoder.embed_tokens)
+        """What the first decoder layer reads for each batch of token ids [B, T], on the CPU: made by the family's own modules
+        (gemma and granite scale the embedding)."""
+        self.fill(self.embedding, self.embedding_prefix, values)
+        with self._filled(*self.around.items()):
+            embedded = (self._finite(self.embedding, self.embedding_prefix, ids.to(self.device)) for ids in parts)
+            out = [self._seen(value)[0][0].cpu() for value in embedded]
+        self.empty(self.embedding)
+        return out
+
+    def _finite(self, module: nn.Module, prefix: str, given: Tensor) -> Tensor:
+        """What a module makes of ``given``, where it is finite."""
+        out = module(given)
+        if not all_finite(out):
+            raise UserError(f"{self.checkpoint.path}: {first_nonfinite(module, given, prefix=prefix)}")
         return out
 
     @contextlib.contextmanager
-    def predictions(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """What makes logits of the last layer's output, by the family's own norm, head (maybe the embedding) and cap."""
-        norm, head = self.decoder.norm, self.model.lm_head
-        self.fill(norm, "model.norm.")
-        self.fill(head, "lm_head." if "lm_head.weight" in self.by_parameter else "model.embed_tokens.")
-        cap = getattr(self.decoder.config, "final_logit_softcapping", None)  # gemma2's
+    def _behind(self, *more: tuple[nn.Module, str]) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The model's output for an output of the last layer, by the family's own norm, head, scale and cap."""
+        first, *others = (_Given(layer, bool(self.family.carries)) for layer in self.layers)
 
         def logits(hidden: Tensor) -> Tensor:
-            found = head(norm(hidden))
-            return found if cap is None else cap * torch.tanh(found / cap)
+            first.value = hidden if hidden.ndim == 3 else hidden[None]
+            out = self.model(inputs_embeds=self._zeros(*first.value.shape[:2]), use_cache=False).logits
+            if not all_finite(out):
+                given = {"inputs_embeds": self._zeros(*first.value.shape[:2]), "use_cache": False}
+                raise UserError(f"{self.checkpoint.path}: {first_nonfinite(self.model, **given)}")
+            return out if hidden.ndim == 3 else out[0]
 
-        yield logits
-        self.empty(norm)
-        self.empty(head)
+        with self._filled(*self.around.items(), *more), self._layers([first, *others]):
+            yield logits
+
+    @contextlib.contextmanager
+    def predictions(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What makes logits of the last layer's output [B, T, H] or [T, H]; the head may be the embedding."""
+        prefix = "lm_head." if "lm_head.weight" in self.checkpoint.sources else self.embedding_prefix
+        with self._behind((self.model.lm_head, prefix)) as logits:
+            yield logits
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What makes the head's inputs of the last layer's output."""
+        seen: list[Tensor] = []
+
+        class Noted(nn.Module):
+            def forward(self, hidden: Tensor) -> Tensor:
+                seen.append(hidden)
+                return hidden[..., :1]
+
+        head, self.model.lm_head = self.model.lm_head, Noted()
+        try:
+            with self._behind() as run:
+
+                def inputs_of(hidden: Tensor) -> Tensor:
+                    run(hidden)
+                    return seen.pop()
+
+                yield inputs_of
+        finally:
+            self.model.lm_head = head
 
     @torch.no_grad()
     def run(self, layer: nn.Module, batches: Iterable[Tensor], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-        """Each batch [B, T, H] through a filled decoder layer."""
+        """Each batch [B, T, H] through a filled decoder layer. :class:`UserError` where NaN or infinity comes out."""
         for hidden in batches:
-            yield output(layer, hidden.to(self.device), kwargs)
+            out = output(layer, hidden.to(self.device), kwargs)
+            if not all_finite(out):
+                for module in layer.modules():  # one more run, which no Collector counts
+                    module._forward_pre_hooks.clear()
+                prefix = f"model.layers.{self.layers.index(layer)}."
+                raise UserError(
+                    f"{self.checkpoint.path}: {first_nonfinite(layer, hidden.to(self.device), prefix=prefix, **kwargs)}"
+                )
+            yield out

@@ -2,11 +2,12 @@
 
 Not a command; `--calib` of quant_save, moe_probe and moe_alloc takes one of these, or several joined by "+" and read in turn:
 
-    notes.txt                                                      a UTF-8 file; blank lines separate documents
+    notes.txt                                                      a UTF-8 file; empty lines separate documents
     hf:HuggingFaceH4/ultrachat_200k@8049631c405a...:train_sft      a data set: REPOSITORY@COMMIT:SPLIT[:CONFIG]
     hf:work/my_texts:train                                         a directory of jsonl or parquet files
     tiny, tiny:7                                                   the tiny tasks' training split, other items for each seed
 
+Sequences begin as the model saw them in training: with what its tokenizer puts before a text, where it does.
 The default is `tiny` for a model with razor-tiny's vocabulary, and :data:`DEFAULT` for any other.
 Rows have a column `messages` (chat turns, rendered by the model's template) or `text`. Only training splits are read:
 calibrating on what a benchmark asks would make its score worth nothing.
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from console import UserError
-from hf_model import load_tokenizer, render_chat
+from console import UserError, read_text
+from hf_model import context_of, load_tokenizer, prefix_ids, render_chat, templated, text_ids
+from kl import split_documents
 from records import data_entry
 from settings import setting
 from task_text import GENERATOR_REVISION, TASK_TEXTS
@@ -46,6 +48,7 @@ class CalibrationSettings:
         None,
         "the text of a calibrated method: a file, `hf:REPOSITORY@COMMIT:SPLIT[:CONFIG]`, or several joined by `+`; empty: the "
         "training split of the tiny tasks for razor-tiny, else `DEFAULT` of calibration_text.py",
+        file=True,
     )
     calib_sequences: int = setting(128, "how much of it is used: sequences")
     calib_length: int = setting(512, "and the tokens of each")
@@ -56,32 +59,72 @@ class CalibrationSettings:
 
     def ids(self, model: Path) -> tuple[Tensor, dict[str, Any]]:
         """:func:`calibration_ids` of the settings."""
+        self.check(model)
         return calibration_ids(self.calib, model, self.calib_sequences, self.calib_length)
 
-    def size(self) -> tuple[Tensor, dict[str, Any]]:
+    def check(self, model: Path) -> None:
+        """What can be known of the text before it is read: sequences that the model can read, and files that are there."""
+        if self.calib_length > (context := context_of(model)):
+            raise UserError(f"--calib-length {self.calib_length}: {model} reads at most {context} positions")
+        for source in sources_of(self.calib or ""):
+            if source and not source.startswith("hf:") and not TINY.fullmatch(source) and not Path(source).is_file():
+                raise UserError(f"--calib {source}: no such file (other texts are written hf:REPOSITORY@COMMIT:SPLIT, or tiny)")
+
+    def size(self, model: Path) -> tuple[Tensor, dict[str, Any]]:
         """Ids and a record of the same size, for a plan that reads no text."""
+        self.check(model)
         return torch.zeros(self.calib_sequences, self.calib_length, dtype=torch.long), {}
 
 
 def calibration_ids(source: str | Path | None, model: Path, count: int, length: int) -> tuple[Tensor, dict[str, Any]]:
     """Token ids [count, length] of ``source`` (module docstring; None is the default) and their record.
 
-    Documents follow one another without padding; a text that is too short is a :class:`UserError`.
+    Documents follow one another without padding, cut into sequences that each begin with the tokenizer's own prefix; a text
+    that is too short is a :class:`UserError`.
     """
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, chat=False)
+    prefix = prefix_ids(tokenizer)
+    if length <= len(prefix):
+        raise UserError(
+            f"--calib-length {length}: no longer than the {len(prefix)} tokens that the tokenizer puts before a text"
+        )
     ids: list[int] = []
     used: list[str] = []
-    parts = str(source or default_source(tokenizer)).split("+")
-    opened = [documents(part, tokenizer) for part in parts]
+    rows: list[list[int]] = []
+    opened = [documents(part, tokenizer) for part in sources_of(str(source or default_source(tokenizer)))]
     for text in in_turn([texts for texts, _, _ in opened]):
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids += text_ids(tokenizer, text)
         used.append(text)
-        if len(ids) >= count * length:
+        if len(ids) >= count * (length - len(prefix)) and len(rows := sequences(ids, count, length, prefix)) == count:
             break
-    if len(ids) < count * length:
-        raise UserError(f"{source}: {len(ids)} tokens; {count} sequences of {length} need {count * length}")
     name, revision = ("; ".join(dict.fromkeys(each)) for each in ([n for _, n, _ in opened], [r for _, _, r in opened]))
-    return torch.tensor(ids[: count * length]).view(count, length), data_entry(name, revision, used)
+    if len(rows) < count:
+        raise UserError(f"{source or name}: {len(ids)} tokens; {count} sequences of {length} need {count * length}")
+    return torch.tensor(rows), data_entry(name, revision, used) | ({"prefix": prefix} if prefix else {})
+
+
+def sequences(ids: list[int], count: int, length: int, prefix: list[int]) -> list[list[int]]:
+    """The first ``count`` sequences of a stream of tokens, or fewer where it ends. Each begins with ``prefix``, once: a chat
+    template may have written it there already."""
+    rows, place = [], 0
+    while len(rows) < count:
+        head = [] if ids[place : place + len(prefix)] == prefix else prefix
+        row = head + ids[place : place + length - len(head)]
+        if len(row) < length:
+            break
+        rows.append(row)
+        place += length - len(head)
+    return rows
+
+
+def sources_of(text: str) -> list[str]:
+    """The texts that are joined by "+"; the name of a file that is there may hold one."""
+    parts, found = text.split("+"), []
+    while parts:
+        most = next((end for end in range(len(parts), 1, -1) if Path("+".join(parts[:end])).is_file()), 1)
+        found.append("+".join(parts[:most]))
+        parts = parts[most:]
+    return found
 
 
 def default_source(tokenizer: Any) -> str:
@@ -110,11 +153,7 @@ def documents(source: str, tokenizer: Any) -> tuple[Iterable[str], str, str]:
 
 
 def file_documents(path: Path) -> tuple[Iterable[str], str, str]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    return [part + "\n\n" for part in text.split("\n\n") if part.strip()], path.name, "local file"
+    return [part + "\n\n" for part in split_documents(read_text(path))], path.name, "local file"
 
 
 def hub_documents(source: str, tokenizer: Any) -> tuple[Iterable[str], str, str]:
@@ -142,7 +181,7 @@ def hub_documents(source: str, tokenizer: Any) -> tuple[Iterable[str], str, str]
 def row_text(row: Mapping[str, Any], tokenizer: Any, source: str) -> str:
     """One row as the model would see it in use."""
     if "messages" in row:
-        return tokenizer.apply_chat_template(row["messages"], tokenize=False) + "\n"
+        return templated(tokenizer, row["messages"]) + "\n"
     if "text" in row:
         return row["text"] + "\n\n"
     raise UserError(f"{source}: its rows have {', '.join(row)}; expected a column messages or text")

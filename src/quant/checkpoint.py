@@ -10,21 +10,25 @@ packed weights, lists the tensors of the dequantized checkpoint in their order w
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import math
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from console import UserError, files_sha256, read_json, write_json
-from safetensors_file import DTYPES, TensorInfo, open_tensors
+from console import UserError, file_sha256, files_sha256, read_json, read_object, write_json
+from families import Place, place_of
+from safetensors_file import DTYPES, TensorInfo, open_tensors, read_header
+from source_formats import describe, source_tensors, without_quantization
 
 PACKED = "packed.json"  # in a packed checkpoint: what it unpacks to
 BITS = 4
@@ -141,7 +145,10 @@ CONSUMED = "consumed.json"  # in a checkpoint whose weights were given up while 
 class Checkpoint:
     """A checkpoint directory: ``config`` (config.json), ``tensors`` (name -> :class:`TensorInfo`, in the order of the
     shards and of their bytes), ``files`` (the shards). Opening reads and checks headers only. A packed checkpoint shows the
-    tensors that it unpacks to, and unpacks what is read."""
+    tensors that it unpacks to, one published in another format than BF16 (``source_format``, else None) those that it stands
+    for, with the ``config`` of those; what is read is decoded."""
+
+    source_format: str | None = None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -151,12 +158,13 @@ class Checkpoint:
             raise UserError(f"{self.path}: not a directory; give the directory that holds config.json")
         if not (self.path / "config.json").is_file():
             raise UserError(f"{self.path}: no config.json in it; is this a model directory?")
-        self.config: dict[str, Any] = read_json(self.path / "config.json")
-        if not isinstance(self.config, dict):
-            raise UserError(f"{self.path / 'config.json'}: not a JSON object")
+        self.config: dict[str, Any] = read_object(self.path / "config.json")
         self.files, self.tensors = open_tensors(self.path)
         if self.is_packed:
             self.tensors = unpacked_tensors(self.path, self.tensors)
+        else:
+            self.tensors = source_tensors(self.path, self.config, self.tensors)
+            self.source_format, self.config = describe(self.config), without_quantization(self.config)
 
     @property
     def is_packed(self) -> bool:
@@ -171,9 +179,48 @@ class Checkpoint:
     def config_sha256(self) -> str:
         return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
 
+    @functools.cached_property
+    def identity(self) -> dict[str, str]:
+        """:func:`source_identity`; where the weights were given up while they were read, what they were."""
+        mark = self.path / CONSUMED
+        kept = read_object(mark, "out").get("identity") if mark.exists() else None
+        return kept or source_identity(self.path)
+
     def sha256(self) -> str:
         """One digest of all weight files: console.files_sha256."""
         return files_sha256(self.files)
+
+    @functools.cached_property
+    def model_type(self) -> str:
+        if not isinstance(found := self.config.get("model_type"), str):
+            raise UserError(f"{self.path / 'config.json'}: has no model_type")
+        return found
+
+    @functools.cached_property
+    def places(self) -> dict[str, Place]:
+        """Where each tensor lies in transformers' module tree."""
+        return {name: place_of(name, self.model_type) for name in self.tensors}
+
+    @functools.cached_property
+    def sources(self) -> dict[str, list[str]]:
+        """The tensors of each parameter of transformers' module tree, in the checkpoint's order."""
+        found: dict[str, list[str]] = {}
+        for name, place in self.places.items():
+            found.setdefault(place.parameter, []).append(name)
+        return found
+
+    def parameter_shape(self, parameter: str) -> tuple[int, ...]:
+        """The shape of a parameter that is one tensor on disk, or the stack of its experts' matrices."""
+        sources = self.sources.get(parameter)
+        if not sources:
+            raise UserError(f"{self.path}: has no tensor for {parameter}")
+        shape, places = self.tensors[sources[0]].shape, [self.places[source] for source in sources]
+        if places[0].expert is None:
+            return shape
+        experts, halves = 1 + max(place.expert or 0 for place in places), 2 if places[0].part else 1
+        if len(sources) != experts * halves:
+            raise UserError(f"{self.path}: {parameter}: {len(sources)} matrices for {experts} experts; some are missing")
+        return experts, shape[0] * halves, shape[1]
 
     def info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -194,6 +241,106 @@ class Checkpoint:
         step = max(1, max_bytes // row)
         for start in range(0, info.shape[0], step):
             yield start, info.read(start, min(step, info.shape[0] - start))
+
+
+# The files beside the weights that decide what a checkpoint answers; a README or a licence may change.
+DECIDING = (
+    "config.json", "generation_config.json", "*tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*", "*.jinja", "*.tiktoken", "*processor_config.json", PACKED,
+)  # fmt: skip
+WHOLE_BYTES = 64 << 20  # a file of at most this size is digested whole
+SAMPLE_BYTES, SAMPLES, SAMPLE_EVERY = 4096, 3, 16 << 20  # of a matrix: pieces of this size, so many and one for each 16 MiB
+MATRIX_BYTES = 64 << 10  # a tensor of smaller slices (a convolution) is sampled as one matrix
+SAMPLERS = 32  # reads at once: a disk answers many small ones together
+
+
+def sample_spans(begin: int, shape: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """(offset, bytes) of the pieces read of a tensor of ``size`` bytes at ``begin``: first, last and evenly between, in each of
+    its matrices (an expert of a fused tensor may be replaced alone)."""
+    matrices = shape[0] if len(shape) > 2 and size >= shape[0] * MATRIX_BYTES and size % shape[0] == 0 else 1
+    each = size // matrices
+    for start in range(begin, begin + size, each) if each else ():
+        count, room = max(SAMPLES, each // SAMPLE_EVERY), each - SAMPLE_BYTES
+        if room <= SAMPLE_BYTES * (count - 2):
+            yield start, each
+            continue
+        for place in range(count):
+            yield start + room * place // (count - 1), SAMPLE_BYTES
+
+
+def _layout(file: Path) -> tuple[int, Iterable[tuple[int, Sequence[int], int]]] | None:
+    """(bytes before the first tensor, (begin, shape, bytes) of every tensor) of a safetensors file or a GGUF; None: another
+    file."""
+    if file.suffix in (".safetensors", ".st"):
+        infos = read_header(file).values()
+        return min((i.begin for i in infos), default=file.stat().st_size), [(i.begin, i.shape, i.bytes) for i in infos]
+    if file.suffix != ".gguf":
+        return None
+    from gguf import GGUFReader
+
+    try:
+        found = [(int(t.data_offset), tuple(map(int, t.shape[::-1])), int(t.n_bytes)) for t in GGUFReader(file).tensors]
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise UserError(f"{file}: truncated, or not a GGUF file ({error}); write it again") from None
+    return min((begin for begin, _, _ in found), default=file.stat().st_size), found
+
+
+def file_identity(file: Path) -> str:
+    """ "SIZE:DIGEST" of one file: of all its bytes if it is small or holds no tensors, else of its header and of pieces of
+    every tensor (300 to 500 reads of 4 KiB a GB of a mixture of experts)."""
+    try:
+        size = file.stat().st_size
+        layout = _layout(file) if size > WHOLE_BYTES else None
+        if layout is None:
+            return f"{size}:{file_sha256(file)}"
+        head, tensors = layout
+        spans = [(0, head), *(span for tensor in tensors for span in sample_spans(*tensor))]
+        digest = hashlib.sha256()
+        with file.open("rb") as stream, ThreadPoolExecutor(SAMPLERS, "sample") as pool:
+            descriptor = stream.fileno()
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            for piece in pool.map(lambda span: os.pread(descriptor, span[1], span[0]), spans):
+                digest.update(piece)
+        return f"{size}:{digest.hexdigest()}"
+    except OSError as error:
+        raise UserError(f"{file}: cannot read ({error.strerror or error})") from None
+
+
+def source_identity(path: str | Path) -> dict[str, str]:
+    """What makes a model, or any input file, this one and no other, wherever it lies: "SIZE:DIGEST" by file name, of all shards
+    and of the files beside them that change what it answers. Seconds for 250 GB: see :func:`file_identity`."""
+    path = Path(path)
+    if path.is_dir():
+        names = sorted(f.name for f in path.iterdir() if f.is_file() and any(fnmatch.fnmatch(f.name, p) for p in DECIDING))
+        files = [*open_tensors(path)[0], *(path / name for name in names)]
+    elif parts := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name):
+        files = [path.with_name(f"{parts[1]}-{n:05d}-of-{parts[2]}.gguf") for n in range(1, int(parts[2]) + 1)]
+    else:
+        files = [path]
+    return {file.name: file_identity(file) for file in files}
+
+
+def different_file(before: Any, now: Mapping[str, str]) -> str | None:
+    """How the first file in which two identities differ does, in words; None where they are equal. A single file may have
+    another name. ``before`` was read from a file: what is no identity differs."""
+    if not isinstance(before, Mapping) or not before:
+        return "there is no identity of it"
+    if len(before) == len(now) == 1:
+        before = dict(zip(now, before.values()))
+    for name in sorted(before.keys() | now.keys()):
+        if name not in now or name not in before:
+            return f"{name} is {'new' if name in now else 'gone'}"
+        if before[name] != now[name]:
+            size, other = str(before[name]).partition(":")[0], now[name].partition(":")[0]
+            return f"{name} differs ({f'{size} bytes, now {other}' if size != other else 'same size, other content'})"
+    return None
+
+
+def model_name(path: Path) -> str:
+    """What a model directory is called: its own name, or in the hub's cache (models--OWNER--NAME/snapshots/COMMIT) NAME."""
+    found = path.resolve()
+    cached = re.fullmatch(r"models--(?:.+?--)?(.+)", found.parent.parent.name)
+    return cached[1] if cached and found.parent.name == "snapshots" else found.name
 
 
 def is_synthetic(model: Path) -> bool:
@@ -221,11 +368,12 @@ class SourceShards:
             self.left.setdefault(info.file, []).append(name)
 
     def begin(self, resumed: bool) -> None:
-        """Raise :class:`UserError` where another run has consumed the checkpoint; else say that this one will."""
-        mark = self.checkpoint.path / CONSUMED
-        if mark.exists() and not (resumed and read_json(mark).get("out") == str(self.out)):
-            raise UserError(f"{self.checkpoint.path}: its weights were consumed by a run into {read_json(mark).get('out')}")
-        write_json(mark, {"out": str(self.out)})
+        """Raise :class:`UserError` where another run has consumed the checkpoint; else say that this one will, and what the
+        weights were."""
+        mark, identity = self.checkpoint.path / CONSUMED, self.checkpoint.identity
+        if mark.exists() and not (resumed and read_object(mark, "out")["out"] == str(self.out)):
+            raise UserError(f"{self.checkpoint.path}: its weights were consumed by a run into {read_object(mark)['out']}")
+        write_json(mark, {"out": str(self.out), "identity": identity})
 
     def sweep(self, writer: ShardWriter) -> None:
         """Give back what the output holds by now."""

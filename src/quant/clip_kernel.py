@@ -33,13 +33,16 @@ def _to_bfloat16(x):
 
 @triton.jit
 def _clip_kernel(
-    weight, out, factors, bad, count, steps, qmax, min_scale, GROUP: tl.constexpr, ROWS: tl.constexpr, LEVELS: tl.constexpr
+    weight, out, factors, bad, count, steps, qmax, min_scale, huge, huge_unit,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, LEVELS: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offset = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = (row < count)[:, None]
     w = tl.load(weight + offset, mask=inside, other=0.0).to(tl.float32)
     size = tl.abs(w)
+    unit = tl.where(tl.max(size, 1) > huge, huge_unit, 1.0)
+    size = size * unit[:, None]
     top = tl.max(size, 1)
     total = tl.sum(size, 1)  # NaN and infinity reach it; tl.max may drop a NaN
     tl.atomic_or(bad, tl.max((~(total < float("inf"))).to(tl.int32), 0))
@@ -61,6 +64,8 @@ def _clip_kernel(
         chosen = tl.where(better, scale, chosen)
     inverse = tl.where(chosen > 0, tl.div_rn(1.0, tl.where(chosen > 0, chosen, 1.0)), 0.0)
     code = tl.minimum(_round_half_even(size * inverse[:, None]), qmax)
+    chosen = chosen / unit
+    tl.atomic_or(bad, tl.max((~(chosen < 3.3961775292304e38)).to(tl.int32), 0))  # beyond bfloat16
     value = code * chosen[:, None]
     value = tl.where((w < 0) & (code > 0), -value, value)  # no negative zero
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=inside)
@@ -75,9 +80,10 @@ def fits(weight: Tensor, group: int, bits: int) -> bool:
 
 def clip_fake_quant(
     weight: Tensor, factors: list[float], qmax: int, group: int, min_scale: float, dtype: torch.dtype,
-    rows: int = ROWS, warps: int = WARPS,
+    rows: int = ROWS, warps: int = WARPS, huge: tuple[float, float] = (2.0**50, 2.0**-78),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(dequantized weight in ``dtype``, int32 [1] that is not zero when the weight holds NaN or infinity)."""
+    """(dequantized weight in ``dtype``, int32 [1] that is not zero when the weight holds NaN or infinity). ``huge``: (a size,
+    the unit in which groups with larger weights are searched)."""
     flat = weight.detach().contiguous()
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     bad = torch.zeros(1, dtype=torch.int32, device=weight.device)
@@ -85,7 +91,7 @@ def clip_fake_quant(
     count = weight.numel() // group
     if count:
         _clip_kernel[(triton.cdiv(count, rows),)](
-            flat, out, table, bad, count, len(factors), float(qmax), min_scale,
+            flat, out, table, bad, count, len(factors), float(qmax), min_scale, *huge,
             GROUP=group, ROWS=rows, LEVELS=group.bit_length() - 1, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return out, bad

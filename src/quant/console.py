@@ -11,6 +11,7 @@ Exit codes: 0 done, 1 a check or a gate failed, 2 bad input (one line says what,
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -19,6 +20,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +40,7 @@ class Lines(io.TextIOBase):
         self.stream = stream
 
     def write(self, text: str) -> int:
-        if shown := text.replace("\r", "").strip():
+        if shown := text.replace("\r", "").replace("\x1b[A", "").strip():  # tqdm moves up from a bar within a bar
             self.stream.write(shown + "\n")
         return len(text)
 
@@ -45,8 +48,18 @@ class Lines(io.TextIOBase):
         self.stream.flush()
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (
+    *FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EIO, errno.ENAMETOOLONG
+)  # fmt: skip
+
+
 class UserError(Exception):
     """Bad input or a machine that cannot do what was asked. Its text is one line: what, where, how to mend it."""
+
+
+class WriteError(UserError):
+    """A full disk, or one that cannot be written. What a run that can go on has made by then stays."""
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
@@ -54,19 +67,27 @@ def run_cli(main: Callable[[], int | None]) -> None:
     ``--help`` ends with the module's docstring: its example, and what the options mean together."""
     if not os.path.exists("/dev/nvidiactl"):  # a CPU has no faster kernels that one could install
         logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
+    as_keys = any(option.startswith("--config") for option in sys.argv[1:])  # a pipeline's settings are variables
     try:
         code = main() or 0
+        sys.stdout.flush()
     except SystemExit as end:  # argparse ends a process that it has helped
         if not end.code and not HELP.isdisjoint(sys.argv[1:]):
             print("\n" + main.__globals__["__doc__"].strip())
         raise
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).replace('--force', 'FORCE=1') if as_keys else error}", file=sys.stderr)
+        code = 2
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        print(f"error: {error.filename or 'the output'}: cannot be written ({error.strerror})", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted: nothing half-written was left behind", file=sys.stderr)
         code = 130
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     sys.exit(code)
 
 
@@ -86,39 +107,75 @@ def run_script(script: str, *arguments: object) -> None:
         sys.exit(code)
 
 
-def progress(total: int, desc: str, unit: str = "it", unit_scale: bool = False) -> tqdm:
-    """A progress bar on stderr with rate and remaining time; a line every 10 s where stderr is not a terminal."""
-    if sys.stderr.isatty():
-        look: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.2, "file": sys.stderr}
-    else:
-        look = {"ncols": 100, "mininterval": 10.0, "maxinterval": 10.0, "miniters": 0, "file": Lines(sys.stderr)}
-    return tqdm(total=total, desc=desc, unit=unit, unit_scale=unit_scale, **look)
+class Bar(tqdm):
+    """A progress bar on stderr, drawn by the clock: 5 times a second on a terminal, else a line every 10 s. Where work comes in
+    batches, one drawn at the first update of a batch would give a batch's time to one item. The rate is that of the whole run.
+    ``delay``: seconds before it is drawn at all."""
+
+    monitor_interval = 0  # tqdm's own thread draws bars that are seldom updated
+
+    def __init__(self, *args: Any, delay: float = 0.0, **more: Any) -> None:
+        shown = sys.stderr.isatty()
+        look: dict[str, Any] = (
+            {"dynamic_ncols": True, "file": sys.stderr} if shown else {"ncols": 100, "file": Lines(sys.stderr)}
+        )
+        super().__init__(*args, **more | look, delay=delay, miniters=1, mininterval=1e9)
+        self._ended, self._steps = threading.Event(), 0.2 if shown else 10.0
+        threading.Thread(target=self._draw, args=(delay,), daemon=True).start()
+
+    def _draw(self, delay: float) -> None:
+        while not self._ended.wait(max(delay, self._steps)):
+            delay, self.last_print_t = 0.0, time.time()
+            self.refresh()
+
+    def close(self) -> None:
+        if not self.disable:
+            self._ended.set()
+        super().close()
+
+
+def progress(total: float, desc: str, unit: str = "it", unit_scale: bool = False, done: float = 0, delay: float = 0.0) -> Bar:
+    """A :class:`Bar` of ``total`` units of work (not of batches that differ in it), of which a resumed run has ``done``."""
+    return Bar(total=total, desc=desc, unit=unit, unit_scale=unit_scale, initial=done, delay=delay)
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; rename it to ``path`` on success, remove it on any failure."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
+        with writing(path):
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise WriteError(f"{path}: cannot write ({error.strerror})") from None
         raise
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A full disk, or one that cannot be written, is a :class:`UserError` that names ``path``."""
+    """A full disk, or one that cannot be written, is a :class:`WriteError` that names ``path``."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot write ({error.strerror})") from None
+        raise WriteError(f"{path}: cannot write ({error.strerror})") from None
+
+
+def check_writable(path: Path) -> None:
+    """Raise :class:`UserError` unless the file ``path`` could be written: said before the work, not after it."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a directory; give the name of a file")
+    ancestor = next(parent for parent in path.absolute().parents if parent.exists())
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
+        raise UserError(f"{path}: cannot be created, {ancestor} is not a directory that you can write to")
 
 
 @contextlib.contextmanager
@@ -141,8 +198,21 @@ def numbers(text: str) -> list[int]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
-    with atomic_path(path) as temporary:
+    with writing(Path(path)), atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """A text file in UTF-8, without the byte-order mark that some editors put before it; what cannot be read as one is a
+    :class:`UserError` that names it."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_json(path: str | Path) -> Any:
@@ -151,8 +221,20 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # no JSON, or not UTF-8
         raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_object(path: str | Path, *keys: str) -> dict[str, Any]:
+    """A JSON object that has these keys; a file of another kind is a :class:`UserError` that names it."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    if missing := [key for key in keys if key not in value]:
+        raise UserError(f"{path}: has no {missing[0]!r}; it is another file than its name says, or of another version")
+    return value
 
 
 def file_sha256(path: Path, advance: Callable[[int], Any] | None = None) -> str:
@@ -169,6 +251,12 @@ def file_sha256(path: Path, advance: Callable[[int], Any] | None = None) -> str:
 def files_sha256(files: Sequence[Path]) -> str:
     """SHA-256 of what is stored in one file, as the hub shows it, or over the digests of several in order. One thread digests 1
     to 2 GB a second, so that several are read at once."""
-    with ThreadPoolExecutor(DIGESTS, "digest") as pool:
-        digests = list(pool.map(file_sha256, files))
+    total = sum(file.stat().st_size for file in files)
+    with progress(total, "sha256", "B", True, delay=2) as bar, ThreadPoolExecutor(DIGESTS, "digest") as pool:
+
+        def advance(size: int) -> None:
+            with bar.get_lock():
+                bar.update(size)
+
+        digests = list(pool.map(lambda file: file_sha256(file, advance), files))
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -25,6 +25,13 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """Decoder layers by a config.json: nemotron_h lists their kinds instead of a number."""
+    inner = text_config(config)
+    kinds = inner.get("layers_block_type") or inner.get("hybrid_override_pattern")
+    return inner.get("num_hidden_layers") or (len(kinds) if kinds else None)
+
+
 class Role(enum.StrEnum):
     ROUTED_EXPERT = "routed_expert"
     SHARED_EXPERT = "shared_expert"
@@ -61,11 +68,13 @@ TOP: Rules = (
     (r"model\.embed_tokens\.weight", Role.EMBEDDING),
     (r"lm_head\.weight", Role.LM_HEAD),
     (r"model\.norm\.weight", Role.NORM),
+    (r"model\.rotary_emb\.inv_freq", Role.BIAS),  # a buffer that some checkpoints keep; every model makes it anew
 )
 BLOCK: Rules = (
     (r"(input|post_attention)_layernorm\.weight", Role.NORM),
     (r"self_attn\.[qkvo]_proj\.weight", Role.ATTENTION),
     (r"self_attn\.[qkvo]_proj\.bias", Role.BIAS),
+    (r"self_attn\.rotary_emb\.inv_freq", Role.BIAS),
 )
 QK_NORM: Rules = ((r"self_attn\.[qk]_norm\.weight", Role.NORM),)
 GEMMA_NORMS: Rules = ((r"(pre|post)_feedforward_layernorm\.weight", Role.NORM),)
@@ -88,17 +97,74 @@ SHARED_EXPERT: Rules = (
     (r"mlp\.shared_expert\.(gate|up|down)_proj\.weight", Role.SHARED_EXPERT),
     (r"mlp\.shared_expert_gate\.weight", Role.ROUTER),
 )
+SHARED_EXPERTS: Rules = (
+    (r"mlp\.(shared_experts|shared_mlp)\.(gate|up|down)_proj\.weight", Role.SHARED_EXPERT),
+    (r"mlp\.(gate|moe_statics)\.e_score_correction_bias", Role.ROUTER),
+)
 MIXTRAL: Rules = (
     (r"block_sparse_moe\.experts\.\d+\.w[123]\.weight", Role.ROUTED_EXPERT),
-    (r"block_sparse_moe\.gate\.weight", Role.ROUTER),
+    (r"block_sparse_moe\.(gate\.weight|e_score_correction_bias)", Role.ROUTER),
     *EXPERTS,  # the names transformers 5 holds in memory
+    (r"mlp\.(router\.weight|e_score_correction_bias)", Role.ROUTER),
 )
-DEEPSEEK: Rules = (
+LATENT_ATTENTION: Rules = (
     (r"self_attn\.(q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj)\.weight", Role.ATTENTION),
     (r"self_attn\.(q_a_proj|kv_a_proj_with_mqa)\.bias", Role.BIAS),
     (r"self_attn\.(q_a|kv_a)_layernorm\.weight", Role.NORM),
-    (r"mlp\.shared_experts\.(gate|up|down)_proj\.weight", Role.SHARED_EXPERT),
-    (r"mlp\.gate\.e_score_correction_bias", Role.ROUTER),
+)
+INDEXER: Rules = (  # which positions attention looks at: a choice, like that of experts
+    (r"self_attn\.indexer\.(wq_b|wk|weights_proj)\.weight", Role.ROUTER),
+    (r"self_attn\.indexer\.k_norm\.weight", Role.NORM),
+    (r"self_attn\.indexer\.k_norm\.bias", Role.BIAS),
+)
+GEMMA4: Rules = (
+    (r"(pre|post)_feedforward_layernorm_[12]\.weight", Role.NORM),
+    (r"experts\.(gate_up|down)_proj", Role.ROUTED_EXPERT),
+    (r"router\.(proj\.weight|scale|per_expert_scale)", Role.ROUTER),
+    (r"layer_scalar", Role.NORM),
+)
+MAMBA: Rules = (
+    (r"(mamba|mixer)\.(in_proj|out_proj)\.weight", Role.LINEAR_ATTENTION),
+    (r"(mamba|mixer)\.(A_log|D|dt_bias|conv1d\.(weight|bias)|x_proj\.weight|dt_proj\.(weight|bias))", Role.SSM_STATE),
+    (r"(mamba|mixer)\.(norm|(dt|b|c)_layernorm)\.weight", Role.NORM),
+)
+GRANITE: Rules = (
+    (r"block_sparse_moe\.(input_linear|output_linear)\.weight", Role.ROUTED_EXPERT),
+    (r"block_sparse_moe\.router\.layer\.weight", Role.ROUTER),
+    (r"shared_mlp\.(input|output)_linear\.weight", Role.SHARED_EXPERT),
+)
+FEED_FORWARD: Rules = (  # jamba, llama4
+    (r"feed_forward\.(gate|up|down)_proj\.weight", Role.MLP),
+    (r"feed_forward\.experts\.\d+\.(gate|up|down)_proj\.weight", Role.ROUTED_EXPERT),
+    (r"feed_forward\.experts\.(gate_up|down)_proj", Role.ROUTED_EXPERT),
+    (r"feed_forward\.shared_expert\.(gate|up|down)_proj\.weight", Role.SHARED_EXPERT),
+    (r"feed_forward\.router\.weight", Role.ROUTER),
+    (r"pre_ff_layernorm\.weight", Role.NORM),
+)
+GPT_OSS: Rules = (
+    (r"mlp\.experts\.(gate_up|down)_proj_bias", Role.ROUTER),  # [E, O]: as many as the experts, and as small as a router
+    (r"mlp\.router\.(weight|bias)", Role.ROUTER),
+    (r"self_attn\.sinks", Role.BIAS),
+)
+NEMOTRON: Rules = (
+    (r"norm\.weight", Role.NORM),
+    (r"mixer\.[qkvo]_proj\.weight", Role.ATTENTION),
+    (r"mixer\.(up|down)_proj\.weight", Role.MLP),
+    (r"mixer\.experts\.\d+\.(up|down)_proj\.weight", Role.ROUTED_EXPERT),
+    (r"mixer\.experts\.(up|down)_proj", Role.ROUTED_EXPERT),
+    (r"mixer\.shared_experts\.(up|down)_proj\.weight", Role.SHARED_EXPERT),
+    (r"mixer\.fc[12]_latent_proj\.weight", Role.MLP),
+    (r"mixer\.gate\.(weight|e_score_correction_bias)", Role.ROUTER),
+)
+HYPER: Rules = (  # qwen4_exp: how the streams of the residual are mixed
+    (r"(attn|mlp)_hyper_connection\.(block_inject_weight|input_mix_weight_(up|down))\.weight", Role.ROUTER),
+    (r"(attn|mlp)_hyper_connection\.hc_norm\.weight", Role.NORM),
+)
+BAILING: Rules = (
+    (r"(input|post_attention)_layernorm\.weight", Role.NORM),
+    (r"attention\.(query_key_value|dense)\.weight", Role.ATTENTION),
+    (r"attention\.(query|key)_layernorm\.weight", Role.NORM),
+    (r"mlp\.gate\.expert_bias", Role.ROUTER),
 )
 
 QWEN_HYBRID = BLOCK + QK_NORM + DELTA_NET
@@ -116,39 +182,152 @@ STORED_HYBRID = (
     ("linear_attn.out_proj.weight", {"columns": "values"}),
 )
 
+# The fields of config.json that llama.cpp computes with, by the key of the file's header that must say the same.
+CARRIED_HYBRID = {
+    "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim", "attention.value_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim", "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+}  # fmt: skip
+CARRIED_DENSE = CARRIED_HYBRID | {"feed_forward_length": "intermediate_size"}
+CARRIED_MOE = CARRIED_HYBRID | {
+    "expert_count": "num_experts", "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}  # fmt: skip
+# The one value of a field that llama.cpp's graph is written for.
+FIXED_HYBRID = {
+    "hidden_act": "silu", "attention_bias": False, "attn_output_gate": True, "mlp_only_layers": [], "decoder_sparse_step": 1,
+    "norm_topk_prob": True, "use_sliding_window": False, "linear_attn_bias": False, "is_encoder_decoder": False,
+    "routed_scaling_factor": 1.0,
+}  # fmt: skip
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """``layer``: the rules of a decoder layer's tensors; ``ggml``: llama.cpp's name of the architecture; ``stored``: what is
-    otherwise in a GGUF than in the checkpoint, None where this project writes no GGUF."""
+    """``layer``: the rules of a decoder layer's tensors, ``top``: of the others. ``ggml``: llama.cpp's name of the
+    architecture. Where this project writes a GGUF, ``stored``: what is otherwise in it than in the checkpoint; ``carried``: the
+    keys of its header that must have the value of a field of config.json; ``fixed``: the fields that must have this value.
+
+    ``renames``: where a tensor lies in transformers' module tree, as (pattern, replacement) pairs on its name, where that is
+    another than on disk. ``transposed``: experts lie as [E, I, O]; without ``gated`` an expert has up_proj alone. ``carries``:
+    the argument by which a decoder layer gives its second output to the next. ``alias``: the model_type whose classes
+    transformers has, where it knows this one by no name of its own."""
 
     layer: Rules
-    ggml: str
+    ggml: str = ""
     stored: tuple[tuple[str, Mapping[str, str]], ...] | None = None
+    top: Rules = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    transposed: bool = False
+    gated: bool = True
+    carries: str = ""
+    alias: str = ""
+    carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+DEEPSEEK = BLOCK + LATENT_ATTENTION + SHARED_EXPERTS + EXPERTS + MLP
+SPARSE_MOE = ((r"\.block_sparse_moe\.", ".mlp."),)
 FAMILIES = {
-    "qwen3_5_moe": Family(QWEN_HYBRID + EXPERTS + SHARED_EXPERT, "qwen35moe", STORED_HYBRID),
-    "qwen3_5": Family(QWEN_HYBRID + MLP, "qwen35", STORED_HYBRID),
-    "qwen3_next": Family(QWEN_HYBRID + EXPERTS + SHARED_EXPERT + MLP, "qwen3next"),
-    "qwen3_moe": Family(BLOCK + QK_NORM + EXPERTS + MLP, "qwen3moe"),
-    "mixtral": Family(BLOCK + MIXTRAL, "llama"),
-    "olmoe": Family(BLOCK + QK_NORM + EXPERTS, "olmoe"),
-    "deepseek_v3": Family(BLOCK + DEEPSEEK + EXPERTS + MLP, "deepseek2"),
-    "llama": Family(BLOCK + MLP, "llama"),
-    "qwen2": Family(BLOCK + MLP, "qwen2"),
-    "qwen3": Family(BLOCK + QK_NORM + MLP, "qwen3"),
-    "gemma2": Family(BLOCK + GEMMA_NORMS + MLP, "gemma2"),
-    "gemma3": Family(BLOCK + QK_NORM + GEMMA_NORMS + MLP, "gemma3"),
+    "qwen3_5_moe": Family(
+        layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT,
+        ggml="qwen35moe",
+        stored=STORED_HYBRID,
+        carried=CARRIED_MOE,
+        fixed=FIXED_HYBRID,
+    ),
+    "qwen3_5": Family(layer=QWEN_HYBRID + MLP, ggml="qwen35", stored=STORED_HYBRID, carried=CARRIED_DENSE, fixed=FIXED_HYBRID),
+    "qwen3_next": Family(layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT + MLP, ggml="qwen3next"),
+    "qwen3_moe": Family(layer=BLOCK + QK_NORM + EXPERTS + MLP, ggml="qwen3moe"),
+    "mixtral": Family(layer=BLOCK + MIXTRAL, ggml="llama", renames=SPARSE_MOE),
+    "olmoe": Family(layer=BLOCK + QK_NORM + EXPERTS, ggml="olmoe"),
+    "deepseek_v3": Family(layer=DEEPSEEK, ggml="deepseek2"),
+    "llama": Family(layer=BLOCK + MLP, ggml="llama"),
+    "qwen2": Family(layer=BLOCK + MLP, ggml="qwen2"),
+    "qwen3": Family(layer=BLOCK + QK_NORM + MLP, ggml="qwen3"),
+    "gemma2": Family(layer=BLOCK + GEMMA_NORMS + MLP, ggml="gemma2"),
+    "gemma3": Family(layer=BLOCK + QK_NORM + GEMMA_NORMS + MLP, ggml="gemma3"),
+    "kimi_k2": Family(layer=DEEPSEEK, ggml="deepseek2", alias="deepseek_v3"),
+    "deepseek_v2": Family(layer=DEEPSEEK, ggml="deepseek2"),
+    "deepseek_v32": Family(layer=DEEPSEEK + INDEXER, ggml="deepseek2"),
+    "glm_moe_dsa": Family(layer=DEEPSEEK + INDEXER, ggml="glm-dsa", carries="prev_topk_indices"),
+    "glm4_moe": Family(layer=BLOCK + QK_NORM + EXPERTS + SHARED_EXPERTS + MLP, ggml="glm4moe"),
+    "glm4_moe_lite": Family(layer=DEEPSEEK, ggml="deepseek2"),
+    "qwen2_moe": Family(layer=BLOCK + EXPERTS + SHARED_EXPERT + MLP, ggml="qwen2moe"),
+    "mistral": Family(layer=BLOCK + MLP, ggml="llama"),
+    "hunyuan_v1_moe": Family(
+        layer=(
+            *BLOCK + EXPERTS + SHARED_EXPERTS + MLP,
+            (r"self_attn\.(query|key)_layernorm\.weight", Role.NORM),
+            (r"mlp\.gate\.wg\.weight", Role.ROUTER),
+        ),
+        ggml="hunyuan-moe",
+    ),
+    "minimax_m2": Family(layer=BLOCK + QK_NORM + MIXTRAL, ggml="minimax-m2", renames=SPARSE_MOE),
+    "ernie4_5_moe": Family(
+        layer=BLOCK + EXPERTS + SHARED_EXPERTS + MLP,
+        ggml="ernie4_5-moe",
+        renames=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),),
+    ),
+    "phimoe": Family(
+        layer=(*BLOCK + MIXTRAL, (r"(input|post_attention)_layernorm\.bias", Role.BIAS)),
+        ggml="phimoe",
+        top=((r"(lm_head|model\.norm)\.bias", Role.BIAS),),
+        renames=((r"\.block_sparse_moe\.gate\.", ".mlp.router."), *SPARSE_MOE),
+    ),
+    "gemma4": Family(layer=BLOCK + QK_NORM + GEMMA_NORMS + MLP + GEMMA4, ggml="gemma4"),
+    "granitemoehybrid": Family(
+        layer=BLOCK + MAMBA + GRANITE,
+        ggml="granitehybrid",
+        renames=(
+            (r"\.block_sparse_moe\.input_linear\.weight", ".block_sparse_moe.experts.gate_up_proj"),
+            (r"\.block_sparse_moe\.output_linear\.weight", ".block_sparse_moe.experts.down_proj"),
+            (r"\.router\.layer\.", ".router."),
+        ),
+    ),
+    "jamba": Family(
+        layer=BLOCK + MAMBA + FEED_FORWARD,
+        ggml="jamba",
+        top=((r"model\.final_layernorm\.weight", Role.NORM),),
+    ),
+    "gpt_oss": Family(layer=BLOCK + EXPERTS + GPT_OSS, ggml="gpt-oss", transposed=True),
+    "llama4": Family(layer=BLOCK + FEED_FORWARD, ggml="llama4", transposed=True),
+    "qwen4_exp": Family(
+        layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT + INDEXER + HYPER,
+        top=(
+            (r"model\.hyper_connection_mixer\.hc_norm\.weight", Role.NORM),
+            (r"model\.hyper_connection_mixer\.input_mix_weight_(up|down)\.weight", Role.ROUTER),
+        ),
+    ),
+    "nemotron_h": Family(
+        layer=MAMBA + NEMOTRON,
+        ggml="nemotron_h_moe",
+        top=((r"model\.embeddings\.weight", Role.EMBEDDING), (r"model\.norm_f\.weight", Role.NORM)),
+        gated=False,
+    ),
+    "bailing_moe": Family(  # no class of it in transformers: only what needs no calibration
+        layer=BAILING + EXPERTS + SHARED_EXPERTS + MLP,
+        ggml="bailingmoe",
+        top=((r"model\.word_embeddings\.weight", Role.EMBEDDING),),
+    ),
 }
 # The matrices of an expert by their names on disk, and where they lie among the rows of the fused parameter.
 PARTS = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down", "w1": "gate", "w3": "up", "w2": "down"}
-EXPERT = re.compile(rf"(.*\.mlp\.experts)\.(\d+)\.({'|'.join(PARTS)})\.weight")
-VISION_PREFIX = re.compile(r"(model\.)?(visual|vision_tower|multi_modal_projector)\.")
+EXPERT = re.compile(rf"(.*\.experts)\.(\d+)\.({'|'.join(PARTS)})\.weight")
+SEEING = "visual|vision_tower|vision_model|multi_modal_projector|mm_projector|embed_vision|audio_tower|embed_audio"
+VISION_PREFIX = re.compile(rf"(model\.)?(language_model\.)?(?P<part>{SEEING})\.")
 MTP_PREFIX = re.compile(r"(model\.)?mtp\.")
 LAYER_PREFIX = re.compile(r"model\.layers\.(\d+)\.")
-# A multimodal checkpoint nests its text model: model.language_model.* (transformers 5) or language_model.model.*.
-NESTINGS = ((r"^model\.language_model\.", "model."), (r"^language_model\.(model\.|lm_head\.)", r"\1"))
+# A multimodal checkpoint nests its text model: model.language_model.* (transformers 5) or language_model.model.*; nemotron_h
+# calls it backbone.
+NESTINGS = (
+    (r"^model\.language_model\.", "model."),
+    (r"^language_model\.(model\.|lm_head\.)", r"\1"),
+    (r"^backbone\.", "model."),
+)
 
 
 @functools.cache
@@ -174,7 +353,7 @@ def text_name(name: str) -> str:
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where a tensor of the checkpoint lies in transformers' module tree: a parameter, and for an expert's matrix on disk
-    which expert and which rows ("gate", "up" or "down") of the fused parameter."""
+    which expert and which rows ("gate", "up", None for all) of the fused parameter."""
 
     parameter: str
     expert: int | None = None
@@ -185,21 +364,25 @@ class Place:
         if self.expert is None:
             return fused
         rows = fused[self.expert]
-        return rows if self.part == "down" else rows.chunk(2)[self.part == "up"]
+        return rows.chunk(2)[self.part == "up"] if self.part in ("gate", "up") else rows
 
 
-def place_of(name: str) -> Place:
+def place_of(name: str, model_type: str) -> Place:
     """The place of a checkpoint tensor, by its name alone."""
-    text = text_name(name).replace(".block_sparse_moe.", ".mlp.")
+    family, text = FAMILIES[family_of(model_type)], text_name(name)
+    for pattern, replacement in family.renames:
+        text = re.sub(pattern, replacement, text)
     if not (match := EXPERT.fullmatch(text)):
         return Place(text)
     part = PARTS[match[3]]
-    return Place(f"{match[1]}.{'down_proj' if part == 'down' else 'gate_up_proj'}", int(match[2]), part)
+    if part == "down" or not family.gated:
+        return Place(f"{match[1]}.{part}_proj", int(match[2]))
+    return Place(f"{match[1]}.gate_up_proj", int(match[2]), part)
 
 
-def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | None = None) -> Role:
-    """The role of tensor ``name``. A decoder layer at or past ``num_layers`` is multi-token prediction (deepseek_v3
-    stores it there). Raises :class:`UserError` on an unknown model_type, tensor, or number of dimensions."""
+def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | None = None, predictors: int = 0) -> Role:
+    """The role of tensor ``name``. The ``predictors`` decoder layers behind ``num_layers`` are multi-token prediction
+    (deepseek_v3 stores it there). Raises :class:`UserError` on an unknown model_type, tensor, layer or number of dimensions."""
     family = FAMILIES[family_of(model_type)]
     if VISION_PREFIX.match(name):
         return Role.VISION
@@ -208,8 +391,13 @@ def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | 
     text = text_name(name)
     prefix = LAYER_PREFIX.match(text)
     if prefix and num_layers is not None and int(prefix[1]) >= num_layers:
-        return Role.MTP
-    rules, rest = (family.layer, text[prefix.end() :]) if prefix else (TOP, text)
+        if int(prefix[1]) < num_layers + predictors:
+            return Role.MTP
+        raise UserError(
+            f"tensor {name}: config.json says num_hidden_layers {num_layers}, so no layer {prefix[1]} would ever run; "
+            "correct the config, or remove the tensor"
+        )
+    rules, rest = (family.layer, text[prefix.end() :]) if prefix else (family.top + TOP, text)
     role = next((role for pattern, role in _compiled(rules) if pattern.fullmatch(rest)), None)
     if role is None:
         raise UserError(f"tensor {name} {list(shape)}: no rule for it in model_type {model_type} (families.py)")
@@ -223,5 +411,5 @@ def roles_of(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]) -> 
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UserError("config.json has no model_type")
-    layers = config.get("num_hidden_layers", (config.get("text_config") or {}).get("num_hidden_layers"))
-    return {name: role_of(name, shape, model_type, layers) for name, shape in shapes.items()}
+    layers, predictors = layer_count(config), text_config(config).get("num_nextn_predict_layers") or 0
+    return {name: role_of(name, shape, model_type, layers, predictors) for name, shape in shapes.items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 from console import UserError
 from ggml_lattice import LatticeCodec
 from ggml_scalar import ScalarCodec
-from ggml_types import CHUNK_WEIGHTS, LATTICE, BlockType, Codec, Scales, known, row_bytes
+from ggml_types import CHUNK_WEIGHTS, HALF_MAX, LATTICE, BlockType, Codec, Scales, known, row_bytes
 
 
 class CastCodec(Codec):
@@ -92,8 +92,25 @@ def _encode_rows(w: Tensor, kind: Codec, importance: Tensor) -> Tensor:
     blocks = w.reshape(-1, kind.type.block)
     importance = balanced(importance.reshape(blocks.shape))
     scales = kind.fit(blocks, importance)
-    codes, _ = kind.block_codes(blocks, scales, importance)
+    codes, values = kind.block_codes(blocks, scales, importance)
+    check_range(blocks, values, kind, scales)
     return kind.pack(scales, codes).reshape(len(w), -1)
+
+
+def check_range(blocks: Tensor, values: Tensor, kind: Codec, scales: Scales) -> None:
+    """Raise :class:`UserError` where the scale of a block would have to be larger than a half float, or a weight than what a
+    cast holds: the values would be cut without a word."""
+    peak = blocks.abs().amax(1)
+    if not bool((peak > HALF_MAX).any()):
+        return
+    cut = ~torch.isfinite(values).all(1)
+    for field in scales.raw[:: 2 if len(scales.raw) > 2 else len(scales.raw) or 1]:  # d, and m where there is one
+        cut |= field.abs() >= HALF_MAX
+    if bool(cut.any()):
+        raise UserError(
+            f"a weight of {peak[cut].max().item():.4g} is beyond what {kind.type.name} stores (its scales are half floats); "
+            "give the tensor bf16 or f32 by TENSOR_TYPES"
+        )
 
 
 def decode_rows(data: Tensor, name: str) -> Tensor:

@@ -4,8 +4,9 @@
     python src/quant/gguf_convert.py SOURCE header MODEL PLAN.json HEADER
 
 `header` writes what stands in a GGUF file before its first tensor, for the tensors of PLAN.json: {"ftype": 23, "no_mtp": true,
-"tensors": [[name, shape, ggml type, bytes], ...]}. The key-values, the tokenizer among them, are the converter's. Only the
-process of this script imports from SOURCE; its gguf-py stands before an installed one.
+"keys": {key: float}, "ends": [token ids], "tensors": [[name, shape, ggml type, bytes], ...]}. The key-values, the tokenizer
+among them, are the converter's, and "keys" (of the architecture) and "ends" beside them. Only the process of this script
+imports from SOURCE; its gguf-py stands before an installed one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ QWEN2_PATTERN = (
 # The converter knows a tokenizer by the digest of what it makes of one text, which depends on the vocabulary. A tokenizer of
 # unknown digest is known here by the expression that splits its text: llama.cpp's name for it.
 PRE_TOKENIZERS = {QWEN2_PATTERN: "qwen2"}
+# Tokens at which llama.cpp stops by their text alone (llama-vocab.cpp), among those that models name as their ends.
+STOPS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<|end_of_text|>", "<eos>")
 
 
 def split_pattern(model: Path) -> str | None:
@@ -70,11 +73,30 @@ def write_header(base: Any, gguf: Any, model: Path, plan: dict[str, Any], out: P
     for name, shape, type_name, size in plan["tensors"]:
         writer.add_tensor_info(name, shape, None, size, raw_dtype=gguf.GGMLQuantizationType[type_name])
     converter.prepare_metadata(vocab_only=False)
+    for key, value in plan["keys"].items():
+        writer.add_float32(f"{writer.arch}.{key}", value)
+    add_ends(writer, gguf.Keys.Tokenizer, plan["ends"])
     writer.write_header_to_file(path=out)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.write_padding(writer.fout[0], writer.fout[0].tell())
     writer.close()
+
+
+def add_ends(writer: Any, keys: Any, ends: list[int]) -> None:
+    """Name the tokens at which generation ends (llama.cpp also stops at some that it knows by their text) in keys that the
+    tokenizer has left free: end of text, of turn, of message."""
+    values = writer.kv_data[0]
+    known = {values[key].value for key in (keys.EOS_ID, keys.EOT_ID, keys.EOM_ID) if key in values}
+    free = [key for key in (keys.EOS_ID, keys.EOT_ID, keys.EOM_ID) if key not in values]
+    tokens = [token.decode("utf-8", "replace") if isinstance(token, bytes) else token for token in values[keys.LIST].value]
+    if odd := [end for end in ends if not 0 <= end < len(tokens)]:
+        raise SystemExit(f"generation_config.json: eos_token_id {odd[0]} is not one of {len(tokens)} tokens")
+    rest = [end for end in ends if end not in known and tokens[end] not in STOPS]
+    if len(rest) > len(free):
+        raise SystemExit(f"generation_config.json: a GGUF has no place for the ends {rest[len(free) :]} beside {sorted(known)}")
+    for key, end in zip(free, rest):
+        writer.add_uint32(key, end)
 
 
 def main() -> None:

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, source_identity
 from console import UserError, progress, run_cli, write_json
-from families import FAMILIES, family_of, place_of
+from families import FAMILIES, family_of
 from ggml_codecs import decode_rows
 from gguf_format import GgufFile
-from gguf_layout import Piece, into_parameter, parameter_shape, pieces_of
-from plans import sidecars
+from gguf_layout import Piece, into_parameter, pieces_of
+from plans import copy_sidecars, sidecars
 from records import DECODED_MARK, header_sha256
 from run_dir import check_output, staged_directory
 from safetensors_file import CheckpointWriter
@@ -47,14 +46,14 @@ def decoded(file: GgufFile, checkpoint: Checkpoint, by_parameter: Mapping[str, S
     kept: dict[str, Tensor] = {}
 
     def value(name: str) -> Tensor:
-        info, place = checkpoint.info(name), place_of(name)
+        info, place = checkpoint.info(name), checkpoint.places[name]
         if place.parameter not in by_parameter:
             return checkpoint.read(name)
         if place.parameter not in kept:
             pieces = by_parameter[place.parameter]
             if len(kept) > 1:
                 kept.pop(next(iter(kept)))
-            full = kept[place.parameter] = torch.empty(parameter_shape(checkpoint, pieces[0].sources))
+            full = kept[place.parameter] = torch.empty(checkpoint.parameter_shape(place.parameter))
             for piece in pieces:
                 into_parameter(piece, decode_rows(file.data(piece.name), file.kind(piece.name)).view(piece.shape), full)
         return place.view(kept[place.parameter]).to(info.dtype).reshape(info.shape)
@@ -74,11 +73,11 @@ def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_by
     check_output(checkpoint.path, out, force, checkpoint.bytes, DECODED_MARK)
     head = path.open("rb").read(1 << 20)
     made_from = {"file": path.name, "bytes": path.stat().st_size, "head_sha256": hashlib.sha256(head).hexdigest()}
-    job = {"gguf": made_from, "config_sha256": checkpoint.config_sha256, "header_sha256": header_sha256(checkpoint)}
+    mark = {"gguf": made_from, "config_sha256": checkpoint.config_sha256, "header_sha256": header_sha256(checkpoint)}
+    job = {"gguf": source_identity(path), "source": checkpoint.identity}
     plan = [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()]
     with staged_directory(out, force, job) as partial:
-        for extra in sidecars(checkpoint.path):
-            shutil.copyfile(extra, partial / extra.name)
+        copy_sidecars(checkpoint, sidecars(checkpoint.path), partial)
         with (
             progress(sum(info.bytes for info in checkpoint.tensors.values()), "dequantize", "B", True) as bar,
             CheckpointWriter(partial, plan, shard_bytes) as writer,
@@ -88,7 +87,7 @@ def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_by
                 if not writer.is_done(name):
                     writer.append(name, value(name))
                 bar.update(info.bytes)
-        write_json(partial / DECODED_MARK, job)
+        write_json(partial / DECODED_MARK, mark)
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 import llama_cpp
-from console import UserError, atomic_path, files_sha256, read_json, write_json, writing
+from console import FULL, UserError, WriteError, atomic_path, files_sha256, read_object, write_json, writing
 from ggml_types import TYPES, row_bytes
 from records import public_path
 
@@ -47,19 +46,30 @@ def tensor_bytes(shape: Sequence[int], kind: str) -> int:
 def run_converter(*arguments: object) -> None:
     """llama.cpp's converter on ``arguments`` (see gguf_convert.py); its last words are the error's."""
     command = [sys.executable, str(DRIVER), str(llama_cpp.source()), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-        raise UserError(f"llama.cpp's converter failed: {last.strip()[:300]}")
+    code, output = llama_cpp.watched(command, "convert", "%")
+    if code:
+        last = next((line for line in reversed(output.splitlines()) if line.strip()), "no message")
+        kind = WriteError if any(os.strerror(number) in output for number in FULL) else UserError
+        raise kind(f"llama.cpp's converter failed: {last.strip()[:300]}")
 
 
 def make_header(
-    model: Path, tensors: Sequence[tuple[str, Sequence[int], str]], file_type: int, work: Path, no_mtp: bool = True
+    model: Path,
+    tensors: Sequence[tuple[str, Sequence[int], str]],
+    file_type: int,
+    work: Path,
+    no_mtp: bool = True,
+    keys: Mapping[str, float] | None = None,
+    ends: Sequence[int] = (),
 ) -> bytes:
-    """What stands before the first tensor, with llama.cpp's own key-values for ``model``; ``work``: a directory to use."""
+    """What stands before the first tensor, with llama.cpp's own key-values for ``model``; ``work``: a directory to use.
+    ``keys``: more of the architecture's own; ``ends``: tokens at which generation ends."""
     rows = [[name, list(shape), TYPES[kind].ggml.name, tensor_bytes(shape, kind)] for name, shape, kind in tensors]
     plan, header = work / "plan.json", work / "header.bin"
-    plan.write_text(json.dumps({"ftype": file_type, "no_mtp": no_mtp, "tensors": rows}), encoding="utf-8")
+    plan.write_text(
+        json.dumps({"ftype": file_type, "no_mtp": no_mtp, "keys": dict(keys or {}), "ends": list(ends), "tensors": rows}),
+        encoding="utf-8",
+    )
     run_converter("header", model, plan, header)
     return header.read_bytes()
 
@@ -76,7 +86,7 @@ class GgufWriter:
         self.facts: dict[str, Any] = {}
         self.done, self._written = 0, 0
         if state.exists():
-            saved = read_json(state)
+            saved = read_object(state, "tensors", "facts")
             self.done, self.facts = saved["tensors"], saved["facts"]
         with writing(self.path):
             self._stream = path.open("r+b" if self.done else "wb")
@@ -198,6 +208,9 @@ def read_imatrix(path: str | Path) -> tuple[dict[str, Entry], dict[str, Any]]:
     if lost or 2 * len(names) != len(tensors):
         raise UserError(f"{path}: {lost or 'a tensor'} has sums or counts but not both; write it again")
     entries = {name: Entry(tensors[f"{name}.in_sum2"], tensors[f"{name}.counts"].reshape(-1)) for name in names}
+    for name, entry in entries.items():
+        if not (np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()):
+            raise UserError(f"{path}: {name} holds NaN or infinity; make it again, of a model whose activations are finite")
     return entries, {key: file.fields[f"imatrix.{key}"] for key in ("datasets", "chunk_count", "chunk_size")}
 
 
@@ -260,6 +273,20 @@ def metadata(reader: GGUFReader, key: str, default: Any = None) -> Any:
     """The value of a metadata key."""
     field = reader.get_field(key)
     return default if field is None else field.contents()
+
+
+# The pre-tokenizers of llama.cpp (src/llama-vocab.cpp) that put a beginning-of-text token where the file does not say.
+BEGINS = set("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano tekken chameleon".split())
+
+
+def bos_of(path: str | Path) -> int | None:
+    """The token that llama.cpp puts before a text, and in place of each chunk's first token; None where there is none."""
+    reader = open_gguf(path)
+    model, pre = (metadata(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    adds = metadata(reader, "tokenizer.ggml.add_bos_token", model in ("llama", "bert") or pre in BEGINS)
+    if not adds and "gemma4" not in (model, pre):  # which adds it whatever the file says
+        return None
+    return metadata(reader, "tokenizer.ggml.bos_token_id", {"llama": 1, "gpt2": 11}.get(model))
 
 
 def architecture_value(reader: GGUFReader, key: str, default: Any = None) -> Any:

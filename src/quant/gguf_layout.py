@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from checkpoint import Checkpoint
-from console import UserError
-from families import FAMILIES, LAYER_PREFIX, Role, family_of, place_of, roles_of, text_config
+from console import UserError, explained
+from families import FAMILIES, LAYER_PREFIX, Role, family_of, layer_count, roles_of, text_config
 from ggml_types import TYPES, fallback
+from hf_model import check_complete, meta_model, model_config
 
 Patterns = Sequence[tuple[str, str]]
 BY_LOWER = {name.lower(): name for name in TYPES}
@@ -88,20 +89,6 @@ def order_of(what: str, config: Mapping[str, Any]) -> Tensor | None:
     return torch.cat([torch.arange(first), order + first])
 
 
-def parameter_shape(checkpoint: Checkpoint, sources: tuple[str, ...]) -> tuple[int, ...]:
-    """The shape of a parameter that is one tensor on disk, or the stack of its experts' matrices."""
-    shape, place = checkpoint.tensors[sources[0]].shape, place_of(sources[0])
-    if place.expert is None:
-        return shape
-    experts = 1 + max(place_of(source).expert or 0 for source in sources)
-    fused = place.part != "down"
-    if len(sources) != experts * (1 + fused):
-        raise UserError(
-            f"{checkpoint.path}: {place.parameter}: {len(sources)} matrices for {experts} experts; some are missing"
-        )
-    return experts, shape[0] * (1 + fused), shape[1]
-
-
 def name_map(model_type: str, layers: int) -> Any:
     """llama.cpp's names of the weights of a family, by transformers'."""
     return gguf.get_tensor_name_map(ARCHITECTURES[FAMILIES[family_of(model_type)].ggml], layers)
@@ -118,25 +105,28 @@ def ggml_names(parameter: str, model_type: str, layers: int) -> list[str]:
 
 def pieces_of(checkpoint: Checkpoint) -> list[Piece]:
     """Every tensor of the GGUF, in the order of the decoder. Vision and multi-token prediction are not among them."""
-    family = family_of(str(checkpoint.config.get("model_type")))
+    with explained(str(checkpoint.path / "config.json")):
+        family = family_of(str(checkpoint.config.get("model_type")))
     if FAMILIES[family].stored is None:
         known = ", ".join(name for name, own in FAMILIES.items() if own.stored is not None)
         raise UserError(f"{checkpoint.path}: a GGUF is written directly for {known}, not {family}")
+    try:
+        check_config(checkpoint.config)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from None
+    check_complete(checkpoint)
     config = text_config(checkpoint.config)
-    layers = config["num_hidden_layers"]
+    layers = layer_count(config) or 0
     roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
     sources: dict[str, list[str]] = {}
     for name, role in roles.items():
         if role not in (Role.VISION, Role.MTP):
-            sources.setdefault(place_of(name).parameter, []).append(name)
+            sources.setdefault(checkpoint.places[name].parameter, []).append(name)
     names = name_map(family, layers)
     pieces = []
     for parameter, found in sources.items():
         how = stored(parameter, family, config)
         pieces += _pieces(parameter, tuple(found), roles[found[0]], checkpoint, layers, names, how)
-    missing = {f"model.layers.{i}.input_layernorm.weight" for i in range(layers)} - sources.keys()
-    if missing:
-        raise UserError(f"{checkpoint.path}: no tensor for {min(missing)}; the checkpoint is incomplete")
     return sorted(pieces, key=lambda piece: piece.layer)  # stable: the checkpoint's order within a layer
 
 
@@ -145,7 +135,7 @@ def _pieces(
 ) -> list[Piece]:
     match = LAYER_PREFIX.match(parameter)
     layer = int(match[1]) if match else -1 if role is Role.EMBEDDING else layers
-    shape = parameter_shape(checkpoint, sources)
+    shape = checkpoint.parameter_shape(parameter)
     shape = tuple(size for i, size in enumerate(shape) if not (parameter.endswith("conv1d.weight") and i == 1))
 
     def piece(looked_up: str, shape: tuple[int, ...], half: str | None = None) -> Piece:
@@ -166,12 +156,12 @@ def _pieces(
 def read_parameter(checkpoint: Checkpoint, piece: Piece) -> Tensor:
     """The piece's parameter from the checkpoint, or for a half of a fused one a tensor with that half filled."""
     first = checkpoint.info(piece.sources[0])
-    if place_of(piece.sources[0]).expert is None:
+    if checkpoint.places[piece.sources[0]].expert is None:
         return checkpoint.read(piece.sources[0])
-    full = torch.empty(parameter_shape(checkpoint, piece.sources), dtype=first.dtype)
+    full = torch.empty(checkpoint.parameter_shape(piece.parameter), dtype=first.dtype)
     for source in piece.sources:
-        place = place_of(source)
-        if place.part == "down" or place.part == piece.half:
+        place = checkpoint.places[source]
+        if place.part is None or place.part == piece.half:
             place.view(full).copy_(checkpoint.read(source))
     return full
 
@@ -215,6 +205,108 @@ def ordered_hessian(piece: Piece, hessian: Tensor) -> Tensor:
         return hessian
     order = piece.columns.to(hessian.device)
     return hessian[:, order][:, :, order]
+
+
+# Fields of config.json that change nothing of what the model computes from token ids, or that other steps check.
+FREE = frozenset(
+    """architectures model_type dtype torch_dtype transformers_version tie_word_embeddings vocab_size layer_types
+    full_attention_interval linear_value_head_dim rope_parameters rope_scaling rope_theta partial_rotary_factor use_cache
+    initializer_range attention_dropout output_router_logits router_aux_loss_coef output_attentions output_hidden_states
+    return_dict mtp_num_hidden_layers mtp_use_dedicated_embeddings num_nextn_predict_layers mamba_ssm_dtype max_window_layers
+    id2label label2id problem_type chunk_size_feed_forward name_or_path bos_token_id eos_token_id pad_token_id text_config
+    vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id language_model_only""".split()
+)
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` unless every field of config.json is one that the header carries, that llama.cpp's graph has
+    built in, or that changes nothing: an unknown one may be part of the function, and would vanish."""
+    family = FAMILIES[family_of(str(config.get("model_type")))]
+    carried = {name for own in FAMILIES.values() for name in own.carried.values()}  # a dense config may keep a mixture's
+    for name, value in {**config, **text_config(config)}.items():
+        if name in family.fixed:
+            if value is not None and value != family.fixed[name]:
+                raise UserError(
+                    f"config.json: {name} is {value!r}, and llama.cpp's {family.ggml} computes with {family.fixed[name]!r} only"
+                )
+        elif value is not None and name not in FREE | carried and not name.startswith("_"):
+            raise UserError(
+                f"config.json: {name} = {str(value)[:60]!r} is no field that a GGUF of {family.ggml} is known to carry; "
+                "remove it if the model computes the same without it"
+            )
+
+
+def rope_of(module: Any) -> tuple[Tensor, float]:
+    """(inverse frequencies [D/2], factor of sines and cosines) that transformers' class computes for its config."""
+    text = module.get_decoder()  # a vision tower has a rotation of its own
+    rotary = next((m for m in text.modules() if hasattr(m, "attention_scaling") and hasattr(m, "rope_type")), None)
+    if rotary is None:
+        raise UserError(f"{type(module).__name__}: transformers has no rotary embedding that is known here")
+    made = type(rotary)(rotary.config)
+    return made.inv_freq.double(), float(made.attention_scaling)
+
+
+def ggml_rope(value: Callable[..., Any], size: int) -> tuple[Tensor, float]:
+    """What llama.cpp computes (ggml_rope_cache_init and llama_context) from a header, whose keys ``value(key, default)`` gives,
+    for ``size`` rotated inputs of a head."""
+    base, factor, kind = value("rope.freq_base", 10000.0), value("rope.scaling.factor", 1.0), value("rope.scaling.type", "none")
+    plain = base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    if kind != "yarn":
+        return plain / (factor if kind == "linear" else 1.0), value("rope.scaling.attn_factor", 1.0)
+    turns = [value(f"rope.scaling.yarn_beta_{end}", default) for end, default in (("fast", 32.0), ("slow", 1.0))]
+    length = value("rope.scaling.original_context_length")
+    low, high = (size * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(base)) for beta in turns)
+    low, high = max(0, math.floor(low)), min(size - 1, math.ceil(high))
+    ramp = ((torch.arange(size // 2, dtype=torch.float64) - low) / max(0.001, high - low)).clamp(0, 1)
+    return plain / factor * ramp + plain * (1 - ramp), (1 + 0.1 * math.log(factor)) * value("rope.scaling.attn_factor", 1.0)
+
+
+def check_header(fields: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Raise :class:`UserError` unless the key-values of a GGUF make llama.cpp compute what transformers computes with the
+    config.json of ``checkpoint``, its defaults filled in: sizes, norms, kinds of layers, rotations."""
+    family, model = FAMILIES[family_of(str(checkpoint.config.get("model_type")))], meta_model(model_config(checkpoint.path))
+    config = model.config.get_text_config()
+
+    def value(key: str, default: Any = None) -> Any:
+        return fields.get(f"{family.ggml}.{key}", default)
+
+    wanted = {key: getattr(config, name) for key, name in family.carried.items()}
+    wanted["ssm.inner_size"] = config.linear_value_head_dim * config.linear_num_value_heads
+    found = {key: value(key) for key in wanted}
+    recurrent = [kind == "linear_attention" for kind in config.layer_types]
+    interval = value("full_attention_interval", 4)
+    wanted["layer_types"] = recurrent
+    found["layer_types"] = value("attention.recurrent_layers", [bool((i + 1) % interval) for i in range(len(recurrent))])
+    sections = (config.rope_parameters or {}).get("mrope_section", [11, 11, 10])
+    wanted["rope.dimension_sections"] = [*sections, 0, 0, 0, 0][:4]
+    found["rope.dimension_sections"] = value("rope.dimension_sections")
+    frequencies, scale = rope_of(model)
+    wanted["rope.dimension_count"] = 2 * len(frequencies)
+    found["rope.dimension_count"] = value("rope.dimension_count")
+    for key, expected in wanted.items():
+        own = found[key]
+        if not (
+            math.isclose(own, expected, rel_tol=1e-6) if isinstance(expected, float) and own is not None else own == expected
+        ):
+            raise UserError(f"the header of the GGUF says {key} {own}, but transformers computes with {expected}")
+    theirs, factor = ggml_rope(value, 2 * len(frequencies))
+    if not torch.allclose(theirs, frequencies, rtol=1e-4, atol=0) or not math.isclose(factor, scale, rel_tol=1e-4):
+        raise UserError(
+            f"config.json: llama.cpp's {family.ggml} cannot rotate as rope_parameters {dict(config.rope_parameters)} ask for: "
+            f"frequencies differ by a factor of up to {(theirs / frequencies).log().abs().max().exp().item():.4g}, "
+            f"sizes by {factor / scale:.4g}"
+        )
+
+
+def extra_keys(checkpoint: Checkpoint) -> dict[str, float]:
+    """Keys that llama.cpp's converter does not write and its graph reads: the factor by which yarn's sines and cosines differ
+    from those of the paper."""
+    model = meta_model(model_config(checkpoint.path))
+    rope = model.config.get_text_config().rope_parameters or {}
+    if rope.get("rope_type") != "yarn" or not rope.get("factor", 0) > 0:
+        return {}
+    factor = rope_of(model)[1] / (1 + 0.1 * math.log(rope["factor"]))
+    return {} if math.isclose(factor, 1, rel_tol=1e-6) else {"rope.scaling.attn_factor": factor}
 
 
 def type_named(text: str, where: str) -> str:

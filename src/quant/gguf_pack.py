@@ -27,12 +27,12 @@ import llama_cpp
 from calibrated_pass import CalibratedPass
 from calibration import Calibration, LayerStream
 from calibration_text import CalibrationSettings
-from checkpoint import Checkpoint
-from console import UserError, file_sha256, progress, read_json, run_cli, write_json
+from checkpoint import Checkpoint, different_file, model_name
+from console import UserError, explained, file_sha256, files_sha256, progress, read_json, run_cli, write_json, writing
 from gguf_dequant import dequantize
-from gguf_format import GgufFile, GgufWriter, read_imatrix, run_converter
-from gguf_layout import Patterns, file_name, read_patterns
-from hf_model import load_tokenizer
+from gguf_format import GgufFile, GgufWriter, bos_of, read_imatrix, run_converter
+from gguf_layout import Patterns, check_header, file_name, read_patterns
+from hf_model import check_first, load_tokenizer
 from moe_alloc import allocate_types
 from pack_plan import (
     Blocks,
@@ -40,6 +40,7 @@ from pack_plan import (
     Pack,
     SizeSettings,
     TypeSettings,
+    left_out,
     memory_bytes,
     pack_times,
     plan_pack,
@@ -48,10 +49,10 @@ from pack_plan import (
     write_mmproj,
 )
 from plans import RecordSettings, dry_run_notes
-from recipe import RECIPE_FILE
-from records import describe_model, sha256_text, write_result
+from recipe import RECIPE_FILE, quantized_note
+from records import DECODED_MARK, describe_model, sha256_json, sha256_text, write_result
 from rounders import GgmlRounder, RoundingSettings
-from run_dir import RUN, check_output, check_resume, staged_directory
+from run_dir import RUN, alone, check_output, check_resume, staged_directory
 from settings import add_dry_run, parse_settings, part, same, setting
 from token_weights import kept_bytes
 
@@ -62,8 +63,8 @@ def run_tool(name: str, arguments: Sequence[object], log: Path) -> None:
     """Run one of llama.cpp's tools with its output in ``log``."""
     command = [llama_cpp.tool(name), *arguments]
     print("+ " + " ".join([name, *map(str, arguments)]), flush=True)
-    with log.open("w", encoding="utf-8") as stream:
-        code = subprocess.run(list(map(str, command)), stdout=stream, stderr=subprocess.STDOUT).returncode
+    log.unlink(missing_ok=True)
+    code, _ = llama_cpp.watched(command, name, "tensor" if name == "llama-quantize" else "chunk", log)
     if code:
         lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         raise UserError(f"{name} failed ({lines[-1].strip()[:200] if lines else f'exit code {code}'}); its output is in {log}")
@@ -74,11 +75,11 @@ class Steps:
 
     def __init__(self, out: Path, force: bool) -> None:
         self.out, self.force = out, force
-        try:
+        with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{out}: cannot be created ({error.strerror})") from None
         self.made: dict[str, Any] = read_json(out / STEPS) if (out / STEPS).exists() else {}
+        if not isinstance(self.made, dict) or not all(isinstance(settings, dict) for settings in self.made.values()):
+            raise UserError(f"{out / STEPS}: does not say how the files beside it were made; choose another --out")
         if not self.made and any(out.iterdir()):
             raise UserError(f"{out}: not an output of this command (no {STEPS}); choose another")
 
@@ -89,7 +90,9 @@ class Steps:
             print(f"kept {path}", flush=True)
             return path
         if path.exists() and not self.force:
-            raise UserError(f"{path}: made with other settings; give another --out, or --force to make it again")
+            model = different_file(before.get("source"), settings["source"]) if before and "source" in settings else None
+            what = f"of another model ({model})" if model else "with other settings"
+            raise UserError(f"{path}: made {what}; give another --out, or --force to make it again")
         started, temporary = time.time(), self.out / f".{name}"
         make(temporary)
         temporary.rename(path)
@@ -104,20 +107,22 @@ def make_reference(
 ) -> dict[str, Any]:
     """Run all steps, on the text of the tokens that the calibrated pass would read; the report of the quantized file."""
     model, steps = pack.checkpoint.path, Steps(out, force)
-    name, length = model.resolve().name, calibration.ids.shape[1]
-    text = load_tokenizer(model).decode(
-        calibration.ids.flatten(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    source = {"config_sha256": pack.checkpoint.config_sha256, "bytes": pack.checkpoint.bytes}
+    name, length = model_name(model), calibration.ids.shape[1]
+    source = {"source": pack.checkpoint.identity}
     # The direct path leaves multi-token prediction out as well; llama-imatrix does not reach it.
     plain = steps.step(
         f"{name}-BF16.gguf", source,
         lambda path: run_converter("convert", model, "--outfile", path, "--outtype", "bf16", "--no-mtp"),
     )  # fmt: skip
+    ids, prefix = calibration.ids.flatten(), calibration.record.get("prefix")
+    if prefix and bos_of(plain) == prefix[0]:  # llama-imatrix puts it there
+        ids = ids[1:]
+    tokenizer = load_tokenizer(model, chat=False)
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     read = {"sha256": sha256_text(text), "length": length}
     written = steps.step("calibration.txt", read, lambda path: path.write_text(text, encoding="utf-8"))
     log = out / "llama.log"
-    context = ["-c", length, "-b", length, "--parse-special", "--no-ppl"]
+    context = ["-c", length, "-b", length, "--parse-special"]  # its perplexity tells how far it is
     imatrix = steps.step(
         "imatrix.gguf", source | read,
         lambda path: run_tool("llama-imatrix", ["-m", plain, "-f", written, *context, "-o", path], log),
@@ -135,7 +140,9 @@ def make_reference(
     file = GgufFile(steps.step(pack.file_name, source | read | {"types": dict(pack.types)}, quantize))
     write_mmproj(pack.checkpoint, out)
     check_types(file, pack)
-    made = report(pack, file.path.stat().st_size) | {"file": file.path.name, "sha256": file_sha256(file.path)}
+    check_header(file.fields, pack.checkpoint)
+    check_loads(file.path)
+    made = report(pack, file.path.stat().st_size) | {"file": file.path.name, "sha256": files_sha256([file.path])}
     print(table(made))
     return made
 
@@ -145,6 +152,22 @@ def check_types(file: GgufFile, pack: Pack) -> None:
     for piece in pack.pieces:
         if file.kind(piece.name) != pack.types[piece.name]:
             raise UserError(f"{file.path}: {piece.name} is {file.kind(piece.name)}, expected {pack.types[piece.name]}")
+
+
+def check_loads(path: Path) -> None:
+    """Let llama.cpp, where a build of it is at hand, load the file and read one token: :class:`UserError` if it does not."""
+    if (bench := llama_cpp.at_hand("llama-bench")) is None:
+        print(
+            f"{path.name} was not tried in llama.cpp: no build of it here (bash pipelines/llama_cpp.sh makes one)", flush=True
+        )
+        return
+    command = [bench, "-m", path, "-p", "1", "-n", "0", "-r", "1", "-ngl", "0", "--no-warmup", "-o", "json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.strip().splitlines()[-1:]
+        reason = " | ".join(line.strip() for line in said[:3])[:400] or f"exit code {done.returncode}"
+        raise UserError(f"{path.name}: llama.cpp does not load it ({reason})")
+    print(f"{path.name} was loaded by llama.cpp", flush=True)
 
 
 STATE = "written.json"
@@ -175,21 +198,43 @@ class PackSettings:
 
     def calibration(self, method: str, dry_run: bool = False) -> Calibration:
         """What the method is calibrated on; a dry run needs its size alone."""
-        ids, entry = self.text.size() if dry_run else self.text.ids(self.model)
+        ids, entry = self.text.size(self.model) if dry_run else self.text.ids(self.model)
         return Calibration(ids, entry, token_power=0.0 if method == "nearest" else self.rounding.moments.token_power)
 
 
+def check_places(settings: PackSettings) -> None:
+    """Raise :class:`UserError` on an output that cannot be where it is asked for, before any work. Touches nothing."""
+    out, force = settings.out.resolve(), settings.record.force
+    if not settings.reference:
+        check_output(settings.model, out, force, 0)
+    if settings.dequant_out:
+        other = settings.dequant_out.resolve()
+        with explained("DEQUANT_OUT"):
+            if other == out or other in out.parents or out in other.parents:
+                raise UserError(f"{other}: is --out itself, or a directory inside or around it; choose another")
+            check_output(settings.model, other, force, Checkpoint(settings.model).bytes, DECODED_MARK)
+
+
 def allocated_types(settings: PackSettings) -> PackSettings:
-    """The settings with types that fit --target-gib, chosen into a file beside the output; one that is there is for another
-    run and is refused."""
-    types = Path(f"{str(settings.out).rstrip('/')}.types.txt")
-    if types.exists() and not settings.record.force:
-        raise UserError(f"{types}: exists; use --force to replace it")
+    """The settings with types that fit --target-gib, chosen into a file beside the output. A killed run finds those that it
+    chose; one that is of other settings, or that a user wrote, is refused."""
+    types, checkpoint = Path(f"{str(settings.out).rstrip('/')}.types.txt"), Checkpoint(settings.model)
     rounding, patterns = settings.rounding, read_patterns(settings.protected) if settings.protected else []
-    allocate_types(
-        Checkpoint(settings.model), settings.calibration(rounding.method), settings.target_gib, types, patterns,
-        method=rounding.method, damping=rounding.moments.damping, weights_file=rounding.token_weights,
-    )  # fmt: skip
+    calibration = settings.calibration(rounding.method)
+    method, damping = rounding.method, rounding.moments.damping
+    made_of: dict[str, Any] = {"source": checkpoint.identity, "calibration": calibration.settings(), "fixed": patterns}
+    made_of |= {"method": method, "damping": damping, "gib": settings.target_gib}
+    mark = f"# made of {sha256_json(made_of)}"
+    with alone(settings.out.resolve()):
+        if types.exists() and mark in types.read_text(encoding="utf-8", errors="replace").splitlines()[:2]:
+            print(f"kept {types}", flush=True)
+        elif types.exists() and not settings.record.force:
+            raise UserError(f"{types}: made with other settings or for another model; use --force to replace it")
+        else:
+            allocate_types(
+                checkpoint, calibration, settings.target_gib, types, patterns, method=method, damping=damping,
+                weights_file=rounding.token_weights, mark=f"{mark}\n",
+            )  # fmt: skip
     return dataclasses.replace(settings, types=dataclasses.replace(settings.types, tensor_types=types), target_gib=0.0)
 
 
@@ -217,10 +262,12 @@ def write_pack(
     out, checkpoint = out.resolve(), pack.checkpoint
     needed = pack.data_bytes + checkpoint.config.get("vocab_size", 0) * 64 + (1 << 20)  # the header holds the vocabulary
     needed += kept_bytes(checkpoint, pack.calibration)
-    settings, resumed = pack.settings(), False
+    settings, resumed = {}, False
     if dry_run is None:
-        check_output(checkpoint.path, out, force, needed)
+        check_output(checkpoint.path, out, force, needed + (checkpoint.bytes if dequant_out else 0))
+        settings = pack.settings()
         resumed = check_resume(out, settings)
+    print(quantized_note(checkpoint.path), end="")
     print(f"{checkpoint.path} -> {out / pack.file_name}{' (resumed)' if resumed else ''}")
     print(f"method {dry_run or pack.method}, base type {pack.base}\n{table(report(pack, pack.data_bytes))}")
     if pack.calibration:
@@ -232,6 +279,7 @@ def write_pack(
         notes = dry_run_notes(checkpoint.path, out, force, needed)
         print("\n".join([*pack_times(pack, dry_run), *notes]), flush=True)
         return report(pack, pack.data_bytes)
+    check_first(checkpoint)
     with staged_directory(out, force, settings) as partial:
         path, plan = partial / pack.file_name, [(piece.name, pack.bytes_of(piece)) for piece in pack.pieces]
         header = header or pack.header(partial / RUN)
@@ -253,7 +301,8 @@ def write_pack(
         with progress(path.stat().st_size, "sha256", "B", True) as bar:
             made["sha256"] = file_sha256(path, bar.update)
         made["mmproj"] = write_mmproj(checkpoint, partial)
-        source = {"name": checkpoint.path.resolve().name, "config_sha256": checkpoint.config_sha256}
+        check_loads(path)
+        source = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256}
         recipe = {"recipe": pack.recipe(), "source": source, "calibration": settings["calibration"]}
         write_json(partial / RECIPE_FILE, recipe | {"report": made})
     if dequant_out:
@@ -264,14 +313,14 @@ def write_pack(
 def main() -> None:
     settings, args = parse_settings(PackSettings, __doc__, add_dry_run)
     result, started, force = settings.record.file("pack"), time.time(), settings.record.force
+    if not args.dry_run:
+        check_places(settings)
     if settings.target_gib and args.dry_run:
         print(f"TARGET_GIB={settings.target_gib:g}: the types below are the recipe's, the run measures and chooses its own")
     elif settings.target_gib:
         settings = allocated_types(settings)
     pack, notes = prepare(settings, args.dry_run)
-    print("\n".join(notes), end="\n" if notes else "", flush=True)
-    if skipped := sum(name.startswith(("mtp.", "model.mtp.")) for name in pack.checkpoint.tensors):
-        print(f"left out: {skipped} tensors of multi-token prediction (llama.cpp decodes without them)", flush=True)
+    print("".join(f"{note}\n" for note in notes + left_out(pack.checkpoint)), end="", flush=True)
     source, recipe = describe_model(settings.model) if result else None, pack.recipe()
     if settings.reference:
         recipe["method"] = "llama-quantize"
@@ -279,7 +328,8 @@ def main() -> None:
         write_pack(pack, settings.out, force, settings.dequant_out, dry_run=recipe["method"])
         return
     if settings.reference and pack.calibration:
-        made = make_reference(pack, pack.calibration, settings.out, settings.types.patterns(), force)
+        with alone(settings.out.resolve()):
+            made = make_reference(pack, pack.calibration, settings.out, settings.types.patterns(), force)
     else:
         made = write_pack(pack, settings.out, force, settings.dequant_out)
     if result:

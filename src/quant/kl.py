@@ -1,23 +1,24 @@
 """KL divergence over the whole vocabulary, and the held-out text on which it is taken.
 
 Not a command. `divergence(reference_logits, logits)` is the primary signal of the project: moe_eval, moe_alloc, gguf_kl and the
-studies all call it. Text: transcripts of the tiny tasks (prompt and reference turn), or the paragraphs of a file.
+studies all call it. Text: transcripts of the tiny tasks (prompt and reference turn), or a file's, in documents or in windows.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from console import UserError
-from hf_model import render_chat
+from console import UserError, read_text
+from hf_model import prefix_ids, render_chat, text_ids
 from records import data_entry
 from task_text import GENERATOR_REVISION, TASK_TEXTS
 
@@ -58,8 +59,8 @@ def measured(parts: Iterable[tuple[torch.Tensor, torch.Tensor | None, torch.Tens
     loss, answer = torch.cat(losses), torch.cat(answers)
     metrics: dict[str, Any] = {
         "tokens": len(loss),
-        "ppl": loss.mean().exp().item(),
-        "ppl_answer": loss[answer].mean().exp().item(),
+        "ppl": loss.double().mean().exp().item(),
+        "ppl_answer": loss[answer].double().mean().exp().item(),
     }
     if kls:
         kl, agree, answer = torch.cat(kls).double().numpy(), torch.cat(agrees).numpy(), answer.numpy()
@@ -79,29 +80,64 @@ def tiny_texts(tokenizer: Any, count: int, split: str = "test") -> tuple[list[tu
     return pairs, data_entry(name, GENERATOR_REVISION, [list(pair) for pair in pairs])
 
 
+def split_documents(text: str) -> list[str]:
+    """The parts of a text between its empty lines; a line of blanks is empty too (WikiText's)."""
+    return [part for part in re.split(r"\n[^\S\n]*\n", text) if part.strip()]
+
+
 def file_texts(path: Path, count: int) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """The first ``count`` paragraphs (separated by blank lines) of a text file."""
-    try:
-        paragraphs = [p for p in path.read_text(encoding="utf-8").split("\n\n") if p.strip()][:count]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read text ({error})") from None
-    if not paragraphs:
+    """The first ``count`` documents of a text file, as (no prompt, document), and their record."""
+    found = split_documents(read_text(path))
+    if not found:
         raise UserError(f"{path}: holds no text")
-    return [("", p) for p in paragraphs], data_entry(path.name, "file", paragraphs)
+    print(f"{path}: {min(count, len(found)):,} of {len(found):,} documents (parts between empty lines)", flush=True)
+    return [("", part) for part in found[:count]], data_entry(path.name, "file", found[:count])
 
 
-def batches(tokenizer: Any, pairs: list[tuple[str, str]], size: int, context: int) -> list[tuple[torch.Tensor, ...]]:
-    """(ids, mask of real tokens, mask of assistant tokens), right-padded, in batches of like length."""
-    rows = []
+class Batch(NamedTuple):
+    """Token ids [N, T] and masks of the same shape. A token is ``scored`` where its prediction counts; ``answer``: of the
+    assistant's turn, or scored text."""
+
+    ids: torch.Tensor
+    real: torch.Tensor  # no padding
+    scored: torch.Tensor
+    answer: torch.Tensor
+
+
+def batches(tokenizer: Any, pairs: list[tuple[str, str]], size: int, context: int) -> list[Batch]:
+    """(prompt, turn) pairs right-padded, in batches of like length. A text without a prompt begins as the tokenizer lets it
+    begin; a longer one than ``context`` is cut, and that is said."""
+    rows, cut, prefix = [], [], prefix_ids(tokenizer)
     for prompt, turn in pairs:
-        head = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
-        rows.append((len(head), (head + tokenizer(turn, add_special_tokens=False)["input_ids"])[:context]))
-    rows.sort(key=lambda row: len(row[1]))
+        head = text_ids(tokenizer, prompt) if prompt else prefix
+        whole = head + text_ids(tokenizer, turn)
+        cut += [len(whole) - context] if len(whole) > context else []
+        rows.append((len(head), 1 if prompt else len(head), whole[:context]))
+    if cut:
+        print(f"cut at {context:,} tokens: {len(cut):,} of {len(rows):,} texts, {sum(cut):,} tokens not judged", flush=True)
+    rows.sort(key=lambda row: len(row[2]))
     result = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        ids = pad_sequence([torch.tensor(row) for _, row in part], batch_first=True)
-        heads, lengths = torch.tensor([[head, len(row)] for head, row in part]).t()[:, :, None]
+        ids = pad_sequence([torch.tensor(row) for _, _, row in part], batch_first=True)
+        heads, firsts, lengths = torch.tensor([[head, first, len(row)] for head, first, row in part]).t()[:, :, None]
         place = torch.arange(ids.shape[1])
-        result.append((ids, place < lengths, (place >= heads) & (place < lengths)))
+        real = place < lengths
+        result.append(Batch(ids, real, real & (place >= firsts), real & (place >= heads)))
     return result
+
+
+def text_windows(ids: list[int], prefix: list[int], length: int, half: bool, size: int) -> list[Batch]:
+    """A text's token ids in windows of ``length``, in batches of ``size``; what is left behind the last window is left out.
+
+    As in llama-perplexity the ``prefix`` that the tokenizer puts before a text stands once before the whole, and takes the
+    place of the first tokens of every window. ``half``: the second half of each window is scored, whose predictions have
+    context; else all behind the prefix, as in the tables of quantization papers.
+    """
+    ids = [*prefix, *ids]
+    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    rows[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.long)
+    real = torch.ones_like(rows, dtype=torch.bool)
+    scored = real & (torch.arange(length) >= (length // 2 + 1 if half else max(1, len(prefix))))
+    parts = (each.split(size) for each in (rows, real, scored, scored))
+    return [Batch(*each) for each in zip(*parts, strict=True)]

@@ -9,6 +9,7 @@ checked against its SHA-256 and built, with CUDA where nvidia-smi and nvcc are t
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import functools
 import os
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -101,6 +102,15 @@ def tool(name: str) -> Path:
     return path
 
 
+def at_hand(name: str) -> Path | None:
+    """The path of a tool that needs no building: of $LLAMA_CPP, or of the pinned version where it was built before."""
+    if not os.environ.get("LLAMA_CPP"):
+        kind = "cuda" if cuda_architecture() else "cpu"
+        if not (cache_directory() / f"llama.cpp-{read_part(Pinned, CONFIG).llama_cpp_version}-{kind}").is_dir():
+            return None
+    return tool(name)
+
+
 @functools.cache
 def source() -> Path:
     """The directory of convert_hf_to_gguf.py; fetches the pinned source where there is none beside $LLAMA_CPP."""
@@ -147,21 +157,44 @@ def _provided() -> Path:
     return home
 
 
-def _run(command: Sequence[object], log: Path, what: str) -> None:
-    """Run ``command`` with its output in ``log``; ninja's [3/200] moves a progress bar."""
-    with log.open("a", encoding="utf-8") as out, contextlib.ExitStack() as stack:
+# What tools print of their steps: "[3/200]" (ninja, llama-quantize); "[3]4.2," (llama-perplexity, -imatrix) or a row of a table
+# that begins with the number of its chunk, of "over 15 chunks"; a bar's "12%|" (the converter).
+STEP = re.compile(r"\[ *(\d+)(?:/ *(\d+))?\]|^ *(\d+) +\S+ ± | (\d+)%\|", re.MULTILINE)
+CHUNKS = re.compile(r"over (\d+) chunks")
+
+
+def watched(command: Sequence[object], what: str, unit: str, log: Path | None = None, **more: Any) -> tuple[int, str]:
+    """(exit code, output) of a command; its steps move a progress bar. The output is appended to ``log`` as it comes. ``more``:
+    for subprocess."""
+    parts: list[str] = []
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(log.open("a", encoding="utf-8")) if log else None
         process = subprocess.Popen(
-            list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **more
         )
         stack.callback(process.kill)
-        bar = None
-        for line in process.stdout or ():
-            out.write(line)
-            if step := re.match(r"\[(\d+)/(\d+)\]", line):
-                bar = bar or stack.enter_context(progress(int(step[2]), what, "file"))
-                bar.update(int(step[1]) - bar.n)
-        code = process.wait()
-    if code:
+        assert process.stdout
+        bar, total, tail = None, 0, ""
+        while data := os.read(process.stdout.fileno(), 1 << 16):
+            parts.append(decode(data))
+            if out:
+                out.write(parts[-1])
+            tail = (tail + parts[-1])[-(1 << 17) :]
+            total = int(chunks[1]) if (chunks := CHUNKS.search(tail)) else total
+            for step in STEP.finditer(tail):
+                total = int(step[2]) if step[2] else 100 if step[4] else total
+                bar = bar or (stack.enter_context(progress(total, what, unit, delay=2)) if total else None)
+                if bar:
+                    bar.update(max(0, int(step[1] or step[3] or step[4]) - bar.n))
+            tail = tail[-200:]
+        process.stdout.close()
+        return process.wait(), "".join(parts)
+
+
+def _run(command: Sequence[object], log: Path, what: str) -> None:
+    """Run ``command`` with its output in ``log``."""
+    if watched(command, what, "file", log)[0]:
         last = next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "")
         raise UserError(f"llama.cpp: {what} failed ({last.strip()[:200]}); all of its output is in {log}")
 

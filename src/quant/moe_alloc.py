@@ -32,14 +32,24 @@ from torch import Tensor
 
 from calibration import Calibration
 from calibration_text import CalibrationSettings
-from checkpoint import Checkpoint
-from console import UserError, atomic_path, run_cli, write_json
-from families import Role, place_of
+from checkpoint import Checkpoint, different_file
+from console import UserError, atomic_path, check_writable, run_cli, write_json
+from families import Role
 from ggml_codecs import decode_rows
 from ggml_types import fallback
 from gguf_format import make_header, padded, tensor_bytes
-from gguf_layout import Piece, chosen_type, exact_patterns, file_type, keeps_float32, pieces_of, read_patterns, type_named
-from hf_model import load_model, load_tokenizer
+from gguf_layout import (
+    Piece,
+    chosen_type,
+    exact_patterns,
+    extra_keys,
+    file_type,
+    keeps_float32,
+    pieces_of,
+    read_patterns,
+    type_named,
+)
+from hf_model import context_of, generation_ends, load_model, load_tokenizer
 from kl import batches, file_texts, tiny_texts
 from pack_plan import SizeSettings, TypeSettings
 from plans import RecordSettings
@@ -88,9 +98,11 @@ def allocate_types(
     checkpoint: Checkpoint, calibration: Calibration, target_gib: float, out: Path, patterns: Sequence[tuple[str, str]] = (),
     *, method: str = "ldlq", damping: float = DAMPING, weights_file: Path | None = None,
     candidates: Sequence[str] = tuple(CANDIDATES.split(",")), probe: str = PROBE, probe_sequences: int = PROBE_SEQUENCES,
+    mark: str = "",
 ) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
     """Write the file of types ``out`` for a GGUF of at most ``target_gib``, rounded by ``method``; returns (the type of every
-    tensor of the file by its name, metrics). ``patterns``: (pattern, type) of the tensors whose types are fixed."""
+    tensor of the file by its name, metrics). ``patterns``: (pattern, type) of the tensors whose types are fixed; ``mark``:
+    lines for the head of the file."""
 
     def rounded(value: Tensor, kind: str, hessian: Tensor) -> Tensor:
         return decode_rows(encoded(value.contiguous(), kind, method, hessian, damping), kind)
@@ -101,7 +113,8 @@ def allocate_types(
     options = options_of(open_pieces, candidates)
     with tempfile.TemporaryDirectory() as work:  # the size of a header does not depend on the types
         rows = [(p.name, p.shape, fixed.get(p.name, "f16")) for p in pieces]
-        header = len(make_header(checkpoint.path, rows, file_type("iq3_xxs"), Path(work)))
+        more = (extra_keys(checkpoint), generation_ends(checkpoint.path))
+        header = len(make_header(checkpoint.path, rows, file_type("iq3_xxs"), Path(work), True, *more))
     taken = header + sum(padded(tensor_bytes(p.shape, fixed[p.name])) for p in pieces if p.name in fixed)
     budget = int(target_gib * 2**30) - taken
     choose(open_pieces, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now
@@ -111,9 +124,6 @@ def allocate_types(
     types = fixed | choose(open_pieces, losses, budget)
     types = {piece.name: types[piece.name] for piece in pieces}
     size = taken + sum(padded(tensor_bytes(p.shape, types[p.name])) for p in open_pieces)
-    with atomic_path(out) as temporary:
-        text = f"# {size / 2**30:.6f} GiB of at most {target_gib}\n" + exact_patterns(types)
-        temporary.write_text(text, encoding="utf-8")
     metrics = {
         "target_gib": target_gib,
         "file_bytes": size,
@@ -126,6 +136,9 @@ def allocate_types(
     print("\n".join(f"{count:>6} {kind}" for kind, count in metrics["types"].items()))
     share = 100 * size / (target_gib * 2**30)
     print(f"{size / 2**30:.6f} GiB ({share:.3f} % of the budget), predicted KL {metrics['predicted_kl']:.5f}")
+    with atomic_path(out) as temporary:
+        text = f"# {size / 2**30:.6f} GiB of at most {target_gib}\n{mark}" + exact_patterns(types)
+        temporary.write_text(text, encoding="utf-8")
     print(f"wrote {out} in {time.time() - started:.1f} s", flush=True)
     return types, metrics
 
@@ -162,6 +175,7 @@ class AllocSettings:
             raise UserError("--probe-sequences and --items must be at least 1")
         if self.out.exists() and not self.record.force:
             raise UserError(f"{self.out}: exists; give another --out, or --force to replace it")
+        check_writable(self.out)
 
     @property
     def choices(self) -> list[int]:
@@ -198,10 +212,10 @@ def bits_for_signal(settings: AllocSettings, expert_bits: float) -> Found:
     ids, entry = settings.calibration.ids(settings.model)
     signals = signals_of(Checkpoint(settings.model), Calibration(ids, entry))
     experts = bits_by_signal(settings.strategy, signals, expert_bits, settings.choices, settings.share, settings.seed)
-    write_json(settings.out, {"experts": experts})
     each = [bits for row in experts.values() for bits in row]
     print("\n".join(f"{module}: {' '.join(map(str, bits))}" for module, bits in experts.items()))
     print(f"{sum(each) / len(each):.4f} bits an expert", flush=True)
+    write_json(settings.out, {"experts": experts})
     return {"strategy": settings.strategy, "experts": experts, "mean_bits": sum(each) / len(each)}, entry
 
 
@@ -211,21 +225,35 @@ def measured(settings: AllocSettings) -> tuple[dict[str, list[float]], dict[str,
         metrics = (record := read_result(settings.measured, "probe"))["metrics"]
         if metrics.get("options") != settings.choices:
             raise UserError(f"{settings.measured}: measured for options {metrics.get('options')}, not {settings.choices}")
+        check_measured(record, settings)
         return metrics["sensitivity"], record["data"][0]
-    model, tokenizer = load_model(settings.model), load_tokenizer(settings.model)
     text = settings.text
+    tokenizer = load_tokenizer(settings.model, chat=not text)
     pairs, entry = file_texts(text, settings.items) if text else tiny_texts(tokenizer, settings.items, "train")
-    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
-    data = batches(tokenizer, pairs, 16, min(context, 4096))
-    return grid_losses(model, data, settings.choices, settings.group, settings.clip_steps), entry
+    data = batches(tokenizer, pairs, 16, min(context_of(settings.model), 4096))
+    return grid_losses(load_model(settings.model), data, settings.choices, settings.group, settings.clip_steps), entry
+
+
+def check_measured(record: Mapping[str, Any], settings: AllocSettings) -> None:
+    """Raise :class:`UserError` unless the sensitivities of a record are of this model."""
+    own, model = describe_model(settings.model), record["model"] or {}
+    changed = [key for key in ("config_sha256", "header_sha256") if own[key] != model.get(key)]
+    other = ", ".join(changed) and f"{', '.join(changed)} differ"
+    if "source" in record:
+        other = different_file(record["source"], Checkpoint(settings.model).identity)
+    elif not other:
+        print(f"note: {settings.measured} does not say which weights it measured; config and tensors are the same", flush=True)
+    if other:
+        raise UserError(f"{settings.measured}: measured on another model than {settings.model} ({other}); measure this one")
 
 
 def bits_for_budget(settings: AllocSettings, expert_bits: float) -> Found:
     """Bits by measured KL."""
     options = settings.choices
     counts: collections.Counter[str] = collections.Counter()
-    for name, info in Checkpoint(settings.model).tensors.items():
-        counts[place_of(name).parameter] += info.numel
+    checkpoint = Checkpoint(settings.model)
+    for name, info in checkpoint.tensors.items():
+        counts[checkpoint.places[name].parameter] += info.numel
     sensitivity, entry = measured(settings)
     if not sensitivity:
         raise UserError(f"{settings.model}: has no routed experts to allocate bits to")
@@ -235,9 +263,9 @@ def bits_for_budget(settings: AllocSettings, expert_bits: float) -> Found:
     overrides = {name: options[index] for name, index in zip(sensitivity, picked, strict=True)}
     spent = sum(row[index] for row, index in zip(costs, picked, strict=True)) / total
     predicted = sum(row[index] for row, index in zip(sensitivity.values(), picked, strict=True))
-    write_json(settings.out, {"overrides": overrides})
     print("\n".join(f"{bits} bits  {name}" for name, bits in overrides.items()))
     print(f"{spent:.4f} bits an expert weight, predicted KL {predicted:.5f}", flush=True)
+    write_json(settings.out, {"overrides": overrides})
     found = {"options": options, "sensitivity": sensitivity, "overrides": overrides}
     return found | {"bits_spent": spent, "predicted_kl": predicted}, entry
 
@@ -252,8 +280,11 @@ def main() -> None:
     else:
         metrics, entry = bits_for_signal(settings, settings.expert_bits or 0)
     if result:
-        model = describe_model(settings.model)
-        write_result(result, kind="probe", tag=settings.record.tag, started=started, model=model, data=[entry], metrics=metrics)
+        model, source = describe_model(settings.model), {"source": Checkpoint(settings.model).identity}
+        write_result(
+            result, kind="probe", tag=settings.record.tag, started=started, model=model, data=[entry], metrics=metrics,
+            extra=source,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 from calibration import Calibration
 from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
-from console import UserError, run_cli
+from console import UserError, check_writable, run_cli
 from gguf_format import write_imatrix
 from plans import RecordSettings
 from records import describe_model, write_result
@@ -64,6 +64,8 @@ class ProbeSettings:
 def main() -> None:
     settings, _ = parse_settings(ProbeSettings, __doc__)
     result, started = settings.record.file("probe"), time.time()
+    if settings.imatrix:
+        check_writable(settings.imatrix)
     Checkpoint(settings.model)  # its errors first: they are clearer than a tokenizer's
     ids, entry = settings.text.ids(settings.model)
     metrics = probe_model(settings.model, Calibration(ids, entry), settings.imatrix)

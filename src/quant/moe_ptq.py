@@ -27,6 +27,8 @@ from console import UserError
 from devices import Stopped, each_device
 from moe_quant import MIN_SCALE, check_grid, clip_factors, fake_quant, inverse_scale
 
+HUGE_BITS = 40
+HUGE = 2.0**HUGE_BITS
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the mean of diag(H); the next is taken where a Cholesky factorization fails
 WORKING_BYTES = {"cpu": 1e9, "cuda": 24e9}  # few experts at once leave a GPU waiting for launches
 
@@ -114,6 +116,16 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     upper = flipped.flip(1, 2)  # H = R R^T with R upper triangular, so U = R^-1
     identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device).expand_as(upper)
     return torch.linalg.solve_triangular(upper, identity, upper=True)
+
+
+def shrunk(values: Tensor, dim: int) -> tuple[Tensor, Tensor | float]:
+    """(values, factor): as they are and 1; or where magnitudes are above HUGE, times the powers of two that bring the largest
+    over ``dim`` (kept as an axis of 1) to it. Squares and sums then stay within float32, and such a product is exact."""
+    top = values.abs().amax(dim, keepdim=True)
+    if not bool((top > HUGE).any()):
+        return values, 1.0
+    factor = torch.where(top > HUGE, torch.exp2(HUGE_BITS - torch.frexp(top).exponent), 1.0)
+    return values * factor, factor
 
 
 def _bf16(values: Tensor) -> Tensor:
@@ -382,7 +394,9 @@ def round_weight(
         raise UserError("the weight contains NaN or infinity")
     batched = weight.float() if weight.ndim == 3 else weight.float()[None]
     if method in DATA_FREE:
-        return METHODS[method].round(batched.contiguous(), grid).view(weight.shape)
+        batched, factor = shrunk(batched.contiguous(), 2)
+        rounded = METHODS[method].round(batched, grid)
+        return (rounded if isinstance(factor, float) else rounded / factor).view(weight.shape)
     if statistics is None:
         raise UserError(f"method {method} needs calibration statistics")
     out = torch.empty_like(batched)
@@ -395,8 +409,11 @@ def round_weight(
         for part in parts[number :: len(shares)]:
             if stop.is_set():
                 raise Stopped
-            own = Statistics(statistics.hessian[part].to(device), statistics.tokens[part].to(device))
-            out[part] = METHODS[method].round(batched[part].to(device), grid, own).to(out.device)
+            weights, factor = shrunk(batched[part].to(device), 2)  # by outputs, which know nothing of each other
+            moments = shrunk(statistics.hessian[part].to(device).flatten(1), 1)[0].view(-1, *statistics.hessian.shape[1:])
+            own = Statistics(moments, statistics.tokens[part].to(device))
+            rounded = METHODS[method].round(weights, grid, own)
+            out[part] = (rounded if isinstance(factor, float) else rounded / factor).to(out.device)
 
     each_device(shares, share)
     return out.add_(0.0).reshape(weight.shape)  # a zero has no sign: integers, into which it may be packed, have none

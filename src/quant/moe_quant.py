@@ -8,6 +8,7 @@ The arithmetic is float32 and spelled out so that every backend can give the sam
     code    = clamp(round_half_even(w * inverse), -qmax, qmax)
     error   = sum over the group of (w - code * scale)**2 by a fixed tree: the upper half of the axis (padded with zeros
               to a power of two) is added to the lower half until one value is left; no fused multiply-add
+A group whose largest weight is above 2**50 is searched times 2**-78, which changes no bit but those of sums that overflow.
 code * scale has at most 15 significant bits, so it is exact in float32. Ties in the search keep the larger ratio.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from console import UserError
 
 MIN_SCALE = 2.0**-100  # keeps the inverse finite and subnormal weights at code 0, whether or not a device flushes them
+HUGE, HUGE_UNIT = 2.0**50, 2.0**-78  # groups with larger weights are searched in this unit: their squares leave float32
 CLIP_LOW = 0.65  # the least ratio of the clip search: the published recipe's
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}  # elements worked on at once: what stays in a CPU's cache, what fills a GPU
 
@@ -66,10 +68,14 @@ def tree_sum_(values: Tensor, views: list[tuple[Tensor, Tensor]] | None = None) 
     return values[0]
 
 
-def _rounded_scale(magnitude: Tensor, factor: float | Tensor) -> Tensor:
-    scale = (magnitude * factor).bfloat16().float()
+def _finite(scale: Tensor) -> Tensor:
     if not bool(torch.isfinite(scale).all()):
         raise UserError("the weight contains NaN, infinity or values beyond bfloat16")
+    return scale
+
+
+def _rounded_scale(magnitude: Tensor, factor: float | Tensor) -> Tensor:
+    scale = _finite((magnitude * factor).bfloat16().float())
     return torch.where(scale < MIN_SCALE, 0.0, scale)
 
 
@@ -82,9 +88,14 @@ def _search(w: Tensor, bits: int, factors: list[float]) -> Tensor:
     """The scale [N] of least squared error for groups in columns, float32 [G, N]."""
     qmax = 2 ** (bits - 1) - 1
     size = w.abs()  # the grid is symmetric: code and error of -w mirror those of w
-    scales = _rounded_scale(size.amax(0), torch.tensor(factors, device=w.device)[:, None])  # [steps, N]
+    top = size.amax(0)
+    unit = None
+    if bool((top > HUGE).any()):
+        unit = torch.where(top > HUGE, HUGE_UNIT, 1.0)
+        size, top = size * unit, top * unit
+    scales = _rounded_scale(top, torch.tensor(factors, device=w.device)[:, None])  # [steps, N]
     if len(factors) == 1:
-        return scales[0]
+        return scales[0] if unit is None else _finite((scales[0] / unit).bfloat16().float())
     errors, work = torch.empty_like(scales), torch.empty_like(size)
     views = tree_views(work)  # made once: at this size a slice costs as much as the addition
     for scale, inverse, error in zip(scales, inverse_scale(scales), errors, strict=True):
@@ -92,7 +103,8 @@ def _search(w: Tensor, bits: int, factors: list[float]) -> Tensor:
         torch.addcmul(size, work, scale, value=-1, out=work).square_()
         error.copy_(tree_sum_(work, views))
     # A larger ratio never has a smaller scale, so of tied steps the largest scale is the earliest.
-    return torch.where(errors == errors.amin(0), scales, 0.0).amax(0)
+    best = torch.where(errors == errors.amin(0), scales, 0.0).amax(0)
+    return best if unit is None else _finite((best / unit).bfloat16().float())
 
 
 def pieces(groups: Tensor, chunk: int | None = None) -> Iterator[slice]:
@@ -159,7 +171,8 @@ def fake_quant(
         if clip_kernel.fits(weight, group, bits):
             check_grid(weight.shape, bits, group)
             qmax, factors = 2 ** (bits - 1) - 1, clip_factors(bits, clip_steps, clip_low)
-            out, bad = clip_kernel.clip_fake_quant(weight, factors, qmax, group, MIN_SCALE, dtype)
+            huge = (HUGE, HUGE_UNIT)
+            out, bad = clip_kernel.clip_fake_quant(weight, factors, qmax, group, MIN_SCALE, dtype, huge=huge)
             if bad.item():
                 raise UserError("the weight contains NaN, infinity or values beyond bfloat16")
             return out

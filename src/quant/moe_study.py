@@ -23,10 +23,10 @@ from torch import Tensor
 
 from calibration import Calibration
 from calibration_text import CalibrationSettings
-from checkpoint import Checkpoint
-from console import UserError, progress, run_cli, write_json
+from checkpoint import Checkpoint, different_file
+from console import UserError, check_writable, progress, read_json, run_cli, write_json
 from devices import default_device, device_peaks
-from hf_model import load_model, load_tokenizer
+from hf_model import context_of, finite_logits, load_model, load_tokenizer
 from kl import batches, measured, tiny_texts
 from moe_ptq import CALIBRATED, METHODS
 from quant_save import quantize_checkpoint
@@ -66,19 +66,18 @@ def judged(settings: StudySettings, tag: str, recipe: Recipe, made: Path, refere
     """The record of a checkpoint's KL to the model, as moe_eval takes it."""
     started, tokenizer, model = time.time(), load_tokenizer(settings.model), load_model(made)
     pairs, entry = tiny_texts(tokenizer, settings.items)
-    context = int(getattr(model.config.get_text_config(), "max_position_embeddings", 4096))
-    data = batches(tokenizer, pairs, BATCH, min(context, 4096))
+    data = batches(tokenizer, pairs, BATCH, min(context_of(made), 4096))
 
     def parts() -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        with progress(len(data), f"kl {tag}", "batch") as bar:
-            for ids, real, answer in data:
-                ids, kept = ids.to(model.device), real[:, 1:]
+        with progress(sum(int(batch.real.sum()) for batch in data), f"kl {tag}", "token", True) as bar:
+            for ids, real, scored, answer in data:
+                ids, kept = ids.to(model.device), scored[:, 1:]
                 logits, expected = (
-                    own(input_ids=ids, attention_mask=real.to(model.device), use_cache=False).logits[:, :-1][kept]
+                    finite_logits(own, input_ids=ids, attention_mask=real.to(model.device))[:, :-1][kept]
                     for own in (model, reference)
                 )
                 yield logits, expected, ids[:, 1:][kept], answer[:, 1:][kept]
-                bar.update()
+                bar.update(int(real.sum()))
 
     return write_result(
         settings.results / "kl" / f"{tag}.json", kind="kl", tag=tag, started=started, model=describe_model(made),
@@ -125,12 +124,18 @@ def main() -> None:
         for method in methods
     }
     files = {key: settings.results / "kl" / f"{tag}.json" for key, tag in tags.items()}
+    source = settings.work / f"{settings.name}_source.json"
+    for file in (source, *files.values()):
+        check_writable(file)
+    if source.exists() and (other := different_file(read_json(source), checkpoint.identity)):
+        raise UserError(f"{source}: {settings.name} was begun on another model ({other}); give another --name")
     if missing := [key for key, file in files.items() if not file.exists()]:
         ids, entry = settings.text.ids(settings.model)
         calibration, reference = Calibration(ids, entry), load_model(settings.model)
         signals = signals_of(checkpoint, calibration)
         for strategy, method in missing:
             experts = bits_by_signal(strategy, signals, settings.expert_bits, options, settings.share)
+            write_json(source, checkpoint.identity)
             write_json(settings.work / f"{settings.name}_{strategy}.json", {"experts": experts})
             each = tuple((module, tuple(bits)) for module, bits in experts.items())
             recipe = Recipe(settings.expert_bits, settings.linear_bits, 128, CLIP_STEPS, method=method, experts=each)

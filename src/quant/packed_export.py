@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from checkpoint import PACKED, Checkpoint, read_manifest
-from console import UserError, progress, read_json, run_cli, write_json
+from console import UserError, progress, read_object, run_cli, write_json
 from devices import OneBehind, one_ahead
 from families import roles_of
 from packed_format import PackedWriter, describe, plan_container, summary
 from plans import CHUNK_BYTES, RecordSettings, ShardSettings, plan_jobs, sidecars
 from recipe import RECIPE_FILE, Job, Recipe, read_recipe
-from records import describe_model, header_sha256, write_result
+from records import describe_model, write_result
 from run_dir import check_output, staged_directory
 from safetensors_file import CheckpointWriter, TensorInfo
 from settings import parse_settings, part, same, setting
@@ -54,16 +54,14 @@ def copy_tensors(checkpoint: Checkpoint, writer: CheckpointWriter | PackedWriter
 
 def settings_of(checkpoint: Checkpoint, shard_bytes: int) -> dict[str, Any]:
     """What must be the same for an unfinished run to go on."""
-    sizes = [file.stat().st_size for file in checkpoint.files]
-    headers = {"config_sha256": checkpoint.config_sha256, "header_sha256": header_sha256(checkpoint)}
-    return headers | {"source": str(checkpoint.path.resolve()), "file_bytes": sizes, "shard_bytes": shard_bytes}
+    return {"source": checkpoint.identity, "shard_bytes": shard_bytes}
 
 
 def pack(model: Path, out: Path, force: bool = False, shard_bytes: int = 4 << 30, experts: bool = True) -> dict[str, Any]:
     """Write the packed form of the checkpoint that quant_save wrote to ``model``; returns recipe.json's report with the
     container's summary. Raises :class:`UserError` on a tensor whose values are not on the recipe's grid."""
     checkpoint, out = Checkpoint(model), out.resolve()
-    jobs, made = plan_jobs(checkpoint, read_recipe(model)), read_json(model / RECIPE_FILE)
+    jobs, made = plan_jobs(checkpoint, read_recipe(model)), read_object(model / RECIPE_FILE, "report")
     container, extras = plan_container(jobs, read_recipe(model), experts), sidecars(model)
     facts = summary(jobs, container)
     check_output(model, out, force, facts["bytes"] + sum(file.stat().st_size for file in extras))
@@ -85,7 +83,7 @@ def unpack(packed: Path, out: Path, force: bool = False) -> None:
     checkpoint, out = Checkpoint(packed), out.resolve()
     if not checkpoint.is_packed:
         raise UserError(f"{packed}: is not packed (no {PACKED}); there is nothing to unpack")
-    manifest = read_manifest(packed)
+    manifest, made = read_manifest(packed), read_object(packed / RECIPE_FILE, "report")
     extras = [file for file in sidecars(packed, unpacking=True) if file.name not in (PACKED, "config.json")]
     needed = sum(info.bytes for info in checkpoint.tensors.values()) + sum(file.stat().st_size for file in extras)
     check_output(packed, out, force, needed)
@@ -97,7 +95,6 @@ def unpack(packed: Path, out: Path, force: bool = False) -> None:
         (partial / "config.json").write_text(manifest["config"], encoding="utf-8")
         with CheckpointWriter(partial, plan, needed, {plan[start][0] for start in starts}) as writer:
             copy_tensors(checkpoint, writer, "unpack")
-        made = read_json(packed / RECIPE_FILE)
         made["report"].pop("container", None)
         write_json(partial / RECIPE_FILE, made)
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import BITS, CHUNK, CODES_A_WORD, FORMAT, PACKED, matrices_of
+from checkpoint import BITS, CHUNK, CODES_A_WORD, FORMAT, FUSED, PACKED, matrices_of
 from console import UserError, write_json
 from devices import default_device
 from families import LAYER_PREFIX, MTP_PREFIX, VISION_PREFIX, Role, text_name
@@ -38,6 +38,7 @@ from safetensors_file import DTYPE_NAMES, CheckpointWriter, Plan, split_plan
 GROUPS = (32, 64, 128)  # group sizes that vLLM's kernels have
 ENCODED_AT_ONCE = 1 << 25  # weights
 OUTPUTS, INPUTS = 64, 128  # a kernel's matrix is made of tiles of so many
+HIDDEN, INNER = 128, 64  # of the experts' kernel, the inner size also of the group (check_moe_marlin_supports_layer)
 FUSIONS = (  # vLLM makes one matrix of these, so they are packed together or not at all
     (re.compile(r"(.*\.experts)\..*"), r"\1"),
     (re.compile(r"(.*)\.[qkv]_proj"), r"\1.qkv_proj"),
@@ -46,6 +47,8 @@ FUSIONS = (  # vLLM makes one matrix of these, so they are packed together or no
     (re.compile(r"(.*)\.in_proj_[ba]"), r"\1.in_proj_ba"),
     (re.compile(r"(.*)\.(?:q_a_proj|kv_a_proj_with_mqa)"), r"\1.fused_qkv_a_proj"),
 )
+ROW_PARALLEL = re.compile(r"\.(down_proj|o_proj|out_proj|w2)(\.weight)?$")
+DOWN = re.compile(r"\.(down_proj|w2)\b")
 FEW_OUTPUTS = re.compile(r".*\.in_proj_(a|b|ba)\.weight")
 NEIGHBOURS = (0, 1, -1, 2, -2)  # of a quotient in bfloat16: the stored maximum is rounded, so the scale may lie beside it
 
@@ -131,7 +134,7 @@ def unit_of(name: str) -> str:
     return next((pattern.sub(unit, module) for pattern, unit in FUSIONS if pattern.fullmatch(module)), module)
 
 
-def _fault(job: Job, experts: bool) -> str | None:
+def _fault(job: Job, experts: bool, group: int) -> str | None:
     """Why a tensor is not packed, whatever it is fused with; None if nothing speaks against it."""
     if job.bits is None:
         return "not quantized"
@@ -143,8 +146,15 @@ def _fault(job: Job, experts: bool) -> str | None:
         return "too few outputs to gain from it"
     if max(job.by_expert, default=job.bits) > BITS:
         return f"more than {BITS} bits"
+    if len(job.info.shape) == 3 and (job.transposed or not FUSED.fullmatch(job.name)):
+        return "the container holds no stack of experts of this layout"
     rows, inputs = matrices_of(job.name, job.info.shape)[0][1], job.info.shape[-1]
-    if rows % OUTPUTS or inputs % INPUTS:
+    if job.role is Role.ROUTED_EXPERT:
+        hidden, inner = (rows, inputs) if DOWN.search(job.name) else (inputs, rows)
+        tile = max(INNER, group)
+        if hidden % HIDDEN or inner % tile:
+            return f"no kernel takes experts of {hidden} by {inner} (hidden a multiple of {HIDDEN}, inner of {tile})"
+    elif rows % OUTPUTS or inputs % INPUTS:
         return f"no kernel takes {rows} outputs by {inputs} inputs (multiples of {OUTPUTS} and {INPUTS})"
     return None
 
@@ -161,7 +171,7 @@ def plan_container(jobs: Sequence[Job], recipe: Recipe, experts: bool = True) ->
         raise UserError(f"--packed: tensor {wrong.name} is {wrong.info.dtype}; the container holds BF16 values: convert first")
     faults: dict[str, str] = {}  # of units
     for job in jobs:
-        if job.role not in (Role.VISION, Role.MTP) and (fault := _fault(job, experts)):
+        if job.role not in (Role.VISION, Role.MTP) and (fault := _fault(job, experts, recipe.group)):
             faults.setdefault(unit_of(job.name), fault)
     packed = {job.name: _grids(job) for job in quantized if unit_of(job.name) not in faults}
     kept = {job.name: faults[unit_of(job.name)] for job in quantized if job.name not in packed}
@@ -208,7 +218,17 @@ def summary(jobs: Sequence[Job], container: Container) -> dict[str, Any]:
         "packed_parameters": sum(job.info.numel for job in packed),
         "packed_bytes": size,
         "kept_bytes": dict(by_reason),
+        "group": container.group,
+        "tensor_parallel_sizes": parallel_sizes(jobs, container),
     }
+
+
+def parallel_sizes(jobs: Sequence[Job], container: Container) -> list[int]:
+    """The tensor-parallel sizes, powers of two up to 64, at which no group straddles two ranks: vLLM divides the inputs of the
+    projections down and out among them."""
+    unit = max(container.group, INNER)
+    inputs = [job.info.shape[-1] for job in jobs if job.name in container.packed and ROW_PARALLEL.search(job.name)]
+    return [count for count in (2**power for power in range(7)) if not any(size % (count * unit) for size in inputs)]
 
 
 def describe(facts: dict[str, Any]) -> str:
@@ -219,7 +239,9 @@ def describe(facts: dict[str, Any]) -> str:
 
     weights = f"{facts['packed_parameters']:,} weights in {size(facts['packed_bytes'])}"
     kept = [f"{size(count):>17}  as it is: {reason}" for reason, count in sorted(facts["kept_bytes"].items())]
-    return "\n".join([f"packed for vLLM: {size(facts['bytes'])}; {weights}", *kept])
+    ranks = ", ".join(map(str, facts["tensor_parallel_sizes"])) or "none"
+    lines = [f"packed for vLLM: {size(facts['bytes'])}; {weights}", *kept]
+    return "\n".join([*lines, f"tensor-parallel sizes that its groups of {facts['group']} allow: {ranks}"])
 
 
 def ignored(jobs: Sequence[Job], packed: Collection[str]) -> list[str]:
@@ -230,7 +252,7 @@ def ignored(jobs: Sequence[Job], packed: Collection[str]) -> list[str]:
         if job.name in packed:
             continue
         if job.role is Role.VISION:
-            found[rf"re:.*{VISION_PREFIX.match(job.name)[2]}\..*"] = None
+            found[rf"re:.*{VISION_PREFIX.match(job.name)['part']}\..*"] = None
         elif job.role is Role.MTP:
             layer = LAYER_PREFIX.match(text_name(job.name))
             found[r"re:.*mtp\..*" if MTP_PREFIX.match(job.name) else rf"re:.*layers\.{layer[1]}\..*"] = None

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from calibration import Calibration, layer_bytes, place_of
+from calibration import Calibration, layer_bytes
 from checkpoint import CONSUMED, PACKED, Checkpoint
-from console import UserError
-from families import Role, roles_of
+from console import UserError, check_writable, write_json
+from families import FAMILIES, Role, family_of, roles_of
+from hf_model import check_complete
 from moe_ptq import CALIBRATED, zero_point_bits
 from moe_quant import average_bits
 from packed_format import describe
@@ -50,6 +51,8 @@ class RecordSettings:
         file = self.result or (Path("results") / kind / f"{self.tag}.json" if self.tag else None)
         if file and file.exists() and not self.force:
             raise UserError(f"{file}: exists; give another --result, or --force to replace it")
+        if file:
+            check_writable(file)
         return file
 
 
@@ -108,7 +111,9 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
     if checkpoint.config.get("quantization_config"):
         raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
     roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
-    parameters = {name: place_of(name).parameter for name in checkpoint.tensors}
+    check_complete(checkpoint)
+    parameters = {name: place.parameter for name, place in checkpoint.places.items()}
+    transposed = FAMILIES[family_of(checkpoint.model_type)].transposed
     for pattern, _ in recipe.overrides:
         if not fnmatch.filter(parameters.values(), pattern):
             raise UserError(f"overrides: {pattern}: no parameter of {checkpoint.path} has such a name")
@@ -121,15 +126,17 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
             bits = sum(by_expert) / len(by_expert)
         if info.dtype.itemsize == 1 and info.dtype.is_floating_point or bits and info.dtype not in FLOATS:
             raise UserError(f"tensor {name}: dtype {info.dtype} is already quantized; use a BF16, F16 or F32 checkpoint")
-        if bits and info.shape[-1] % recipe.group:
-            raise UserError(
-                f"tensor {name}: group {recipe.group} does not divide the last axis of shape {list(info.shape)}; "
-                f"choose a --group that divides {info.shape[-1]}"
-            )
         if bits and bits != int(bits) and not by_expert and recipe.method not in CALIBRATED:
             known = ", ".join(CALIBRATED)
             raise UserError(f"tensor {name}: {bits} bits: a mix of two grids needs a calibrated method: {known}")
-        jobs.append(Job(name, info, roles[name], bits, by_expert if len(by_expert) > 1 else ()))
+        each = by_expert if len(by_expert) > 1 else ()
+        jobs.append(Job(name, info, roles[name], bits, each, transposed and len(info.shape) == 3))
+    inputs = [job.inputs for job in jobs if job.bits]
+    if odd := [job for job in jobs if job.bits and job.inputs % recipe.group]:
+        raise UserError(
+            f"group {recipe.group} does not divide the inputs of {len(odd)} of {len(inputs)} tensors ({odd[0].name}: "
+            f"{odd[0].inputs}); choose a --group that divides {math.gcd(*inputs)}, which divides all"
+        )
     return jobs
 
 
@@ -137,7 +144,7 @@ def _allocated(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, tuple[int, .
     """The bits that ``recipe.experts`` gives to each expert of a fused tensor, or to the one whose matrix a tensor is."""
     known, found, used = dict(recipe.experts), {}, set()
     for name, info in checkpoint.tensors.items() if known else ():
-        place = place_of(name)
+        place = checkpoint.places[name]
         module = place.parameter.rpartition(".")[0]
         if module not in known:
             continue
@@ -154,16 +161,19 @@ def _allocated(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, tuple[int, .
 def summarize(jobs: list[Job], recipe: Recipe) -> QuantizeReport:
     """Counts, sizes and bits of a plan; the errors are still None."""
     roles: dict[str, RoleReport] = {}
+    weights: dict[str, int] = {}  # those with bits
     for job in jobs:
-        entry = roles.setdefault(job.role, RoleReport(bits=0.0 if job.bits else None))
-        entry.bits = entry.bits + job.bits * job.info.numel if job.bits and entry.bits is not None else entry.bits
+        entry = roles.setdefault(job.role, RoleReport())
+        if job.bits:
+            entry.bits = (entry.bits or 0.0) + job.bits * job.info.numel
+            weights[job.role] = weights.get(job.role, 0) + job.info.numel
         entry.tensors += 1
         entry.parameters += job.info.numel
         entry.bytes += job.info.bytes
         entry.packed_bytes += job.packed_bytes(recipe)
-    for entry in roles.values():
+    for role, entry in roles.items():
         if entry.bits:
-            entry.bits = round(entry.bits / entry.parameters, 4)
+            entry.bits = round(entry.bits / weights[role], 4)
     parameters = sum(entry.parameters for entry in roles.values())
     packed = sum(entry.packed_bytes for entry in roles.values())
     zero = zero_point_bits(recipe.method, recipe.linear_bits)
@@ -215,6 +225,14 @@ def sidecars(model: Path, unpacking: bool = False) -> list[Path]:
         and file.name not in (INDEX, RECIPE_FILE, CONSUMED)
         and file.stat().st_size <= MAX_SIDECAR_BYTES
     ]
+
+
+def copy_sidecars(checkpoint: Checkpoint, files: Sequence[Path], out: Path) -> None:
+    """Copy ``files`` beside what is written; config.json says what that is, not in what format the source was published."""
+    for file in files:
+        shutil.copyfile(file, out / file.name)
+    if checkpoint.source_format:
+        write_json(out / "config.json", checkpoint.config)
 
 
 def preflight(

@@ -17,7 +17,6 @@ stopped.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +27,10 @@ import torch
 from calibrated_pass import CalibratedPass, MomentSettings
 from calibration import Calibration, LayerStream
 from calibration_text import CalibrationSettings
-from checkpoint import CONSUMED, Checkpoint, SourceShards, is_synthetic
+from checkpoint import CONSUMED, Checkpoint, SourceShards, is_synthetic, model_name
 from console import UserError, progress, run_cli, write_json
 from devices import default_device, device_peaks, lanes, parse_devices
+from hf_model import check_first
 from moe_probe import probe_model
 from moe_ptq import CALIBRATED
 from packed_format import Container, open_writer, plan_container, summary
@@ -39,6 +39,7 @@ from plans import (
     QuantizeReport,
     RecordSettings,
     ShardSettings,
+    copy_sidecars,
     dry_run_notes,
     plan_jobs,
     preflight,
@@ -47,8 +48,8 @@ from plans import (
     summarize,
     table,
 )  # fmt: skip
-from recipe import RECIPE_FILE, Job, Recipe, read_allocation
-from records import describe_model, header_sha256, write_result
+from recipe import KEEP, NOT_GIVEN, RECIPE_FILE, Job, Recipe, quantized_note, read_allocation
+from records import describe_model, write_result
 from rounders import GridRounder
 from run_dir import check_output, check_resume, staged_directory
 from settings import add_dry_run, parse_settings, part, setting
@@ -62,7 +63,7 @@ class QuantizeSettings:
 
     model: Path = setting(help="the checkpoint directory (config.json and safetensors)")
     out: Path = setting(help="the directory to make")
-    recipe: Recipe = part(Recipe)
+    recipe: Recipe = part(Recipe, expert_bits=NOT_GIVEN)
     allocation: Path | None = setting(None, "JSON of moe_alloc: bits by parameter, in place of those of the experts")
     text: CalibrationSettings = part(CalibrationSettings)
     moments: MomentSettings = part(MomentSettings)
@@ -105,7 +106,7 @@ class QuantizeSettings:
         if not self.calibrated:
             return None
         Checkpoint(self.model)  # its errors first: they are clearer than a tokenizer's
-        ids, entry = self.text.size() if dry_run else self.text.ids(self.model)
+        ids, entry = self.text.size(self.model) if dry_run else self.text.ids(self.model)
         how = dataclasses.asdict(self.moments) | {"propagate": self.propagate}
         return Calibration(ids, entry, **how, device=device)
 
@@ -151,11 +152,17 @@ def quantize_checkpoint(
     checkpoint = Checkpoint(model)
     out = Path(out).resolve()
     jobs = plan_jobs(checkpoint, recipe)
-    report = summarize(jobs, recipe)
+    if recipe.expert_bits == NOT_GIVEN:  # and none were needed
+        recipe = dataclasses.replace(recipe, expert_bits=KEEP)
     container = plan_container(jobs, recipe) if packed else None
+    if container:  # what it stores in BF16 gains nothing by being rounded
+        jobs = [dataclasses.replace(job, bits=None, by_expert=()) if job.name in container.kept else job for job in jobs]
+    report = summarize(jobs, recipe)
     report = dataclasses.replace(report, container=summary(jobs, container) if container else None)
     extras = sidecars(checkpoint.path)
     written = report.container["bytes"] if report.container else report.output_bytes
+    if consume and checkpoint.source_format:
+        raise UserError(f"{checkpoint.path}: {checkpoint.source_format} weights are not consumed; leave out --consume-source")
     source = SourceShards(checkpoint, out) if consume else None
     if not consume and (checkpoint.path / CONSUMED).exists():
         raise UserError(f"{checkpoint.path}: its weights were consumed by another run; make or download it again")
@@ -163,18 +170,17 @@ def quantize_checkpoint(
     if consume:  # the disk needs room for what the output is ahead of the source by
         needed = min(needed, len(devices) * (3 * max(f.stat().st_size for f in checkpoint.files) + 2 * shard_bytes))
     needed += kept_bytes(checkpoint, calibration)
+    if not dry_run:
+        check_output(checkpoint.path, out, force, needed)
     settings = {
         "packed": packed,
         "recipe": recipe.to_json(),
-        "config_sha256": checkpoint.config_sha256,
-        "header_sha256": header_sha256(checkpoint),
+        "source": {} if dry_run else checkpoint.identity,
         "shard_bytes": shard_bytes,
         "calibration": calibration.settings() if calibration else None,
     }
-    resumed = False
-    if not dry_run:
-        check_output(checkpoint.path, out, force, needed)
-        resumed = check_resume(out, settings)
+    resumed = not dry_run and check_resume(out, settings)
+    print(quantized_note(checkpoint.path), end="")
     print(f"{checkpoint.path} -> {out}{' (resumed)' if resumed else ''}\n{recipe}\n{table(report)}")
     if calibration:
         sequences, length = calibration.ids.shape
@@ -187,11 +193,12 @@ def quantize_checkpoint(
     if not calibration:
         seconds = max(sample_seconds(jobs, recipe, device) for device in set(devices)) / len(set(devices))
         print(f"about {seconds:.2g} s of arithmetic at the speed of a sample; the disk comes on top", flush=True)
+    if not resumed:  # a source that is consumed reads as zeros by now
+        check_first(checkpoint)
     with staged_directory(out, force, settings) as partial:
         if source:
             source.begin(resumed)
-        for file in extras:
-            shutil.copyfile(file, partial / file.name)
+        copy_sidecars(checkpoint, extras, partial)
         if calibration:
             errors, facts = write_calibrated(
                 checkpoint, jobs, recipe, calibration, partial, shard_bytes, chunk_bytes, source, devices, container
@@ -201,7 +208,7 @@ def quantize_checkpoint(
             errors = stream(checkpoint, jobs, recipe, partial, shard_bytes, chunk_bytes, source, devices, container)
         for role, error in errors.items():
             report.roles[role].relative_error = error
-        origin = {"name": checkpoint.path.resolve().name, "config_sha256": checkpoint.config_sha256}
+        origin = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256}
         made = {"recipe": recipe.to_json(), "source": origin, "calibration": settings["calibration"]}
         write_json(partial / RECIPE_FILE, made | {"report": report.to_json()})
     if source:

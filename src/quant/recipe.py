@@ -21,6 +21,7 @@ from settings import setting
 
 RECIPE_FILE = "recipe.json"
 KEEP = 16  # bits that mean "leave as it is"
+NOT_GIVEN = 0  # bits of the experts, of which a dense model has none
 LINEAR_ROLES = (
     Role.SHARED_EXPERT,
     Role.ATTENTION,
@@ -44,7 +45,7 @@ class Recipe:
 
     expert_bits: float = setting(
         help="bits of the routed experts, 2 to 8, or 16 to leave them; a fraction (2.5) gives that share of each layer's "
-        "experts one bit more, with a calibrated method"
+        "experts one bit more, with a calibrated method; a model with routed experts must have it"
     )
     linear_bits: int = setting(help="bits of every other matrix, embedding and head: 2 to 8, or 16")
     group: int = setting(128, "inputs that share a scale; must divide every matrix's inputs")
@@ -65,6 +66,8 @@ class Recipe:
             object.__setattr__(self, "expert_bits", int(self.expert_bits))
         for field in ("expert_bits", "linear_bits"):
             bits = getattr(self, field)
+            if field == "expert_bits" and bits == NOT_GIVEN:
+                continue
             if not 2 <= bits <= 8 and bits != KEEP:
                 raise UserError(f"{field} {bits} is outside 2..8 (or {KEEP} to leave the tensors as they are)")
         object.__setattr__(self, "overrides", tuple((str(name), bits) for name, bits in self.overrides))
@@ -88,6 +91,8 @@ class Recipe:
 
     def bits_for(self, role: Role) -> float | None:
         """Bits of the grid for a tensor of this role; None leaves it as it is (protected, or bits 16)."""
+        if role is Role.ROUTED_EXPERT and self.expert_bits == NOT_GIVEN:
+            raise UserError(f"the model has routed experts: give --expert-bits, 2 to 8, or {KEEP} to leave them as they are")
         bits = self.expert_bits if role is Role.ROUTED_EXPERT else self.linear_bits if role in LINEAR_ROLES else KEEP
         return None if bits == KEEP else bits
 
@@ -130,6 +135,14 @@ def recipe_record(checkpoint: str | Path) -> dict[str, Any] | None:
     return read_recipe(checkpoint).to_json() if (Path(checkpoint) / RECIPE_FILE).exists() else None
 
 
+def quantized_note(checkpoint: str | Path) -> str:
+    """A line that says that a source is no original, for a plan; empty for one that is."""
+    for name in (RECIPE_FILE, "gguf.json"):
+        if (Path(checkpoint) / name).exists():
+            return f"note: {checkpoint} is quantized already ({name} in it): its rounding errors stay and others come on top\n"
+    return ""
+
+
 def read_recipe(checkpoint: str | Path) -> Recipe:
     """The recipe that made a quantized checkpoint."""
     path = Path(checkpoint) / RECIPE_FILE
@@ -146,6 +159,12 @@ class Job:
     role: Role
     bits: float | None  # a fraction mixes two grids among the experts of a layer
     by_expert: tuple[int, ...] = ()  # bits of each expert of a fused tensor, whose mean ``bits`` is
+    transposed: bool = False  # experts as [E, I, O]: groups lie along the second axis
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of the matrix, or of each of the matrices."""
+        return self.info.shape[-2 if self.transposed else -1]
 
     def packed_bytes(self, recipe: Recipe) -> int:
         """Bytes of bit-packed codes and 16-bit scales (and zero points), or of the tensor itself when it is copied."""

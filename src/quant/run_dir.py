@@ -1,8 +1,9 @@
 """An output directory that takes its name only when it is complete, and a killed run that goes on where it stopped.
 
-Not a command. The work lies in `.NAME.partial` beside the output, with the settings of the run in job.json and a lock that
-dies with its process. Ctrl-C and bad input remove it; after `kill -9` or a crash the same command resumes it, and a command
-with other settings is refused. What only a resumed run needs lies in its folder `run`, which is no part of the output.
+Not a command. The work lies in `.NAME.partial` beside the output, with the settings of the run and the identity of its inputs
+(checkpoint.source_identity) in job.json and a lock that dies with its process. Ctrl-C and bad input remove it; after `kill -9`,
+a crash or a full disk the same command resumes it, and a command with other settings or inputs is refused. What only a run
+that resumes needs lies in its folder `run`, which is no part of the output.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any
 
 import filelock
 
-from console import UserError, read_json, write_json
+from checkpoint import different_file
+from console import FULL, UserError, WriteError, read_object, write_json, writing
 from recipe import RECIPE_FILE
 
 JOB, LOCK, RUN = "job.json", "lock", "run"
+INPUTS = ("source", "gguf")  # keys of a job that hold a checkpoint.source_identity
 
 
 def partial_of(out: Path) -> Path:
@@ -36,8 +39,9 @@ def check_output(model: Path, out: Path, force: bool, needed: int, mark: str = R
     """Raise :class:`UserError` unless ``needed`` bytes can be written to ``out``. Touches nothing. ``mark``: the file
     that every output of the command holds; another directory is never replaced."""
     source = model.resolve()
-    if out == source or out in source.parents:
-        raise UserError(f"{out}: is the model itself or a directory around it; choose another --out")
+    if out == source or out in source.parents or source in out.parents:
+        raise UserError(f"{out}: is the model itself, or a directory inside or around it; choose another --out")
+    check_alone(out)
     if out.exists() and not force:
         raise UserError(f"{out}: exists; use --force to replace it")
     if out.exists() and not (out / mark).is_file() and not (out.is_dir() and not any(out.iterdir())):
@@ -55,14 +59,16 @@ def check_output(model: Path, out: Path, force: bool, needed: int, mark: str = R
 def check_resume(out: Path, job: Mapping[str, Any]) -> bool:
     """Whether an unfinished run of the same settings is there; other settings are a :class:`UserError`."""
     path = partial_of(out) / JOB
+    check_alone(out)
     if not path.exists():
         return False
-    with _locked(path.parent):  # of a run that is alive nothing else is worth saying
-        pass
-    before = read_json(path)
+    before = read_object(path)
     if before == dict(job):
         return True
     changed = sorted(key for key in before.keys() | job.keys() if before.get(key) != job.get(key))
+    inputs = [key for key in changed if key in INPUTS]
+    changed += [f"{key}: {different_file(before.get(key), job.get(key, {}))}" for key in inputs]
+    changed = [text for text in changed if text not in inputs]
     raise UserError(
         f"{partial_of(out)}: an unfinished run with other settings ({', '.join(changed)}); "
         "repeat that run to finish it, or remove the directory"
@@ -78,6 +84,31 @@ def _locked(directory: Path) -> Iterator[None]:
         raise UserError(f"{directory}: another run is writing this output; wait for it or stop it") from None
     with lock:
         yield
+
+
+def check_alone(out: Path) -> None:
+    """Raise :class:`UserError` while another run makes ``out``: of one that is alive nothing else is worth saying."""
+    if partial_of(out).is_dir():
+        with _locked(partial_of(out)):
+            pass
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the lock of ``out`` for work that comes before its :func:`staged_directory`, or that needs none."""
+    partial = partial_of(out)
+    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    with writing(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(partial):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # what holds more than a lock stays
+            if made and all(file.name == LOCK for file in partial.iterdir()):
+                shutil.rmtree(partial)
+                for folder in made[1:]:
+                    folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -103,6 +134,11 @@ def staged_directory(out: Path, force: bool, job: Mapping[str, Any]) -> Iterator
             (partial / RUN).mkdir(exist_ok=True)
             yield partial
             _publish(partial, out, force)
+        except (WriteError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in FULL:
+                raise
+            said = error if isinstance(error, WriteError) else f"{partial}: cannot write ({error.strerror})"
+            raise WriteError(f"{said}; what is done is kept in {partial}: make room and run the same command again") from None
         except (UserError, KeyboardInterrupt):
             shutil.rmtree(partial, ignore_errors=True)
             with contextlib.suppress(OSError):  # a parent that another program has filled meanwhile stays

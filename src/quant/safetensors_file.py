@@ -6,20 +6,22 @@ data without holes). Every header is checked, by the library, and compared with 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from console import UserError, read_json, write_json, writing
+from console import UserError, WriteError, atomic_path, read_json, write_json, writing
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {
@@ -29,6 +31,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -149,6 +152,15 @@ def open_tensors(directory: Path) -> tuple[list[Path], dict[str, TensorInfo]]:
     return shards, tensors
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file in one go, atomically; a full disk is a :class:`WriteError`."""
+    with atomic_path(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, dict(metadata) if metadata else None)
+        except SafetensorError as error:
+            raise WriteError(f"{path}: cannot write ({error})") from None
+
+
 Plan = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
@@ -189,13 +201,14 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, out_dir: str | Path, plan: Plan, shard_bytes: int, breaks: Collection[str] = (), share: tuple[int, int] = (0, 1)
-    ) -> None:
+        self, out_dir: str | Path, plan: Plan, shard_bytes: int, breaks: Collection[str] = (), share: tuple[int, int] = (0, 1),
+        stem: str = "model",
+    ) -> None:  # fmt: skip
         self.out_dir = Path(out_dir)
         shards = split_plan(plan, shard_bytes, breaks)
         count = len(shards)
         self.files = [
-            self.out_dir / (SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors")
+            self.out_dir / (SINGLE if count == 1 and stem == "model" else f"{stem}-{number:05d}-of-{count:05d}.safetensors")
             for number in range(1, count + 1)
         ]
         self.tensors: dict[str, TensorInfo] = {}
@@ -257,7 +270,8 @@ class CheckpointWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             if self._stream:
-                self._stream.close()
+                with contextlib.suppress(OSError):  # of a full disk, again
+                    self._stream.close()
             return
         self._close_shard()
         if self._name is not None:
@@ -270,7 +284,7 @@ class CheckpointWriter:
             self._write_index()
 
     def _write_index(self) -> None:
-        if len(self.files) > 1:
+        if self.files[0].name != SINGLE:
             total = sum(info.bytes for info in self.tensors.values())
             weight_map = {name: info.file.name for name, info in self.tensors.items()}
             with writing(self.out_dir / INDEX):

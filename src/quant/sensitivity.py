@@ -25,11 +25,12 @@ from torch import Tensor
 from calibration import Calibration, Collector, LayerStream, Moments
 from checkpoint import Checkpoint
 from console import UserError, progress, scratch_folder
-from families import Role, place_of, text_config
+from families import FAMILIES, Role, family_of, text_config
 from ggml_types import fallback
 from gguf_format import Entry
 from gguf_layout import Piece, ggml_names, head_order, into_parameter, ordered_hessian, to_gguf
-from kl import divergence
+from hf_model import finite_logits
+from kl import Batch, divergence
 from moe_quant import fake_quant
 from rounders import squared_error
 from token_weights import token_weights
@@ -68,7 +69,9 @@ def layer_report(routed: Tensor, mass: Tensor, energy: Tensor, tokens: Tensor, i
 def entries_of(moments: Mapping[str, Moments], model_type: str, layers: int, order: Tensor | None = None) -> dict[str, Entry]:
     """The entries of calibration statistics, by llama.cpp's names; ``order``: where each input of linear_attn.out_proj lies
     for ggml (head_order), None for its own place."""
-    entries = {}
+    entries: dict[str, Entry] = {}
+    if not FAMILIES[family_of(model_type)].ggml:
+        return entries
     for parameter, value in moments.items():
         sums = value.total.diagonal(dim1=1, dim2=2).float().cpu().numpy()
         if order is not None and parameter.endswith("linear_attn.out_proj.weight"):
@@ -93,7 +96,7 @@ def probe(
     with progress(len(stream.layers), "probe", "layer") as bar:
         for index, layer in enumerate(stream.layers):
             stream.fill(layer, f"model.layers.{index}.")
-            experts = {name for name, p in layer.named_parameters() if p.ndim == 3 and ".experts." in name}
+            experts = {name for name, p in layer.named_parameters() if p.ndim == 3 and "experts" in name.split(".")}
             linears = {f"{name}.weight" for name, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
             wanted = experts | (linears if every_linear else set())
             collector = Collector(layer, wanted)
@@ -103,7 +106,7 @@ def probe(
                 moments = collector.moments[f"{name}.down_proj"]
                 energy = moments.total.diagonal(dim1=1, dim2=2).sum(-1)
                 tokens = moments.weight**2 / moments.square.clamp_min(1e-30)
-                inputs = collector.moments[f"{name}.gate_up_proj"].total.shape[-1]
+                inputs = next(own for key, own in collector.moments.items() if key.startswith(f"{name}.")).total.shape[-1]
                 reports[str(index)] = layer_report(routed, collector.mass[name], energy, tokens, inputs)
             named = {f"model.layers.{index}.{name}": moments for name, moments in collector.moments.items()}
             importance |= entries_of(named, checkpoint.config["model_type"], len(stream.layers), order)
@@ -116,7 +119,7 @@ def expert_norms(checkpoint: Checkpoint) -> dict[str, list[float]]:
     """Frobenius norm of each expert's matrices together, by module of experts; one tensor in memory at a time."""
     squares: dict[str, torch.Tensor] = {}
     for name, info in checkpoint.tensors.items():
-        place = place_of(name)
+        place = checkpoint.places[name]
         module = place.parameter.rpartition(".")[0]
         if place.expert is None and not (module.endswith(".experts") and len(info.shape) == 3):
             continue
@@ -230,17 +233,17 @@ def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bud
 
 @torch.no_grad()
 def grid_losses(
-    model: torch.nn.Module, data: Sequence[tuple[Tensor, ...]], options: Sequence[int], group: int, clip_steps: int
+    model: torch.nn.Module, data: Sequence[Batch], options: Sequence[int], group: int, clip_steps: int
 ) -> dict[str, list[float]]:
     """The KL of ``model`` to itself on the batches of ``data`` (kl.batches) with each parameter of routed experts alone rounded
     to each number of bits of ``options``, by the parameter's name."""
 
-    def logits(ids: Tensor, real: Tensor, _: Tensor) -> Tensor:
-        out = model(input_ids=ids.to(model.device), attention_mask=real.to(model.device), use_cache=False).logits
-        return out[:, :-1][real[:, 1:]]
+    def logits(batch: Batch) -> Tensor:
+        inputs = {"input_ids": batch.ids.to(model.device), "attention_mask": batch.real.to(model.device)}
+        return finite_logits(model, **inputs)[:, :-1][batch.scored[:, 1:]]
 
     names = [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
-    expected = [logits(*batch) for batch in data]
+    expected = [logits(batch) for batch in data]
     losses: dict[str, list[float]] = {name: [] for name in names}
     with progress(len(names) * len(options), "sensitivity", "rounding") as bar:
         for name in names:
@@ -248,7 +251,7 @@ def grid_losses(
             original = parameter.detach().clone()
             for bits in options:
                 parameter.copy_(fake_quant(original.bfloat16(), bits, group, clip_steps))
-                kl = [divergence(old, logits(*batch))[0] for old, batch in zip(expected, data, strict=True)]
+                kl = [divergence(old, logits(batch))[0] for old, batch in zip(expected, data, strict=True)]
                 losses[name].append(torch.cat(kl).double().mean().item())
                 bar.update()
             parameter.copy_(original)
@@ -294,7 +297,8 @@ def type_losses(
     changed: dict[Group, list[Tensor]] = {}  # the activations behind a rounded group
     errors: dict[str, dict[str, float]] = {}
     probe_errors: dict[Group, float] = {}
-    with progress(len(stream.layers), "sensitivity", "layer") as bar:
+    layers = len(stream.layers)
+    with progress(layers * (layers + 1) // 2, "sensitivity", "pass") as bar:  # each layer carries the changes before
         for index, layer in enumerate(stream.layers):
             stream.fill(layer, f"model.layers.{index}.")
             names = {p: p.parameter.removeprefix(f"model.layers.{index}.") for p in pieces if p.layer == index}
@@ -325,7 +329,7 @@ def type_losses(
                     layer.get_parameter(name).copy_(original)
             hidden = after
             stream.empty(layer)
-            bar.update()
+            bar.update(index + 1)
     nats = divergences(stream, hidden[:count], changed)
     worth = {key: value / max(probe_errors[key], 1e-30) for key, value in nats.items()}  # nats per error
     losses = {p.name: {kind: error * worth[group_of(p)] for kind, error in errors[p.name].items()} for p in pieces}

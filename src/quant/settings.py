@@ -25,7 +25,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,9 +35,9 @@ T = TypeVar("T")
 NOTHING = dataclasses.MISSING
 
 
-def setting(default: Any = NOTHING, help: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A field of a settings dataclass; without a ``default`` it must be set."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def setting(default: Any = NOTHING, help: str = "", choices: tuple[str, ...] = (), file: bool = False) -> Any:
+    """A field of a settings dataclass; without a ``default`` it must be set. ``file``: a text that may name a file."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "file": file})
 
 
 def part(cls: type, **defaults: Any) -> Any:
@@ -61,6 +61,7 @@ class Key:
     default: Any
     help: str
     choices: tuple[str, ...]
+    file: bool = False
 
     @property
     def variable(self) -> str:
@@ -93,7 +94,8 @@ def keys_of(cls: type, **defaults: Any) -> Iterator[Key]:
             if isinstance(kind, types.UnionType):
                 kind, optional = typing.get_args(kind)[0], True
             default = defaults.get(field.name, field.default)
-            yield Key(field.name, kind, optional, default, field.metadata.get("help", ""), field.metadata.get("choices", ()))
+            said = (field.metadata.get(about, none) for about, none in (("help", ""), ("choices", ()), ("file", False)))
+            yield Key(field.name, kind, optional, default, *said)
 
 
 def made(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -123,11 +125,51 @@ def settings_of(cls: type[T], args: argparse.Namespace, config: Path | None = No
     keys = list(keys_of(cls))
     texts = texts_of(config) if config else {}
     if config:
-        texts |= {k.variable: (k.variable, os.environ[k.variable]) for k in keys if k.variable in os.environ}
+        check_environment([key.variable for key in keys], os.environ)
+        texts |= {k.variable: (k.variable, typed_path(k, os.environ[k.variable])) for k in keys if k.variable in os.environ}
     for key in keys:
         if (given := getattr(args, key.name)) is not None:
-            texts[key.variable] = (key.option, given)
+            texts[key.variable] = (key.option, typed_path(key, given) if config else given)
     return from_texts(cls, keys, texts, config)
+
+
+def edits(a: str, b: str) -> int:
+    """Letters to change, add, drop or swap with their neighbour that make ``b`` of ``a`` (optimal string alignment)."""
+    rows = [list(range(len(b) + 1))]
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (x != y)))
+            if i > 1 and j > 1 and (x, y) == (b[j - 2], a[i - 2]):
+                row[j] = min(row[j], rows[-2][j - 2] + 1)
+        rows.append(row)
+    return rows[-1][-1]
+
+
+def check_environment(known: Sequence[str], names: Iterable[str]) -> None:
+    """:class:`UserError` for a variable that is no key and a slip away from one: it would change nothing, without a word. A
+    name that only goes on, or ends before (RESULTS for RESULT), is another program's."""
+    for name in sorted(set(names) - set(known)):
+        for key in known:
+            longer = "_" not in key and (name.startswith(key) or key.startswith(name))
+            if len(key) >= 5 and not longer and edits(name, key) <= (2 if len(key) >= 12 else 1):
+                raise UserError(f"the environment sets {name}, which is no key; {key} is: correct it, or unset {name}")
+
+
+def from_caller(text: str) -> str:
+    """A path that a user typed, seen from the repository, where a pipeline has gone: MOE_LOWBIT_CALLER is where it was called.
+    One inside the repository stays relative to it."""
+    caller, here = os.environ.get("MOE_LOWBIT_CALLER"), os.getcwd()
+    if not caller or not text or os.path.isabs(text) or caller == here:
+        return text
+    found = os.path.normpath(os.path.join(caller, text))
+    return os.path.relpath(found, here) if f"{found}{os.sep}".startswith(f"{here}{os.sep}") else found
+
+
+def typed_path(key: Key, text: str) -> str:
+    """What was typed for a setting: a path, or a text that is the name of a file, as :func:`from_caller` has it."""
+    found = from_caller(text) if key.kind is Path or key.file else text
+    return found if key.kind is Path or os.path.isfile(found) else text
 
 
 def texts_of(path: str | Path) -> dict[str, tuple[str, str]]:
@@ -170,6 +212,8 @@ def parse_settings(
     if add:
         add(parser)
     args = parser.parse_args(argv)
+    if args.config and os.environ.get("CONFIG") == str(args.config):  # else it is the pipeline's own, of the repository
+        args.config = Path(from_caller(str(args.config)))
     settings = settings_of(cls, args, args.config)
     if args.config and argv is None:  # the record names the command in full
         sys.argv[1:] = typed(settings)
@@ -181,20 +225,34 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the plan with sizes and times, and write nothing")
 
 
-def typed(settings: Any, **defaults: Any) -> list[str]:
-    """The options that say ``settings``; those at their default are left out."""
-    options, keys = [], {key.name: key for key in keys_of(type(settings), **defaults)}
+def values_of(settings: Any) -> dict[str, Any]:
+    """What a dataclass of settings holds, by name, its parts among it."""
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
-        value, key = getattr(settings, field.name), keys.get(field.name)
-        if field.metadata.get("part"):
-            options += typed(value, **field.metadata["defaults"])
-        elif not key:
+        value = getattr(settings, field.name)
+        found |= values_of(value) if field.metadata.get("part") else {field.name: value}
+    return found
+
+
+def typed(settings: Any, cls: type | None = None) -> list[str]:
+    """The options that say ``settings``, or only those that the declaration ``cls`` has too; what is at its default is left
+    out."""
+    options, held = [], values_of(settings)
+    for key in keys_of(cls or type(settings)):
+        value = held[key.name]
+        if value == key.default or value is None:
             continue
-        elif key.kind is bool and value != key.default:
+        if key.kind is bool:
             options.append(key.option if value else key.option.replace("--", "--no-", 1))
-        elif value != key.default and value is not None:
-            options += [key.option, f"{value:.12g}" if key.kind is float else str(value)]
+        else:
+            options += [key.option, exact(value) if key.kind is float else str(value)]
     return options
+
+
+def exact(value: float) -> str:
+    """The shortest text of a number that reads as the same number."""
+    short = f"{value:.12g}"
+    return short if float(short) == value else repr(value)
 
 
 def read_part(cls: type[T], path: str | Path) -> T:

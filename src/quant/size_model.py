@@ -154,6 +154,77 @@ def plan_of(shape: Shape) -> Plan:
     return [*plan, ("model.language_model.norm.weight", BF16, (shape.hidden,)), ("lm_head.weight", BF16, plan[0][2])]
 
 
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """The sizes of the vision tower of Qwen3.5 and 3.6."""
+
+    depth: int = 27
+    hidden: int = 1152
+    inner: int = 4304
+    heads: int = 16
+    patch: int = 16
+    positions: int = 2304
+
+
+GENERATIONS = ("3.5", "3.6")  # of the published layout: 3.6 has fused experts in mtp, and BF16 where 3.5 has F32
+TINY_TOWER = Tower(depth=2, hidden=64, inner=96, heads=2, patch=8, positions=64)
+
+
+def tower_plan(tower: Tower, hidden: int) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """The tensors of a vision tower whose outputs have ``hidden`` channels: two frames and 2 x 2 patches make one."""
+    at, own, merged = "model.visual.", tower.hidden, 4 * tower.hidden
+    matrices = {"attn.qkv": (3 * own, own), "attn.proj": (own, own), "mlp.linear_fc1": (tower.inner, own)}
+    blocks = {f"blocks.{i}.{name}": size for i in range(tower.depth) for name, size in (
+        *matrices.items(), ("mlp.linear_fc2", (own, tower.inner)), ("norm1", (own,)), ("norm2", (own,)))}  # fmt: skip
+    ends = {
+        "patch_embed.proj": (own, 3, 2, tower.patch, tower.patch), "pos_embed": (tower.positions, own),
+        "merger.norm": (own,), "merger.linear_fc1": (merged, merged), "merger.linear_fc2": (hidden, merged),
+    }  # fmt: skip
+    for name, size in (blocks | ends).items():
+        yield f"{at}{name}.weight", BF16, size
+        if name != "pos_embed":
+            yield f"{at}{name}.bias", BF16, size[:1]
+
+
+def mtp_plan(shape: Shape, fused: bool) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """The head that predicts the token after the next: a layer with full attention, its experts one by one unless ``fused``."""
+    h = shape.hidden
+    yield "mtp.fc.weight", BF16, (h, 2 * h)
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        yield f"mtp.{name}.weight", BF16, (h,)
+    for name, dtype, size in layer_plan(dataclasses.replace(shape, interval=1), 0):
+        name = name.replace("model.language_model.", "mtp.")
+        if fused or ".experts." not in name:
+            yield name, dtype, size
+            continue
+        for expert in range(shape.experts):
+            at = name.replace(".experts.", f".experts.{expert}.")
+            for part in ("gate", "up") if "gate_up" in name else ("down",):
+                own = at.replace("gate_up_proj", f"{part}_proj") + ".weight"
+                yield own, dtype, (size[1] // (2 if "gate_up" in name else 1), size[2])
+
+
+def published_plan(shape: Shape, generation: str, tower: Tower) -> Plan:
+    """(name, dtype, shape) of every tensor that Qwen publishes of this generation: text, vision and mtp."""
+    plan = [*plan_of(shape), *tower_plan(tower, shape.hidden), *mtp_plan(shape, generation == "3.6")]
+    return [(name, BF16 if generation == "3.6" else dtype, size) for name, dtype, size in plan]
+
+
+def published_config(shape: Shape, tower: Tower) -> dict[str, Any]:
+    """config.json of the same; the tokens of pictures and frames are the last of the vocabulary."""
+    config = config_of(shape)
+    config["text_config"]["mtp_num_hidden_layers"] = 1
+    vision = {
+        "model_type": "qwen3_5_moe_vision", "depth": tower.depth, "hidden_size": tower.hidden, "in_channels": 3,
+        "intermediate_size": tower.inner, "num_heads": tower.heads, "num_position_embeddings": tower.positions,
+        "out_hidden_size": shape.hidden, "patch_size": tower.patch, "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "hidden_act": "gelu_pytorch_tanh", "initializer_range": 0.02,
+    }  # fmt: skip
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    tokens = {name: shape.vocab - 2 - len(names) + place for place, name in enumerate(names)}
+    return config | {"vision_config": vision} | tokens
+
+
 def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a Qwen3.5 mixture of experts, from transformers' own model without its weights."""
     from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForCausalLM, Qwen3_5MoeForConditionalGeneration
@@ -169,14 +240,16 @@ def tensor_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def write_skeleton(directory: Path, config: Mapping[str, Any], plan: Plan, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+def write_skeleton(
+    directory: Path, config: Mapping[str, Any], plan: Plan, shard_bytes: int = SHARD_BYTES, stem: str = "model"
+) -> list[Path]:
     """A checkpoint without weights in a new directory: config, index and every shard as its header before a hole, which reads
-    as zeros and takes no disk. Returns the shards; a layer begins a shard."""
+    as zeros and takes no disk. Returns the shards; a layer begins a shard. ``stem``: what their names begin with."""
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: exists; remove it or name another directory")
     directory.mkdir(parents=True, exist_ok=True)
     breaks = {name for name, _, _ in plan if name.endswith("input_layernorm.weight")}
-    writer = CheckpointWriter(directory, plan, shard_bytes, breaks)
+    writer = CheckpointWriter(directory, plan, shard_bytes, breaks, stem=stem)
     writer.write_empty()
     write_json(directory / "config.json", config)
     return writer.files

@@ -5,7 +5,8 @@
     python src/quant/synthetic_moe.py --shape 122b --out work/header.bin --header-only  # where llama.cpp's converter is
 
 Shapes: 122b and 35b are Qwen3.5-122B-A10B and Qwen3.5-35B-A3B (experts fused, [E, 2I, H] and [E, H, I], names nested under
-model.language_model), without vision tower and multi-token prediction; tiny is for tests. Every size is an argument. A tensor
+model.language_model), without vision tower and multi-token prediction; --published 3.5 or 3.6 adds both, with every name,
+dtype, shape and file name as Qwen publishes that generation; tiny is for tests. Every size is an argument. A tensor
 depends on its name, its shape and the seed alone (and on whether a CPU or a GPU draws it), so any shard can be made at any
 time: `fill_shard` makes one, and `quant_save --consume-source` frees those that it is done with, so that a small
 disk can stream all.
@@ -50,7 +51,20 @@ from records import REPO
 from rounders import is_quantized
 from safetensors_file import TensorInfo, release
 from settings import read_part
-from size_model import SHARD_BYTES, Shape, config_of, plan_of, shape_arguments, shape_from, sizes_of, write_skeleton
+from size_model import (
+    GENERATIONS,
+    SHARD_BYTES,
+    TINY_TOWER,
+    Shape,
+    Tower,
+    config_of,
+    plan_of,
+    published_config,
+    published_plan,
+    shape_arguments,
+    shape_from,
+    write_skeleton,
+)
 
 TOKENIZER = REPO / "models" / "razor-tiny"
 VOCABULARY_ROWS = 4096  # encoded, and repeated
@@ -73,8 +87,10 @@ def loud_inputs(inputs: int, seed: int, device: torch.device) -> Tensor:
 
 def special(name: str, shape: tuple[int, ...], noise: Tensor) -> Tensor | None:
     """Values of what is no matrix: norms (stored minus one, but for linear attention's), decay, step size, convolution."""
-    if name.endswith("norm.weight"):
-        return 0.1 * noise + name.endswith("linear_attn.norm.weight")
+    if len(shape) == 1 and "norm" in name and name.endswith(".weight"):
+        return 0.1 * noise + (name.endswith("linear_attn.norm.weight") or "visual." in name)
+    if name.endswith(".bias"):
+        return 0.02 * noise
     if name.endswith("A_log"):
         return torch.special.ndtr(noise).mul(15).add(1).log()
     if name.endswith("dt_bias"):
@@ -113,9 +129,14 @@ def draw(name: str, shape: tuple[int, ...], layers: int, seed: int, device: torc
 _marking = threading.Lock()  # several threads fill shards of one directory
 
 
-def prepare(out: Path, shape: Shape, seed: int, shard_bytes: int = SHARD_BYTES) -> list[Path]:
+def prepare(out: Path, shape: Shape, seed: int, shard_bytes: int = SHARD_BYTES, published: str | None = None) -> list[Path]:
     """Make ``out`` with names, sizes and razor-tiny's tokenizer, without weights. Returns the shards, all to be filled."""
-    files = write_skeleton(out, config_of(shape), plan_of(shape), shard_bytes)
+    if published:
+        tower = TINY_TOWER if shape.hidden < Tower.hidden else Tower()
+        config, plan = published_config(shape, tower), published_plan(shape, published, tower)
+        files = write_skeleton(out, config, plan, shard_bytes, stem="model.safetensors")
+    else:
+        files = write_skeleton(out, config_of(shape), plan_of(shape), shard_bytes)
     mark = {"seed": seed, "shape": dataclasses.asdict(shape), "empty": [file.name for file in files]}
     write_json(out / SYNTHETIC, mark | {"device": default_device().type})
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -229,6 +250,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--devices", default="", help="cuda:0,cuda:0,cuda:1,cuda:1: that many shards at a time, to the same bytes"
     )
+    parser.add_argument("--published", choices=GENERATIONS, help="vision and mtp too, every name as Qwen publishes it")
+    parser.add_argument("--headers", action="store_true", help="every shard as its header before a hole; takes no disk")
     more = parser.add_argument_group("of a GGUF, whose types are those of configs/gguf_iq3.env")
     more.add_argument("--encode-experts", type=int, default=8, help="experts of a layer that are encoded (default 8)")
     more.add_argument("--header", type=Path, help="file of --header-only, where llama.cpp's converter is not at hand")
@@ -245,12 +268,13 @@ def main() -> None:
         gguf(args, shape)
         size = args.out.stat().st_size
     else:
-        prepare(args.out, shape, args.seed)
-        fill_all(args.out, devices)
-        size = Checkpoint(args.out).bytes
-    print(
-        f"{args.out}: {sizes_of(shape).parameters:,} parameters, {size / 1e9:.2f} GB, {time.time() - started:.1f} s", flush=True
-    )
+        prepare(args.out, shape, args.seed, published=args.published)
+        if not args.headers:
+            fill_all(args.out, devices)
+        tensors = Checkpoint(args.out).tensors.values()
+        size, count = sum(info.bytes for info in tensors), sum(info.numel for info in tensors)
+        print(f"{len(tensors):,} tensors, {count:,} parameters, {size:,} bytes")
+    print(f"{args.out}: {size / 1e9:.2f} GB, {time.time() - started:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

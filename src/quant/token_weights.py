@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from calibration import Calibration, LayerStream, output
-from checkpoint import Checkpoint
-from console import UserError, atomic_path, progress
-from families import text_config
-from records import header_sha256
+from checkpoint import Checkpoint, different_file
+from console import UserError, progress
+from families import layer_count, text_config
+from safetensors_file import save_tensors
 
 FILE = "token-weights.st"
 
@@ -41,36 +41,54 @@ def token_weights(
     if not calibration.token_power:
         return None
     path = path or directory / FILE
-    made_of = {"config_sha256": stream.checkpoint.config_sha256, "header_sha256": header_sha256(stream.checkpoint)}
-    described = json.dumps(made_of | calibration.settings(), sort_keys=True)
+    made_of = {"source": stream.checkpoint.identity, **calibration.settings()}
     if path.exists():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("made_of") != described:
-                raise UserError(f"{path}: token weights of another model, text or power; give another file, or remove it")
+        check_same(path, made_of)
     else:
-        with progress(2 * len(stream.layers), "token weights", "layer") as bar:
+        with progress(4 * len(stream.layers), "token weights", "pass") as bar:
             kwargs, hidden = _forward(stream, calibration, directory, bar)
             sizes = _backward(stream, kwargs, _head_gradients(stream, hidden, seed), directory, bar)
-        with atomic_path(path) as temporary:
-            save_file({"weights": powered(sizes, calibration.token_power)}, temporary, {"made_of": described})
+        found = {"weights": powered(sizes, calibration.token_power)}
+        save_tensors(path, found, {"made_of": json.dumps(made_of, sort_keys=True)})
         for index in range(len(stream.layers)):
             _inputs_file(directory, index).unlink()
     return load_file(path)["weights"]
 
 
+def check_same(path: Path, made_of: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` unless the token weights in ``path`` are of this model, text and power."""
+    try:
+        with safe_open(path, "pt") as file:
+            before = json.loads((file.metadata() or {})["made_of"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a file of token weights ({error!r:.120}); give another file, or remove it") from None
+    changed = [key for key in sorted(made_of.keys() | before.keys()) if made_of.get(key) != before.get(key)]
+    if "source" in changed:
+        other = different_file(before.get("source"), made_of["source"])
+        raise UserError(f"{path}: token weights of another model ({other}); give another file, or remove it")
+    if changed:
+        raise UserError(
+            f"{path}: token weights of another text or power ({', '.join(changed)}); give another file, or remove it"
+        )
+
+
 def kept_bytes(checkpoint: Checkpoint, calibration: Calibration | None) -> int:
-    """Bytes of the activations that wait on disk while the tokens are weighed: the input of every decoder layer."""
-    if not calibration or not calibration.token_power:
+    """Bytes of the activations that wait on disk: those behind the last two layers, for a run that resumes; before them, while
+    the tokens are weighed, the input of every decoder layer."""
+    if not calibration:
         return 0
     config = text_config(checkpoint.config)
     item = torch.empty((), dtype=calibration.dtype).itemsize
-    return item * calibration.ids.numel() * config["hidden_size"] * config["num_hidden_layers"]
+    count = layer_count(config) or 1
+    layers = max(2, count) if calibration.token_power else 2
+    return item * calibration.ids.numel() * config["hidden_size"] * layers
 
 
 def powered(sizes: Tensor, power: float) -> Tensor:
     """Squared gradients [layers, tokens] to weights of mean 1; a layer without any gets ones."""
-    if not bool(torch.isfinite(sizes).all()):
-        raise UserError("the gradient at a calibration token is NaN or infinite")
+    bad = (~torch.isfinite(sizes)).any(-1).nonzero()[:, 0].tolist()
+    if bad:  # it flows from the last layer to the first
+        raise UserError(f"the gradient at a calibration token is NaN or infinite, first behind decoder layer {bad[-1]}")
     weights = sizes.double() ** power
     mean = weights.mean(-1, keepdim=True)
     return torch.where(mean > 0, weights / mean.clamp_min(1e-300), 1.0).float()
@@ -87,7 +105,7 @@ def _forward(
     """Keep the inputs of every layer; returns the layers' other arguments and the output of the last."""
     kwargs, hidden = stream.arguments(calibration.batches()[0]), stream.embed(calibration.batches())
     for index, layer in enumerate(stream.layers):
-        save_file({str(i): h.contiguous() for i, h in enumerate(hidden)}, _inputs_file(directory, index))
+        save_tensors(_inputs_file(directory, index), {str(i): h.contiguous() for i, h in enumerate(hidden)})
         stream.fill(layer, f"model.layers.{index}.")
         hidden = [out.cpu() for out in stream.run(layer, hidden, kwargs[index])]
         stream.empty(layer)
@@ -136,7 +154,7 @@ def _backward(
             stream.fill(layer, f"model.layers.{index}.")
             gradients = [_through(layer, inputs[str(i)], g, kwargs[index], stream.device) for i, g in enumerate(gradients)]
             stream.empty(layer)
-        bar.update()
+        bar.update(3)  # backward costs about three times forward
     return torch.stack(sizes[::-1])
 
 

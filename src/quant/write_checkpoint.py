@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import Checkpoint, SourceShards
-from console import UserError, explained, progress
+from console import UserError, explained, progress, writing
 from devices import OneBehind, Stopped, default_device, each_device, on_device, one_ahead
 from families import LAYER_PREFIX, Role, text_name
 from moe_ptq import DATA_FREE, Grid, round_weight
@@ -35,13 +36,29 @@ def _square_sum(a: Tensor, b: Tensor | None = None) -> float:
     total = 0.0
     for piece, *other in zip(*pieces, strict=True):
         difference = piece.float() - other[0].float() if other else piece.float()
-        total += difference.square_().sum(dtype=torch.float64).item()
+        found = difference.square_().sum(dtype=torch.float64).item()
+        if not math.isfinite(found):  # squares beyond float32
+            difference = piece.double() - other[0].double() if other else piece.double()
+            found = difference.square_().sum().item()
+        total += found
     return total
+
+
+def _checked(job: Job, value: Tensor) -> Tensor:
+    """``value``, unless rounding has left what its dtype holds."""
+    if job.bits is not None and value.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(value))).all()):
+        raise UserError(
+            f"tensor {job.name}: rounded, its largest weight is beyond what {value.dtype} holds; leave it (16 bits)"
+        )
+    return value
 
 
 def quantize_chunk(job: Job, weight: Tensor, recipe: Recipe, start: int = 0) -> Tensor:
     """The dequantized chunk in its own dtype, or the chunk itself if the job copies; a :class:`UserError` names it.
     ``start``: where the chunk lies along axis 0, which says its experts' bits."""
+    if job.transposed and job.bits is not None:
+        turned = quantize_chunk(dataclasses.replace(job, transposed=False), weight.mT.contiguous(), recipe, start)
+        return turned.mT.contiguous()
     if job.by_expert:
         one = dataclasses.replace(job, by_expert=())
         each = zip(weight, job.by_expert[start:])
@@ -72,7 +89,7 @@ class ErrorLog:
 
     def add(self, name: str, error: float, size: float) -> None:
         self.sums[name] = (error, size)
-        with self.path.open("a", encoding="utf-8") as stream:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps([name, error, size]) + "\n")
 
     def by_role(self, jobs: list[Job]) -> dict[str, float]:
@@ -116,7 +133,7 @@ class Sink:
                     if start == 0:
                         error = size = 0.0
                     weight = weight.to(self.device)
-                quantized = quantize_chunk(job, weight, recipe, start)
+                quantized = _checked(job, quantize_chunk(job, weight, recipe, start))
                 if job.bits is not None:
                     error += _square_sum(weight, quantized)
                     size += _square_sum(weight)
@@ -148,6 +165,7 @@ class Sink:
         if self.writer.is_done(job.name):  # the layer is larger than a shard, and this shard was complete
             self.advance(job.info.bytes)
             return
+        _checked(job, value)
         error = size = 0.0
         for start, weight in self.checkpoint.read_chunks(job.name, chunk_bytes):
             self._check_stop()
