@@ -21,7 +21,7 @@ KINDS = {
     "vllm_eval8": "eval", "mm_eval": "eval", "compare_tags": "compare", "moe_eval": "kl", "gguf_kl": "kl",
     "study_spread": "spread",
     "quant_save": "quantize", "packed_export": "quantize", "gguf_pack": "pack", "moe_alloc": "probe", "vllm_tokens": "probe",
-    "speed_gguf": "bench", "speed_eval": "bench", "speed_quant": "bench",
+    "speed_families": "bench", "speed_gguf": "bench", "speed_eval": "bench", "speed_quant": "bench",
     "speed_multi_gpu": "bench", "tiny_train": "train", "distill_run": "distill",
 }  # fmt: skip
 STUB = """#!/bin/sh

@@ -9,7 +9,6 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import save_file
-from tiny_families import tiny_family
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -19,6 +18,7 @@ from console import UserError
 from hf_model import load_model
 from quant_save import quantize_checkpoint
 from recipe import Recipe
+from speed_families import tiny_family
 
 
 def random(*shape):

@@ -2,7 +2,8 @@
 
 FLOORS is the one table of where a module stands. Imports go down only, and src/quant <- src/eval <- src/distill;
 tests/test_house.py holds the rules, and this command writes docs/MODULES.md and
-the README's tree from the table and the docstrings, and the tables of configs/README.md from the commands' own declarations.
+the README's tree from the table and the docstrings, the tables of configs/README.md from the commands' own declarations, and
+that of docs/CHECKPOINTS.md from the families and the record that tried them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import sys
 from pathlib import Path
 
 from console import UserError, atomic_path, run_cli
+from families import FAMILIES, Role
+from records import read_result
 
 REPO = Path(__file__).resolve().parents[2]
 DOCUMENT, README, CONFIGS = REPO / "docs/MODULES.md", REPO / "README.md", REPO / "configs/README.md"
+CHECKPOINTS, TRIED = REPO / "docs/CHECKPOINTS.md", REPO / "results/bench/families.json"
+CHECKPOINT_MARKS = ("<!-- families: python src/eval/page_house.py -->", "<!-- end of families -->")
 TREE_MARKS = ("<!-- tree: python src/eval/page_house.py -->", "<!-- end of tree -->")
 KEY_MARKS = ("<!-- keys: python src/eval/page_house.py -->", "<!-- end of keys -->")
 KEYS = {
@@ -64,7 +69,7 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
         "ground": "opd_losses target_grid fsdp_setup moe_lora opd_data",
         "passes": "opd_student opd_budget",
         "commands": "opd_gen opd_score cache_teacher opd_train_fsdp merge_adapter distill_run",
-        "measuring": "tiny_data tiny_model tiny_train study_recovery speed_multi_gpu",
+        "measuring": "tiny_data tiny_model tiny_train study_recovery speed_multi_gpu speed_families",
     },
 }
 
@@ -156,14 +161,34 @@ def filled(path: Path, marks: tuple[str, str], text: str) -> str:
     return f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.partition(marks[1])[2]}"
 
 
+def families() -> str:
+    """The table of docs/CHECKPOINTS.md, from the table of families and the record that tried them."""
+    found = read_result(TRIED)["metrics"]["families"]
+    lines = [
+        "| model_type | experts on disk | clip | gptq with text | probe | adapters | llama.cpp's name | GGUF here |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, family in FAMILIES.items():
+        own = found.get(name) or found.get(f"{name}_text")
+        experts = any(role is Role.ROUTED_EXPERT for _, role in family.layer)
+        stored = "[E, I, O]" if family.transposed else "one by one or fused" if experts else "none"
+        kl = [f"KL {own[method]['kl_mean']:.1e}" if own else "not tried" for method in ("clip", "gptq")]
+        watched = f"{own['router']['layers']} layers" if own and experts else "-" if own else "not tried"
+        trained = "train, merge" if own else "not tried"
+        cells = [f"`{name}`", stored, *kl, watched, trained, family.ggml or "-", "yes" if family.stored is not None else "no"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def written() -> dict[Path, str]:
     """The documents that this module writes, with what they should hold."""
-    return {DOCUMENT: index(), README: filled(README, TREE_MARKS, tree()), CONFIGS: filled(CONFIGS, KEY_MARKS, keys())}
+    pages = {DOCUMENT: index(), README: filled(README, TREE_MARKS, tree()), CONFIGS: filled(CONFIGS, KEY_MARKS, keys())}
+    return pages | {CHECKPOINTS: filled(CHECKPOINTS, CHECKPOINT_MARKS, families())}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="fail where one of the three is another")
+    parser.add_argument("--check", action="store_true", help="fail where one of them is another")
     args = parser.parse_args()
     made = written()
     old = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

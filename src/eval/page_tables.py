@@ -233,6 +233,11 @@ def spread_rows(r: Record) -> Rows:
         yield (r["base_type"], name), {"at": f"metrics.{key}", "digits": digits}
 
 
+def family_rows(r: Record) -> Rows:
+    for name in r["metrics"]["families"]:
+        yield (name,), {"at": f"metrics.families.{name}"}
+
+
 def block_type_rows(r: Record) -> Rows:
     for kind in r["metrics"]["ggml"]:
         yield (machine(r), kind), {"at": f"metrics.ggml.{kind}"}
@@ -358,6 +363,15 @@ TABLES = (
         "pack", "GGUF files", "", ("file", "method", "base type"), (
             ("size", "metrics.file_bytes", 3, " MB"), ("bits a weight", "metrics.bits_per_weight", 3), ("seconds", "seconds"),
         ), labelled(tag, lambda r: r["recipe"]["method"], lambda r: r["recipe"]["base_type"]),
+    ),
+    Table(
+        "bench", "Families of checkpoints",
+        "Tiny untrained checkpoints at 8 bits: mean KL to the original on 2,000 positions, and seconds of all that was tried.",
+        ("family",), (
+            ("KL, clip", "{at}.clip.kl_mean", "digits"), ("KL, gptq", "{at}.gptq.kl_mean", "digits"),
+            ("tensors quantized", "{at}.clip.tensors"), ("layers with experts", "{at}.router.layers"),
+            ("seconds", "{at}.seconds", 1),
+        ), family_rows, measures("families"),
     ),
     Table(
         "bench", "Speed",
@@ -488,6 +502,7 @@ PIPELINES = (
     ("bench/multi_gpu_eval35b", "multi_gpu.sh eval35b"),
     ("bench/multi_gpu_vllm", "multi_gpu.sh vllm"),
     ("bench/multi_gpu_*", "multi_gpu.sh"),
+    ("bench/families", "bench.sh families --result results/bench/families.json --tag families"),
     ("bench/h100", "bench.sh --result results/bench/h100.json --tag h100"),
     ("bench/h200", "bench.sh --result results/bench/h200.json --tag h200"),
     ("*/razor_tiny_vl_*", "results.sh vl"),

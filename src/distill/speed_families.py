@@ -1,0 +1,258 @@
+"""Every family on a tiny checkpoint as its publisher lays it out: what works, how near it stays, how long it takes.
+
+    python src/distill/speed_families.py [--families minimax_m2,gpt_oss] [--result results/bench/families.json --tag families]
+
+Each is quantized to 8 bits without text and with it (gptq, tokens weighed), loaded again by transformers with no name missing
+or left over, and compared with the original on 2,000 positions of random tokens; its router is watched; adapters on every role
+are trained two steps on the scores of the original and merged. The checkpoints are untrained: a KL says that the layers, the
+grids and the places of the weights are right, not how good a method is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from calibration import Calibration, LayerStream
+from checkpoint import Checkpoint
+from console import UserError, progress, run_cli
+from devices import default_device
+from families import FAMILIES, Role, roles_of
+from fsdp_setup import World
+from hf_model import load_model
+from kl import divergence
+from merge_adapter import merge
+from moe_lora import trainable
+from opd_data import Example, TrainSettings, collate, model_identity
+from opd_losses import gathered
+from opd_student import build_student
+from opd_train_fsdp import Trainer, write_adapter
+from quant_save import quantize_checkpoint
+from recipe import Recipe
+from records import REPO, add_record_arguments, check_record_arguments, peak_rss_mib, write_result
+from sensitivity import probe
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=832, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, max_position_embeddings=512, moe_intermediate_size=32, num_experts=4, num_local_experts=4,
+    n_routed_experts=4, num_experts_per_tok=2, tie_word_embeddings=False, pad_token_id=0, bos_token_id=None,
+    eos_token_id=1, first_k_dense_replace=1, n_group=2, topk_group=1, n_shared_experts=1, initializer_range=0.05,
+)  # fmt: skip
+LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=4)
+INDEXED = LATENT | dict(index_n_heads=2, index_head_dim=32, index_topk=128)
+HYBRID = dict(
+    layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4,
+    linear_key_head_dim=16, linear_value_head_dim=16, shared_expert_intermediate_size=32, decoder_sparse_step=1,
+)  # fmt: skip
+MAMBA = dict(
+    mamba_n_heads=4, mamba_d_head=32, mamba_d_state=16, mamba_n_groups=1, mamba_expand=2, mamba_dt_rank=4,
+    use_mamba_kernels=False,
+)  # fmt: skip
+FAMILY: dict[str, dict[str, Any]] = {  # model_type of config.json -> what it has beside SIZES
+    "qwen3_5_moe_text": HYBRID,
+    "qwen3_5_text": HYBRID,
+    "qwen3_next": HYBRID,
+    "qwen3_moe": {},
+    "mixtral": {},
+    "olmoe": {},
+    "deepseek_v3": LATENT,
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {},
+    "gemma3_text": {},
+    "kimi_k2": LATENT,
+    "deepseek_v2": LATENT | dict(topk_method="greedy"),
+    "deepseek_v32": INDEXED,
+    "glm_moe_dsa": INDEXED | dict(num_hidden_layers=3, indexer_types=["full", "shared", "full"]),
+    "glm4_moe": {},
+    "glm4_moe_lite": LATENT,
+    "qwen2_moe": dict(shared_expert_intermediate_size=32, decoder_sparse_step=1),
+    "mistral": {},
+    "hunyuan_v1_moe": {},
+    "minimax_m2": {},
+    "ernie4_5_moe": dict(
+        moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1, moe_layer_end_index=1
+    ),
+    "phimoe": {},
+    "gemma4_text": dict(enable_moe_block=True, top_k_experts=2, hidden_size_per_layer_input=0, num_kv_shared_layers=0),
+    "granitemoehybrid": MAMBA | dict(layer_types=["mamba", "attention"], shared_intermediate_size=32, embedding_multiplier=3.0),
+    "jamba": MAMBA | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    "gpt_oss": {},
+    "llama4_text": dict(intermediate_size_mlp=96, interleave_moe_layer_step=2, num_hidden_layers=4),
+    "nemotron_h": dict(
+        layers_block_type=["mamba", "moe", "attention", "mlp"], num_hidden_layers=4, mamba_num_heads=4, mamba_head_dim=32,
+        ssm_state_size=16, n_groups=1, moe_shared_expert_intermediate_size=32, use_mamba_kernels=False,
+    ),
+}  # fmt: skip
+RENAMED = {"kimi_k2": "deepseek_v3"}  # transformers' class of a model_type that it does not know
+
+
+def tiny_family(path: Path, model_type: str) -> Path:
+    """Write the checkpoint of ``model_type`` with razor-tiny's tokenizer; returns ``path``."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(RENAMED.get(model_type, model_type), **SIZES | FAMILY[model_type])
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if "correction_bias" in name or name.endswith("sinks"):
+                value.normal_(0, 0.02)
+            if name.endswith(("router.weight", "router.proj.weight", "mlp.gate.weight", "mixer.gate.weight", "gate.wg.weight")):
+                value.mul_(
+                    160 if "proj" in name else 20
+                )  # decided routing, as of a trained model: a tie that rounding turns is a whole expert's output
+    model.bfloat16().save_pretrained(path)
+    if model_type in RENAMED:
+        text = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(text | {"model_type": model_type}))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(REPO / "models/razor-tiny" / name, path)
+    return path
+
+
+IDS = torch.randint(5, 830, (40, 50), generator=torch.Generator().manual_seed(0))  # 2,000 positions
+
+
+def calibration(power: float = 0.4) -> Calibration:
+    record = {"name": "random tokens", "revision": "seed 0", "sha256": None, "n": 16}
+    return Calibration(IDS[:16, :48], record, token_power=power, damping=0.1 if power else 0.0)
+
+
+@torch.no_grad()
+def logits_of(path: Path, ids: Tensor = IDS) -> Tensor:
+    return load_model(path)(ids.to(default_device())).logits.float().cpu()
+
+
+def layers(path: Path) -> dict[str, float]:
+    """The stream of layers, one in memory at a time, against transformers' own model: the largest difference of a logit."""
+    device = default_device()
+    stream = LayerStream(Checkpoint(path), device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    (hidden,), arguments = stream.embed([IDS]), stream.arguments(IDS)
+    for index, layer in enumerate(stream.layers):
+        stream.fill(layer, f"model.layers.{index}.")
+        with torch.no_grad():
+            hidden = next(iter(stream.run(layer, [hidden], arguments[index])))
+        stream.empty(layer)
+    with stream.predictions() as logits, torch.no_grad():
+        own = logits(hidden.to(device)).float().cpu()
+    return {"difference": float((own - logits_of(path)).abs().max())}
+
+
+def quantized(path: Path, out: Path, method: str) -> dict[str, float]:
+    """Quantize to 8 bits, load, compare; raises where a tensor is not as before, or a name is missing or left over."""
+    from transformers import AutoModelForCausalLM
+
+    started, recipe = time.perf_counter(), Recipe(expert_bits=8, linear_bits=8, group=16, method=method)
+    quantize_checkpoint(path, out, recipe, calibration=calibration() if method != "clip" else None)
+    seconds, before, after = time.perf_counter() - started, Checkpoint(path), Checkpoint(out)
+    same_tensors(before, after)
+    roles = roles_of({name: info.shape for name, info in before.tensors.items()}, before.config)
+    changed = [name for name in before.tensors if not torch.equal(before.read(name), after.read(name))]
+    wanted = [name for name, role in roles.items() if recipe.bits_for(role)]
+    if changed != wanted:
+        raise UserError(f"{out}: changed {min(set(changed) ^ set(wanted))} against the recipe")
+    if not FAMILIES.get(before.model_type, FAMILIES["llama"]).alias:  # transformers knows its model_type
+        _, said = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        if any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+            raise UserError(f"{out}: transformers finds {said}")
+    kl, _ = divergence(logits_of(path).flatten(0, 1), logits_of(out).flatten(0, 1))
+    return {"kl_mean": float(kl.mean()), "positions": len(kl), "tensors": len(wanted), "seconds": round(seconds, 2)}
+
+
+def same_tensors(one: Checkpoint, other: Checkpoint) -> None:
+    """Raise unless the two have the same tensors by name, dtype and shape."""
+    mine, theirs = ({name: (info.dtype, info.shape) for name, info in c.tensors.items()} for c in (one, other))
+    if mine != theirs:
+        raise UserError(f"{other.path}: its tensors are not those of {one.path}")
+
+
+def router(path: Path) -> dict[str, float]:
+    """Layers with routed experts that the probe sees, of how many there are."""
+    checkpoint = Checkpoint(path)
+    roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
+    there = {checkpoint.places[name].parameter.split(".")[2] for name, role in roles.items() if role is Role.ROUTED_EXPERT}
+    reports, _ = probe(checkpoint, calibration(0.0))
+    if reports.keys() != there or any(abs(sum(report["frequency"]) - 1) > 1e-4 for report in reports.values()):
+        raise UserError(f"{path}: layers {sorted(there)} have experts, the probe reports {sorted(reports)}")
+    return {"layers": len(there)}
+
+
+def adapter(path: Path, out: Path) -> dict[str, float]:
+    """A student of 3 and 4 bits, LoRA on every role for two steps, merged: the student's first logits are the checkpoint's, the
+    merged checkpoint's are its last."""
+    quantize_checkpoint(path, out / "q", Recipe(3, 4, 16, 1))
+    config, alone = TrainSettings(rank=2, linears=True, steps=2, lr=0.5, clip=1e9), World(0, 1, default_device())
+    student = build_student(out / "q", path, config, alone, "forward_kl", 1.0, recompute=True)
+    ids = IDS[:4]
+    with torch.no_grad():
+        first = student.logits(ids.to(alone.device)).float().cpu()
+    start = float((first - logits_of(out / "q", ids)).abs().max())
+    scores = [own[3:-1] for own in logits_of(path, ids)]
+    rows = [Example(row, 4, gathered(own, own.topk(8).indices)) for row, own in zip(ids, scores, strict=True)]
+    trainer = Trainer(student, config, alone, out / "a", {})
+    for _ in range(2):
+        student(collate(rows).to(alone.device)).backward()
+        if not all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trainable(student).values()):
+            raise UserError(f"{path}: an adapter has no finite gradient")
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+    (out / "a").mkdir()
+    trainer.curve = [[1, 0.0, 0.0]]
+    write_adapter(trainer, {"student": model_identity(out / "q"), "teacher": model_identity(path)}, {})
+    merge(out / "q", path, out / "a", out / "r", False)
+    same_tensors(Checkpoint(path), Checkpoint(out / "r"))
+    last = logits_of(out / "r", ids)
+    with torch.no_grad():
+        end = float((last - student.logits(ids.to(alone.device)).float().cpu()).abs().max())
+    return {"start": start, "merged": end, "moved": float((last - first).abs().max())}
+
+
+def checks(path: Path, out: Path) -> Iterator[tuple[str, dict[str, float]]]:
+    """(what was tried, what came out) of one family's checkpoint; a failure is raised."""
+    yield "layers", layers(path)
+    for method in ("clip", "gptq"):
+        yield method, quantized(path, out / method, method)
+    yield "router", router(path)
+    yield "adapter", adapter(path, out / "adapter")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--families", default=",".join(FAMILY), help="names with commas between (default: all)")
+    add_record_arguments(parser)
+    args = parser.parse_args()
+    check_record_arguments(args)
+    names, started = args.families.split(","), time.time()
+    found: dict[str, Any] = {}
+    if unknown := sorted(set(names) - set(FAMILY)):
+        raise UserError(f"--families {unknown[0]}: known are {', '.join(FAMILY)}")
+    with progress(len(names), "families", "family") as bar:
+        for name in names:
+            begun = time.perf_counter()
+            with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
+                own = dict(checks(tiny_family(Path(work, name), name), Path(work)))
+            found[name] = own | {"seconds": round(time.perf_counter() - begun, 1)}
+            bar.update()
+    for name, own in found.items():
+        print(f"{name:<20} KL clip {own['clip']['kl_mean']:.2e} gptq {own['gptq']['kl_mean']:.2e}  {own['seconds']:>5.1f} s")
+    if args.result:
+        model = {"path": "made by the command", "config_sha256": None, "bytes": 0, "tensors": 0}
+        metrics = {"families": found, "peak_rss_mib": peak_rss_mib()}
+        write_result(args.result, kind="bench", tag=args.tag, started=started, model=model, metrics=metrics)
+
+
+if __name__ == "__main__":
+    run_cli(main)
