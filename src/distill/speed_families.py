@@ -86,7 +86,9 @@ FAMILY: dict[str, dict[str, Any]] = {  # model_type of config.json -> what it ha
         moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1, moe_layer_end_index=1
     ),
     "phimoe": {},
-    "gemma4_text": dict(enable_moe_block=True, top_k_experts=2, hidden_size_per_layer_input=0, num_kv_shared_layers=0),
+    "gemma4_text": dict(
+        initializer_range=0.03, enable_moe_block=True, top_k_experts=2, hidden_size_per_layer_input=0, num_kv_shared_layers=0,
+    ),
     "granitemoehybrid": MAMBA | dict(layer_types=["mamba", "attention"], shared_intermediate_size=32, embedding_multiplier=3.0),
     "jamba": MAMBA | dict(attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
     "gpt_oss": {},

@@ -235,7 +235,7 @@ def spread_rows(r: Record) -> Rows:
 
 def family_rows(r: Record) -> Rows:
     for name in r["metrics"]["families"]:
-        yield (name,), {"at": f"metrics.families.{name}"}
+        yield (name,), {"at": f"metrics.families.{name}", "digits": "6"}
 
 
 def block_type_rows(r: Record) -> Rows:
