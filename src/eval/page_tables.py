@@ -366,7 +366,7 @@ TABLES = (
     ),
     Table(
         "bench", "Families of checkpoints",
-        "Tiny untrained checkpoints at 8 bits: mean KL to the original on 2,000 positions, and seconds of all that was tried.",
+        "Tiny untrained checkpoints at `8` bits: mean KL to the original on `2,000` positions; seconds of all that was tried.",
         ("family",), (
             ("KL, clip", "{at}.clip.kl_mean", "digits"), ("KL, gptq", "{at}.gptq.kl_mean", "digits"),
             ("tensors quantized", "{at}.clip.tensors"), ("layers with experts", "{at}.router.layers"),
