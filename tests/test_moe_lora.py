@@ -14,7 +14,7 @@ from moe_quant import fake_quant, quantize_group
 from opd_data import AdapterSettings, Example, TrainSettings, collate, model_identity
 from opd_losses import gathered
 from opd_student import build_student
-from opd_train_fsdp import Trainer, write_adapter
+from opd_trainer import Trainer, write_adapter
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from target_grid import IntGrid, int_cells, recover_scales, resolution

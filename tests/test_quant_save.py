@@ -352,3 +352,19 @@ def test_a_source_that_is_quantized_already_is_said(random_tiny, tmp_path, comma
         (source / "recipe.json").unlink()
     done = command("src/quant/gguf_pack.py", *base, "--base-type", "q8_0", "--method", "nearest", "--token-power", 0.3)
     assert done.returncode == 2 and "of method ldlq; nearest counts all tokens alike" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 is more than the 8 experts"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers 'two' is not a whole number"),
+        ({"num_hidden_layers": 3, "num_nextn_predict_layers": 1}, "so no layer 3 would ever run"),
+    ],
+)
+def test_a_config_that_no_model_can_have_is_named(random_tiny, tmp_path, command, change, message):
+    shutil.copytree(random_tiny, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | change))
+    done = command("src/quant/quant_save.py", *arguments(tmp_path / "m", tmp_path / "q"))
+    assert done.returncode == 2 and message in done.stderr and not (tmp_path / "q").exists(), done.stderr

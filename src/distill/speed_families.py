@@ -37,7 +37,7 @@ from moe_lora import trainable
 from opd_data import Example, TrainSettings, collate, model_identity
 from opd_losses import gathered
 from opd_student import build_student
-from opd_train_fsdp import Trainer, write_adapter
+from opd_trainer import Trainer, write_adapter
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, peak_rss_mib, write_result

@@ -29,7 +29,23 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
     """Decoder layers by a config.json: nemotron_h lists their kinds instead of a number."""
     inner = text_config(config)
     kinds = inner.get("layers_block_type") or inner.get("hybrid_override_pattern")
-    return inner.get("num_hidden_layers") or (len(kinds) if kinds else None)
+    layers = inner.get("num_hidden_layers")
+    if layers is not None and type(layers) is not int:
+        raise UserError(f"config.json: num_hidden_layers {layers!r} is not a whole number")
+    return layers or (len(kinds) if kinds else None)
+
+
+TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_k", "num_experts_per_token")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def check_routing(config: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` where a config.json sends a token to more experts than there are."""
+    inner = text_config(config)
+    counts = [inner[key] for key in EXPERT_COUNTS if type(inner.get(key)) is int]
+    for key in TOP_K:
+        if counts and type(inner.get(key)) is int and inner[key] > max(counts):
+            raise UserError(f"config.json: {key} {inner[key]} is more than the {max(counts)} experts; correct it")
 
 
 class Role(enum.StrEnum):
@@ -412,4 +428,6 @@ def roles_of(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]) -> 
     if not isinstance(model_type, str):
         raise UserError("config.json has no model_type")
     layers, predictors = layer_count(config), text_config(config).get("num_nextn_predict_layers") or 0
+    if not any(name.endswith(".eh_proj.weight") for name in shapes):
+        predictors = 0  # such a layer begins with it; another is a decoder layer that the config does not count
     return {name: role_of(name, shape, model_type, layers, predictors) for name, shape in shapes.items()}

@@ -18,9 +18,20 @@ import torch
 from jinja2 import TemplateError
 
 from checkpoint import Checkpoint
-from console import Bar, UserError, file_sha256, read_object
+from console import Bar, UserError, explained, file_sha256, read_object
 from devices import default_device
-from families import FAMILIES, LAYER_PREFIX, MTP_PREFIX, VISION_PREFIX, Role, place_of, roles_of, text_config, text_name
+from families import (
+    FAMILIES,
+    LAYER_PREFIX,
+    MTP_PREFIX,
+    VISION_PREFIX,
+    Role,
+    check_routing,
+    place_of,
+    roles_of,
+    text_config,
+    text_name,
+)
 from source_formats import without_quantization
 
 NOT_TEXT = re.compile(f"{VISION_PREFIX.pattern}|{MTP_PREFIX.pattern}")
@@ -166,12 +177,15 @@ def check_complete(checkpoint: Checkpoint, text_only: bool = False) -> None:
     absent, what the class leaves unread (multi-token prediction) may be there. Headers alone are read. ``text_only``: a vision
     tower does not matter."""
     roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
+    with explained(str(checkpoint.path)):
+        check_routing(checkpoint.config)
     if not has_class(checkpoint.model_type):
         return
     try:
         model = meta_model(model_config(checkpoint.path))
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, AssertionError) as error:
         reason = " ".join(str(error).split())[:300]
+        reason = f"it lacks or does not know {reason}" if isinstance(error, KeyError) else reason
         raise UserError(f"{checkpoint.path / 'config.json'}: transformers makes no model of it ({reason})") from None
     # A tower that neither the config nor the tensors speak of is a default of the class alone.
     seeing = not text_only and ("vision_config" in checkpoint.config or Role.VISION in roles.values())

@@ -110,6 +110,7 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
     """A job for every tensor; raises :class:`UserError` on whatever the recipe cannot be applied to."""
     if checkpoint.config.get("quantization_config"):
         raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
+    assert checkpoint.model_type  # its error names the file
     roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
     check_complete(checkpoint)
     parameters = {name: place.parameter for name, place in checkpoint.places.items()}
