@@ -45,7 +45,7 @@ if [ -n "$tiny" ]; then # the same commands at sizes of seconds on a CPU
     eval_model=(--shape tiny --layers 2 --interval 2)
     disk=(--probe-gib 0.01 --shard-gib 0.003) calibration=(--sequences 2 --length 32 --batch 2)
     on_gpu=(--prompt 32 --generate 8 --batches 32 --sequences "1,2" --repetitions 1 --flash-attention on)
-    on_cpu=("${on_gpu[@]}") evaluation=(--batches "1,2" --prompt 16 --generate 4) experts=2
+    on_cpu=("${on_gpu[@]}") evaluation=(--batches "1,2" --prompt 16 --generate 24) experts=2
 else
     model=(--shape 122b) disk_model=(--shape 122b --layers "${LAYERS:-6}") layer_model=(--shape 122b --layers 4 --interval 2)
     eval_model=(--shape 35b --layers "${EVAL_LAYERS:-40}")

@@ -291,3 +291,18 @@ def test_a_packed_checkpoint_that_was_tampered_with_or_misused_is_one_line(rando
     assert sorted(tmp_path.iterdir()) == before
     done = command(export, "--check", tmp_path / "packed", "--model", tmp_path / "off")
     assert done.returncode == 1 and "1 values differ" in done.stdout
+
+
+def test_experts_that_stay_are_written_one_by_one_beside_packed_ones(fused, tmp_path):
+    """One fused tensor among matrices of single experts would make vLLM take all of them for fused."""
+    recipe = dataclasses.replace(RECIPE, overrides=(*RECIPE.overrides, ("model.layers.1.mlp.experts.*", 16)))
+    quantize_checkpoint(fused, tmp_path / "plain", recipe)
+    quantize_checkpoint(fused, tmp_path / "packed", recipe, packed=True)
+    stored = [name for file in (tmp_path / "packed").glob("*.safetensors") for name in load_file(file)]
+    assert "model.layers.1.mlp.experts.7.down_proj.weight" in stored
+    assert not any(re.search(r"experts\.(gate_up|down)_proj$", name) for name in stored)
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "plain")
+    name, checkpoint = "model.layers.1.mlp.experts.gate_up_proj", Checkpoint(tmp_path / "packed")
+    pieces = torch.cat([piece for _, piece in checkpoint.read_chunks(name, checkpoint.info(name).bytes // 8 * 3)])
+    assert same_bits(pieces, Checkpoint(fused).read(name))

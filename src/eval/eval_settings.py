@@ -96,7 +96,7 @@ class EvalSettings:
 def is_named(name: str, vendor: str) -> bool:
     """Whether a model's name is the vendor's, or that with words for the format of its weights (-FP8, -int3_int4_clip)."""
     found = re.fullmatch(rf"{re.escape(vendor)}((?:[-_.][a-z0-9]+)*)", name, re.IGNORECASE)
-    return bool(found) and all(FORMAT_WORD.fullmatch(word) for word in re.split("[-_.]", found[1])[1:])
+    return bool(found) and all(FORMAT_WORD.fullmatch(word.lower()) for word in re.split("[-_.]", found[1])[1:])
 
 
 def names_of(model: str | Path) -> list[str]:

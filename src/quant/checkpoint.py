@@ -53,10 +53,10 @@ def matrices_of(name: str, shape: tuple[int, ...]) -> list[tuple[str, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class PackedInfo(TensorInfo):
-    """A tensor of the dequantized checkpoint that lies packed: (packed, scale) of its matrices, in the order of its rows.
-    ``begin`` and ``end`` only say its size."""
+    """A tensor of the dequantized checkpoint that lies in matrices, in the order of its rows: (packed, scale) of each, or
+    (values, None) where it is not packed. ``begin`` and ``end`` only say its size."""
 
-    matrices: tuple[tuple[TensorInfo, TensorInfo], ...] = ()
+    matrices: tuple[tuple[TensorInfo, TensorInfo | None], ...] = ()
 
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count
@@ -67,7 +67,10 @@ class PackedInfo(TensorInfo):
             low, high = max(first, place), min(last, place + packed.shape[0])
             if low < high:
                 part = (low - place, high - low)
-                out[low - first : high - first] = unpacked_values(packed.read(*part), scale.read(*part), self.dtype)
+                words = packed.read(*part)
+                out[low - first : high - first] = (
+                    words if scale is None else unpacked_values(words, scale.read(*part), self.dtype)
+                )
             place += packed.shape[0]
         return out.view(count, *self.shape[1:])
 
@@ -104,11 +107,15 @@ def unpacked_tensors(directory: Path, stored: Mapping[str, TensorInfo]) -> dict[
 
     for name, kind, sizes, packed in manifest["tensors"]:
         dtype, shape = DTYPES[kind], tuple(sizes)
-        if not packed:
+        if not packed and (name in rest or len(shape) < 3 or not FUSED.fullmatch(name)):
             found[name] = take(name, dtype, shape)
             continue
-        matrices, inputs = [], shape[-1]
+        matrices: list[tuple[TensorInfo, TensorInfo | None]] = []
+        inputs = shape[-1]
         for module, rows in matrices_of(name, shape):
+            if not packed:
+                matrices.append((take(f"{module}.weight", dtype, (rows, inputs)), None))
+                continue
             words = take(f"{module}.weight_packed", torch.int32, (rows, inputs // CODES_A_WORD))
             scale = take(f"{module}.weight_scale", torch.bfloat16, (rows, inputs // manifest["group"]))
             take(f"{module}.weight_shape", torch.int64, (2,))

@@ -120,12 +120,14 @@ def pack_codes(codes: Tensor) -> Tensor:
 @dataclasses.dataclass(frozen=True)
 class Container:
     """``packed``: names of the tensors that are packed, each with the grids (bits) its values may lie on; ``kept``: names of
-    quantized tensors that stay in BF16, each with the reason; ``config``: quantization_config for config.json."""
+    quantized tensors that stay in BF16, each with the reason; ``config``: quantization_config for config.json; ``split``:
+    stacks of experts beside packed ones, written one matrix each: after one fused tensor vLLM takes all for fused."""
 
     group: int
     packed: dict[str, tuple[int, ...]]
     kept: dict[str, str]
     config: dict[str, Any]
+    split: frozenset[str] = frozenset()
 
 
 def unit_of(name: str) -> str:
@@ -181,7 +183,10 @@ def plan_container(jobs: Sequence[Job], recipe: Recipe, experts: bool = True) ->
     if not any(name in packed for name in wanted):
         why = kept[wanted[0]] if wanted else "nothing is quantized"
         raise UserError(f"--packed: no {what} can be packed: {why}")
-    return Container(recipe.group, packed, kept, quantization_config(jobs, packed, recipe.group))
+    experts_of = [job for job in jobs if job.role is Role.ROUTED_EXPERT]
+    beside = any(job.name in packed for job in experts_of)
+    split = {job.name for job in experts_of if beside and job.name not in packed and FUSED.fullmatch(job.name)}
+    return Container(recipe.group, packed, kept, quantization_config(jobs, packed, recipe.group), frozenset(split))
 
 
 def _grids(job: Job) -> tuple[int, ...]:
@@ -197,6 +202,11 @@ def stored_tensors(name: str, shape: tuple[int, ...], group: int) -> Iterator[tu
         yield f"{module}.weight_packed", torch.int32, (rows, shape[-1] // CODES_A_WORD)
         yield f"{module}.weight_scale", torch.bfloat16, (rows, shape[-1] // group)
         yield f"{module}.weight_shape", torch.int64, (2,)
+
+
+def split_tensors(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """(name, dtype, shape) of what a stack of experts that is not packed is stored as."""
+    return [(f"{module}.weight", dtype, (rows, shape[-1])) for module, rows in matrices_of(name, shape)]
 
 
 def bytes_of(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> int:
@@ -293,10 +303,7 @@ class PackedWriter:
         self.container, self.out, self._whole = container, out, share[1] == 1
         self._plan = {name: (dtype, tuple(shape)) for name, dtype, shape in plan}
         self._shards = list(shards) or [len(shard) for shard in split_plan(plan, shard_bytes, breaks)]
-        self._stored = {
-            name: list(stored_tensors(name, shape, container.group)) if name in container.packed else [(name, dtype, shape)]
-            for name, (dtype, shape) in self._plan.items()
-        }
+        self._stored = {name: self._stored_as(name, dtype, shape) for name, (dtype, shape) in self._plan.items()}
         stored = [tensor for tensors in self._stored.values() for tensor in tensors]
         starts = {self._stored[name][0][0] for name in self._starts(shard_bytes, breaks)}
         self._writer = CheckpointWriter(out, stored, 1 << 62, starts, share)
@@ -304,6 +311,13 @@ class PackedWriter:
         self._matrices: collections.deque[tuple[str, int]] = collections.deque()  # of this tensor, each with its rows to come
         self._scales: list[Tensor] = []  # of the matrix that is being written
         self.device = default_device()
+
+    def _stored_as(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        if name in self.container.packed:
+            return list(stored_tensors(name, shape, self.container.group))
+        return split_tensors(name, dtype, shape) if name in self.container.split else [(name, dtype, shape)]
 
     def _starts(self, shard_bytes: int, breaks: Collection[str]) -> Iterator[str]:
         """The tensors that begin a file: all that one is stored as lies in one file, so that it is complete or not."""
@@ -352,6 +366,9 @@ class PackedWriter:
 
     def append(self, name: str, piece: Any) -> None:
         """Write the next rows of ``name``; the scales of a matrix follow it once it is whole."""
+        if name in self.container.split:
+            self._append_split(name, piece.reshape(-1, piece.shape[-1]))
+            return
         if name not in self.container.packed:
             self._put(name, piece)
             return
@@ -370,6 +387,16 @@ class PackedWriter:
             whole, self._scales = torch.cat(self._scales), []
             self._put(f"{module}.weight_scale", whole)
             self._put(f"{module}.weight_shape", torch.tensor([len(whole), shape[-1]]))
+
+    def _append_split(self, name: str, rows: Tensor) -> None:
+        while len(rows):
+            if not self._matrices:
+                self._matrices.extend(matrices_of(name, self._plan[name][1]))
+            module, missing = self._matrices.popleft()
+            self._put(f"{module}.weight", rows[:missing])
+            if len(rows) < missing:
+                self._matrices.appendleft((module, missing - len(rows)))
+            rows = rows[missing:]
 
     def _put(self, name: str, value: Tensor) -> None:
         self._writer.append(name, value)
