@@ -12,7 +12,7 @@ import pytest
 from conftest import REPO
 from test_vllm_cpu import VENV, hybrid_moe  # noqa: F401  (a fixture)
 
-from packed_export import pack
+from packed_export import pack, unpack
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 
@@ -70,8 +70,8 @@ def run(*arguments):
 
 
 def test_compressed_tensors_and_transformers_read_the_same_bits(tmp_path):
-    quantize_checkpoint(REPO / "models/razor-tiny", tmp_path / "plain", RECIPE)
     quantize_checkpoint(REPO / "models/razor-tiny", tmp_path / "packed", RECIPE, packed=True)
+    unpack(tmp_path / "packed", tmp_path / "plain")
     found = json.loads(run("-c", TRANSFORMERS, tmp_path / "packed", tmp_path / "plain").splitlines()[-1])
     assert found == {"equal": 192 + 24 + 8 + 18, "rest": [], "lost": [], "same": True}
 
