@@ -173,7 +173,8 @@ def families() -> str:
         experts = any(role is Role.ROUTED_EXPERT for _, role in family.layer)
         stored = "[E, I, O]" if family.transposed else "one by one or fused" if experts else "none"
         kl = [f"KL {own[method]['kl_mean']:.1e}" if own else "not tried" for method in ("clip", "gptq")]
-        watched = f"{own['router']['layers']} layers" if own and experts else "-" if own else "not tried"
+        count = own["router"]["layers"] if own else 0
+        watched = f"{count} layer{'s' * (count != 1)}" if own and experts else "-" if own else "not tried"
         trained = "train, merge" if own else "not tried"
         cells = [f"`{name}`", stored, *kl, watched, trained, family.ggml or "-", "yes" if family.stored is not None else "no"]
         lines.append(f"| {' | '.join(cells)} |")
