@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from calibration import LayerStream
 from checkpoint import Checkpoint
 from console import UserError, progress
-from families import FAMILIES, Role, family_of, role_of, roles_of
+from families import Role, role_of, roles_of
 from fsdp_setup import World, own_rows, shard
 from hf_model import all_finite, scaled_logits
 from moe_lora import Adapter, adapt_layer, checkpoint_layer
@@ -43,8 +43,7 @@ class ParameterReader:
 
     def is_turned(self, parameter: str) -> bool:
         """Whether the parameter lies as [E, I, O]."""
-        family = FAMILIES[family_of(self.checkpoint.model_type)]
-        return family.transposed and len(self.checkpoint.parameter_shape(parameter)) == 3
+        return self.checkpoint.family.is_turned(self.checkpoint.parameter_shape(parameter))
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Of the parameter as :meth:`read` gives it, a matrix as [O, I]."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from console import UserError
-from families import FAMILIES, LAYER_PREFIX, family_of, text_name
+from families import LAYER_PREFIX, text_name
 from hf_model import all_finite, check_complete, check_finite, first_nonfinite, model_config
 from moe_ptq import Statistics, shrink
 
@@ -198,19 +198,23 @@ class Collector:
             ups = self._get(f"{name}.{layout.first}", count, hidden.shape[1], device)
             downs = self._get(f"{name}.down_proj", count, inner, device)
             own = self._own(device)
-            if len(given) == 1:  # llama4: a row for each expert and token, times its routing weight, or zeros
+            index, weights = given[1:3] if len(given) > 1 else (None, None)
+            if index is None:  # llama4: a row for each expert and token, times its routing weight, or zeros
                 rows = hidden.view(count, -1, hidden.shape[1])
-                chosen = [(row.any(-1).nonzero()[:, 0], None) for row in rows]
+                routed = rows.any(-1).sum(1)
+                mass = routed.float()
             else:
-                index, weights = given[1], given[2]
                 rows = hidden.expand(count, *hidden.shape)
-                chosen = [(token, weights[token, at]) for token, at in (torch.where(index == e) for e in range(count))]
-            routed = torch.tensor([len(token) for token, _ in chosen], device=device)
-            mass = torch.stack([routed[e].float() if w is None else w.sum().float() for e, (_, w) in enumerate(chosen)])
+                routed = torch.bincount(index.flatten(), minlength=count)[:count]
+                mass = torch.zeros(count, device=device).index_add_(0, index.flatten(), weights.flatten().float())
             self.routed[name] = self.routed.get(name, 0) + routed
             self.mass[name] = self.mass.get(name, 0) + mass
             for expert in routed.nonzero()[:, 0].tolist():
-                token, weight = chosen[expert]
+                if index is None:
+                    token, weight = rows[expert].any(-1).nonzero()[:, 0], None
+                else:
+                    token, place = torch.where(index == expert)
+                    weight = weights[token, place]
                 x = rows[expert][token]
                 if own is not None:
                     weight = own[token] if weight is None else weight * own[token]
@@ -287,7 +291,6 @@ class LayerStream:
         from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.family = FAMILIES[family_of(checkpoint.model_type)]
         config = model_config(checkpoint.path).get_text_config()
         check_complete(checkpoint)
         with init_empty_weights(include_buffers=False):
@@ -378,11 +381,11 @@ class LayerStream:
         """What the model hands to each decoder layer for an embedding [B, T, H] if no layer changes it."""
         seen: list[tuple[Tensor, dict[str, Any]]] = []
         limit = getattr(self.decoder.config, "index_topk", None)
-        if self.family.carries and limit and embedded.shape[1] > limit:
+        if self.checkpoint.family.carries and limit and embedded.shape[1] > limit:
             raise UserError(
                 f"calibration sequences of {embedded.shape[1]} tokens: this family looks at {limit}; give shorter ones"
             )
-        with self._layers(_Recorder(layer, bool(self.family.carries), seen) for layer in self.layers):
+        with self._layers(_Recorder(layer, bool(self.checkpoint.family.carries), seen) for layer in self.layers):
             self.decoder(inputs_embeds=embedded, use_cache=False)
         return seen
 
@@ -412,7 +415,7 @@ class LayerStream:
     @contextlib.contextmanager
     def _behind(self, *more: tuple[nn.Module, str]) -> Iterator[Callable[[Tensor], Tensor]]:
         """The model's output for an output of the last layer, by the family's own norm, head, scale and cap."""
-        first, *others = (_Given(layer, bool(self.family.carries)) for layer in self.layers)
+        first, *others = (_Given(layer, bool(self.checkpoint.family.carries)) for layer in self.layers)
 
         def logits(hidden: Tensor) -> Tensor:
             first.value = hidden if hidden.ndim == 3 else hidden[None]

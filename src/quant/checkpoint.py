@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from console import UserError, file_sha256, files_sha256, read_json, read_object, write_json
-from families import Place, place_of
+from families import FAMILIES, Family, Place, family_of, place_of
 from safetensors_file import DTYPES, TensorInfo, open_tensors, read_header
 from source_formats import describe, source_tensors, without_quantization
 
@@ -202,6 +202,10 @@ class Checkpoint:
         if not isinstance(found := self.config.get("model_type"), str):
             raise UserError(f"{self.path / 'config.json'}: has no model_type")
         return found
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[family_of(self.model_type)]
 
     @functools.cached_property
     def places(self) -> dict[str, Place]:

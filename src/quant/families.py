@@ -241,6 +241,11 @@ class Family:
     gated: bool = True
     carries: str = ""
     alias: str = ""
+
+    def is_turned(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor or parameter of this shape is a stack of experts as [E, I, O]."""
+        return self.transposed and len(shape) == 3
+
     carried: Mapping[str, str] = dataclasses.field(default_factory=dict)
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

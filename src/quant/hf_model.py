@@ -79,8 +79,7 @@ def end_token_ids(model: str | Path, tokenizer: Any) -> list[int]:
     """Tokens that end a turn: the tokenizer's, and those of generation_config.json (Gemma's end of turn stands only there)."""
     found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     path = Path(model) / "generation_config.json"
-    more = read_object(path).get("eos_token_id") if path.is_file() else None
-    found += more if isinstance(more, list) else [] if more is None else [more]
+    found += _listed(read_object(path).get("eos_token_id")) if path.is_file() else []
     if wrong := [end for end in found if type(end) is not int or end < 0]:
         raise UserError(f"{path}: eos_token_id {wrong[0]!r} is not the id of a token")
     if not found:
@@ -93,9 +92,13 @@ def generation_ends(model: str | Path) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         if (path := Path(model) / name).is_file():
             value = read_object(path)
-            found = value.get("eos_token_id", text_config(value).get("eos_token_id"))
-            return list(found) if isinstance(found, list) else [] if found is None else [found]
+            return _listed(value.get("eos_token_id", text_config(value).get("eos_token_id")))
     return []
+
+
+def _listed(ends: Any) -> list[Any]:
+    """eos_token_id, which may be one, several or none."""
+    return list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
 
 
 def tokenizer_files_sha256(directory: str | Path) -> str:

@@ -19,7 +19,7 @@ import torch
 from calibration import Calibration, layer_bytes
 from checkpoint import CONSUMED, PACKED, Checkpoint
 from console import UserError, check_writable, write_json
-from families import FAMILIES, Role, family_of, roles_of
+from families import Role, roles_of
 from hf_model import check_complete
 from moe_ptq import CALIBRATED, zero_point_bits
 from moe_quant import average_bits
@@ -114,7 +114,6 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
     roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
     check_complete(checkpoint)
     parameters = {name: place.parameter for name, place in checkpoint.places.items()}
-    transposed = FAMILIES[family_of(checkpoint.model_type)].transposed
     for pattern, _ in recipe.overrides:
         if not fnmatch.filter(parameters.values(), pattern):
             raise UserError(f"overrides: {pattern}: no parameter of {checkpoint.path} has such a name")
@@ -131,7 +130,7 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
             known = ", ".join(CALIBRATED)
             raise UserError(f"tensor {name}: {bits} bits: a mix of two grids needs a calibrated method: {known}")
         each = by_expert if len(by_expert) > 1 else ()
-        jobs.append(Job(name, info, roles[name], bits, each, transposed and len(info.shape) == 3))
+        jobs.append(Job(name, info, roles[name], bits, each, checkpoint.family.is_turned(info.shape)))
     inputs = [job.inputs for job in jobs if job.bits]
     if odd := [job for job in jobs if job.bits and job.inputs % recipe.group]:
         raise UserError(

@@ -55,7 +55,7 @@ class GridRounder:
 
     def round(self, parameters: Mapping[str, Tensor], take: Take) -> None:
         for name, parameter in parameters.items():
-            turned = parameter.mT if parameter.ndim == 3 and self.stream.family.transposed else parameter
+            turned = parameter.mT if self.stream.checkpoint.family.is_turned(parameter.shape) else parameter
             with explained(name):
                 turned.copy_(rounded(turned.contiguous(), self.targets[name], *take(name), self.method, self.devices))
 
