@@ -1,8 +1,9 @@
 """The calibrated pass: embed, then layer by layer collect second moments, round, write, and pass the activations on.
 
 Not a command; quant_save and gguf_pack run it. What a matrix is rounded to is a :class:`Rounder`'s (rounders),
-where it is written a :class:`Writer`'s. One decoder layer's weights, its statistics and the activations are in memory; on the
-host also the layer that is being written and, with a GPU, the next one. The activations behind the last whole layer lie
+where it is written a :class:`Writer`'s. One decoder layer's weights, the inputs of its experts and the second moments of those
+that are rounded together are in memory (calibration.pass_memory); on the host the activations, the layer that is being written
+and, with a GPU, the next one. The activations behind the last whole layer lie
 beside the output, so a killed run goes on there.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from calibration import Calibration, Collector, LayerStream, Moments
 from console import UserError, read_json, write_json
 from devices import OneBehind
-from moe_ptq import Statistics, damped
+from moe_ptq import Statistics
 from run_dir import RUN
 from safetensors_file import save_tensors
 from settings import setting
@@ -131,6 +132,7 @@ class CalibratedPass(Generic[V]):
         stream.fill(layer, prefix)
         stream.read_ahead(index + 1)
         wanted = [name.removeprefix(prefix) for name in self.rounder.targets if name.startswith(prefix)]
+        wanted.sort(key=lambda name: not name.endswith("experts.down_proj"))  # its inputs are made by the others' weights
         collector = Collector(layer, set(wanted), None if self.weights is None else self.weights[index])
         after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
         collector.remove()
@@ -160,7 +162,7 @@ class CalibratedPass(Generic[V]):
             for hidden in self.hidden:
                 moments.add(0, inputs_of(hidden.to(stream.device)).flatten(0, 1))
         self.moments = {LM_HEAD: moments}
-        weight = stream.checkpoint.read(stream.checkpoint.sources[LM_HEAD][0]).to(stream.device, torch.float32)
+        weight = stream.checkpoint.read(stream.checkpoint.sources[LM_HEAD][0]).to(stream.device)
         self.rounder.round({LM_HEAD: weight}, self.take)
         return self.rounder.taken({LM_HEAD: weight})
 
@@ -169,11 +171,11 @@ class CalibratedPass(Generic[V]):
         if name not in self.moments:
             raise UserError("no calibration activation reached it; give more or other calibration text")
         moments = self.moments.pop(name)
-        floor = self.calibration.floor * moments.total.shape[-1]
-        statistics = moments.statistics(floor)
+        floor = self.calibration.floor * moments.shape[-1]
+        statistics = moments.statistics(floor, self.calibration.damping)
         self.cold[name] = int((statistics.tokens < floor).sum())
         self.unrouted[name] = int((statistics.tokens == 0).sum())
-        return statistics._replace(hessian=damped(statistics.hessian, self.calibration.damping)), moments.weight
+        return statistics, moments.weight
 
     def files_behind(self, index: int) -> tuple[Path, Path]:
         """The activations behind decoder layer ``index`` while the run is unfinished, and what is known of its experts."""

@@ -78,6 +78,12 @@ def run_cli(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {str(error).replace('--force', 'FORCE=1') if as_keys else error}", file=sys.stderr)
         code = 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        what = ". ".join(str(error).split(". ")[:2])
+        print(f"error: the GPU's memory ran out ({what}); end what else is on it, or take smaller batches", file=sys.stderr)
+        code = 2
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise

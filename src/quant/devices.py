@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -66,6 +67,23 @@ def device_peaks(devices: Sequence[torch.device]) -> dict[str, int]:
     """MiB that tensors took at most on each GPU, in this process."""
     gpus = {device for device in devices if device.type == "cuda"}
     return {str(gpu): torch.cuda.max_memory_allocated(gpu) >> 20 for gpu in sorted(gpus, key=str)}
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors of this process may still take on a GPU: what others leave, within GPU_MEMORY_GIB of the environment,
+    which becomes the limit of its allocator. Asked for first, it also has the allocator join what it frees."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    free, total = torch.cuda.mem_get_info(device)
+    if text := os.environ.get("GPU_MEMORY_GIB"):
+        try:
+            share = float(text) * 2**30 / total
+        except ValueError:
+            share = 0.0
+        if not 0 < share < float("inf"):
+            raise UserError(f"GPU_MEMORY_GIB={text}: expected a number of GiB above 0")
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(min(free + torch.cuda.memory_reserved(device), limit)) - torch.cuda.memory_allocated(device)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -204,7 +204,7 @@ def ordered_hessian(piece: Piece, hessian: Tensor) -> Tensor:
     if piece.columns is None:
         return hessian
     order = piece.columns.to(hessian.device)
-    return hessian[:, order][:, :, order]
+    return hessian[:][:, order][:, :, order]
 
 
 # Fields of config.json that change nothing of what the model computes from token ids, or that other steps check.

@@ -41,7 +41,7 @@ from pack_plan import (
     SizeSettings,
     TypeSettings,
     left_out,
-    memory_bytes,
+    pack_memory,
     pack_times,
     plan_pack,
     report,
@@ -54,6 +54,7 @@ from records import DECODED_MARK, describe_model, sha256_json, sha256_text, writ
 from rounders import GgmlRounder, RoundingSettings
 from run_dir import RUN, alone, check_output, check_resume, staged_directory
 from settings import add_dry_run, parse_settings, part, same, setting
+from size_model import BASE_BYTES
 from token_weights import kept_bytes
 
 STEPS = "steps.json"
@@ -272,7 +273,9 @@ def write_pack(
     print(f"method {dry_run or pack.method}, base type {pack.base}\n{table(report(pack, pack.data_bytes))}")
     if pack.calibration:
         print("calibration: {:,} sequences of {:,} tokens".format(*pack.calibration.ids.shape))
-    print(f"disk {needed / 1e9:.2f} GB; memory at most about {memory_bytes(pack) / 2**30:.1f} GiB", flush=True)
+    memory = pack_memory(pack, dry_run is not None)
+    host = (BASE_BYTES + memory.host) / 2**30
+    print("\n".join([f"disk {needed / 1e9:.2f} GB; memory at most about {host:.1f} GiB", *memory.lines]), flush=True)
     if dequant_out:
         print(f"then {dequant_out}: {checkpoint.bytes / 1e9:.2f} GB in BF16", flush=True)
     if dry_run is not None:
@@ -286,7 +289,7 @@ def write_pack(
         work, facts = None, None
         if pack.calibration:
             stream = LayerStream(checkpoint, pack.calibration.device, pack.calibration.dtype)
-            rounder = GgmlRounder(pack.pieces, pack.types, pack.method, pack.damping)
+            rounder = GgmlRounder(pack.pieces, pack.types, pack.method, pack.damping, memory.working_bytes)
             work = CalibratedPass(stream, pack.calibration, rounder, partial, pack.weights_file)
         with (
             progress(sum(size for _, size in plan), "pack", "B", True) as bar,

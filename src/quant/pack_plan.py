@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from calibration import Calibration, layer_bytes
+from calibration import Calibration, MemoryPlan, plan_memory
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
 from families import Role, roles_of
@@ -44,7 +44,7 @@ from hf_model import generation_ends
 from recipe import LINEAR_ROLES, Job
 from rounders import DAMPING, METHODS, Encoded, is_quantized
 from settings import setting
-from size_model import BASE_BYTES, RESULTS, recorded_rates, times
+from size_model import RESULTS, recorded_rates, times
 
 PROTECTED_BITS = 5  # below which embedding, head and the gates of linear attention lose more than they save
 HEADER = "header.bin"  # what make_header writes
@@ -414,15 +414,15 @@ def left_out(checkpoint: Checkpoint) -> list[str]:
     return lines
 
 
-def memory_bytes(pack: Pack) -> int:
+def pack_memory(pack: Pack, dry_run: bool) -> MemoryPlan:
     """What the calibrated pass has in memory at most, about."""
     if pack.calibration is None:
-        return BASE_BYTES
+        return MemoryPlan(None, 0, [])
     tensors = pack.checkpoint.tensors
     roles = roles_of({name: info.shape for name, info in tensors.items()}, pack.checkpoint.config)
     encoded = (*LINEAR_ROLES, Role.ROUTED_EXPERT)
     jobs = [Job(name, info, roles[name], 4 if roles[name] in encoded else None) for name, info in tensors.items()]
-    return BASE_BYTES + layer_bytes(jobs, pack.calibration)
+    return plan_memory(jobs, pack.calibration, dry_run=dry_run)
 
 
 def pack_times(pack: Pack, method: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from calibration import Calibration, layer_bytes
+from calibration import MemoryPlan
 from checkpoint import CONSUMED, PACKED, Checkpoint
 from console import UserError, check_writable, write_json
 from families import Role, roles_of
@@ -236,16 +236,17 @@ def copy_sidecars(checkpoint: Checkpoint, files: Sequence[Path], out: Path) -> N
 
 
 def preflight(
-    jobs: list[Job], out: Path, needed: int, chunk_bytes: int, calibration: Calibration | None, devices: int = 1
+    jobs: list[Job], out: Path, needed: int, chunk_bytes: int, calibrated: MemoryPlan | None, devices: int = 1
 ) -> str:
     """What the run will need, said before it starts: disk, and the bound on memory."""
     ancestor = next(parent for parent in out.parents if parent.exists())
     largest = max((job.info.bytes // job.info.shape[0] for job in jobs if job.info.shape and job.info.numel), default=0)
-    memory = BASE_BYTES + 4 * max(chunk_bytes, largest) * (1 if calibration else devices)
-    if calibration:
-        memory += layer_bytes(jobs, calibration)
+    memory = BASE_BYTES + 4 * max(chunk_bytes, largest) * (1 if calibrated else devices)
+    if calibrated:
+        memory += calibrated.host
     free = shutil.disk_usage(ancestor).free
-    return f"disk {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free; memory at most about {memory / 2**30:.1f} GiB"
+    line = f"disk {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free; memory at most about {memory / 2**30:.1f} GiB"
+    return "\n".join([line, *(calibrated.lines if calibrated else ())])
 
 
 def bench_rates(results: Path, recipe: Recipe) -> Rates:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from calibrated_pass import CalibratedPass, MomentSettings
-from calibration import Calibration, LayerStream
+from calibration import Calibration, LayerStream, plan_memory
 from calibration_text import CalibrationSettings
 from checkpoint import CONSUMED, Checkpoint, SourceShards, is_synthetic, model_name
 from console import UserError, progress, run_cli, write_json
@@ -114,11 +114,12 @@ class QuantizeSettings:
 def write_calibrated(
     checkpoint: Checkpoint, jobs: list[Job], recipe: Recipe, calibration: Calibration, out: Path, shard_bytes: int,
     chunk_bytes: int, source: SourceShards | None, devices: Sequence[torch.device], container: Container | None,
+    working_bytes: float | None,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
     """Write every tensor to ``out``, layer by layer, each layer shards of its own; several ``devices`` share the experts of a
     layer. Returns the relative squared error of each quantized role and the facts of the calibration."""
     layers = LayerStream(checkpoint, calibration.device, calibration.dtype)
-    work = CalibratedPass(layers, calibration, GridRounder(layers, jobs, recipe, devices), out)
+    work = CalibratedPass(layers, calibration, GridRounder(layers, jobs, recipe, devices, working_bytes), out)
     parts = in_layers(jobs, len(layers.layers))
     plan = [(job.name, job.info.dtype, job.info.shape) for part in parts for job in part]
     breaks = {part[0].name for part in parts if part}
@@ -139,8 +140,8 @@ def quantize_checkpoint(
 ) -> QuantizeReport:  # fmt: skip
     """Quantize the checkpoint in directory ``model`` into ``out`` and return what was done, printing the plan first.
 
-    Memory is a few times ``chunk_bytes``; with ``calibration``, which the calibrated methods need, it is a decoder layer
-    with its statistics and the activations. The result does not depend on ``chunk_bytes``, nor on how many ``devices`` of
+    Memory is a few times ``chunk_bytes``; with ``calibration``, which the calibrated methods need, it is that of
+    calibration.plan_memory. The result does not depend on ``chunk_bytes``, nor on how many ``devices`` of
     one kind there are (default: one). Everything that can be checked is checked before ``out`` is touched; bad input is a
     :class:`UserError`. A killed run resumes to the same bytes, on as many devices as you like.
     ``consume`` gives the disk of each shard of ``model`` back once ``out`` has it, and deletes the weights at the end.
@@ -185,7 +186,8 @@ def quantize_checkpoint(
     if calibration:
         sequences, length = calibration.ids.shape
         print(f"calibration: {sequences:,} sequences of {length:,} tokens, layer by layer")
-    print(preflight(jobs, out, needed, chunk_bytes, calibration, len(devices)))
+    memory = plan_memory(jobs, calibration, devices, dry_run) if calibration else None
+    print(preflight(jobs, out, needed, chunk_bytes, memory, len(devices)))
     print("\n".join(quantize_times(jobs, recipe)), flush=True)
     if dry_run:
         print("\n".join(dry_run_notes(checkpoint.path, out, force, needed)), flush=True)
@@ -199,10 +201,11 @@ def quantize_checkpoint(
         if source:
             source.begin(resumed)
         copy_sidecars(checkpoint, extras, partial)
-        if calibration:
+        if calibration and memory:
             errors, facts = write_calibrated(
-                checkpoint, jobs, recipe, calibration, partial, shard_bytes, chunk_bytes, source, devices, container
-            )
+                checkpoint, jobs, recipe, calibration, partial, shard_bytes, chunk_bytes, source, devices, container,
+                memory.working_bytes,
+            )  # fmt: skip
             report = dataclasses.replace(report, calibration=facts)
         else:
             errors = stream(checkpoint, jobs, recipe, partial, shard_bytes, chunk_bytes, source, devices, container)

@@ -20,10 +20,10 @@ from calibration import LayerStream
 from console import UserError, check_writable, explained
 from families import Role
 from ggml_codecs import decode_rows, encode
-from ggml_round import ldlq
+from ggml_round import COPIES, ldlq
 from ggml_types import TYPES
 from gguf_layout import Piece, into_parameter, ordered_hessian, to_gguf
-from moe_ptq import Grid, Statistics, output_error, round_weight
+from moe_ptq import WORKING_BYTES, Grid, Statistics, even_spans, experts_at_once, round_weight, rounding_parts
 from recipe import Job, Recipe
 from settings import part, setting
 
@@ -41,8 +41,11 @@ class Target:
 class GridRounder:
     """Several ``devices`` share the experts of a parameter. The embedding is no target: it has no inputs to calibrate on."""
 
-    def __init__(self, stream: LayerStream, jobs: Sequence[Job], recipe: Recipe, devices: Sequence[torch.device] = ()) -> None:
-        self.stream, self.method, self.devices = stream, recipe.method, devices
+    def __init__(
+        self, stream: LayerStream, jobs: Sequence[Job], recipe: Recipe, devices: Sequence[torch.device] = (),
+        working_bytes: float | None = None,
+    ) -> None:  # fmt: skip
+        self.stream, self.method, self.devices, self.working_bytes = stream, recipe.method, devices, working_bytes
         self.targets: dict[str, Target] = {}
         experts = dict(recipe.experts)
         for job in jobs:
@@ -57,7 +60,7 @@ class GridRounder:
         for name, parameter in parameters.items():
             turned = parameter.mT if self.stream.checkpoint.family.is_turned(parameter.shape) else parameter
             with explained(name):
-                turned.copy_(rounded(turned.contiguous(), self.targets[name], *take(name), self.method, self.devices))
+                round_in_place(turned, self.targets[name], *take(name), self.method, self.devices, self.working_bytes)
 
     def taken(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parameters by checkpoint name, in the dtype and shape that they have on disk."""
@@ -70,37 +73,30 @@ class GridRounder:
         return values
 
 
-def rounded(
-    weight: Tensor, target: Target, statistics: Statistics, mass: Tensor, method: str, devices: Sequence[torch.device] = ()
-) -> Tensor:
+def round_in_place(
+    weight: Tensor, target: Target, statistics: Statistics, mass: Tensor, method: str, devices: Sequence[torch.device] = (),
+    working_bytes: float | None = None,
+) -> None:  # fmt: skip
     """Round a parameter [E, O, I] or [O, I]; with a fraction, the experts whose output error falls most, weighted by
     their routing ``mass`` [E], get one bit more; with ``bits``, each expert has its own grid."""
+
+    def rounded(bits: int, out: Tensor, **more: Tensor) -> None:
+        grid = dataclasses.replace(target.grid, bits=bits)
+        round_weight(weight, grid, statistics, method, devices, working_bytes, out, **more)
+
     if target.bits:
-        return _rounded_by_expert(weight, target, statistics, method, devices)
-    low = round_weight(weight, target.grid, statistics, method, devices)
+        for bits in sorted(set(target.bits)):
+            own = [e for e, each in enumerate(target.bits) if each == bits]
+            rounded(bits, weight, chosen=torch.tensor(own, device=weight.device))
+        return
     if not target.fraction or weight.ndim != 3:
-        return low
-    high = round_weight(weight, dataclasses.replace(target.grid, bits=target.grid.bits + 1), statistics, method, devices)
-    transposed = weight.float().transpose(1, 2)
-    errors = [output_error(transposed, value.transpose(1, 2), statistics.hessian) for value in (low, high)]
-    if not bool(torch.isfinite(torch.stack(errors)).all()):  # weights so large that squares leave float32
-        wide = (transposed.double(), statistics.hessian.double())
-        errors = [output_error(wide[0], value.double().transpose(1, 2), wide[1]).float() for value in (low, high)]
-    count = math.floor(target.fraction * len(weight) + 1e-9)
-    chosen = ((errors[0] - errors[1]) * mass).topk(count).indices
-    low[chosen] = high[chosen]
-    return low
-
-
-def _rounded_by_expert(
-    weight: Tensor, target: Target, statistics: Statistics, method: str, devices: Sequence[torch.device]
-) -> Tensor:
-    out = torch.empty_like(weight, dtype=torch.float32)
-    for bits in sorted(set(target.bits)):
-        index = torch.tensor([e for e, own in enumerate(target.bits) if own == bits], device=weight.device)
-        own = Statistics(statistics.hessian[index], statistics.tokens[index])
-        out[index] = round_weight(weight[index], dataclasses.replace(target.grid, bits=bits), own, method, devices)
-    return out
+        return rounded(target.grid.bits, weight)
+    low, high = torch.zeros_like(mass), torch.zeros_like(mass)
+    better = torch.empty_like(weight, device="cpu")
+    rounded(target.grid.bits + 1, better, errors=high)
+    rounded(target.grid.bits, weight, errors=low)
+    chosen = ((low - high) * mass).topk(math.floor(target.fraction * len(weight) + 1e-9)).indices
+    weight[chosen] = better[chosen.cpu()].to(weight.device)
 
 
 METHODS = ("ldlq", "nearest")
@@ -140,16 +136,17 @@ def is_quantized(kind: str) -> bool:
     return TYPES[kind].block > 1
 
 
-def encoded(value: Tensor, kind: str, method: str, hessian: Tensor, damping: float = DAMPING) -> Tensor:
+def encoded(
+    value: Tensor, kind: str, method: str, hessian: Tensor, damping: float = DAMPING, working_bytes: float | None = None
+) -> Tensor:
     """Bytes of ``value`` [E, O, I] with second moments ``hessian`` [E, I, I] of its inputs."""
     if method == "ldlq" and is_quantized(kind):
-        return ldlq(value, kind, hessian, damping)
+        return ldlq(value, kind, hessian, damping, working_bytes=working_bytes)
     return encode(value.float(), kind, hessian.diagonal(dim1=1, dim2=2)[:, None])
 
 
-def squared_error(difference: Tensor, hessian: Tensor) -> float:
-    """Sum over matrices of tr(D H D^T); D [E, O, I], H [E, I, I]."""
-    total = 0.0
+def squared_error(difference: Tensor, hessian: Tensor, total: float = 0.0) -> float:
+    """``total`` and the sum over matrices of tr(D H D^T); D [E, O, I], H [E, I, I]."""
     for d, h in zip(difference, hessian, strict=True):
         error = ((d @ h) * d).sum(dtype=torch.float64).item()
         total += error if math.isfinite(error) else ((d.double() @ h.double()) * d.double()).sum().item()
@@ -159,8 +156,10 @@ def squared_error(difference: Tensor, hessian: Tensor) -> float:
 class GgmlRounder:
     """``targets``: the pieces of every parameter that has a quantized one, but for the embedding, which has no inputs."""
 
-    def __init__(self, pieces: Sequence[Piece], types: Mapping[str, str], method: str, damping: float) -> None:
-        self.types, self.method, self.damping = types, method, damping
+    def __init__(
+        self, pieces: Sequence[Piece], types: Mapping[str, str], method: str, damping: float, working_bytes: float | None = None
+    ) -> None:
+        self.types, self.method, self.damping, self.working_bytes = types, method, damping, working_bytes
         found: dict[str, list[Piece]] = {}
         for piece in pieces:
             if piece.role is not Role.EMBEDDING:
@@ -182,7 +181,7 @@ class GgmlRounder:
             if parameter.ndim != 2:
                 continue
             with explained(name):
-                hessian = take(name)[0].hessian
+                hessian = take(name)[0].hessian[:]
             for piece in self.targets[name]:
                 own = ordered_hessian(piece, hessian)
                 for members, other in groups:
@@ -204,17 +203,31 @@ class GgmlRounder:
         return list(found.values())
 
     def _encode(self, members: Sequence[tuple[Piece, Tensor]], hessian: Tensor) -> None:
-        """Encode pieces of one type, with their parameters, whose inputs have the same second moments."""
+        """Encode pieces of one type, with their parameters, whose inputs have the same second moments: some experts, or rows,
+        at a time."""
         kind = self.types[members[0][0].name]
         values = [to_gguf(piece, parameter) for piece, parameter in members]
         values = [value if value.ndim == 3 else value[None] for value in values]
-        value = values[0] if len(values) == 1 else torch.cat(values, 1)
-        data = encoded(value.contiguous(), kind, self.method, hessian, self.damping)  # ldlq makes floats of a few experts
-        for (piece, parameter), value, own in zip(members, values, data.split([value.shape[1] for value in values], 1)):
-            value, decoded = value.float(), decode_rows(own.contiguous(), kind)
-            sizes = (squared_error(value - decoded, hessian), squared_error(value, hessian))
-            into_parameter(piece, decoded.view(piece.shape), parameter)
-            self.encoded[piece.name] = Encoded(own.contiguous().cpu(), [float(f"{size:.6g}") for size in sizes])
+        memory = self.working_bytes or WORKING_BYTES[values[0].device.type]
+        heights = [value.shape[1] for value in values]
+        made: list[list[Tensor]] = [[] for _ in values]
+        sizes = [[0.0, 0.0] for _ in values]
+        together = experts_at_once((sum(heights), values[0].shape[2]), memory, COPIES)
+        for experts in even_spans(len(values[0]), together):
+            moments = hessian[experts]
+            value = torch.cat([value[experts] for value in values], 1)
+            data = encoded(value, kind, self.method, moments, self.damping, self.working_bytes)  # it makes floats of some rows
+            for number, (own, bytes_) in enumerate(zip(value.split(heights, 1), data.split(heights, 1))):
+                bytes_ = bytes_.contiguous()
+                for _, rows in rounding_parts((1, *own.shape[1:]), memory / len(own), COPIES):
+                    weight, decoded = own[:, rows].float(), decode_rows(bytes_[:, rows], kind)
+                    for place, difference in enumerate((weight - decoded, weight)):
+                        sizes[number][place] = squared_error(difference, moments, sizes[number][place])
+                    values[number][experts, rows] = decoded.to(own.dtype)
+                made[number].append(bytes_.cpu())
+        for (piece, parameter), value, parts, errors in zip(members, values, made, sizes):
+            into_parameter(piece, value.reshape(piece.shape), parameter)
+            self.encoded[piece.name] = Encoded(torch.cat(parts), [float(f"{size:.6g}") for size in errors])
 
     def taken(self, parameters: Mapping[str, Tensor]) -> dict[str, Encoded]:
         """The pieces that were encoded since the last call."""

@@ -139,6 +139,7 @@ def layers_of(name: str, types: Sequence[str], device: torch.device) -> tuple[di
             weight = (torch.randn(experts, outputs, inputs, device=device) * 0.02).bfloat16()
             started = now()
             moments = moments_of(experts, inputs, tokens, device).statistics(inputs)
+            moments = moments._replace(hessian=moments.hessian[:])
             work["statistics_s"] += now() - started
             clip = error_of(weight, fake_quant(weight, 3, 128, 16), moments.hessian)
             for (kind, method), entry in made.items():
