@@ -13,11 +13,14 @@
 # `bash pipelines/bench.sh h100 headers DIR` made where llama.cpp's converter is: the head of each GGUF file.
 # PYTHON=python3 uses that interpreter as it is, without env.sh. The lines that begin with "bench:" are the summary; ends with 1 where a
 # part failed, whose log says why.
+# `bash pipelines/bench.sh memory`: the calibrated pass under caps on the GPU's memory (SHAPES, SECONDS_EACH, HEADERS, TINY=1);
+# `memory headers DIR` makes the heads of its GGUF files.
 # PYTHON may be several words; the lanes run in subshells of their own.
 # shellcheck disable=SC2086,SC2015,SC2030,SC2031
 set -uo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-if [ "${1:-}" != h100 ]; then
+mode=${1:-}
+if [ "$mode" != h100 ] && [ "$mode" != memory ]; then
     OPTIONS_FOLLOW=1 source "$here/env.sh" || exit
     [ "${1:-}" != families ] || exec python "$here/src/distill/speed_families.py" "${@:2}"
     case " $* " in *" --gguf"[\ =]*) exec python "$here/src/eval/speed_gguf.py" "$@" ;; esac
@@ -33,6 +36,29 @@ else
     PYTHON=python
 fi
 export HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+if [ "$mode" = memory ]; then # HEADERS: a directory of headers/SHAPE.bin, made beforehand where llama.cpp's converter is
+    results=${RESULTS:-results}/bench scratch=${SCRATCH}/bench_memory code=0
+    mkdir -p "$results"
+    for shape in ${SHAPES:-35b 122b}; do
+        record=$results/${NAME:-h100}_${shape}_memory.json
+        [ ! -e "$record" ] || { echo "bench: $record is there"; continue; }
+        rm -rf "$scratch"
+        source=(--shape "$shape" --layers 1) run=(--seconds "${SECONDS_EACH:-3600}") more=()
+        [ "$shape" != 122b ] || run+=(--caps "23,80,11,46")
+        [ "$shape" != 35b ] || { run+=(--caps "11,80,23,46") && source=(--shape "$shape" --layers 2 --interval 2); }
+        [ -z "${TINY:-}" ] || { source=(--shape tiny --layers 2 --interval 2 --experts 2) && run=(--sequences 2 --length 32 --caps "1,2"); }
+        [ ! -e "${HEADERS:-}/$shape.bin" ] || more=(--header "$HEADERS/$shape.bin")
+        if [ "${2:-}" = headers ]; then
+            $PYTHON src/quant/synthetic_moe.py "${source[@]}" --out "${3:?a directory}/$shape.bin" --header-only
+            continue
+        fi
+        $PYTHON src/quant/synthetic_moe.py "${source[@]}" --out "$scratch/synthetic-$shape" &&
+            $PYTHON src/quant/speed_quant.py memory --model "$scratch/synthetic-$shape" --work "$scratch/work" "${run[@]}" \
+                "${more[@]}" --result "$record" --tag "$(basename "$record" .json)" || code=1
+        rm -rf "$scratch"
+    done
+    exit $code
+fi
 parts=" ${PARTS:-disk gptq ldlq gguf eval_tiny eval_35b} "
 results=${RESULTS:-results}/bench scratch=${SCRATCH}/bench_h100 name=${NAME:-h100_122b} tiny=${TINY:-}
 log=${LOG:-$scratch/logs}

@@ -256,6 +256,11 @@ def shards(r: Record) -> str:
     return f"{machine(r)} {devices}" if "," in devices else machine(r)
 
 
+def capped_rows(r: Record) -> Rows:
+    for place, run in enumerate(r["metrics"]["size_memory"]["runs"]):
+        yield (machine(r), run["method"], f"{run['cap_gib']:g}"), {"at": f"metrics.size_memory.runs.{place}"}
+
+
 def engine_rows(r: Record) -> Rows:
     at, made = "metrics.eval_speed", r["metrics"]["eval_speed"]
     for engine in (name for name in ("hf", "vllm") if name in made):
@@ -424,6 +429,15 @@ TABLES = (
         ), labelled(machine, lambda r: r["metrics"]["size_layers"]["method"]), measures("size_layers"), "metrics.size_layers",
     ),
     Table(
+        "bench", "Calibrated quantization under a cap on the GPU's memory",
+        "Calibrated passes with weighted tokens on layers of full size in one process whose memory is capped: seconds without "
+        "the weighing, peaks in MiB of tensors and as planned before the run.",
+        ("run", "method", "cap, GiB"), (
+            ("seconds", "{at}.seconds?", 1), ("VRAM", "{at}.peak_vram_mib?"), ("planned", "{at}.planned_mib?"),
+            ("memory", "{at}.peak_rss_mib"),
+        ), capped_rows, measures("size_memory"),
+    ),
+    Table(
         "bench", "Speed of evaluation",
         "Tokens a second at forced lengths, through transformers (`hf`) or vLLM on so many GPUs: with the prompt, decoding, "
         "and what the memory's bandwidth allows.",
@@ -497,6 +511,7 @@ PIPELINES = (
     ("train/razor_tiny", "make_tiny.sh"),
     ("train/razor_tiny_vl", "make_tiny.sh vl"),
     ("distill/opd_tiny", "distill.sh"),
+    ("bench/*_memory", "bench.sh memory"),
     ("bench/h100_122b_*", "bench.sh h100"),
     ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
     ("bench/multi_gpu_eval35b", "multi_gpu.sh eval35b"),

@@ -117,11 +117,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """``working_bytes`` of a piece that is rounded (None: as large as any), ``host`` memory, and lines that say it."""
+    """``working_bytes`` of a piece that is rounded (None: as large as any), ``host`` memory, lines that say it, and the peak on
+    a ``gpu``."""
 
     working_bytes: float | None
     host: int
     lines: list[str]
+    gpu: int | None = None
 
 
 def plan_memory(
@@ -135,18 +137,18 @@ def plan_memory(
         own = pass_memory(jobs, calibration, 4)
         line = f"on a GPU: at most about {most} of its memory, at least {least}"
         return MemoryPlan(None, own.host + own.peak(WORKING_BYTES["cpu"]), [line])
-    free, lines = min(map(free_memory, devices or [calibration.device])), []
+    free, lines, peak = min(map(free_memory, devices or [calibration.device])), [], None
     try:
         working = needs.working_bytes(free)
-        peak = (needs.peak(working) + SLACK) / 2**30
-        lines.append(f"GPU memory at most about {peak:.1f} of {free / 2**30:.1f} GiB free")
+        peak = needs.peak(working) + SLACK
+        lines.append(f"GPU memory at most about {peak / 2**30:.1f} of {free / 2**30:.1f} GiB free")
         if working < largest:
             lines[0] += f"; in smaller pieces than with {most}, so that a near tie may be rounded otherwise"
     except UserError as error:
         if not dry_run:
             raise
         lines.append(f"note: the run would stop: {error}")
-    return MemoryPlan(working, needs.host + needs.layer, lines)
+    return MemoryPlan(working, needs.host + needs.layer, lines, peak)
 
 
 def pass_memory(jobs: Sequence[Any], calibration: Calibration, item: int) -> Memory:

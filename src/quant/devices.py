@@ -73,6 +73,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that tensors of this process may still take on a GPU: what others leave, within GPU_MEMORY_GIB of the environment,
     which becomes the limit of its allocator. Asked for first, it also has the allocator join what it frees."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
     free, total = torch.cuda.mem_get_info(device)
     if text := os.environ.get("GPU_MEMORY_GIB"):
         try:

@@ -3,6 +3,7 @@
     python src/quant/speed_quant.py kernels [--layer small|122b] [--result results/bench/T.json --tag T]
     python src/quant/speed_quant.py disk --model work/synthetic-122b-6 --work work/disk [--probe-gib 8] [--result F --tag T]
     python src/quant/speed_quant.py layers --model work/synthetic-122b-2 --work work/layers --method gptq [--result F --tag T]
+    python src/quant/speed_quant.py memory --model work/synthetic-35b --work work/memory --caps 11,80 [--result F --tag T]
 
 kernels: data-free grids on BF16 blocks [8, 2048, 3072] of experts (smaller on a CPU), in parameters a second, beside the rate
 of a copy, which is the limit of anything that reads and writes BF16. On a GPU the fused kernel is compared bit by bit with the
@@ -16,6 +17,8 @@ layers: the calibrated pass with gptq, gptq_refit, or ldlq into a GGUF of the pu
 layer to the start of the next, with everything in them. Of four layers or more the first, which nothing is read ahead for, and
 the last, which is written after it, do not count. Both say what all layers of Qwen3.5-122B-A10B's size would take: disk by its
 bytes, layers by their kinds.
+memory: gptq_refit and ldlq with weighted tokens under caps on the process's memory of the GPU: peak, seconds and digest of what
+is written, or the line that refuses. The tokens' weights are found once, under the first cap, and their seconds do not count.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import mmap
 import os
@@ -45,9 +49,9 @@ from torch import Tensor
 import ggml_lattice
 import ggml_scalar
 from calibrated_pass import CalibratedPass
-from calibration import Calibration, Moments
+from calibration import Calibration, LayerStream, MemoryPlan, Moments, plan_memory
 from checkpoint import SYNTHETIC, Checkpoint, is_synthetic
-from console import UserError, progress, read_json, run_cli
+from console import UserError, files_sha256, progress, read_json, run_cli
 from devices import default_device, lanes
 from ggml_codecs import decode_rows
 from ggml_round import ldlq
@@ -59,9 +63,10 @@ from pack_plan import plan_pack
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
-from rounders import GgmlRounder, GridRounder, encoded, is_quantized
+from rounders import DAMPING, TOKEN_POWER, GgmlRounder, GridRounder, encoded, is_quantized
 from safetensors_file import release
 from size_model import SHAPES, Shape, plan_of
+from token_weights import token_weights
 
 LAYERS = {  # experts, [O, I] of the two matrices, tokens an expert sees
     "small": (8, ((512, 256), (256, 256)), 1024),
@@ -405,6 +410,71 @@ def layers(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs under caps on the GPU's memory, in the order given; one that ``args.seconds`` may not allow is left out."""
+    shape, started = shape_of(args.model), time.perf_counter()
+    calibration = random_calibration(shape.vocab, args.sequences, args.length, 8)
+    calibration = dataclasses.replace(calibration, token_power=TOKEN_POWER, damping=DAMPING)
+    runs: list[dict[str, Any]] = []
+    weighing: list[float] = []
+    plans: list[MemoryPlan] = []
+
+    def weighed(stream: LayerStream, calibration: Calibration, directory: Path, _: Any) -> Tensor | None:
+        begun = now()
+        found = token_weights(stream, calibration, directory, args.work / "tokens.st")
+        weighing.append(now() - begun)
+        return found
+
+    def noted(*arguments: Any, **more: Any) -> MemoryPlan:
+        plans.append(plan_memory(*arguments, **more))
+        return plans[-1]
+
+    patches = (("calibrated_pass.token_weights", weighed), ("quant_save.plan_memory", noted), ("pack_plan.plan_memory", noted))
+    args.work.mkdir(parents=True, exist_ok=True)
+    for cap, method in itertools.product(args.caps.split(","), args.methods.split(",")):
+        alike = [run["wall_seconds"] for run in runs if run["method"] == method and "sha256" in run]
+        if time.perf_counter() - started + 1.2 * max(alike, default=0.0) > args.seconds:
+            print(f"{cap} GiB, {method}: left out, {args.seconds} s are nearly over", flush=True)
+            continue
+        if method == "ldlq" and torch.cuda.is_available():
+            compile_kernels(calibration.device)
+        out, begun, wall = args.work / method, [], now()
+        run: dict[str, Any] = {"cap_gib": float(cap), "method": method}
+        with contextlib.ExitStack() as stack:
+            for name, function in patches:
+                stack.enter_context(mock.patch(name, function))
+            stack.enter_context(mock.patch.dict(os.environ, {"GPU_MEMORY_GIB": cap}))
+            stack.enter_context(layer_clock(begun, rounding := []))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                run["relative_errors"] = run_method(method, args.model, out, calibration, args.header)
+                ended = now()
+                files = sorted(file for file in out.iterdir() if file.suffix in (".safetensors", ".gguf"))
+                run |= {"seconds": ended - wall - weighing[-1], "weighing_seconds": weighing[-1], "rounding_seconds": rounding}
+                run |= {"layer_seconds": [after - before for before, after in itertools.pairwise(begun)]}
+                run |= {"sha256": files_sha256(files), "working_bytes": plans[-1].working_bytes}
+                run["planned_mib"] = None if plans[-1].gpu is None else plans[-1].gpu >> 20
+                shutil.rmtree(out)
+            except (UserError, torch.OutOfMemoryError) as error:
+                run["refused"] = str(error)
+        if torch.cuda.is_available():
+            run["peak_vram_mib"] = torch.cuda.max_memory_allocated() >> 20
+            run["peak_vram_reserved_mib"] = torch.cuda.max_memory_reserved() >> 20
+        runs.append(run | {"wall_seconds": now() - wall, "peak_rss_mib": peak_rss_mib()})
+        print(json.dumps(runs[-1]), flush=True)
+    return {"tokens": calibration.ids.numel(), "layers": shape.layers, "experts": shape.experts, "runs": runs}
+
+
+def memory_table(metrics: dict[str, Any]) -> str:
+    lines = [f"{'GiB':>6} {'method':<11}{'seconds':>9}{'MiB':>9}{'planned':>9}  sha256, or the refusal"]
+    for run in metrics["runs"]:
+        figures = f"{run.get('seconds', 0):>9.1f}{run.get('peak_vram_mib', 0):>9,}{run.get('planned_mib') or 0:>9,}"
+        lines.append(f"{run['cap_gib']:>6g} {run['method']:<11}{figures}  {run.get('refused') or run['sha256'][:16]}")
+    return "\n".join(lines)
+
+
 def layers_table(metrics: dict[str, Any]) -> str:
     each = ", ".join(f"{kind} {value:.1f} s" for kind, value in metrics["kind_seconds"].items())
     rounding = ", ".join(f"{value:.1f}" for value in metrics["rounding_seconds"])
@@ -415,7 +485,10 @@ def layers_table(metrics: dict[str, Any]) -> str:
     )
 
 
-PARTS = {"kernels": (kernels, kernels_table), "disk": (disk, disk_table), "layers": (layers, layers_table)}
+PARTS = {
+    "kernels": (kernels, kernels_table), "disk": (disk, disk_table), "layers": (layers, layers_table),
+    "memory": (memory, memory_table),
+}  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -426,7 +499,10 @@ def parse_arguments() -> argparse.Namespace:
     part.add_argument("--ggml", default="iq3_xxs,iq2_xs,q4_K", help="block types to encode the layer into; empty: none")
     part.set_defaults(model=None)
     add_record_arguments(part)
-    for name, help_ in (("disk", "the data-free pass beside the disk"), ("layers", "the calibrated pass, by layer")):
+    for name, help_ in (
+        ("disk", "the data-free pass beside the disk"), ("layers", "the calibrated pass, by layer"),
+        ("memory", "the calibrated pass under caps on the GPU's memory"),
+    ):  # fmt: skip
         part = commands.add_parser(name, help=help_)
         part.add_argument("--model", type=Path, required=True, help="a checkpoint of synthetic_moe.py")
         part.add_argument("--work", type=Path, required=True, help="directory for what is written")
@@ -435,14 +511,19 @@ def parse_arguments() -> argparse.Namespace:
             part.add_argument("--probe-gib", type=float, default=8.0, help="bytes of each test of the disk (default 8 GiB)")
             part.add_argument("--shard-gib", type=float, default=4.0, help="largest file of the output (default 4)")
             part.add_argument("--devices", default=",".join(map(str, lanes(default_device()))), help="as quant_save's")
+            continue
+        part.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
+        part.add_argument("--length", type=int, default=512, help="tokens of one (default 512)")
+        part.add_argument("--header", type=Path, help="ldlq: file of synthetic_moe --header-only for this model")
+        if name == "memory":
+            part.add_argument("--caps", default="80,46,23,11", help="GiB (default 80,46,23,11)")
+            part.add_argument("--methods", default="gptq_refit,ldlq", help="default gptq_refit,ldlq")
+            part.add_argument("--seconds", type=float, default=3600.0, help="for all runs together (default 3600)")
         else:
             part.add_argument("--method", choices=PASSES, required=True, help="how the layers are rounded")
-            part.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
-            part.add_argument("--length", type=int, default=512, help="tokens of one (default 512)")
             part.add_argument("--batch", type=int, default=8, help="sequences at once (default 8)")
             part.add_argument("--no-group-kernels", dest="group_kernels", action="store_false",
                               help="ldlq on a GPU without the kernels of whole groups")  # fmt: skip
-            part.add_argument("--header", type=Path, help="ldlq: file of synthetic_moe --header-only for this model")
     return parser.parse_args()
 
 
