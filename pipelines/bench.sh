@@ -39,14 +39,14 @@ export HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 if [ "$mode" = memory ]; then # HEADERS: a directory of headers/SHAPE.bin, made beforehand where llama.cpp's converter is
     results=${RESULTS:-results}/bench scratch=${SCRATCH}/bench_memory code=0
     mkdir -p "$results"
-    for shape in ${SHAPES:-35b 122b}; do
+    for shape in ${SHAPES:-122b 35b}; do
         record=$results/${NAME:-h100}_${shape}_memory.json
         [ ! -e "$record" ] || { echo "bench: $record is there"; continue; }
         rm -rf "$scratch"
         source=(--shape "$shape" --layers 1) run=(--seconds "${SECONDS_EACH:-3600}") more=()
-        [ "$shape" != 122b ] || run+=(--caps "23,80,11,46")
-        [ "$shape" != 35b ] || { run+=(--caps "11,80,23,46") && source=(--shape "$shape" --layers 2 --interval 2); }
-        [ -z "${TINY:-}" ] || { source=(--shape tiny --layers 2 --interval 2 --experts 2) && run=(--sequences 2 --length 32 --caps "1,2"); }
+        [ "$shape" != 122b ] || run+=(--caps "23,80,46,11")
+        [ "$shape" != 35b ] || { run+=(--caps "11,80,23,46"); }
+        [ -z "${TINY:-}" ] || { source=(--shape tiny --layers 2 --interval 2 --experts 2) && run+=(--sequences 2 --length 32 --caps "1,2"); }
         [ ! -e "${HEADERS:-}/$shape.bin" ] || more=(--header "$HEADERS/$shape.bin")
         if [ "${2:-}" = headers ]; then
             $PYTHON src/quant/synthetic_moe.py "${source[@]}" --out "${3:?a directory}/$shape.bin" --header-only

@@ -430,8 +430,8 @@ TABLES = (
     ),
     Table(
         "bench", "Calibrated quantization under a cap on the GPU's memory",
-        "Calibrated passes with weighted tokens on layers of full size in one process whose memory is capped: seconds without "
-        "the weighing, peaks in MiB of tensors and as planned before the run.",
+        "Calibrated passes on layers of full size in one process whose memory is capped, and one batch of the tokens' weighing "
+        "(`weights`): seconds, peaks in MiB of tensors and as planned before the run.",
         ("run", "method", "cap, GiB"), (
             ("seconds", "{at}.seconds?", 1), ("VRAM", "{at}.peak_vram_mib?"), ("planned", "{at}.planned_mib?"),
             ("memory", "{at}.peak_rss_mib"),

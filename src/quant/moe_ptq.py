@@ -210,12 +210,13 @@ def gptq_codes(wt: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, a
         part = slice(start, start + grid.group)
         block, own = work[:, part], factor[:, part, part]
         scale = search_scale(block, diagonal[:, part] ** -2, grid)
-        errors, inverse = torch.empty_like(block), inverse_scale(scale)
-        for j in range(grid.group):  # each launch counts: a GPU waits for them
-            column, code = block[:, j], codes[:, start + j]
+        errors, inverse, value = torch.empty_like(block), inverse_scale(scale), torch.empty_like(scale, dtype=torch.bfloat16)
+        columns = (block.unbind(1), codes[:, part].unbind(1), errors.unbind(1), diagonal[:, part, None].unbind(1))
+        rows = own[..., None].unbind(1)
+        for j, (column, code, error, pivot) in enumerate(zip(*columns, strict=True), 1):  # a GPU waits for launches and views
             torch.mul(column, inverse, out=code).round_().clamp_(-grid.qmax, grid.qmax)
-            torch.sub(column, (code * scale).bfloat16(), out=errors[:, j]).div_(own[:, j, j, None])
-            block[:, j + 1 :].baddbmm_(own[:, j, j + 1 :, None], errors[:, j, None], alpha=-1)
+            torch.sub(column, torch.mul(code, scale, out=value), out=error).div_(pivot)
+            block[:, j:].baddbmm_(rows[j - 1][:, j:], error[:, None], alpha=-1)
         work[:, part.stop :].baddbmm_(factor[:, part, part.stop :].transpose(1, 2), errors, alpha=-1)
         scales[:, index] = scale
     del work, factor
@@ -268,13 +269,15 @@ def descend(wt: Tensor, codes: Codes, hessian: Tensor, grid: Grid) -> Codes:
         part = slice(start, start + grid.group)
         own, scale = hessian[:, part, part], codes.scale[:, start // grid.group]
         residual, inverse = torch.bmm(hessian[:, part], difference), inverse_scale(scale)  # H D on this group, [E, G, O]
-        for j in range(grid.group):
-            old, code = values[:, start + j], new[:, start + j]
-            target = old + residual[:, j] / diagonal[:, start + j, None]
-            torch.mul(target, inverse, out=code).round_().clamp_(-grid.qmax, grid.qmax)
-            value = (code * scale).bfloat16()
-            residual[:, j + 1 :].baddbmm_(own[:, j + 1 :, j, None], (old - value)[:, None])
-            old.copy_(value)
+        rounded = torch.empty_like(residual, dtype=torch.bfloat16)
+        change = torch.empty_like(scale)[:, None]
+        columns = (values[:, part], new[:, part], residual, diagonal[:, part, None], rounded)
+        below = own[..., None].unbind(2)
+        for j, (old, code, rest, curve, value) in enumerate(zip(*(c.unbind(1) for c in columns), strict=True), 1):
+            torch.mul(torch.addcdiv(old, rest, curve), inverse, out=code).round_().clamp_(-grid.qmax, grid.qmax)
+            torch.sub(old[:, None], torch.mul(code, scale, out=value)[:, None], out=change)
+            residual[:, j:].baddbmm_(below[j - 1][:, j:], change)
+        values[:, part] = rounded
         difference[:, part] = wt[:, part] - values[:, part]
     return Codes(new, codes.scale)
 

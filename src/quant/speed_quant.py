@@ -34,6 +34,7 @@ import math
 import mmap
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,7 @@ from torch import Tensor
 import ggml_lattice
 import ggml_scalar
 from calibrated_pass import CalibratedPass
-from calibration import Calibration, LayerStream, MemoryPlan, Moments, plan_memory
+from calibration import SLACK, Calibration, LayerStream, MemoryPlan, Moments, pass_memory, plan_memory
 from checkpoint import SYNTHETIC, Checkpoint, is_synthetic
 from console import UserError, files_sha256, progress, read_json, run_cli
 from devices import default_device, lanes
@@ -60,13 +61,14 @@ from gguf_pack import write_pack
 from moe_ptq import Grid, output_error, round_weight
 from moe_quant import dequantize, fake_quant, quantize_group
 from pack_plan import plan_pack
+from plans import plan_jobs
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
 from rounders import DAMPING, TOKEN_POWER, GgmlRounder, GridRounder, encoded, is_quantized
 from safetensors_file import release
 from size_model import SHAPES, Shape, plan_of
-from token_weights import token_weights
+from token_weights import head_gradients, through
 
 LAYERS = {  # experts, [O, I] of the two matrices, tokens an expert sees
     "small": (8, ((512, 256), (256, 256)), 1024),
@@ -410,68 +412,112 @@ def layers(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def memory(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs under caps on the GPU's memory, in the order given; one that ``args.seconds`` may not allow is left out."""
-    shape, started = shape_of(args.model), time.perf_counter()
-    calibration = random_calibration(shape.vocab, args.sequences, args.length, 8)
-    calibration = dataclasses.replace(calibration, token_power=TOKEN_POWER, damping=DAMPING)
-    runs: list[dict[str, Any]] = []
-    weighing: list[float] = []
-    plans: list[MemoryPlan] = []
+class TimeOver(Exception):
+    """The seconds for all runs are over."""
 
-    def weighed(stream: LayerStream, calibration: Calibration, directory: Path, _: Any) -> Tensor | None:
-        begun = now()
-        found = token_weights(stream, calibration, directory, args.work / "tokens.st")
-        weighing.append(now() - begun)
-        return found
+
+def weigh(model: Path, calibration: Calibration) -> dict[str, Any]:
+    """One batch back through a layer and its predictions' scores: the memory of token_weights. Bytes of the plan's stages."""
+    jobs = plan_jobs(Checkpoint(model), Recipe(3, 4, 128, 16, method="gptq_refit"))
+    plan_memory(jobs, calibration)
+    batch = calibration.batches()[:1]
+    stream, started = LayerStream(Checkpoint(model), calibration.device, calibration.dtype), now()
+    kwargs, hidden, layer = stream.arguments(batch[0]), stream.embed(batch), stream.layers[0]
+    stream.fill(layer, "model.layers.0.")
+    found = through(layer, hidden[0], torch.randn_like(hidden[0]), kwargs[0], stream.device)
+    stream.empty(layer)
+    through_layer, _ = now() - started, head_gradients(stream, [found], 0)
+    planned = pass_memory(jobs, calibration, calibration.dtype.itemsize).stages + SLACK
+    return {"seconds": now() - started, "layer_seconds": [through_layer], "planned_mib": planned >> 20}
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs under caps on the GPU's memory: those of the first two caps by method, then the others. One that
+    ``args.seconds`` may not allow, or during which they end, is named as left out."""
+    shape, ends = shape_of(args.model), time.perf_counter() + args.seconds
+    calibration = random_calibration(shape.vocab, args.sequences, args.length, 8)
+    calibration = dataclasses.replace(calibration, damping=DAMPING)
+    runs: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    plans: list[MemoryPlan] = []
+    cuda = torch.cuda.is_available()
 
     def noted(*arguments: Any, **more: Any) -> MemoryPlan:
         plans.append(plan_memory(*arguments, **more))
         return plans[-1]
 
-    patches = (("calibrated_pass.token_weights", weighed), ("quant_save.plan_memory", noted), ("pack_plan.plan_memory", noted))
+    def one(method: str) -> dict[str, Any]:
+        if method == "weights":
+            return weigh(args.model, dataclasses.replace(calibration, token_power=TOKEN_POWER))
+        out, begun, rounding, started = args.work / method, [], [], now()
+        with layer_clock(begun, rounding):
+            errors = run_method(method, args.model, out, calibration, args.header)
+        run = {"relative_errors": errors, "seconds": now() - started, "rounding_seconds": rounding}
+        files = sorted(file for file in out.iterdir() if file.suffix in (".safetensors", ".gguf"))
+        planned = None if plans[-1].gpu is None else plans[-1].gpu >> 20
+        run |= {"layer_seconds": [after - before for before, after in itertools.pairwise(begun)]}
+        run |= {"sha256": files_sha256(files), "working_bytes": plans[-1].working_bytes, "planned_mib": planned}
+        shutil.rmtree(out)
+        return run
+
+    def over(*_: Any) -> None:
+        raise TimeOver
+
+    def warm(method: str) -> None:
+        """What is compiled or loaded once a process is no part of a run."""
+        if method == "ldlq":
+            return compile_kernels(calibration.device)
+        moments = moments_of(4, 512, 1024, calibration.device).statistics(512)
+        round_weight(torch.randn(4, 256, 512, device=calibration.device), Grid(3, 128), moments, "gptq_refit")
+
     args.work.mkdir(parents=True, exist_ok=True)
-    for cap, method in itertools.product(args.caps.split(","), args.methods.split(",")):
-        alike = [run["wall_seconds"] for run in runs if run["method"] == method and "sha256" in run]
-        if time.perf_counter() - started + 1.2 * max(alike, default=0.0) > args.seconds:
-            print(f"{cap} GiB, {method}: left out, {args.seconds} s are nearly over", flush=True)
-            continue
-        if method == "ldlq" and torch.cuda.is_available():
-            compile_kernels(calibration.device)
-        out, begun, wall = args.work / method, [], now()
+    caps, methods = args.caps.split(","), args.methods.split(",")
+    order = [(cap, method) for some in (caps[:2], caps[2:]) for method in methods for cap in some]
+    warmed: set[str] = set()
+    before = signal.signal(signal.SIGALRM, over)
+    for cap, method in order:
+        alike = [made["wall_seconds"] for made in runs if made["method"] == method]
         run: dict[str, Any] = {"cap_gib": float(cap), "method": method}
-        with contextlib.ExitStack() as stack:
-            for name, function in patches:
-                stack.enter_context(mock.patch(name, function))
-            stack.enter_context(mock.patch.dict(os.environ, {"GPU_MEMORY_GIB": cap}))
-            stack.enter_context(layer_clock(begun, rounding := []))
-            if torch.cuda.is_available():
+        try:
+            if (left := ends - time.perf_counter() - max(alike, default=0.0)) <= 0:
+                raise TimeOver
+            signal.setitimer(signal.ITIMER_REAL, left + max(alike, default=0.0), 1.0)  # again where a callback swallowed it
+            if cuda and method not in warmed:
+                warm(method)
+                torch.cuda.empty_cache()
+            warmed.add(method)
+            if cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            try:
-                run["relative_errors"] = run_method(method, args.model, out, calibration, args.header)
-                ended = now()
-                files = sorted(file for file in out.iterdir() if file.suffix in (".safetensors", ".gguf"))
-                run |= {"seconds": ended - wall - weighing[-1], "weighing_seconds": weighing[-1], "rounding_seconds": rounding}
-                run |= {"layer_seconds": [after - before for before, after in itertools.pairwise(begun)]}
-                run |= {"sha256": files_sha256(files), "working_bytes": plans[-1].working_bytes}
-                run["planned_mib"] = None if plans[-1].gpu is None else plans[-1].gpu >> 20
-                shutil.rmtree(out)
-            except (UserError, torch.OutOfMemoryError) as error:
-                run["refused"] = str(error)
-        if torch.cuda.is_available():
+            started = now()
+            patches = [mock.patch(f"{name}.plan_memory", noted) for name in ("quant_save", "pack_plan")]
+            with patches[0], patches[1], mock.patch.dict(os.environ, {"GPU_MEMORY_GIB": cap}):
+                run |= one(method)
+        except (UserError, torch.OutOfMemoryError) as error:
+            run["refused"] = str(error)
+        except TimeOver:
+            left_out.append(f"{cap} GiB, {method}")
+            continue
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if cuda:
             run["peak_vram_mib"] = torch.cuda.max_memory_allocated() >> 20
             run["peak_vram_reserved_mib"] = torch.cuda.max_memory_reserved() >> 20
-        runs.append(run | {"wall_seconds": now() - wall, "peak_rss_mib": peak_rss_mib()})
+        runs.append(run | {"wall_seconds": now() - started, "peak_rss_mib": peak_rss_mib()})
         print(json.dumps(runs[-1]), flush=True)
-    return {"tokens": calibration.ids.numel(), "layers": shape.layers, "experts": shape.experts, "runs": runs}
+    signal.signal(signal.SIGALRM, before)
+    if not runs:
+        raise UserError(f"--seconds {args.seconds:g}: too few for one run")
+    counts = {"tokens": calibration.ids.numel(), "layers": shape.layers, "experts": shape.experts}
+    return counts | {"runs": runs, "left_out": left_out}
 
 
 def memory_table(metrics: dict[str, Any]) -> str:
     lines = [f"{'GiB':>6} {'method':<11}{'seconds':>9}{'MiB':>9}{'planned':>9}  sha256, or the refusal"]
     for run in metrics["runs"]:
         figures = f"{run.get('seconds', 0):>9.1f}{run.get('peak_vram_mib', 0):>9,}{run.get('planned_mib') or 0:>9,}"
-        lines.append(f"{run['cap_gib']:>6g} {run['method']:<11}{figures}  {run.get('refused') or run['sha256'][:16]}")
+        lines.append(f"{run['cap_gib']:>6g} {run['method']:<11}{figures}  {run.get('refused') or run.get('sha256', '')[:16]}")
+    lines += [f"left out: {each}" for each in metrics["left_out"]]
     return "\n".join(lines)
 
 
@@ -517,7 +563,7 @@ def parse_arguments() -> argparse.Namespace:
         part.add_argument("--header", type=Path, help="ldlq: file of synthetic_moe --header-only for this model")
         if name == "memory":
             part.add_argument("--caps", default="80,46,23,11", help="GiB (default 80,46,23,11)")
-            part.add_argument("--methods", default="gptq_refit,ldlq", help="default gptq_refit,ldlq")
+            part.add_argument("--methods", default="gptq_refit,weights,ldlq", help="default gptq_refit,weights,ldlq")
             part.add_argument("--seconds", type=float, default=3600.0, help="for all runs together (default 3600)")
         else:
             part.add_argument("--method", choices=PASSES, required=True, help="how the layers are rounded")
