@@ -155,12 +155,15 @@ def pass_memory(jobs: Sequence[Any], calibration: Calibration, item: int) -> Mem
     """What a calibrated pass takes, with ``item`` bytes a weight and activation at work."""
     batch, tokens = calibration.batches()[0].numel(), calibration.ids.numel()
     layers: dict[str, dict[str, int]] = {}
-    width = head = stages = piece = least = 0
+    sizes: dict[tuple[str, int], int] = {}
+    width = head = stages = least = 0
     for job in jobs:
         inputs, outputs = job.inputs, job.info.shape[-1 if job.transposed else -2] if len(job.info.shape) > 1 else 1
         if job.bits and len(job.info.shape) > 1:
             count = math.prod(job.info.shape[:-2])
-            piece = max(piece, 4 * count * inputs * (2 * inputs + LDLQ_COPIES * outputs))
+            size = 4 * count * inputs * (2 * inputs + LDLQ_COPIES * outputs)
+            together = (job.name.partition(".experts.")[0], inputs) if job.role is Role.ROUTED_EXPERT else (job.name, inputs)
+            sizes[together] = sizes.get(together, 0) + size  # experts that lie one by one are one parameter at work
             least = max(least, 4 * inputs * (2 * inputs + LDLQ_COPIES * min(outputs, LEAST_ROWS)))
         if not (match := LAYER_PREFIX.match(text_name(job.name))):
             width = max(width, job.info.shape[-1])
@@ -189,7 +192,7 @@ def pass_memory(jobs: Sequence[Any], calibration: Calibration, item: int) -> Mem
         beside = max(beside, kept + 2 * own["moments"])
     largest = max((own["weights"] for own in layers.values()), default=0)
     host = max((own["written"] for own in layers.values()), default=0) + 2 * rows + max(0, rows - INPUTS_ON_GPU)
-    return Memory(largest, stages, beside, piece, least, host)
+    return Memory(largest, stages, beside, max(sizes.values(), default=0), least, host)
 
 
 def trim_heap() -> None:
