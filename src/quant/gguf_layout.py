@@ -44,9 +44,18 @@ ARCHITECTURES = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """One tensor of the file. ``shape`` is torch's order, ``sources`` the checkpoint tensors that hold ``parameter``;
-    ``half``: "gate" or "up" where it is a part of a fused parameter; ``rows``, ``columns``: where each of its rows or
-    inputs lies in the parameter (None: in the same place); ``layer``: of the decoder, -1 before and its length after it."""
+    """One tensor of the file: which numbers of which parameter it is made of, whatever llama.cpp's converter does to them.
+
+    ``shape`` is torch's order. ``parameter`` is one of transformers' module tree, ``sources`` the checkpoint tensors that hold
+    it (of a mixture stored one matrix an expert, those that this piece needs). Where the family is unknown, or a piece is made
+    of several parameters, ``parameter`` is no name of the tree and stands for the rows of the sources one after the other.
+    ``layer``: of the decoder, -1 before and its length after it (a block of multi-token prediction counts as after).
+
+    The values, in this order: of the parameter as rows of ``width`` numbers (its last axis; 1: single numbers) those that
+    ``rows`` names, or of each of its matrices the rows ``span`` = (first, last + 1), or all; of each row the ``columns``, or
+    all; where ``transposed``, each matrix turned; ``function`` of each: "same", "plus_one", "negative_exp", or "converter":
+    whatever the converter computes, whose values only its own process gives (gguf_format.ConverterValues). ``kept``: the type
+    that llama-quantize leaves it in, whatever is asked for; "" where it may have any."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,10 +63,13 @@ class Piece:
     sources: tuple[str, ...]
     role: Role
     layer: int
-    half: str | None = None
+    span: tuple[int, int] | None = None
     rows: Tensor | None = dataclasses.field(default=None, compare=False)
     columns: Tensor | None = dataclasses.field(default=None, compare=False)
+    width: int = 0
+    transposed: bool = False
     function: str = "same"
+    kept: str = ""
 
     @property
     def numel(self) -> int:
@@ -138,49 +150,56 @@ def _pieces(
     shape = checkpoint.parameter_shape(parameter)
     shape = tuple(size for i, size in enumerate(shape) if not (parameter.endswith("conv1d.weight") and i == 1))
 
-    def piece(looked_up: str, shape: tuple[int, ...], half: str | None = None) -> Piece:
+    def piece(looked_up: str, shape: tuple[int, ...], span: tuple[int, int] | None = None) -> Piece:
         name = names.get_name(looked_up, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise UserError(f"{checkpoint.path}: llama.cpp has no name for {parameter}")
-        return Piece(name, shape, parameter, sources, role, layer, half, **how)
+        return Piece(name, shape, parameter, sources, role, layer, span, width=shape[-1] if len(shape) > 1 else 1, **how)
 
     if parameter.endswith(".experts.gate_up_proj"):
-        size = (shape[0], shape[1] // 2, shape[2])
+        half = shape[1] // 2
         base = parameter.removesuffix("gate_up_proj")
-        return [piece(f"{base}{half}_proj.weight", size, half) for half in ("gate", "up")]
+        spans = {"gate": (0, half), "up": (half, 2 * half)}
+        return [piece(f"{base}{part}_proj.weight", (shape[0], half, shape[2]), span) for part, span in spans.items()]
     if parameter.endswith(".experts.down_proj"):
         return [piece(f"{parameter}.weight", shape)]
     return [piece(parameter.replace(".dt_bias", ".dt_proj.bias"), shape)]
 
 
 def read_parameter(checkpoint: Checkpoint, piece: Piece) -> Tensor:
-    """The piece's parameter from the checkpoint, or for a half of a fused one a tensor with that half filled."""
+    """The piece's parameter from the checkpoint, or where it is stored one matrix an expert, a tensor of its shape with what
+    the piece needs filled; without a family that says where tensors lie, the rows of the sources."""
     first = checkpoint.info(piece.sources[0])
-    if checkpoint.places[piece.sources[0]].expert is None:
+    place = checkpoint.places[piece.sources[0]] if piece.parameter in checkpoint.sources else None
+    if place is None and len(piece.sources) > 1:
+        return torch.cat([checkpoint.read(source).reshape(-1, piece.width) for source in piece.sources])
+    if place is None or place.expert is None:
         return checkpoint.read(piece.sources[0])
     full = torch.empty(checkpoint.parameter_shape(piece.parameter), dtype=first.dtype)
     for source in piece.sources:
-        place = checkpoint.places[source]
-        if place.part is None or place.part == piece.half:
-            place.view(full).copy_(checkpoint.read(source))
+        checkpoint.places[source].view(full).copy_(checkpoint.read(source))
     return full
 
 
-def part(piece: Piece, parameter: Tensor) -> Tensor:
-    """The view of the parameter that this piece is made of."""
-    if piece.half is not None:
-        gate, up = parameter.chunk(2, -2)
-        return gate if piece.half == "gate" else up
-    return parameter.view(piece.shape)
+def _matrices(piece: Piece) -> tuple[int, ...]:
+    """The shape of a piece before its matrices are turned."""
+    return (*piece.shape[:-2], piece.shape[-1], piece.shape[-2]) if piece.transposed else piece.shape
 
 
 def to_gguf(piece: Piece, parameter: Tensor) -> Tensor:
     """The piece's values from its parameter, in ggml's order: float32 where a function is applied, else of its dtype."""
-    value = part(piece, parameter)
-    if piece.rows is not None:
-        value = value[piece.rows.to(value.device)]
+    if piece.function == "converter":
+        raise ValueError(f"{piece.name}: only llama.cpp's converter computes its values")
+    value = parameter
+    if piece.span is not None:
+        value = value[..., slice(*piece.span), :]
+    elif piece.rows is not None:
+        value = value.reshape(-1, piece.width)[piece.rows.to(value.device)]
     if piece.columns is not None:
-        value = value[:, piece.columns.to(value.device)]
+        value = value[..., piece.columns.to(value.device)]
+    value = value.reshape(_matrices(piece))
+    if piece.transposed:
+        value = value.mT
     if piece.function == "plus_one":
         return value.float() + 1
     if piece.function == "negative_exp":
@@ -190,18 +209,30 @@ def to_gguf(piece: Piece, parameter: Tensor) -> Tensor:
 
 def into_parameter(piece: Piece, value: Tensor, parameter: Tensor) -> None:
     """Put values in ggml's order into the parameter, in place; only for a piece whose function is "same"."""
-    target = part(piece, parameter)
-    if piece.rows is not None:
-        target[piece.rows.to(target.device)] = value.to(target)
-    elif piece.columns is not None:
-        target[:, piece.columns.to(target.device)] = value.to(target)
+    if piece.function != "same":
+        raise ValueError(f"{piece.name}: a function of the weights cannot be put back")
+    value = value.to(parameter).reshape(piece.shape)
+    value = value.mT if piece.transposed else value
+    if piece.span is not None:
+        target = parameter[..., slice(*piece.span), :]
+    elif piece.rows is not None:
+        target = parameter.view(-1, piece.width)  # memory of the parameter, or an error
+        value = value.reshape(len(piece.rows), -1)
+        columns = slice(None) if piece.columns is None else piece.columns.to(target.device)
+        rows = piece.rows.to(target.device)
+        target[rows if piece.columns is None else rows[:, None], columns] = value
+        return
     else:
-        target.copy_(value)
+        target = parameter
+    if piece.columns is not None:
+        target[..., piece.columns.to(target.device)] = value.reshape(*target.shape[:-1], -1)
+    else:
+        target.copy_(value.reshape(target.shape))
 
 
 def ordered_hessian(piece: Piece, hessian: Tensor) -> Tensor:
     """Second moments [E, I, I] of the parameter's inputs, in ggml's order."""
-    if piece.columns is None:
+    if piece.columns is None or piece.transposed:
         return hessian
     order = piece.columns.to(hessian.device)
     return hessian[:, order][:, :, order]

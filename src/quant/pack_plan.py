@@ -87,22 +87,22 @@ class Blocks:
             raise UserError(f"--blocks {path}: not the ggml.safetensors of merge_adapter ({error})") from None
         self.kind, self.sha256 = type_named(kind, f"--blocks {path}"), file_sha256(path)
 
-    def check(self, pieces: Sequence[Piece]) -> None:
+    def check(self, pieces: Sequence[Piece], checkpoint: Checkpoint) -> None:
         """Raise :class:`UserError` unless every packed parameter is one of ``pieces`` in its shape."""
         known: dict[str, tuple[int, ...]] = {}
         for piece in pieces:
-            rows = piece.shape[-2] * (1 if piece.half is None else 2) if len(piece.shape) > 1 else 0
-            known[piece.parameter] = (*piece.shape[:-2], rows, piece.shape[-1])
+            if piece.parameter in checkpoint.sources:
+                known[piece.parameter] = checkpoint.parameter_shape(piece.parameter)
         for name, shape in self.shapes.items():
             own = known.get(name)
-            if own is None or (*own[:-1], row_bytes(self.kind, own[-1])) != shape:
+            if not own or (*own[:-1], row_bytes(self.kind, own[-1])) != shape:
                 raise UserError(f"--blocks {self.path}: {name} {list(shape)} does not fit the checkpoint; pack its own one")
 
     def data(self, piece: Piece) -> Tensor:
         """The bytes of a piece."""
         with safe_open(self.path, "pt") as file:
             whole = file.get_tensor(piece.parameter)
-        return (whole if piece.half is None else whole.chunk(2, -2)[piece.half == "up"]).contiguous()
+        return (whole if piece.span is None else whole[..., slice(*piece.span), :]).contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,7 @@ def plan_pack(
     if blocks is not None:
         if method != "nearest" or importance is not None:
             raise UserError("--blocks holds rounded weights; the rest goes to nearest: --method nearest and no --imatrix")
-        blocks.check(pieces)
+        blocks.check(pieces, checkpoint)
         types |= {piece.name: blocks.kind for piece in pieces if piece.parameter in blocks.shapes}
     notes += unprotected(pieces, types, patterns)
     pack = Pack(checkpoint, base, method, pieces, types, calibration, importance, blocks)
