@@ -65,7 +65,7 @@ FAMILY: dict[str, dict[str, Any]] = {  # model_type of config.json -> what it ha
     "qwen3_next": HYBRID,
     "qwen3_moe": {},
     "mixtral": {},
-    "olmoe": {},
+    "olmoe": dict(num_key_value_heads=4),
     "deepseek_v3": LATENT,
     "llama": {},
     "qwen2": {},
@@ -81,7 +81,7 @@ FAMILY: dict[str, dict[str, Any]] = {  # model_type of config.json -> what it ha
     "qwen2_moe": dict(shared_expert_intermediate_size=32, decoder_sparse_step=1),
     "mistral": {},
     "hunyuan_v1_moe": {},
-    "minimax_m2": {},
+    "minimax_m2": dict(rotary_dim=16),
     "ernie4_5_moe": dict(
         moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1, moe_layer_end_index=1
     ),
@@ -94,11 +94,62 @@ FAMILY: dict[str, dict[str, Any]] = {  # model_type of config.json -> what it ha
     "gpt_oss": {},
     "llama4_text": dict(intermediate_size_mlp=96, interleave_moe_layer_step=2, num_hidden_layers=4),
     "nemotron_h": dict(
-        layers_block_type=["mamba", "moe", "attention", "mlp"], num_hidden_layers=4, mamba_num_heads=4, mamba_head_dim=32,
+        layers_block_type=["mamba", "moe", "attention", "moe"], num_hidden_layers=4, mamba_num_heads=4, mamba_head_dim=32,
         ssm_state_size=16, n_groups=1, moe_shared_expert_intermediate_size=32, use_mamba_kernels=False,
     ),
 }  # fmt: skip
 RENAMED = {"kimi_k2": "deepseek_v3"}  # transformers' class of a model_type that it does not know
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {  # fields of config.json as the publisher has them, where transformers writes others
+    "kimi_k2": {"model_type": "kimi_k2"},
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"], "original_max_position_embeddings": 512},
+    "minimax_m2": {"scoring_func": "sigmoid"},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+}
+GLM_TOKENS = {829: "<|user|>", 830: "<|observation|>", 831: "[gMASK]"}  # that llama.cpp's converter looks for
+PIECES = ("gemma4_text", "jamba")  # whose vocabulary llama.cpp's converter takes as pieces of text with bytes among them
+
+
+def tokenizer(path: Path, model_type: str) -> None:
+    """razor-tiny's tokenizer, or one of as many tokens, with what llama.cpp's converter asks of the family's."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(REPO / "models/razor-tiny" / name, path)
+    text, config = (json.loads((path / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
+    if model_type.startswith("glm"):
+        for token in text["added_tokens"]:
+            token["content"] = GLM_TOKENS.get(token["id"], token["content"])
+        config["extra_special_tokens"] = ["<|endoftext|>", "<|im_end|>"]
+    if model_type == "deepseek_v32":
+        config |= {"add_bos_token": True, "bos_token": "<|im_start|>", "tokenizer_class": "LlamaTokenizer"}
+    if model_type in PIECES:
+        pieces = [
+            "<pad>",
+            "<|im_end|>",
+            "<bos>",
+            "<unk>",
+            *(f"<0x{byte:02X}>" for byte in range(256)),
+            "\u2581",
+            "a",
+            "b",
+            "ab",
+        ]
+        pieces += [chr(0x4E00 + i) for i in range(SIZES["vocab_size"] - len(pieces))]
+        replaced = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+        text |= {
+            "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "merges": ["a b"]}
+            | {"vocab": {piece: index for index, piece in enumerate(pieces)}},
+            "decoder": {"type": "Sequence", "decoders": [replaced, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}, "pre_tokenizer": None,
+            "added_tokens": [
+                dict(id=i, content=pieces[i], special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+                for i in range(4)
+            ],
+        }  # fmt: skip
+        config = {"tokenizer_class": "TokenizersBackend", "eos_token": "<|im_end|>", "pad_token": "<pad>", "bos_token": "<bos>"}
+    (path / "tokenizer.json").write_text(json.dumps(text))
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def tiny_family(path: Path, model_type: str) -> Path:
@@ -116,12 +167,11 @@ def tiny_family(path: Path, model_type: str) -> Path:
                 value.mul_(
                     160 if "proj" in name else 20
                 )  # decided routing, as of a trained model: a tie that rounding turns is a whole expert's output
-    model.bfloat16().save_pretrained(path)
-    if model_type in RENAMED:
-        text = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps(text | {"model_type": model_type}))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(REPO / "models/razor-tiny" / name, path)
+    model.bfloat16().save_pretrained(path, max_shard_size="200KB")  # some converters look for an index
+    known = {*type(config)().to_dict(), *FAMILY[model_type], "architectures"}  # a stray "num_experts" makes a mixture of it
+    text = {key: value for key, value in json.loads((path / "config.json").read_text()).items() if key in known}
+    (path / "config.json").write_text(json.dumps(text | PUBLISHED.get(model_type, {})))
+    tokenizer(path, model_type)
     return path
 
 

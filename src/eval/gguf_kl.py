@@ -172,12 +172,15 @@ def transformers_logits(model: torch.nn.Module, tokens: np.ndarray) -> Iterator[
             bar.update(len(chunk))
 
 
-def server_logprobs(server: LlamaServer, chunk: np.ndarray, vocabulary: int) -> torch.Tensor:
-    """Log-probabilities [positions, V] that llama-server gives after each scored position: one request a position, of which
-    the prompt cache leaves one token to compute."""
-    first = first_scored(len(chunk))
+def server_logprobs(server: LlamaServer, chunk: np.ndarray, vocabulary: int, first: int | None = None) -> torch.Tensor:
+    """Log-probabilities [positions, V] that llama-server gives after each position from ``first`` (the first that is scored):
+    one request a position, of which the prompt cache leaves one token to compute. It tells them before its sampler, which is
+    made to take a token of whole characters: to another it answers without them."""
+    first = first_scored(len(chunk)) if first is None else first
     table = torch.full((len(chunk) - 1 - first, vocabulary), -torch.inf)
+    whole = server.client.call("/tokenize", {"content": "0", "add_special": False})["tokens"][-1]
     fixed = {"n_predict": 1, "n_probs": vocabulary, "temperature": 0.0, "cache_prompt": True, "id_slot": 0}
+    fixed |= {"logit_bias": [[whole, 1e6]]}
     for row, position in zip(table, range(first, len(chunk) - 1), strict=True):
         answer = server.client.call("/completion", fixed | {"prompt": chunk[: position + 1].tolist()})
         likely = answer["completion_probabilities"][0]["top_logprobs"]

@@ -11,8 +11,10 @@ imports from SOURCE; its gguf-py stands before an installed one.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,20 @@ def name_pre_tokenizers(base: Any) -> None:
             base.logger.warning = warn
 
     base.TextModel.get_vocab_base_pre = get_vocab_base_pre
+
+
+def without_sentencepiece() -> None:
+    """The converter imports sentencepiece before it looks whether a checkpoint has a tokenizer.model; one without is read
+    otherwise, and one with it is refused by name."""
+    if importlib.util.find_spec("sentencepiece"):
+        return
+
+    def refuse(*_: Any) -> None:
+        raise SystemExit("its tokenizer.model is read by sentencepiece, which is not installed: pip install sentencepiece")
+
+    stand = types.ModuleType("sentencepiece")
+    stand.SentencePieceProcessor = type("SentencePieceProcessor", (), {"LoadFromFile": refuse})  # type: ignore[attr-defined]
+    sys.modules["sentencepiece"] = stand
 
 
 def write_header(base: Any, gguf: Any, model: Path, plan: dict[str, Any], out: Path) -> None:
@@ -109,12 +125,19 @@ def main() -> None:
     from conversion import base
 
     name_pre_tokenizers(base)
+    without_sentencepiece()
     if mode == "header":
         model, plan, out = map(Path, rest)
         write_header(base, gguf, model, json.loads(plan.read_text(encoding="utf-8")), out)
     elif mode == "convert":
+        import conversion
         import convert_hf_to_gguf
 
+        if "--no-mtp" in rest:  # refused where the converter writes no multi-token prediction anyway
+            hparams = base.ModelBase.load_hparams(Path(rest[0]), False)
+            name = conversion.get_model_architecture(hparams, base.ModelType.TEXT)
+            if not conversion.get_model_class(name, mmproj=False).supports_mtp_export:
+                rest.remove("--no-mtp")
         sys.argv = [str(Path(source) / "convert_hf_to_gguf.py"), *rest]
         convert_hf_to_gguf.main()
     else:
