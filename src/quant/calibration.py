@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from console import UserError
-from families import LAYER_PREFIX, text_name
-from hf_model import all_finite, check_complete, check_finite, first_nonfinite, model_config
+from families import FAMILIES, LAYER_PREFIX, text_name
+from hf_model import all_finite, check_complete, check_finite, first_nonfinite, has_class, meta_model, model_config
 from moe_ptq import Statistics, shrink
 
 
@@ -226,6 +226,21 @@ class Collector:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def calibrated_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The parameters of a checkpoint whose inputs a calibrated pass sees (those that :class:`Collector` hooks, and the head), by
+    their names in the module tree; empty where transformers has no class of the model."""
+    if checkpoint.model_type.removesuffix("_text") not in FAMILIES or not has_class(checkpoint.model_type):
+        return {}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, module in meta_model(model_config(checkpoint.path).get_text_config()).named_modules():
+        if isinstance(module, nn.Linear):
+            found[f"{name}.weight"] = tuple(module.weight.shape)
+        for part in ("gate_up_proj", "up_proj", "down_proj"):
+            if (own := module._parameters.get(part)) is not None and own.ndim == 3:
+                found[f"{name}.{part}"] = tuple(own.shape)
+    return {name: shape for name, shape in found.items() if LAYER_PREFIX.match(name) or name == "lm_head.weight"}
 
 
 def output(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

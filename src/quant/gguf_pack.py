@@ -286,7 +286,7 @@ def write_pack(
         work, facts = None, None
         if pack.calibration:
             stream = LayerStream(checkpoint, pack.calibration.device, pack.calibration.dtype)
-            rounder = GgmlRounder(pack.pieces, pack.types, pack.method, pack.damping)
+            rounder = GgmlRounder(pack.pieces, pack.types, pack.method, pack.damping, pack.fed)
             work = CalibratedPass(stream, pack.calibration, rounder, partial, pack.weights_file)
         with (
             progress(sum(size for _, size in plan), "pack", "B", True) as bar,

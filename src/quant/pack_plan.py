@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from calibration import Calibration, layer_bytes
+from calibration import Calibration, calibrated_shapes, layer_bytes
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
 from families import Role, roles_of
@@ -33,6 +34,7 @@ from gguf_layout import (
     check_header,
     extra_keys,
     file_type,
+    into_parameter,
     pieces_of,
     read_parameter,
     read_patterns,
@@ -40,9 +42,9 @@ from gguf_layout import (
     type_named,
     types_of,
 )
-from hf_model import generation_ends
+from hf_model import generation_ends, listed
 from recipe import LINEAR_ROLES, Job
-from rounders import DAMPING, METHODS, Encoded, is_quantized
+from rounders import DAMPING, METHODS, Encoded, is_fed, is_quantized
 from settings import setting
 from size_model import BASE_BYTES, RESULTS, recorded_rates, times
 
@@ -119,6 +121,7 @@ class Pack:
     blocks: Blocks | None = None
     damping: float = DAMPING
     weights_file: Path | None = None
+    fed: frozenset[str] = frozenset()  # the pieces that can be rounded on what multiplies them
 
     @property
     def file_name(self) -> str:
@@ -142,7 +145,9 @@ class Pack:
         return sum(padded(self.bytes_of(piece)) for piece in self.pieces)
 
     def recipe(self) -> dict[str, Any]:
-        more = {"damping": self.damping} if self.method == "ldlq" else {}
+        more: dict[str, Any] = {"damping": self.damping} if self.method == "ldlq" else {}
+        if self.unfed:
+            more["uncalibrated"] = [piece.name for piece in self.unfed]
         return {"format": "gguf", "base_type": self.base, "method": self.method, **more, "types": dict(self.types)}
 
     def settings(self) -> dict[str, Any]:
@@ -188,7 +193,18 @@ class Pack:
     def is_calibrated(self) -> bool:
         """Whether its method reads text: anything but the embedding gets a block type, and nothing else says how."""
         given = self.importance is not None or self.blocks is not None
-        return not given and any(is_quantized(self.types[p.name]) and p.role is not Role.EMBEDDING for p in self.pieces)
+        return not given and any(is_quantized(self.types[p.name]) and p.name in self.fed for p in self.pieces)
+
+    @property
+    def unfed(self) -> list[Piece]:
+        """The quantized pieces that go to nearest without calibration though the rest is calibrated, but for the embedding,
+        which has no inputs."""
+        if self.importance is not None or self.blocks is not None:
+            return []
+        return [
+            piece for piece in self.pieces
+            if is_quantized(self.types[piece.name]) and piece.name not in self.fed and piece.role is not Role.EMBEDDING
+        ]  # fmt: skip
 
 
 def plan_pack(
@@ -210,9 +226,19 @@ def plan_pack(
         blocks.check(pieces, checkpoint)
         types |= {piece.name: blocks.kind for piece in pieces if piece.parameter in blocks.shapes}
     notes += unprotected(pieces, types, patterns)
-    pack = Pack(checkpoint, base, method, pieces, types, calibration, importance, blocks)
+    shapes = calibrated_shapes(checkpoint)
+    fed = frozenset(
+        piece.name for piece in pieces
+        if (shape := shapes.get(piece.parameter)) and is_fed(piece, shape, checkpoint.family.is_turned(shape))
+    )  # fmt: skip
+    pack = Pack(checkpoint, base, method, pieces, types, calibration, importance, blocks, fed=fed)
     if importance is not None:
         _check_importance(pack, importance)
+    if unfed := pack.unfed:
+        notes.append(
+            f"to nearest without calibration: {listed([piece.name for piece in unfed])} ({len(unfed)} of "
+            f"{sum(is_quantized(kind) for kind in types.values())} quantized tensors; what multiplies them is not known here)"
+        )
     return pack, notes
 
 
@@ -299,11 +325,17 @@ class GgufSink:
 
     def embedding(self) -> dict[str, Tensor]:
         encoded, self.embedded = self.embedded, {}
-        types = self.pack.types
-        return {p.sources[0]: decode_rows(encoded[p.name], types[p.name]).view(p.shape).cpu() for p in self.before}
+        found: dict[str, Tensor] = {}
+        for piece in self.before:
+            if piece.function == "same":
+                full = read_parameter(self.pack.checkpoint, piece).float()
+                value = decode_rows(encoded[piece.name], self.pack.types[piece.name]).view(piece.shape)
+                into_parameter(piece, value.cpu(), full)
+                found[piece.sources[0]] = full
+        return found
 
     def write(self, part: int, values: Mapping[str, Encoded]) -> None:
-        self.errors |= {name: value.errors for name, value in values.items()}
+        self.errors |= {name: value.errors for name, value in values.items() if value.errors}
         self.writer.facts = {"errors": self.errors}
         self._append(self.parts[part], {name: value.data for name, value in values.items()})
 
@@ -354,9 +386,11 @@ def report(pack: Pack, file_bytes: int) -> dict[str, Any]:
         kinds, kind = entry["types"], pack.types[piece.name]
         kinds[kind] = kinds.get(kind, 0) + 1
     parameters = sum(piece.numel for piece in pack.pieces)
-    bits = {"bits_per_weight": round(8 * file_bytes / parameters, 4)}
+    bits: dict[str, Any] = {"bits_per_weight": round(8 * file_bytes / parameters, 4)}
     if experts := roles.get(str(Role.ROUTED_EXPERT)):
         bits["expert_bits_per_weight"] = round(8 * experts["bytes"] / experts["parameters"], 4)
+    if pack.unfed:
+        bits["uncalibrated"] = dict(Counter(str(piece.role) for piece in pack.unfed))
     return {"file_bytes": file_bytes, "gib": round(file_bytes / 2**30, 6), "parameters": parameters, **bits, "roles": roles}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,7 +130,8 @@ class RoundingSettings:
 
 
 class Encoded(NamedTuple):
-    """The bytes of a piece; the squared error of its output and the squared output, over calibration inputs."""
+    """The bytes of a piece; the squared error of its output and the squared output, over calibration inputs, where these are
+    known."""
 
     data: Tensor
     errors: list[float]
@@ -156,26 +157,51 @@ def squared_error(difference: Tensor, hessian: Tensor) -> float:
     return total
 
 
-class GgmlRounder:
-    """``targets``: the pieces of every parameter that has a quantized one, but for the embedding, which has no inputs."""
+def is_fed(piece: Piece, shape: Sequence[int], turned: bool = False) -> bool:
+    """Whether what multiplies the columns of each matrix of a piece are the inputs of one matrix of its parameter, of this
+    ``shape``: [O, I] or [E, O, I], ``turned``: [E, I, O]. Then the second moments of these inputs say how to round it."""
+    if piece.function != "same" or piece.role is Role.EMBEDDING or len(shape) not in (2, 3):
+        return False
+    if turned:
+        return piece.transposed and piece.rows is None and piece.span is None and piece.shape[-1] == shape[-2]
+    inputs = shape[-1] if piece.columns is None else len(piece.columns)
+    if piece.transposed or piece.shape[-1] != inputs or piece.rows is not None and piece.width != shape[-1]:
+        return False
+    if piece.rows is None or len(shape) == 2:
+        return True
+    expert = piece.rows // shape[-2]
+    return len(expert) % shape[0] == 0 and torch.equal(
+        expert, torch.arange(shape[0]).repeat_interleave(len(expert) // shape[0])
+    )
 
-    def __init__(self, pieces: Sequence[Piece], types: Mapping[str, str], method: str, damping: float) -> None:
-        self.types, self.method, self.damping = types, method, damping
+
+class GgmlRounder:
+    """``targets``: the pieces of every parameter that has a quantized one which is ``fed``. Others of the same parameter (the
+    half of a latent projection that llama.cpp multiplies from the other side) go to nearest beside it."""
+
+    def __init__(
+        self, pieces: Sequence[Piece], types: Mapping[str, str], method: str, damping: float, fed: Collection[str]
+    ) -> None:
+        self.types, self.method, self.damping, self.fed = types, method, damping, fed
         found: dict[str, list[Piece]] = {}
         for piece in pieces:
-            if piece.role is not Role.EMBEDDING:
+            if piece.function == "same":
                 found.setdefault(piece.parameter, []).append(piece)
-        self.targets = {name: own for name, own in found.items() if any(is_quantized(types[piece.name]) for piece in own)}
+        wanted = {piece.parameter for piece in pieces if piece.name in fed and is_quantized(types[piece.name])}
+        self.targets = {name: own for name, own in found.items() if name in wanted}
         self.encoded: dict[str, Encoded] = {}
 
     def round(self, parameters: Mapping[str, Tensor], take: Take) -> None:
         """Experts one parameter after the other. Then the matrices; those of one type and the same inputs (queries, keys and
         values) are encoded as one: a sweep takes as long for a few rows as for many, since its columns come one by one."""
         for name, parameter in parameters.items():
+            for piece in self.targets[name]:
+                if piece.name not in self.fed:
+                    self._encode_plainly(piece, parameter)
             if parameter.ndim != 2:
                 with explained(name):
                     hessian = take(name)[0].hessian
-                    for alike in self._alike(self.targets[name]):
+                    for alike in self._alike([piece for piece in self.targets[name] if piece.name in self.fed]):
                         self._encode([(piece, parameter) for piece in alike], ordered_hessian(alike[0], hessian))
         groups: list[tuple[list[tuple[Piece, Tensor]], Tensor]] = []
         for name, parameter in parameters.items():
@@ -184,6 +210,8 @@ class GgmlRounder:
             with explained(name):
                 hessian = take(name)[0].hessian
             for piece in self.targets[name]:
+                if piece.name not in self.fed:
+                    continue
                 own = ordered_hessian(piece, hessian)
                 for members, other in groups:
                     if self.types[members[0][0].name] == self.types[piece.name] and torch.equal(other, own):
@@ -194,6 +222,13 @@ class GgmlRounder:
         for members, hessian in groups:
             with explained(members[0][0].parameter):
                 self._encode(members, hessian)
+
+    def _encode_plainly(self, piece: Piece, parameter: Tensor) -> None:
+        """To nearest, all inputs alike: nothing is known of what multiplies its columns."""
+        kind = self.types[piece.name]
+        data = encode(to_gguf(piece, parameter).float().contiguous(), kind, None)
+        into_parameter(piece, decode_rows(data, kind).view(piece.shape), parameter)
+        self.encoded[piece.name] = Encoded(data.cpu(), [])
 
     def _alike(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
         """The pieces of one parameter; those of one type (the gates of experts and what they gate) together, since the factor
@@ -207,7 +242,7 @@ class GgmlRounder:
         """Encode pieces of one type, with their parameters, whose inputs have the same second moments."""
         kind = self.types[members[0][0].name]
         values = [to_gguf(piece, parameter) for piece, parameter in members]
-        values = [value if value.ndim == 3 else value[None] for value in values]
+        values = [value.reshape(len(hessian), -1, value.shape[-1]) for value in values]
         value = values[0] if len(values) == 1 else torch.cat(values, 1)
         data = encoded(value.contiguous(), kind, self.method, hessian, self.damping)  # ldlq makes floats of a few experts
         for (piece, parameter), value, own in zip(members, values, data.split([value.shape[1] for value in values], 1)):
