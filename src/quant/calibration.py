@@ -229,8 +229,8 @@ class Collector:
 
 
 def calibrated_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The parameters of a checkpoint whose inputs a calibrated pass sees (those that :class:`Collector` hooks, and the head), by
-    their names in the module tree; empty where transformers has no class of the model."""
+    """The parameters whose inputs a calibrated pass sees (those that :class:`Collector` hooks, and the head) with their shapes,
+    by their names in the module tree; none where transformers has no class of the model."""
     if checkpoint.model_type.removesuffix("_text") not in FAMILIES or not has_class(checkpoint.model_type):
         return {}
     found: dict[str, tuple[int, ...]] = {}
