@@ -4,23 +4,27 @@
 
 Each is quantized to 8 bits without text and with it (gptq, tokens weighed), loaded again by transformers with no name missing
 or left over, and compared with the original on 2,000 positions of random tokens; its router is watched; adapters on every role
-are trained two steps on the scores of the original and merged. The checkpoints are untrained: a KL says that the layers, the
-grids and the places of the weights are right, not how good a method is.
+are trained two steps on the scores of the original and merged. Then it becomes a GGUF: by llama.cpp's tools and by ours, whose
+bytes are compared, and by error feedback, which llama-server runs beside transformers (--gguf: only this). The checkpoints are
+untrained: a KL says that the layers, the grids and the places of the weights are right, not how good a method is.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,14 +34,20 @@ from console import UserError, progress, run_cli
 from devices import default_device
 from families import FAMILIES, Role, roles_of
 from fsdp_setup import World
+from gguf_format import run_converter, same_file
+from gguf_kl import server_logprobs
+from gguf_layout import Piece, pieces_of
+from gguf_pack import run_tool, write_pack
 from hf_model import load_model
 from kl import divergence
+from llamacpp_eval8 import LlamaServer
 from merge_adapter import merge
 from moe_lora import trainable
 from opd_data import Example, TrainSettings, collate, model_identity
 from opd_losses import gathered
 from opd_student import build_student
 from opd_trainer import Trainer, write_adapter
+from pack_plan import plan_pack
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, peak_rss_mib, write_result
@@ -47,7 +57,7 @@ SIZES: dict[str, Any] = dict(
     vocab_size=832, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, max_position_embeddings=512, moe_intermediate_size=32, num_experts=4, num_local_experts=4,
     n_routed_experts=4, num_experts_per_tok=2, tie_word_embeddings=False, pad_token_id=0, bos_token_id=None,
-    eos_token_id=1, first_k_dense_replace=1, n_group=2, topk_group=1, n_shared_experts=1, initializer_range=0.05,
+    eos_token_id=827, first_k_dense_replace=1, n_group=2, topk_group=1, n_shared_experts=1, initializer_range=0.05,
 )  # fmt: skip
 LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=4)
 INDEXED = LATENT | dict(index_n_heads=2, index_head_dim=32, index_topk=128)
@@ -60,8 +70,8 @@ MAMBA = dict(
     use_mamba_kernels=False,
 )  # fmt: skip
 FAMILY: dict[str, dict[str, Any]] = {  # model_type of config.json -> what it has beside SIZES
-    "qwen3_5_moe_text": HYBRID,
-    "qwen3_5_text": HYBRID,
+    "qwen3_5_moe_text": HYBRID | dict(head_dim=32),  # room for the sections of its rotation
+    "qwen3_5_text": HYBRID | dict(head_dim=32),
     "qwen3_next": HYBRID,
     "qwen3_moe": {},
     "mixtral": {},
@@ -70,8 +80,8 @@ FAMILY: dict[str, dict[str, Any]] = {  # model_type of config.json -> what it ha
     "llama": {},
     "qwen2": {},
     "qwen3": {},
-    "gemma2": {},
-    "gemma3_text": {},
+    "gemma2": dict(query_pre_attn_scalar=16),
+    "gemma3_text": dict(query_pre_attn_scalar=16),
     "kimi_k2": LATENT,
     "deepseek_v2": LATENT | dict(topk_method="greedy"),
     "deepseek_v32": INDEXED,
@@ -272,6 +282,77 @@ def adapter(path: Path, out: Path) -> dict[str, float]:
     return {"start": start, "merged": end, "moved": float((last - first).abs().max())}
 
 
+KIND, WRITTEN = "iq4_nl", [("token_embd|^output", "q8_0")]  # of rows that are multiples of 32
+POSITIONS = (2, 256)  # sequences and tokens of each whose predictions are compared
+
+
+def gguf_difference(file: Path, model: Path) -> dict[str, float]:
+    """Log-probabilities of a GGUF in llama-server against those of transformers for a checkpoint: the mean absolute difference
+    over all positions and tokens, and KL. It must also generate."""
+    ids = torch.randint(5, 825, POSITIONS, generator=torch.Generator().manual_seed(1))
+    with LlamaServer(file, POSITIONS[1] + 8, 1) as server:
+        answer = server.client.call("/completion", {"prompt": ids[0, :8].tolist(), "n_predict": 4, "ignore_eos": True})
+        if answer["tokens_predicted"] != 4:
+            raise UserError(f"{file.name}: llama-server generated {answer['tokens_predicted']} of 4 tokens")
+        rows = [server_logprobs(server, np.append(own.numpy(), 5).astype(np.int32), SIZES["vocab_size"], 0) for own in ids]
+    expected = logits_of(model, ids).flatten(0, 1).log_softmax(-1)
+    own = torch.cat(rows)
+    kl = (expected.exp() * (expected - own)).sum(-1)
+    return {"difference": float((own - expected).abs().mean()), "kl": float(kl.mean()), "positions": len(own)}
+
+
+def as_gguf(path: Path, out: Path) -> dict[str, Any]:
+    """What becomes of a checkpoint as a GGUF, a step a key; a step that fails has its reason as text, and ends what needs it.
+
+    ``nearest``: Q8_0 by trace, ``equal``: what it differs in from llama.cpp's convert and llama-quantize --pure. ``exact``: a
+    float32 file against transformers, which is how far apart the two programs are whatever a file holds. ``ldlq``: error
+    feedback, against transformers on what DEQUANT_OUT writes."""
+    found: dict[str, Any] = {}
+
+    def step(name: str, make: Callable[[], Any]) -> bool:
+        try:
+            found[name] = make()
+        except UserError as error:
+            found[name] = " ".join(str(error).replace(f"{out}/", "").replace(f"{path}", path.name).split())[:200]
+        return not isinstance(found[name], str)
+
+    checkpoint, server = Checkpoint(path), {}
+
+    def packed(name: str, kind: str, method: str) -> dict[str, Any]:
+        calibrated = calibration() if method == "ldlq" else None
+        pack, _ = plan_pack(checkpoint, kind, WRITTEN if method == "ldlq" else [], method, calibrated)
+        if not pack.is_calibrated:
+            pack = dataclasses.replace(pack, calibration=None)
+        made = write_pack(pack, out / name, dequant_out=out / f"{name}-bf16" if method == "ldlq" else None)
+        server[name] = out / name / pack.file_name
+        fed = sum(pack.types[p.name] == kind and p.name in pack.fed for p in pack.pieces)
+        return {"tensors": len(pack.pieces), "fed": fed, "nearest": made.get("uncalibrated", {})}
+
+    def theirs() -> list[str]:
+        run_converter("convert", path, "--outfile", out / "plain.gguf", "--outtype", "bf16", "--no-mtp")
+        run_tool("llama-quantize", ["--pure", out / "plain.gguf", out / "theirs.gguf", "Q8_0"], out / "llama.log")
+        return same_file(server["nearest"], out / "theirs.gguf")
+
+    out.mkdir(exist_ok=True)
+    if step("traced", lambda: dict(Counter(kind_of(piece) for piece in pieces_of(checkpoint)))):
+        if step("nearest", lambda: packed("nearest", "q8_0", "nearest")):
+            step("equal", theirs)
+        if step("float32", lambda: packed("float32", "f32", "nearest")):
+            step("exact", lambda: gguf_difference(server["float32"], path))
+        if step("ldlq", lambda: packed("ldlq", KIND, "ldlq")):
+            step("served", lambda: gguf_difference(server["ldlq"], out / "ldlq-bf16"))
+    return found
+
+
+def kind_of(piece: Piece) -> str:
+    """How a tensor of a GGUF is made of the checkpoint's, in words."""
+    if piece.function != "same":
+        return "function"
+    moved = "rows" if piece.rows is not None else "part" if piece.span is not None else "same"
+    stack = "stack" if len(piece.sources) > 1 else moved
+    return "transposed" if piece.transposed else "columns" if piece.columns is not None else stack
+
+
 def checks(path: Path, out: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """(what was tried, what came out) of one family's checkpoint; a failure is raised."""
     yield "layers", layers(path)
@@ -283,6 +364,7 @@ def checks(path: Path, out: Path) -> Iterator[tuple[str, dict[str, float]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--gguf", action="store_true", help="only what becomes of each as a GGUF")
     parser.add_argument("--families", default=",".join(FAMILY), help="names with commas between (default: all)")
     add_record_arguments(parser)
     args = parser.parse_args()
@@ -295,11 +377,14 @@ def main() -> None:
         for name in names:
             begun = time.perf_counter()
             with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
-                own = dict(checks(tiny_family(Path(work, name), name), Path(work)))
+                path = tiny_family(Path(work, name), name)
+                own: dict[str, Any] = {} if args.gguf else dict(checks(path, Path(work)))
+                own["gguf"] = as_gguf(path, Path(work, "gguf"))
             found[name] = own | {"seconds": round(time.perf_counter() - begun, 1)}
             bar.update()
     for name, own in found.items():
-        print(f"{name:<20} KL clip {own['clip']['kl_mean']:.2e} gptq {own['gptq']['kl_mean']:.2e}  {own['seconds']:>5.1f} s")
+        kl = "" if args.gguf else f"KL clip {own['clip']['kl_mean']:.2e} gptq {own['gptq']['kl_mean']:.2e}"
+        print(f"{name:<20} {kl} {own['seconds']:>5.1f} s  GGUF: {json.dumps(own['gguf'])}")
     if args.result:
         model = {"path": "made by the command", "config_sha256": None, "bytes": 0, "tensors": 0}
         metrics = {"families": found, "peak_rss_mib": peak_rss_mib()}
