@@ -23,6 +23,7 @@ REPO = Path(__file__).resolve().parents[2]
 DOCUMENT, README, CONFIGS = REPO / "docs/MODULES.md", REPO / "README.md", REPO / "configs/README.md"
 CHECKPOINTS, TRIED = REPO / "docs/CHECKPOINTS.md", REPO / "results/bench/families.json"
 CHECKPOINT_MARKS = ("<!-- families: python src/eval/page_house.py -->", "<!-- end of families -->")
+GGUF_MARKS = ("<!-- ggufs: python src/eval/page_house.py -->", "<!-- end of ggufs -->")
 TREE_MARKS = ("<!-- tree: python src/eval/page_house.py -->", "<!-- end of tree -->")
 KEY_MARKS = ("<!-- keys: python src/eval/page_house.py -->", "<!-- end of keys -->")
 KEYS = {
@@ -155,10 +156,13 @@ def keys() -> str:
     return "\n" + "\n".join(parts)
 
 
-def filled(path: Path, marks: tuple[str, str], text: str) -> str:
-    """A document with ``text`` between two marks."""
-    before, _, rest = path.read_text(encoding="utf-8").partition(marks[0])
-    return f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.partition(marks[1])[2]}"
+def filled(path: Path, *parts: tuple[tuple[str, str], str]) -> str:
+    """A document with a text between each pair of marks."""
+    page = path.read_text(encoding="utf-8")
+    for marks, text in parts:
+        before, _, rest = page.partition(marks[0])
+        page = f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.partition(marks[1])[2]}"
+    return page
 
 
 def families() -> str:
@@ -181,10 +185,38 @@ def families() -> str:
     return "\n".join(lines)
 
 
+def ggufs() -> str:
+    """The table of docs/CHECKPOINTS.md on what each family becomes as a GGUF, and the reason of every step that failed."""
+    lines = [
+        "| model_type | traced | Q8_0 | error feedback | llama-server generates | against transformers | a float32 file |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    reasons = []
+    for name, tried in read_result(TRIED)["metrics"]["families"].items():
+        if not (own := tried.get("gguf")):
+            continue
+        done = {step: found for step, found in own.items() if not isinstance(found, str)}
+        reasons += [f"- `{name}`, {step}: {found}" for step, found in own.items() if step not in done]
+        if differs := done.get("equal"):
+            reasons.append(f"- `{name}`, bytes: {'; '.join(differs[:3])}")
+        cells = [f"`{name}`", str(sum(done["traced"].values())) if "traced" in done else "no"]
+        cells.append("equal" if done.get("equal") == [] else "no")
+        if fed := done.get("ldlq"):
+            cells.append(f"{fed['fed']} of {fed['fed'] + sum(fed['nearest'].values())}")
+        else:
+            cells.append("no")
+        cells.append("yes" if "served" in done else "no")
+        cells += [f"{done[step]['difference']:.4f}" if step in done else "-" for step in ("served", "exact")]
+        lines.append(f"| {' | '.join(cells)} |")
+    if len(lines) == 2:
+        return "The record does not have it yet."
+    return "\n".join([*lines, *(["", "What failed, and why:", "", *reasons] if reasons else [])])
+
+
 def written() -> dict[Path, str]:
     """The documents that this module writes, with what they should hold."""
-    pages = {DOCUMENT: index(), README: filled(README, TREE_MARKS, tree()), CONFIGS: filled(CONFIGS, KEY_MARKS, keys())}
-    return pages | {CHECKPOINTS: filled(CHECKPOINTS, CHECKPOINT_MARKS, families())}
+    pages = {DOCUMENT: index(), README: filled(README, (TREE_MARKS, tree())), CONFIGS: filled(CONFIGS, (KEY_MARKS, keys()))}
+    return pages | {CHECKPOINTS: filled(CHECKPOINTS, (CHECKPOINT_MARKS, families()), (GGUF_MARKS, ggufs()))}
 
 
 def main() -> int:

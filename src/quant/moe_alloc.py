@@ -24,7 +24,7 @@ import collections
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ from pack_plan import SizeSettings, TypeSettings
 from plans import RecordSettings
 from recipe import Recipe
 from records import describe_model, read_result, write_result
-from rounders import DAMPING, RoundingSettings, encoded, is_quantized
+from rounders import DAMPING, RoundingSettings, encoded, fed_pieces, is_quantized
 from sensitivity import STRATEGIES, bits_by_signal, grid_losses, signals_of, solve, type_losses
 from settings import parse_settings, part, same, setting
 
@@ -62,6 +62,7 @@ CANDIDATES = "iq2_xs,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
 PROBE, PROBE_SEQUENCES = "q3_K", 32
 STEPS = 1_000_000  # of a file's budget in the dynamic program
 OPEN = ""  # the chosen type of a piece that no pattern names
+UNMEASURED = "q8_0"  # that of one whose inputs no calibrated pass sees
 
 
 def options_of(pieces: Sequence[Piece], candidates: Sequence[str]) -> dict[str, list[str]]:
@@ -84,10 +85,14 @@ def choose(pieces: Sequence[Piece], losses: Mapping[str, Mapping[str, float]], b
     return {piece.name: row[index] for piece, row, index in zip(pieces, kinds, picked, strict=True)}
 
 
-def fixed_types(pieces: Sequence[Piece], patterns: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """The types that are not chosen: of what llama-quantize keeps, and of what ``patterns`` name."""
-    wanted = {p.name: p.kept or chosen_type(p.name, OPEN, patterns) for p in pieces}
-    unmeasured = next((p.name for p in pieces if not wanted[p.name] and p.role in (Role.EMBEDDING, Role.LM_HEAD)), None)
+def fixed_types(pieces: Sequence[Piece], patterns: Sequence[tuple[str, str]], fed: Collection[str]) -> dict[str, str]:
+    """The types that are not chosen: of what llama-quantize keeps, of what ``patterns`` name, and of the rest that is not
+    ``fed``: what rounding it costs is not measured."""
+    top = (Role.EMBEDDING, Role.LM_HEAD)
+    wanted = {
+        p.name: p.kept or chosen_type(p.name, OPEN if p.name in fed or p.role in top else UNMEASURED, patterns) for p in pieces
+    }
+    unmeasured = next((p.name for p in pieces if not wanted[p.name] and p.role in top), None)
     if unmeasured:
         raise UserError(f"--tensor-types: {unmeasured} needs a type; its sensitivity is not measured")
     return {p.name: fallback(wanted[p.name], p.shape[-1]) for p in pieces if wanted[p.name]}
@@ -107,7 +112,7 @@ def allocate_types(
         return decode_rows(encoded(value.contiguous(), kind, method, hessian, damping), kind)
 
     started, pieces = time.time(), pieces_of(checkpoint)
-    fixed = fixed_types(pieces, patterns)
+    fixed = fixed_types(pieces, patterns, fed_pieces(checkpoint, pieces))
     open_pieces = [piece for piece in pieces if piece.name not in fixed]
     options = options_of(open_pieces, candidates)
     with tempfile.TemporaryDirectory() as work:  # the size of a header does not depend on the types

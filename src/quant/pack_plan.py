@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from calibration import Calibration, calibrated_shapes, layer_bytes
+from calibration import Calibration, layer_bytes
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
 from families import VISION_PREFIX, Role, layer_count, roles_of
@@ -46,7 +46,7 @@ from gguf_layout import (
 )
 from hf_model import generation_ends, listed
 from recipe import LINEAR_ROLES, Job
-from rounders import DAMPING, METHODS, Encoded, is_fed, is_quantized
+from rounders import DAMPING, METHODS, Encoded, fed_pieces, is_quantized
 from settings import setting
 from size_model import BASE_BYTES, RESULTS, recorded_rates, times
 
@@ -239,12 +239,7 @@ def plan_pack(
         blocks.check(pieces, checkpoint)
         types |= {piece.name: blocks.kind for piece in pieces if piece.parameter in blocks.shapes}
     notes += unprotected(pieces, types, patterns)
-    shapes = calibrated_shapes(checkpoint)
-    fed = frozenset(
-        piece.name for piece in pieces
-        if (shape := shapes.get(piece.parameter)) and is_fed(piece, shape, checkpoint.family.is_turned(shape))
-    )  # fmt: skip
-    more: dict[str, Any] = {"fed": fed, "mtp": mtp, "values": ConverterValues(checkpoint.path, mtp)}
+    more: dict[str, Any] = {"fed": fed_pieces(checkpoint, pieces), "mtp": mtp, "values": ConverterValues(checkpoint.path, mtp)}
     pack = Pack(checkpoint, base, method, pieces, types, calibration, importance, blocks, **more)
     if importance is not None:
         _check_importance(pack, importance)

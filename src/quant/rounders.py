@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from calibrated_pass import MomentSettings, Take
-from calibration import LayerStream
+from calibration import LayerStream, calibrated_shapes
+from checkpoint import Checkpoint
 from console import UserError, check_writable, explained
 from families import Role
 from ggml_codecs import decode_rows, encode
@@ -173,6 +174,15 @@ def is_fed(piece: Piece, shape: Sequence[int], turned: bool = False) -> bool:
     return len(expert) % shape[0] == 0 and torch.equal(
         expert, torch.arange(shape[0]).repeat_interleave(len(expert) // shape[0])
     )
+
+
+def fed_pieces(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> frozenset[str]:
+    """The names of the pieces whose inputs a calibrated pass sees."""
+    shapes = calibrated_shapes(checkpoint)
+    return frozenset(
+        piece.name for piece in pieces
+        if (shape := shapes.get(piece.parameter)) and is_fed(piece, shape, checkpoint.family.is_turned(shape))
+    )  # fmt: skip
 
 
 class GgmlRounder:

@@ -317,7 +317,7 @@ def type_losses(
                     moments = collector.moments[name]
                     hessian = ordered_hessian(piece, moments.statistics(calibration.floor * moments.total.shape[-1]).hessian)
                     value = to_gguf(piece, originals[name]).float()
-                    value = value if value.ndim == 3 else value[None]
+                    value = value.reshape(len(hessian), -1, value.shape[-1])
                     errors[piece.name], error, decoded = errors_of(value, hessian, options[piece.name], probe, rounded)
                     probe_errors[key] += error
                     into_parameter(piece, decoded.view(piece.shape), layer.get_parameter(name))
