@@ -112,10 +112,13 @@ RENAMED = {"kimi_k2": "deepseek_v3"}  # transformers' class of a model_type that
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {  # fields of config.json as the publisher has them, where transformers writes others
-    "kimi_k2": {"model_type": "kimi_k2"},
+    "kimi_k2": {"model_type": "kimi_k2", "scoring_func": "sigmoid"},
+    "deepseek_v3": {"scoring_func": "sigmoid"},
+    "deepseek_v32": {"scoring_func": "sigmoid"},
+    "glm_moe_dsa": {"scoring_func": "sigmoid"},
     "phimoe": {"architectures": ["PhiMoEForCausalLM"], "original_max_position_embeddings": 512},
     "minimax_m2": {"scoring_func": "sigmoid"},
-    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "glm4_moe_lite": {"first_k_dense_replace": 1, "scoring_func": "sigmoid"},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
 }
 GLM_TOKENS = {829: "<|user|>", 830: "<|observation|>", 831: "[gMASK]"}  # that llama.cpp's converter looks for

@@ -243,11 +243,6 @@ def plan_pack(
     pack = Pack(checkpoint, base, method, pieces, types, calibration, importance, blocks, **more)
     if importance is not None:
         _check_importance(pack, importance)
-    if unfed := pack.unfed:
-        notes.append(
-            f"to nearest without calibration: {listed([piece.name for piece in unfed])} ({len(unfed)} of "
-            f"{sum(is_quantized(kind) for kind in types.values())} quantized tensors; what multiplies them is not known here)"
-        )
     return pack, notes
 
 
@@ -412,6 +407,9 @@ def table(made: Mapping[str, Any]) -> str:
             f"{role:<17}{entry['tensors']:>8,}{entry['parameters']:>17,}{bits:>8}{entry['bytes'] / 1e6:>11.2f}  {kinds}"
         )
     size = f"{made['file_bytes'] / 1e6:,.2f} MB ({made['gib']:.3f} GiB)"
+    if unfed := made.get("uncalibrated"):
+        roles = ", ".join(f"{count} {role}" for role, count in unfed.items())
+        lines.append(f"to nearest without calibration (what multiplies their columns is not known): {roles}")
     return "\n".join([*lines, f"{size}, {made['bits_per_weight']:.4f} bits a weight over all"])
 
 
