@@ -383,11 +383,10 @@ def main() -> None:
                 path = tiny_family(Path(work, name), name)
                 own: dict[str, Any] = {} if args.gguf else dict(checks(path, Path(work)))
                 own["gguf"] = as_gguf(path, Path(work, "gguf"))
-            found[name] = own | {"seconds": round(time.perf_counter() - begun, 1)}
+            own = found[name] = own | {"seconds": round(time.perf_counter() - begun, 1)}
+            kl = "" if args.gguf else f"KL clip {own['clip']['kl_mean']:.2e} gptq {own['gptq']['kl_mean']:.2e}"
+            print(f"{name:<20} {kl} {own['seconds']:>5.1f} s  GGUF: {json.dumps(own['gguf'])}", flush=True)
             bar.update()
-    for name, own in found.items():
-        kl = "" if args.gguf else f"KL clip {own['clip']['kl_mean']:.2e} gptq {own['gptq']['kl_mean']:.2e}"
-        print(f"{name:<20} {kl} {own['seconds']:>5.1f} s  GGUF: {json.dumps(own['gguf'])}")
     if args.result:
         model = {"path": "made by the command", "config_sha256": None, "bytes": 0, "tensors": 0}
         metrics = {"families": found, "peak_rss_mib": peak_rss_mib()}
