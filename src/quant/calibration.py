@@ -228,18 +228,24 @@ class Collector:
             handle.remove()
 
 
+def hooked_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The parameters of a module tree that a :class:`Collector` can be asked for, with their shapes."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, own in module.named_modules():
+        if isinstance(own, nn.Linear):
+            found[f"{name}.weight"] = tuple(own.weight.shape)
+        for part in ("gate_up_proj", "up_proj", "down_proj"):
+            if (parameter := own._parameters.get(part)) is not None and parameter.ndim == 3:
+                found[f"{name}.{part}"] = tuple(parameter.shape)
+    return found
+
+
 def calibrated_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The parameters whose inputs a calibrated pass sees (those that :class:`Collector` hooks, and the head) with their shapes,
-    by their names in the module tree; none where transformers has no class of the model."""
+    """The parameters whose inputs a calibrated pass sees, in the decoder's layers and the head, with their shapes, by their
+    names in the module tree; none where transformers has no class of the model."""
     if checkpoint.model_type.removesuffix("_text") not in FAMILIES or not has_class(checkpoint.model_type):
         return {}
-    found: dict[str, tuple[int, ...]] = {}
-    for name, module in meta_model(model_config(checkpoint.path).get_text_config()).named_modules():
-        if isinstance(module, nn.Linear):
-            found[f"{name}.weight"] = tuple(module.weight.shape)
-        for part in ("gate_up_proj", "up_proj", "down_proj"):
-            if (own := module._parameters.get(part)) is not None and own.ndim == 3:
-                found[f"{name}.{part}"] = tuple(own.shape)
+    found = hooked_shapes(meta_model(model_config(checkpoint.path).get_text_config()))
     return {name: shape for name, shape in found.items() if LAYER_PREFIX.match(name) or name == "lm_head.weight"}
 
 

@@ -120,7 +120,7 @@ def read_shape(checkpoint: Checkpoint, piece: Piece) -> tuple[int, ...]:
 def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_bytes: int = 4 << 30) -> None:
     """Write the checkpoint ``out``; it appears when it is complete."""
     file, checkpoint, out = GgufFile(path), Checkpoint(model), Path(out).resolve()
-    pieces = pieces_of(checkpoint)
+    pieces = pieces_of(checkpoint, "file" if file.fields.get(f"{file.architecture()}.nextn_predict_layers") else "none")
     check_match(file, checkpoint, pieces)
     check_output(checkpoint.path, out, force, checkpoint.bytes, DECODED_MARK)
     head = path.open("rb").read(1 << 20)
