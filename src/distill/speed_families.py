@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,9 +35,9 @@ from console import UserError, progress, run_cli
 from devices import default_device
 from families import FAMILIES, Role, roles_of
 from fsdp_setup import World
-from gguf_format import run_converter, same_file
+from gguf_format import GgufFile, run_converter, same_file
 from gguf_kl import server_logprobs
-from gguf_layout import Piece, pieces_of
+from gguf_layout import Piece, pieces_of, read_parameter, to_gguf
 from gguf_pack import run_tool, write_pack
 from hf_model import load_model
 from kl import divergence
@@ -149,6 +150,7 @@ def tokenizer(path: Path, model_type: str) -> None:
             "ab",
         ]
         pieces += [chr(0x4E00 + i) for i in range(SIZES["vocab_size"] - len(pieces))]
+        pieces[SIZES["eos_token_id"]] = "<|im_end|>"
         replaced = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
         text |= {
             "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "merges": ["a b"]}
@@ -157,7 +159,7 @@ def tokenizer(path: Path, model_type: str) -> None:
             "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}, "pre_tokenizer": None,
             "added_tokens": [
                 dict(id=i, content=pieces[i], special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
-                for i in range(4)
+                for i in (0, 2, 3, SIZES["eos_token_id"])
             ],
         }  # fmt: skip
         config = {"tokenizer_class": "TokenizersBackend", "eos_token": "<|im_end|>", "pad_token": "<pad>", "bos_token": "<bos>"}
@@ -307,9 +309,9 @@ def gguf_difference(file: Path, model: Path) -> dict[str, float]:
 def as_gguf(path: Path, out: Path) -> dict[str, Any]:
     """What becomes of a checkpoint as a GGUF, a step a key; a step that fails has its reason as text, and ends what needs it.
 
-    ``nearest``: Q8_0 by trace, ``equal``: what it differs in from llama.cpp's convert and llama-quantize --pure. ``exact``: a
-    float32 file against transformers, which is how far apart the two programs are whatever a file holds. ``ldlq``: error
-    feedback, against transformers on what DEQUANT_OUT writes."""
+    ``nearest``: F16 by trace, ``equal``: what it differs in from llama.cpp's convert and llama-quantize --pure, and what its
+    values in Q8_0 would. ``exact``: a float32 file against transformers, which is how far apart the two programs are whatever a
+    file holds. ``ldlq``: error feedback, ``served``: against transformers on what DEQUANT_OUT writes."""
     found: dict[str, Any] = {}
 
     def step(name: str, make: Callable[[], Any]) -> bool:
@@ -331,15 +333,28 @@ def as_gguf(path: Path, out: Path) -> dict[str, Any]:
         fed = sum(pack.types[p.name] == kind and p.name in pack.fed for p in pack.pieces)
         return {"tensors": len(pack.pieces), "fed": fed, "nearest": made.get("uncalibrated", {})}
 
-    def theirs() -> list[str]:
+    def differences() -> list[str]:
         run_converter("convert", path, "--outfile", out / "plain.gguf", "--outtype", "bf16", "--no-mtp")
-        run_tool("llama-quantize", ["--pure", out / "plain.gguf", out / "theirs.gguf", "Q8_0"], out / "llama.log")
-        return same_file(server["nearest"], out / "theirs.gguf")
+        for kind in ("F16", "Q8_0"):
+            run_tool("llama-quantize", ["--pure", out / "plain.gguf", out / f"{kind}.gguf", kind], out / "llama.log")
+        theirs, (pack, _) = GgufFile(out / "Q8_0.gguf"), plan_pack(checkpoint, "q8_0", [], "nearest")
+        lines = same_file(server["nearest"], out / "F16.gguf")
+        lines += [f"{name}: not planned" for name in theirs.tensors.keys() - pack.types.keys()]
+        for piece in pack.pieces:
+            if (kind := theirs.kind(piece.name)) != pack.types[piece.name]:
+                lines.append(f"{piece.name}: {pack.types[piece.name]} instead of {kind}")
+            elif kind == "q8_0":  # llama.cpp's own rounding of our values: ours searches for a better unit
+                value = pack.values(piece.name, piece.shape) if piece.function == "converter" else None
+                value = to_gguf(piece, read_parameter(checkpoint, piece)) if value is None else value
+                own = gguf.quants.quantize(value.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
+                if not np.array_equal(own, theirs.data(piece.name).numpy()):
+                    lines.append(f"{piece.name}: other bytes in Q8_0")
+        return lines
 
     out.mkdir(exist_ok=True)
     if step("traced", lambda: dict(Counter(kind_of(piece) for piece in pieces_of(checkpoint)))):
-        if step("nearest", lambda: packed("nearest", "q8_0", "nearest")):
-            step("equal", theirs)
+        if step("nearest", lambda: packed("nearest", "f16", "nearest")):
+            step("equal", differences)
         if step("float32", lambda: packed("float32", "f32", "nearest")):
             step("exact", lambda: gguf_difference(server["float32"], path))
         if step("ldlq", lambda: packed("ldlq", KIND, "ldlq")):

@@ -188,7 +188,7 @@ def families() -> str:
 def ggufs() -> str:
     """The table of docs/CHECKPOINTS.md on what each family becomes as a GGUF, and the reason of every step that failed."""
     lines = [
-        "| model_type | traced | Q8_0 | error feedback | llama-server generates | against transformers | a float32 file |",
+        "| model_type | traced | F16, Q8_0 | error feedback | llama-server generates | against transformers | a float32 file |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     reasons = []
