@@ -52,6 +52,7 @@ from pack_plan import plan_pack
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, peak_rss_mib, write_result
+from rounders import is_quantized
 from sensitivity import probe
 
 SIZES: dict[str, Any] = dict(
@@ -330,7 +331,7 @@ def as_gguf(path: Path, out: Path) -> dict[str, Any]:
             pack = dataclasses.replace(pack, calibration=None)
         made = write_pack(pack, out / name, dequant_out=out / f"{name}-bf16" if method == "ldlq" else None)
         server[name] = out / name / pack.file_name
-        fed = sum(pack.types[p.name] == kind and p.name in pack.fed for p in pack.pieces)
+        fed = sum(is_quantized(pack.types[p.name]) and p.name in pack.fed for p in pack.pieces)
         return {"tensors": len(pack.pieces), "fed": fed, "nearest": made.get("uncalibrated", {})}
 
     def differences() -> list[str]:
