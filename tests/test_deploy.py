@@ -30,6 +30,7 @@ from deploy import (
     place,
     this_machine,
 )
+from families import text_config
 from gguf_format import GgufFile, GgufWriter, run_converter, split_header
 from llamacpp_eval8 import LlamaServer
 from size_model import SHAPES, config_of, state_bytes
@@ -58,7 +59,7 @@ def large(tmp_path_factory):
 
 
 def test_memory_of_the_122b_is_that_of_its_config(large):
-    token, state = state_bytes(config_of(SHAPES["122b"]))
+    token, state = state_bytes(text_config(config_of(SHAPES["122b"])))
     assert (sum(large.keys), sum(large.state)) == (token, state) and len(large.dense) == 48 and not large.tied
     assert sum(large.experts) / GIB == pytest.approx(41.34, abs=0.01)  # docs/MOE_PIPELINE.md
     rest = sum(large.dense) + large.rest + large.embedding
