@@ -231,7 +231,7 @@ def test_a_server_that_hides_special_tokens(bf16_gguf, tmp_path, prompts, greedy
         bf16_gguf, tmp_path / "hidden.gguf", "tokenizer.ggml.token_type", lambda parts: parts[thought].fill(3)
     )  # fmt: skip
     start = LlamaServer._start
-    monkeypatch.setattr(LlamaServer, "_start", lambda self: (self.arguments.remove("--special"), start(self)))
+    monkeypatch.setattr(LlamaServer, "_start", lambda self: (self.command.remove("--special"), start(self)))
     with LlamaServer(hidden, 2048, 2, ["--repeat-penalty", "1.5", "--top-k", "1", "--mirostat", "2", "--temp", "3"]) as server:
         openai = OpenAIBackend(server.client.base_url + "/v1", "m", MODEL, 2048, key=server.key)
         got = in_order(openai, prompts[:4], Sampling(max_tokens=512))

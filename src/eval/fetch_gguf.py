@@ -1,4 +1,4 @@
-"""Download a GGUF from the Hugging Face hub, resumable and checked, and say how to serve it.
+"""Download a GGUF from the Hugging Face hub, resumable and checked, in all its parts.
 
     python src/eval/fetch_gguf.py General-Instinct/InstinctRazor-Qwen3.5-122B-A10B-GGUF [FILE.gguf] [--out models]
 
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import filelock
 
 from console import UserError, atomic_path, file_sha256, progress, run_cli, writing
-from gguf_format import SHARD, gguf_files, open_gguf
+from gguf_format import is_first, part_names
 
 # huggingface_hub 2 resumes no download that was killed (its temporary file is removed), hence pieces of our own.
 PIECE_BYTES = 1 << 30  # bytes of one request: a hub's links expire, and its servers end an answer at 50 GB
@@ -87,7 +87,7 @@ def choose(repository: str, revision: str, wanted: str | None) -> list[str]:
     """The files to fetch: ``wanted`` and the other parts of its model, or the only model that is there."""
     found = repository_files(repository, revision)
     models = [name for name in found if "mmproj" not in Path(name).name]
-    firsts = [name for name in models if not (part := SHARD.match(name)) or part[2] == "00001"]
+    firsts = [name for name in models if is_first(name)]
     if wanted is None:
         if len(firsts) != 1:
             listed = "\n  ".join(firsts) or "none"
@@ -95,12 +95,7 @@ def choose(repository: str, revision: str, wanted: str | None) -> list[str]:
         wanted = firsts[0]
     if wanted not in found:
         raise UserError(f"{repository}: has no {wanted}; it has {', '.join(found) or 'no .gguf file'}")
-    part = SHARD.match(wanted)
-    if not part:
-        return [wanted]
-    if part[2] != "00001":
-        raise UserError(f"{wanted}: part {int(part[2])} of a split model; give the first, {part[1]}-00001-of-{part[3]}.gguf")
-    names = [f"{part[1]}-{number:05d}-of-{part[3]}.gguf" for number in range(1, int(part[3]) + 1)]
+    names = part_names(wanted)
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{repository}: the split model lacks {', '.join(missing)}")
     return names
@@ -279,24 +274,6 @@ def _fetch(remote: Remote, directory: Path) -> Path:
     return file
 
 
-def deploy_text(file: Path) -> str:
-    """How to serve the file, and what it needs."""
-    readers = [open_gguf(part) for part in gguf_files(file)]
-    sizes = {str(tensor.name): int(tensor.n_bytes) for reader in readers for tensor in reader.tensors}
-    experts = sum(size for name, size in sizes.items() if "_exps." in name)
-    total = sum(sizes.values())
-    server = '"$(bash pipelines/llama_cpp.sh | tail -n 1)/llama-server"'
-    lines = [f"serve ({total / 2**30:.2f} GiB of weights on the card, the context's state on top):"]
-    lines.append(f"  {server} --model {file} --n-gpu-layers 99 --flash-attn on --ubatch-size 2048")
-    if experts:
-        rest = (total - experts) / 2**30
-        lines.append(f"serve with the experts in the machine's memory ({experts / 2**30:.2f} GiB; {rest:.2f} GiB on the card):")
-        lines.append(f"  {server} --model {file} --n-gpu-layers 99 --n-cpu-moe 999")
-    lines.append("evaluate (DIR: the original's directory, for its tokenizer):")
-    lines.append(f"  bash pipelines/eval.sh --model {file} --tokenizer DIR --tag TAG")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("repository", help="OWNER/NAME on the hub")
@@ -316,7 +293,9 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     check_disk([remote for remote in remotes if not (args.out / Path(remote.name).name).exists()], args.out)
     files = [fetch(remote, args.out) for remote in remotes]
-    print(deploy_text(files[0]), flush=True)
+    print(f"serve it:  bash pipelines/deploy.sh --model {files[0]} --serve")
+    print("evaluate it (DIR: the original's directory, for its tokenizer):")
+    print(f"  bash pipelines/eval.sh --model {files[0]} --tokenizer DIR --tag TAG", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -30,8 +29,9 @@ import torch
 
 from backend_openai import in_parallel
 from console import UserError, numbers, progress, run_cli
-from gguf_format import architecture_value, describe_gguf, gguf_files, open_gguf
-from llama_cpp import tool
+from devices import nvidia_smi
+from gguf_format import architecture_value, describe_gguf, gguf_files, open_parts
+from llama_cpp import sees_gpu, tool
 from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
 from records import add_record_arguments, check_record_arguments, peak_rss_mib, write_result
 from size_model import copy_rate
@@ -44,7 +44,7 @@ SETTINGS = ("n_prompt", "n_gen", "n_ubatch", "n_threads", "flash_attn", "n_gpu_l
 def active_bytes(path: Path) -> dict[str, int]:
     """Bytes of the weights that decoding one token reads: {total, experts, other}; of each stack of experts the share that
     a token is routed to, of the embedding one row unless it is also the output matrix."""
-    readers = [open_gguf(file) for file in gguf_files(path)]
+    readers = list(open_parts(path).values())
     count, used = (int(architecture_value(readers[0], key, 0)) for key in ("expert_count", "expert_used_count"))
     tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     experts = other = 0
@@ -58,18 +58,9 @@ def active_bytes(path: Path) -> dict[str, int]:
     return {"total": experts + other, "experts": experts, "other": other}
 
 
-def has_gpu() -> bool:
-    """Whether llama.cpp, as it was built, sees a GPU."""
-    listed = subprocess.run([tool("llama-bench"), "--list-devices"], capture_output=True, text=True, check=True)
-    return "(none)" not in listed.stdout and ":" in listed.stdout.split("devices:", 1)[-1]
-
-
 def vram_mib() -> int:
     """Memory in use on all GPUs that this process may use together."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    if re.fullmatch(r"\d+(,\d+)*", chosen := os.environ.get("CUDA_VISIBLE_DEVICES", "")):
-        query += ["-i", chosen]
-    return sum(int(line) for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split())
+    return sum(int(used) for (used,) in nvidia_smi("memory.used"))
 
 
 @contextmanager
@@ -204,7 +195,7 @@ def main() -> None:
     check_record_arguments(args)
     if min(args.generate, args.repetitions) < 1:
         raise UserError("--generate and --repetitions must be at least 1")
-    started, gpu = time.time(), has_gpu()
+    started, gpu = time.time(), sees_gpu()
     size = sum(file.stat().st_size for file in gguf_files(args.gguf))
     described, active = describe_gguf(args.gguf, digest=size < LARGE), active_bytes(args.gguf)
     rate = copy_rate(torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"), 1 << (31 if gpu else 28))

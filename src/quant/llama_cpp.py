@@ -111,6 +111,12 @@ def at_hand(name: str) -> Path | None:
     return tool(name)
 
 
+def sees_gpu() -> bool:
+    """Whether llama.cpp, as it was built, sees a GPU."""
+    listed = subprocess.run([tool("llama-bench"), "--list-devices"], capture_output=True, text=True, check=True)
+    return "(none)" not in listed.stdout and ":" in listed.stdout.split("devices:", 1)[-1]
+
+
 @functools.cache
 def source() -> Path:
     """The directory of convert_hf_to_gguf.py; fetches the pinned source where there is none beside $LLAMA_CPP."""
