@@ -226,6 +226,11 @@ def decoder_layer(
     return x + out.view_as(x), balance, load
 
 
+def text_positions(length: int, device: torch.device) -> torch.Tensor:
+    """[3, 1, T]: of text, the same along time, height and width; transformers before 5.19 asks for all three."""
+    return torch.arange(length, device=device).expand(3, 1, -1)
+
+
 def train_forward(
     model: Qwen3_5MoeForCausalLM, ids: torch.Tensor, dtype: torch.dtype, layer_fn: Callable = decoder_layer
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -234,7 +239,7 @@ def train_forward(
     ``layer_fn``: :func:`decoder_layer` or its compiled form.
     """
     x = F.embedding(ids, model.model.embed_tokens.weight).to(dtype)
-    cos, sin = (table[0] for table in model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None]))
+    cos, sin = (table[0] for table in model.model.rotary_emb(x, text_positions(ids.shape[1], ids.device)))
     return through_layers(model.model, model.config, x, cos, sin, layer_fn)
 
 
@@ -246,7 +251,7 @@ def draft_forward(
     all batches have one shape. Each drafted token has read the tokens before it, as where all drafts were right. ``lead``: the
     row that llama.cpp puts before the others (mtp.py)."""
     width, config = hidden.shape[1], block.config
-    cos, sin = (table[0] for table in block.rotary_emb(hidden, torch.arange(width, device=ids.device)[None]))
+    cos, sin = (table[0] for table in block.rotary_emb(hidden, text_positions(width, ids.device)))
     for depth in range(depths):
         first = lead and not depth
         tokens = (ids if first else ids.roll(-1 - depth, 1))[:, :width]
