@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import filelock
 
 from console import UserError, atomic_path, file_sha256, progress, run_cli, writing
-from gguf_format import SHARD, gguf_files, open_gguf
+from gguf_format import gguf_files, is_first, open_gguf, part_names
 
 # huggingface_hub 2 resumes no download that was killed (its temporary file is removed), hence pieces of our own.
 PIECE_BYTES = 1 << 30  # bytes of one request: a hub's links expire, and its servers end an answer at 50 GB
@@ -87,7 +87,7 @@ def choose(repository: str, revision: str, wanted: str | None) -> list[str]:
     """The files to fetch: ``wanted`` and the other parts of its model, or the only model that is there."""
     found = repository_files(repository, revision)
     models = [name for name in found if "mmproj" not in Path(name).name]
-    firsts = [name for name in models if not (part := SHARD.match(name)) or part[2] == "00001"]
+    firsts = [name for name in models if is_first(name)]
     if wanted is None:
         if len(firsts) != 1:
             listed = "\n  ".join(firsts) or "none"
@@ -95,12 +95,7 @@ def choose(repository: str, revision: str, wanted: str | None) -> list[str]:
         wanted = firsts[0]
     if wanted not in found:
         raise UserError(f"{repository}: has no {wanted}; it has {', '.join(found) or 'no .gguf file'}")
-    part = SHARD.match(wanted)
-    if not part:
-        return [wanted]
-    if part[2] != "00001":
-        raise UserError(f"{wanted}: part {int(part[2])} of a split model; give the first, {part[1]}-00001-of-{part[3]}.gguf")
-    names = [f"{part[1]}-{number:05d}-of-{part[3]}.gguf" for number in range(1, int(part[3]) + 1)]
+    names = part_names(wanted)
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{repository}: the split model lacks {', '.join(missing)}")
     return names

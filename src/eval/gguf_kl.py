@@ -185,13 +185,16 @@ def server_logprobs(server: LlamaServer, chunk: np.ndarray, vocabulary: int) -> 
     return table
 
 
-def with_parsed_control_tokens(model: Path, out: Path) -> dict[str, str]:
-    """Copy a GGUF with its control tokens as user-defined ones, which llama.cpp finds in any text; return their new names.
+def with_parsed_control_tokens(model: Path, folder: Path) -> tuple[Path, dict[str, str]]:
+    """Copy a GGUF, all of its parts, with its control tokens as user-defined ones, which llama.cpp finds in any text; return
+    (the copy, their new names).
 
     They get names in the other case, as <|IM_END|>: llama.cpp takes <|im_end|> and its like for control tokens in any case.
     """
-    shutil.copyfile(model, out)
-    reader = GGUFReader(out, "r+")
+    folder.mkdir()
+    for file in gguf_files(model):
+        shutil.copyfile(file, folder / file.name)
+    reader = GGUFReader(folder / model.name, "r+")
     types, texts = (reader.get_field(f"tokenizer.ggml.{name}") for name in ("token_type", "tokens"))
     names = {}
     for type_index, text_index in zip(types.data, texts.data, strict=True):
@@ -200,7 +203,7 @@ def with_parsed_control_tokens(model: Path, out: Path) -> dict[str, str]:
             types.parts[type_index][0] = TokenType.USER_DEFINED
             texts.parts[text_index][:] = np.frombuffer(name.swapcase(), dtype=np.uint8)
             names[name.decode("utf-8")] = name.swapcase().decode("utf-8")
-    return names
+    return folder / model.name, names
 
 
 def ours(reference: Iterable[torch.Tensor], model: Iterable[torch.Tensor]) -> dict[str, Any]:
@@ -232,7 +235,7 @@ def chunked(ids: Sequence[int], context: int, limit: int) -> np.ndarray:
 
 
 def small(args: argparse.Namespace, model: Path) -> bool:
-    return sum(file.stat().st_size for file in gguf_files(model)) <= args.copy_gib * 2**30 and len(gguf_files(model)) == 1
+    return sum(file.stat().st_size for file in gguf_files(model)) <= args.copy_gib * 2**30
 
 
 def text_of(args: argparse.Namespace, tokenizer: Path | None) -> tuple[str, dict[str, Any]]:
@@ -249,8 +252,7 @@ def text_of(args: argparse.Namespace, tokenizer: Path | None) -> tuple[str, dict
 def own_logprobs(args: argparse.Namespace, model: Path, text: str, work: Path, name: str) -> LogProbs:
     """What llama.cpp predicts for the text, special tokens included where the file is small enough to copy."""
     if small(args, model):
-        names = with_parsed_control_tokens(model, work / f"{name}.gguf")
-        model = work / f"{name}.gguf"
+        model, names = with_parsed_control_tokens(model, work / f"{name}.gguf")
         for old, new in names.items():
             text = text.replace(old, new)
     else:

@@ -30,7 +30,7 @@ import torch
 
 from backend_openai import in_parallel
 from console import UserError, numbers, progress, run_cli
-from gguf_format import architecture_value, describe_gguf, gguf_files, open_gguf
+from gguf_format import architecture_value, describe_gguf, gguf_files, open_parts
 from llama_cpp import tool
 from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
 from records import add_record_arguments, check_record_arguments, peak_rss_mib, write_result
@@ -44,7 +44,7 @@ SETTINGS = ("n_prompt", "n_gen", "n_ubatch", "n_threads", "flash_attn", "n_gpu_l
 def active_bytes(path: Path) -> dict[str, int]:
     """Bytes of the weights that decoding one token reads: {total, experts, other}; of each stack of experts the share that
     a token is routed to, of the embedding one row unless it is also the output matrix."""
-    readers = [open_gguf(file) for file in gguf_files(path)]
+    readers = list(open_parts(path).values())
     count, used = (int(architecture_value(readers[0], key, 0)) for key in ("expert_count", "expert_used_count"))
     tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
     experts = other = 0

@@ -30,13 +30,18 @@ from safetensors_file import CheckpointWriter
 LOSSLESS = ("f32", "bf16")  # what is stored so is as the checkpoint has it
 
 
+def sides(shape: tuple[int, ...]) -> list[int]:
+    """A shape without the ones in front, which ggml does not keep: llama.cpp's own tools write [1, I] as [I]."""
+    return [side for place, side in enumerate(shape) if side != 1 or any(other != 1 for other in shape[:place])]
+
+
 def check_match(file: GgufFile, checkpoint: Checkpoint, pieces: list[Piece]) -> None:
     """Raise :class:`UserError` unless the file is one of this model."""
     expected = FAMILIES[family_of(checkpoint.config["model_type"])].ggml
     if file.architecture() != expected:
         raise UserError(f"{file.path}: architecture {file.architecture()}, but {checkpoint.path} is {expected}")
     for piece in pieces:
-        if piece.name not in file.tensors or file.shape(piece.name) != piece.shape:
+        if piece.name not in file.tensors or sides(file.shape(piece.name)) != sides(piece.shape):
             found = list(file.shape(piece.name)) if piece.name in file.tensors else "absent"
             raise UserError(f"{file.path}: {piece.name} is {found}, {checkpoint.path} needs {list(piece.shape)}")
 
@@ -72,7 +77,7 @@ def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_by
     by_parameter = {name: ps for name, ps in by_parameter.items() if any(file.kind(p.name) not in LOSSLESS for p in ps)}
     check_output(checkpoint.path, out, force, checkpoint.bytes, DECODED_MARK)
     head = path.open("rb").read(1 << 20)
-    made_from = {"file": path.name, "bytes": path.stat().st_size, "head_sha256": hashlib.sha256(head).hexdigest()}
+    made_from = {"file": path.name, "bytes": file.bytes, "head_sha256": hashlib.sha256(head).hexdigest()}
     mark = {"gguf": made_from, "config_sha256": checkpoint.config_sha256, "header_sha256": header_sha256(checkpoint)}
     job = {"gguf": source_identity(path), "source": checkpoint.identity}
     plan = [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()]

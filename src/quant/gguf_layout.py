@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import torch
@@ -357,15 +357,53 @@ def chosen_type(name: str, base: str, patterns: Patterns) -> str:
     return next((kind for pattern, kind in patterns if re.search(pattern, name)), base)
 
 
-def types_of(shapes: Mapping[str, Sequence[int]], base: str, patterns: Patterns) -> tuple[dict[str, str], list[str]]:
-    """(type of every tensor, what had to be substituted, as lines to print)."""
-    types, notes = {}, []
+class Fallback(NamedTuple):
+    """A tensor whose rows do not fit the ``asked`` type, and the one that it gets."""
+
+    name: str
+    shape: tuple[int, ...]
+    asked: str
+    used: str
+
+    @property
+    def more_bytes(self) -> int:
+        """Bytes beside those that the asked type's bits would take."""
+        return round(math.prod(self.shape) * (TYPES[self.used].bits - TYPES[self.asked].bits) / 8)
+
+
+def types_of(shapes: Mapping[str, Sequence[int]], base: str, patterns: Patterns) -> tuple[dict[str, str], list[Fallback]]:
+    """(type of every tensor, those that do not get the type that is asked for)."""
+    types, fallbacks = {}, []
     for name, shape in shapes.items():
         wanted = "f32" if keeps_float32(name, shape) else chosen_type(name, base, patterns)
         types[name] = fallback(wanted, shape[-1])
         if types[name] != wanted:
-            notes.append(f"{name}: rows of {shape[-1]} do not fit {wanted}, written as {types[name]}")
-    return types, notes
+            fallbacks.append(Fallback(name, tuple(shape), wanted, types[name]))
+    return types, fallbacks
+
+
+def fallback_notes(fallbacks: Sequence[Fallback]) -> list[str]:
+    """A line for each kind of tensor that gets another type than is asked for."""
+    groups: dict[tuple[str, int, str, str], list[Fallback]] = {}
+    for one in fallbacks:
+        kind = re.sub(r"\.\d+\.", ".*.", one.name)
+        groups.setdefault((kind, one.shape[-1], one.asked, one.used), []).append(one)
+    return [
+        f"{kind}: {len(group)} of rows of {inputs}, no multiple of the {TYPES[asked].block} of {asked}: {used}, "
+        f"{sum(one.more_bytes for one in group) / 1e6:+,.2f} MB"
+        for (kind, inputs, asked, used), group in groups.items()
+    ]
+
+
+def check_strict(fallbacks: Sequence[Fallback]) -> None:
+    """Raise :class:`UserError` if there is one."""
+    for name, shape, asked, used in fallbacks[:1]:
+        rest = f" ({len(fallbacks)} tensors in all)" if len(fallbacks) > 1 else ""
+        pattern = re.escape(re.sub(r"^blk\.\d+\.", "", name))
+        raise UserError(
+            f"STRICT: {name} has rows of {shape[-1]}, no multiple of the {TYPES[asked].block} of {asked}{rest}; name its type "
+            f"in TENSOR_TYPES ({pattern}={used}), or leave STRICT out"
+        )
 
 
 def exact_patterns(types: Mapping[str, str]) -> str:

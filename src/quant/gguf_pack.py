@@ -9,8 +9,9 @@
 Types: the first pattern of --tensor-types that matches a tensor's name, else --base-type; --target-gib measures and chooses
 them. Methods: ldlq (error feedback over the second moments of the inputs) and nearest (their diagonal as importance, or
 --imatrix FILE without any calibration). --blocks takes the experts as merge_adapter packed them, byte for byte, and rounds the
-rest to nearest without calibration. --reference makes the file by llama.cpp's own tools. OUT holds NAME-TYPE.gguf, recipe.json
-and, for a model with a vision tower, NAME-mmproj-f16.gguf. It appears when it is complete; after `kill -9` the same command
+rest to nearest without calibration. --reference makes the file by llama.cpp's own tools. OUT holds NAME-TYPE.gguf (with
+--split-gib N files NAME-TYPE-00001-of-0000N.gguf, of which every reader takes the first), recipe.json and, for a model with a
+vision tower, NAME-mmproj-f16.gguf. It appears when it is complete; after `kill -9` the same command
 goes on where it stopped and ends with the same bytes.
 """
 
@@ -28,7 +29,7 @@ from calibrated_pass import CalibratedPass
 from calibration import Calibration, LayerStream
 from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint, different_file, model_name
-from console import UserError, explained, file_sha256, files_sha256, progress, read_json, run_cli, write_json, writing
+from console import UserError, explained, files_sha256, progress, read_json, run_cli, write_json, writing
 from gguf_dequant import dequantize
 from gguf_format import GgufFile, GgufWriter, bos_of, read_imatrix, run_converter
 from gguf_layout import Patterns, check_header, file_name, read_patterns
@@ -188,11 +189,17 @@ class PackSettings:
     protected: Path | None = setting(None, "file of what `TARGET_GIB` does not choose")
     dequant_out: Path | None = setting(None, "a directory: also write what the file holds as a BF16 checkpoint")
     reference: bool = setting(False, "1: by llama.cpp's own converter, imatrix and llama-quantize")
+    split_gib: float = setting(0.0, "above 0: files NAME-00001-of-0000N.gguf of at most so much (as llama-gguf-split)")
+    strict: bool = setting(False, "1: refuse where a tensor's rows do not fit the type that is asked for it")
     record: RecordSettings = part(RecordSettings)
 
     def __post_init__(self) -> None:
         if not 0 <= self.target_gib < float("inf"):
             raise UserError(f"TARGET_GIB={self.target_gib}: must be above 0 (or 0 for the types of the recipe)")
+        if not 0 <= self.split_gib < float("inf"):
+            raise UserError(f"SPLIT_GIB={self.split_gib}: must be above 0 (or 0 for one file)")
+        if self.reference and self.split_gib:
+            raise UserError("SPLIT_GIB with REFERENCE=1: llama.cpp's own llama-gguf-split splits the reference's file")
         if self.reference and self.dequant_out:
             raise UserError("DEQUANT_OUT with REFERENCE=1: run src/quant/gguf_dequant.py on the reference's file")
 
@@ -244,7 +251,8 @@ def prepare(settings: PackSettings, dry_run: bool) -> tuple[Pack, list[str]]:
     importance = read_imatrix(settings.imatrix)[0] if settings.imatrix else None
     blocks = Blocks(settings.blocks) if settings.blocks else None
     method = "nearest" if settings.reference else method
-    pack, notes = plan_pack(checkpoint, types.base, types.patterns(), method, None, importance, blocks)
+    pack, notes = plan_pack(checkpoint, types.base, types.patterns(), method, None, importance, blocks, settings.strict)
+    pack = dataclasses.replace(pack, split=round(settings.split_gib * 2**30))
     if not (pack.is_calibrated or settings.reference):
         return pack, notes
     calibration, moments = settings.calibration(method, dry_run), settings.rounding.moments
@@ -270,6 +278,8 @@ def write_pack(
     print(quantized_note(checkpoint.path), end="")
     print(f"{checkpoint.path} -> {out / pack.file_name}{' (resumed)' if resumed else ''}")
     print(f"method {dry_run or pack.method}, base type {pack.base}\n{table(report(pack, pack.data_bytes))}")
+    if pack.split:
+        print(f"split: {pack.split_text()}")
     if pack.calibration:
         print("calibration: {:,} sequences of {:,} tokens".format(*pack.calibration.ids.shape))
     print(f"disk {needed / 1e9:.2f} GB; memory at most about {memory_bytes(pack) / 2**30:.1f} GiB", flush=True)
@@ -290,23 +300,24 @@ def write_pack(
             work = CalibratedPass(stream, pack.calibration, rounder, partial, pack.weights_file)
         with (
             progress(sum(size for _, size in plan), "pack", "B", True) as bar,
-            GgufWriter(path, header, plan, partial / RUN / STATE) as writer,
+            GgufWriter(path, pack.parts(header), plan, partial / RUN / STATE) as writer,
         ):
             sink = GgufSink(pack, writer, bar)
             if work:
                 facts = work.run(sink) | {"relative_output_error": sink.relative_errors()}
             else:
                 sink.write_data_free()
-        made = report(pack, path.stat().st_size) | {"file": pack.file_name, "calibration": facts}
-        with progress(path.stat().st_size, "sha256", "B", True) as bar:
-            made["sha256"] = file_sha256(path, bar.update)
+        path, files = writer.files[0], writer.files
+        made = report(pack, sum(file.stat().st_size for file in files)) | {"file": path.name, "calibration": facts}
+        made |= {"parts": {file.name: file.stat().st_size for file in files}} if pack.split else {}
+        made["sha256"] = files_sha256(files)
         made["mmproj"] = write_mmproj(checkpoint, partial)
         check_loads(path)
         source = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256}
         recipe = {"recipe": pack.recipe(), "source": source, "calibration": settings["calibration"]}
         write_json(partial / RECIPE_FILE, recipe | {"report": made})
     if dequant_out:
-        dequantize(out / pack.file_name, checkpoint.path, dequant_out, force)
+        dequantize(out / made["file"], checkpoint.path, dequant_out, force)
     return made
 
 
@@ -337,7 +348,7 @@ def main() -> None:
             result, kind="pack", tag=settings.record.tag, started=started, model=source, recipe=recipe,
             data=[pack.calibration.record] if pack.calibration else [], metrics=made,
         )  # fmt: skip
-    print(f"{table(made)}\nwrote {settings.out / pack.file_name} in {time.time() - started:.1f} s", flush=True)
+    print(f"{table(made)}\nwrote {settings.out / made['file']} in {time.time() - started:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

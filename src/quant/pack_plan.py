@@ -25,13 +25,26 @@ from console import UserError, explained, file_sha256
 from families import Role, roles_of
 from ggml_codecs import CastCodec, decode_rows, encode
 from ggml_types import TYPES, row_bytes
-from gguf_format import Entry, GgufFile, GgufWriter, make_header, padded, run_converter, tensor_bytes
+from gguf_format import (
+    Entry,
+    GgufFile,
+    GgufWriter,
+    Part,
+    make_header,
+    padded,
+    run_converter,
+    split_groups,
+    split_header,
+    tensor_bytes,
+)
 from gguf_layout import (
     NEED_IMPORTANCE,
     Patterns,
     Piece,
     check_header,
+    check_strict,
     extra_keys,
+    fallback_notes,
     file_type,
     pieces_of,
     read_parameter,
@@ -119,6 +132,7 @@ class Pack:
     blocks: Blocks | None = None
     damping: float = DAMPING
     weights_file: Path | None = None
+    split: int = 0  # bytes of tensors that a file holds at most; 0: all in one
 
     @property
     def file_name(self) -> str:
@@ -152,9 +166,25 @@ class Pack:
         for name, entry in sorted((self.importance or {}).items()):
             digest.update(name.encode() + entry.sums.tobytes() + entry.counts.tobytes())
         source = self.checkpoint.identity
-        made = {"name": model_name(self.checkpoint.path), "recipe": self.recipe(), "source": source}
+        made: dict[str, Any] = {"name": model_name(self.checkpoint.path), "recipe": self.recipe(), "source": source}
         made |= {"calibration": calibration, "importance": digest.hexdigest()}
+        if self.split:
+            made["split"] = self.split
         return made | ({"blocks": self.blocks.sha256} if self.blocks else {})
+
+    @property
+    def tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
+        return [(piece.name, piece.shape, self.types[piece.name]) for piece in self.pieces]
+
+    def parts(self, header: bytes) -> bytes | list[Part]:
+        """What :class:`GgufWriter` writes behind: the header of the one file, or those of all parts."""
+        return split_header(header, self.tensors, self.split) if self.split else header
+
+    def split_text(self) -> str:
+        """How many files there will be; :class:`UserError` where they cannot be so small."""
+        sizes = [padded(self.bytes_of(piece)) for piece in self.pieces]
+        groups = [sum(sizes[index] for index in group) for group in split_groups(self.tensors, self.split)]
+        return f"{len(groups)} files, the largest of {max(groups) / 2**30:.3f} GiB"
 
     def data(self, piece: Piece, device: torch.device) -> Tensor:
         """The bytes of a piece without calibration: those that are packed already, or its values encoded on the device."""
@@ -171,10 +201,9 @@ class Pack:
         """The file's header; a resumed run takes the one it began with."""
         kept = run / "header.kept"
         if not kept.exists():
-            tensors = [(p.name, p.shape, self.types[p.name]) for p in self.pieces]
             keys, ends = extra_keys(self.checkpoint), generation_ends(self.checkpoint.path)
             header, empty = (
-                make_header(self.checkpoint.path, tensors, file_type(self.named_type), run, True, keys, ends),
+                make_header(self.checkpoint.path, self.tensors, file_type(self.named_type), run, True, keys, ends),
                 run / "empty",
             )
             empty.write_bytes(header)
@@ -194,8 +223,9 @@ class Pack:
 def plan_pack(
     checkpoint: Checkpoint, base: str, patterns: Sequence[tuple[str, str]], method: str,
     calibration: Calibration | None = None, importance: Mapping[str, Entry] | None = None, blocks: Blocks | None = None,
+    strict: bool = False,
 ) -> tuple[Pack, list[str]]:  # fmt: skip
-    """(the pack, notes on substituted types); raises :class:`UserError` on whatever cannot be done."""
+    """(the pack, notes on substituted types, which ``strict`` refuses); :class:`UserError` on whatever cannot be done."""
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
     if importance is not None and method != "nearest":
@@ -203,7 +233,10 @@ def plan_pack(
     if checkpoint.config.get("quantization_config"):
         raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
     pieces = pieces_of(checkpoint)
-    types, notes = types_of({piece.name: piece.shape for piece in pieces}, base, patterns)
+    types, fallbacks = types_of({piece.name: piece.shape for piece in pieces}, base, patterns)
+    if strict:
+        check_strict(fallbacks)
+    notes = fallback_notes(fallbacks)
     if blocks is not None:
         if method != "nearest" or importance is not None:
             raise UserError("--blocks holds rounded weights; the rest goes to nearest: --method nearest and no --imatrix")
