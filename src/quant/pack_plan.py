@@ -260,7 +260,7 @@ def plan_pack(
     if checkpoint.config.get("quantization_config"):
         raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
     pieces = pieces_of(checkpoint, mtp)
-    types, fallbacks = types_of({piece.name: piece.shape for piece in pieces}, base, patterns)
+    types, fallbacks = types_of({piece.name: piece.shape for piece in pieces if not piece.kept}, base, patterns)
     if strict:
         check_strict(fallbacks)
     types |= {piece.name: piece.kept for piece in pieces if piece.kept}
