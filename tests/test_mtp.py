@@ -1,0 +1,137 @@
+"""Multi-token prediction: the block against llama.cpp's graph and a plain formula, its names, and what is refused."""
+
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoint import Checkpoint
+from console import UserError
+from gguf_format import run_converter
+from hf_model import load_weights, model_config
+from llamacpp_eval8 import LlamaServer
+from mtp import MtpBlock, load_mtp
+from size_model import SHAPES, mtp_plan
+from synthetic_moe import fill_all, prepare
+from tiny_model import decoder_layer, rms_norm
+
+MODEL = Path(__file__).resolve().parent.parent / "models" / "razor-tiny"
+CPU = torch.device("cpu")
+
+
+def write_shards(directory, tensors, trunk=MODEL):
+    """``trunk`` and a shard with other tensors, as one checkpoint; the trunk's files are links."""
+    directory.mkdir()
+    for file in trunk.glob("*.json*"):
+        shutil.copy(file, directory)
+    config = json.loads((trunk / "config.json").read_text()) | {"mtp_num_hidden_layers": 1}
+    (directory / "config.json").write_text(json.dumps(config))
+    first, second = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
+    (directory / first).symlink_to(trunk / "model.safetensors")
+    save_file(tensors, directory / second)
+    index = dict.fromkeys(Checkpoint(trunk).tensors, first) | dict.fromkeys(tensors, second)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return directory
+
+
+def drawn():
+    """The weights of an untrained block that fits razor-tiny, by name."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: value.shape for name, value in MtpBlock(model_config(MODEL), torch.bfloat16).own().items()}
+    scales = {name: 0.3 if len(shape) == 1 else 1.5 * shape[-1] ** -0.5 for name, shape in shapes.items()}
+    return {name: (torch.randn(shape, generator=generator) * scales[name]).bfloat16() for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return Checkpoint(write_shards(tmp_path_factory.mktemp("mtp") / "m", drawn()))
+
+
+@pytest.fixture(scope="module")
+def trunk():
+    from transformers import AutoModelForCausalLM
+
+    return load_weights(AutoModelForCausalLM, MODEL, torch.float32)
+
+
+@torch.no_grad()
+def test_the_block_is_what_llama_cpp_drafts_with(checkpoint, trunk, tmp_path):
+    """Every drafted token's three best, and their probabilities among the best ten."""
+    if not os.environ.get("LLAMA_CPP"):
+        pytest.skip("LLAMA_CPP is not set: the folder of llama.cpp's programs (bash pipelines/test.sh sets it)")
+    run_converter("convert", checkpoint.path, "--outfile", tmp_path / "m.gguf", "--outtype", "f32")
+    prompt, kinds = list(range(40, 64)), [f"--cache-type-{at}" for at in ("k", "v", "k-draft", "v-draft")]
+    arguments = ["--spec-type", "draft-mtp", "--spec-draft-n-max", "1", "--no-spec-draft-backend-sampling", "--verbosity", "5"]
+    arguments += ["--flash-attn", "off", *(word for kind in kinds for word in (kind, "f32"))]
+    with LlamaServer(tmp_path / "m.gguf", 256, slots=1, arguments=arguments) as server:
+        asked = {"prompt": prompt, "n_predict": 16, "temperature": 0, "return_tokens": True, "ignore_eos": True}
+        tokens = server.client.call("/completion", asked)["tokens"]
+        for _ in range(50):
+            found = re.findall(r"draft candidate +\d, pos +0: +(\d+) \( *([\d.]+)\)", server.tail(1 << 24))
+            if len(found) >= 3 * 13:
+                break
+            time.sleep(0.1)  # its log is written behind
+    ids = torch.tensor([prompt + tokens])
+    logits = load_mtp(checkpoint, CPU, torch.float32)(ids, trunk.model(ids).last_hidden_state, lead=True)[0]
+    best = logits[len(prompt) - 1 :].topk(10)
+    assert len(found) >= 3 * 13 and len(tokens) == 16
+    for place in range(13):
+        own, theirs = best.values[place].softmax(-1), found[3 * place : 3 * place + 3]
+        assert [int(token) for token, _ in theirs] == best.indices[place, :3].tolist()
+        assert [float(share) for _, share in theirs] == pytest.approx(own[:3].tolist(), abs=2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lead", [False, True])
+def test_the_block_is_its_formula(checkpoint, trunk, lead):
+    block = load_mtp(checkpoint, CPU, torch.float32)
+    ids = torch.randint(0, 800, (2, 16), generator=torch.Generator().manual_seed(1))
+    hidden = trunk.model(ids).last_hidden_state
+    pairs = [(ids[:, t + 1], hidden[:, t]) for t in range(15)]
+    pairs = [(ids[:, 0], torch.zeros_like(hidden[:, 0])), *pairs] if lead else pairs
+    weights = {name: value.float() for name, value in drawn().items()}
+
+    def normed(x, name):
+        return rms_norm(x, 1 + weights[f"mtp.{name}.weight"], 1e-6)
+
+    table = trunk.model.embed_tokens.weight
+    halves = [[normed(table[token], "pre_fc_norm_embedding"), normed(state, "pre_fc_norm_hidden")] for token, state in pairs]
+    rows = torch.stack([torch.cat(half, -1) @ weights["mtp.fc.weight"].T for half in halves], 1)
+    cos, sin = (part[0] for part in trunk.model.rotary_emb(rows, torch.arange(len(pairs))[None]))
+    out, _, _ = decoder_layer(block.layers[0], rows, cos, sin, 1e-6, 2)
+    expected = normed(out, "norm")[:, int(lead) :] @ trunk.lm_head.weight.T
+    torch.testing.assert_close(block(ids, hidden, lead), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("generation", ["3.5", "3.6"])
+def test_the_names_are_the_published_ones(generation, tmp_path):
+    prepare(tmp_path / "m", SHAPES["tiny"], 0, published=generation)
+    fill_all(tmp_path / "m")
+    found = Checkpoint(tmp_path / "m")
+    block = load_mtp(found, CPU, torch.bfloat16)
+    own = block.own()
+    assert {name: tuple(value.shape) for name, value in own.items()} == {n: s for n, _, s in mtp_plan(SHAPES["tiny"], True)}
+    assert not any(value.requires_grad for value in block.parameters())
+    for name in (name for name in found.tensors if name.startswith("mtp.")):
+        place = found.places[name]
+        assert torch.equal(place.view(own[place.parameter]), found.read(name)), name
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda own: own.clear(), "has no multi-token prediction"),
+    (lambda own: own.pop("mtp.fc.weight"), "not whole: it lacks mtp.fc.weight"),
+    (lambda own: own.update({"mtp.layers.1.mlp.gate.weight": torch.zeros(8, 256)}), "another kind: mtp.layers.1.mlp.gate"),
+    (lambda own: own.update({"mtp.fc.weight": torch.zeros(9, 9)}), r"mtp.fc.weight is \[9, 9\] instead of \[256, 512\]"),
+    (lambda own: own["mtp.norm.weight"].fill_(torch.nan), "mtp.norm.weight: the weight contains NaN"),
+])  # fmt: skip
+def test_another_block_is_refused(change, message, tmp_path):
+    own = drawn()
+    change(own)
+    with pytest.raises(UserError, match=message):
+        load_mtp(Checkpoint(write_shards(tmp_path / "m", own)), CPU, torch.float32)
