@@ -114,7 +114,7 @@ class Recipe:
         return bits
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field (mtp_bits where they are not KEEP), equal to itself after a round trip through a file."""
+        """A JSON object with every field, mtp_bits unless KEEP; equal to itself after a round trip through a file."""
         experts = [[name, list(bits)] for name, bits in self.experts]
         made = dataclasses.asdict(self) | {"overrides": [list(pair) for pair in self.overrides], "experts": experts}
         if self.mtp_bits == KEEP:

@@ -18,7 +18,7 @@ from torch import Tensor
 from calibrated_pass import MomentSettings, Take
 from calibration import LayerStream
 from console import UserError, check_writable, explained
-from families import Role
+from families import MTP_PREFIX, Role
 from ggml_codecs import decode_rows, encode
 from ggml_round import ldlq
 from ggml_types import TYPES
@@ -38,6 +38,11 @@ class Target:
     bits: tuple[int, ...] = ()
 
 
+def is_uncalibrated(job: Job) -> bool:
+    """Whether a tensor is of a block of multi-token prediction that no calibration runs through: another than mtp.py's."""
+    return job.role is Role.MTP and not MTP_PREFIX.match(job.name)
+
+
 class GridRounder:
     """Several ``devices`` share the experts of a parameter. The embedding is no target: it has no inputs to calibrate on."""
 
@@ -46,7 +51,7 @@ class GridRounder:
         self.targets: dict[str, Target] = {}
         experts = dict(recipe.experts)
         for job in jobs:
-            if job.bits is not None and job.role not in (Role.EMBEDDING, Role.MTP):
+            if job.bits is not None and job.role is not Role.EMBEDDING and not is_uncalibrated(job):
                 whole = math.floor(job.bits)
                 grid = Grid(whole, recipe.group, recipe.clip_steps, recipe.clip_low)
                 parameter = stream.checkpoint.places[job.name].parameter
