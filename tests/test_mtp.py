@@ -199,7 +199,7 @@ def test_calibration_runs_through_the_block(random_tiny, tmp_path):
     assert float(watcher.found["mtp.fc.weight"].tokens[0]) == len(x) == 4 * 23  # of each sequence one less than its tokens
     _, weights, chosen = layer.mlp.gate(seen[0])
     expected = []
-    for expert, (first, down) in enumerate(zip(own[names[1]].float(), own[names[2]].float(), strict=True)):
+    for expert, (first, _) in enumerate(zip(own[names[1]].float(), own[names[2]].float(), strict=True)):
         token, place = torch.where(chosen == expert)
         weight, given = weights[token, place][:, None], seen[0][token]
         gate, up = (given @ first.T).chunk(2, -1)

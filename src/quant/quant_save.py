@@ -237,7 +237,8 @@ def main() -> None:
     if result:
         write_result(
             result, kind="quantize", tag=settings.record.tag, started=started, model=described,
-            recipe=recipe.fitting(report.roles).to_json(), data=[calibration.record] if calibration else [], metrics=report.to_json(),
+            recipe=recipe.fitting(report.roles).to_json(), data=[calibration.record] if calibration else [],
+            metrics=report.to_json(),
             extra={"output": describe_model(settings.out), "devices": [str(device) for device in devices],
                    "device_peak_mib": device_peaks(devices)},
         )  # fmt: skip

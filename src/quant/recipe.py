@@ -124,8 +124,9 @@ class Recipe:
     def fitting(self, roles: Iterable[str]) -> Recipe:
         """Itself for a checkpoint of these roles, without what it says of others."""
         given = set(roles)
-        more = {"expert_bits": KEEP} if self.expert_bits == NOT_GIVEN and Role.ROUTED_EXPERT not in given else {}
-        return dataclasses.replace(self, **more, **({} if Role.MTP in given else {"mtp_bits": KEEP}))
+        routed = self.expert_bits != NOT_GIVEN or Role.ROUTED_EXPERT in given
+        expert_bits, mtp_bits = self.expert_bits if routed else KEEP, self.mtp_bits if Role.MTP in given else KEEP
+        return dataclasses.replace(self, expert_bits=expert_bits, mtp_bits=mtp_bits)
 
 
 def from_json(value: Any, where: str = "recipe") -> Recipe:
