@@ -27,7 +27,7 @@ from recipe import Recipe, read_recipe
 from run_dir import RUN
 from size_model import SHAPES, mtp_plan
 from synthetic_moe import fill_all, prepare
-from tiny_model import decoder_layer, rms_norm
+from tiny_model import decoder_layer, draft_forward, rms_norm
 
 MODEL = Path(__file__).resolve().parent.parent / "models" / "razor-tiny"
 CPU = torch.device("cpu")
@@ -143,6 +143,41 @@ def test_another_block_is_refused(change, message, tmp_path):
     change(own)
     with pytest.raises(UserError, match=message):
         load_mtp(Checkpoint(write_shards(tmp_path / "m", own)), CPU, torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lead", [False, True])
+def test_the_trained_forward_is_the_block(checkpoint, trunk, lead):
+    """The second draft reads the state and the guess of the first, with the same drafts behind it."""
+    block = load_mtp(checkpoint, CPU, torch.float32)
+    ids = torch.randint(0, 800, (2, 17), generator=torch.Generator().manual_seed(2))
+    hidden = trunk.model(ids[:, :-1]).last_hidden_state
+    (first, *_), (second, *_) = draft_forward(block, ids, hidden, 2, lead)
+    expected = block.normed(block.joined(ids[:, :-1], hidden, lead))[:, int(lead) :]
+    torch.testing.assert_close(first[:, :15], expected, rtol=1e-4, atol=1e-4)
+    expected = block.normed(block.joined(ids[:, 1:-1], expected))
+    torch.testing.assert_close(second[:, :14], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_command_trains_a_block_beside_its_model(tmp_path, command, trunk):
+    flags = "--steps 2 --rows 2 --length 64 --probe-items 2 --workers 0 --max-seconds 0".split()
+    paths = ["--out", tmp_path / "m", "--work", tmp_path / "w", "--result", tmp_path / "mtp.json"]
+    config = MODEL.parent.parent / "configs/make_tiny_mtp.env"
+    done = command("src/distill/tiny_train.py", "--config", config, *flags, *paths)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "mtp.json").read_text())
+    assert record["metrics"]["parameters"] == sum(value.numel() for value in drawn().values())
+    assert {len(shares) for shares in record["metrics"]["accepted"].values()} == {2}
+    made = Checkpoint(tmp_path / "m")
+    links = [file.name for file in made.path.iterdir() if file.is_symlink()]
+    assert {"tokenizer.json", "chat_template.jinja", "model-00001-of-00002.safetensors"} <= set(links)
+    block, ids = load_mtp(made, CPU, torch.float32), torch.arange(50, 66)[None]
+    state = torch.load(tmp_path / "w/state.pt", weights_only=True)["model"]
+    assert all(torch.equal(value, state[name.removeprefix("mtp.")].bfloat16().float()) for name, value in block.own().items())
+    from transformers import AutoModelForCausalLM
+
+    same = load_weights(AutoModelForCausalLM, made.path, torch.float32)  # which leaves the block unread
+    assert torch.equal(same(ids).logits, trunk(ids).logits)
 
 
 class Watcher:

@@ -496,6 +496,7 @@ def sections(directory: Path, accuracy_of: Callable[[Found], Section] = accuracy
 PIPELINES = (
     ("train/razor_tiny", "make_tiny.sh"),
     ("train/razor_tiny_vl", "make_tiny.sh vl"),
+    ("train/razor_tiny_mtp", "make_tiny.sh mtp"),
     ("distill/opd_tiny", "distill.sh"),
     ("bench/h100_122b_*", "bench.sh h100"),
     ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),

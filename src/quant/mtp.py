@@ -11,18 +11,20 @@ which the others see: ``lead``. Between rows only distances count, so their numb
 from __future__ import annotations
 
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint
-from console import UserError
+from checkpoint import FUSED, PARTS, Checkpoint
+from console import UserError, read_object, write_json
 from families import MTP_PREFIX, Role, roles_of
-from hf_model import check_finite, listed, model_config
+from hf_model import TOKENIZER_FILES, check_finite, listed, model_config
+from safetensors_file import INDEX, SINGLE, save_tensors
 
-LAYER = "layers.0."  # of the block's decoder layer, in its own names
-AROUND = ("embed_tokens", "lm_head")  # the model's
+AROUND = ("embed_tokens", "lm_head")  # of the block's modules those of the model
 
 
 class MtpBlock(nn.Module):
@@ -35,6 +37,7 @@ class MtpBlock(nn.Module):
         from transformers import AutoModelForCausalLM
 
         super().__init__()
+        self.config = config
         one, size = copy.deepcopy(config), config.hidden_size
         one.num_hidden_layers, one.layer_types = 1, ["full_attention"]
         with init_empty_weights(include_buffers=False):
@@ -46,6 +49,11 @@ class MtpBlock(nn.Module):
         self.layers, self.norm, self.rotary_emb = whole.model.layers, whole.model.norm, whole.model.rotary_emb
         self.embed_tokens, self.lm_head = whole.get_input_embeddings(), whole.lm_head
         self._whole = [whole]  # in a list: its modules are registered above
+
+    def put(self, name: str, value: Tensor, trained: bool = False) -> None:
+        """Give the parameter ``name`` its values."""
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=trained))
 
     def own(self) -> dict[str, nn.Parameter]:
         """The block's parameters by their names on disk, experts fused."""
@@ -108,6 +116,28 @@ def load_mtp(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
         for source in places[f"mtp.{name}"]:
             part = checkpoint.places[source].view(full)
             check_finite(part.copy_(checkpoint.read(source).view_as(part)), source, checkpoint.path)
-        owner, _, leaf = name.rpartition(".")
-        setattr(block.get_submodule(owner), leaf, nn.Parameter(full, requires_grad=False))
+        block.put(name, full)
     return block.to(device)
+
+
+def write_beside(model: Path, out: Path, block: MtpBlock) -> None:
+    """A checkpoint of ``model`` with ``block``: links to the files of the model, which has one shard and no such block, and a
+    second shard with the block in BF16, its experts matrix by matrix."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in block.own().items():
+        value, fused = value.detach().to("cpu", torch.bfloat16), FUSED.fullmatch(name)
+        parts = PARTS[fused[2]] if fused else ()
+        for expert, rows in enumerate(value) if fused else ():
+            for part, own in zip(parts, rows.chunk(len(parts))):
+                tensors[f"{fused[1]}.{expert}.{part}.weight"] = own.contiguous()
+        tensors |= {} if fused else {name: value}
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    out.mkdir(parents=True, exist_ok=True)
+    links = {name: name for name in TOKENIZER_FILES if (model / name).is_file()} | {first: SINGLE}
+    for name, source in links.items():
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(os.path.relpath(model / source, out))
+    save_tensors(out / second, tensors)
+    files = dict.fromkeys(Checkpoint(model).tensors, first) | dict.fromkeys(tensors, second)
+    write_json(out / INDEX, {"metadata": {}, "weight_map": dict(sorted(files.items()))})
+    write_json(out / "config.json", read_object(model / "config.json") | {"mtp_num_hidden_layers": len(block.layers)})
