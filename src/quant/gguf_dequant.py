@@ -3,7 +3,7 @@
     python src/quant/gguf_dequant.py --gguf work/iq3/razor-tiny-IQ3_XXS.gguf --model models/razor-tiny --out work/iq3-bf16
 
 Every tensor that the file stores in a lossy type is decoded, put back into transformers' order and rounded to the original's
-dtype; what it stores in float32 or bfloat16, and what is not in the file (vision, multi-token prediction), is copied.
+dtype; what it stores in float32 or bfloat16, and what is not in the file (vision), is copied.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def decoded(file: GgufFile, checkpoint: Checkpoint, by_parameter: Mapping[str, S
 def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_bytes: int = 4 << 30) -> None:
     """Write the checkpoint ``out``; it appears when it is complete."""
     file, checkpoint, out = GgufFile(path), Checkpoint(model), Path(out).resolve()
-    pieces = pieces_of(checkpoint)
+    pieces = pieces_of(checkpoint, "file" if file.fields.get(f"{file.architecture()}.nextn_predict_layers") else "none")
     check_match(file, checkpoint, pieces)
     by_parameter: dict[str, list[Piece]] = {}
     for piece in pieces:

@@ -22,7 +22,7 @@ from torch import Tensor
 from calibration import Calibration, layer_bytes
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
-from families import VISION_PREFIX, Role, layer_count, roles_of
+from families import VISION_PREFIX, Role, layer_count, role_in_block, roles_of
 from ggml_codecs import CastCodec, decode_rows, encode
 from ggml_types import TYPES, row_bytes
 from gguf_format import ConverterValues, Entry, GgufFile, GgufWriter, make_header, padded, run_converter, tensor_bytes
@@ -34,6 +34,7 @@ from gguf_layout import (
     extra_keys,
     file_type,
     is_mtp,
+    patterns_of,
     pieces_of,
     read_parameter,
     read_patterns,
@@ -214,6 +215,8 @@ def plan_pack(
     if checkpoint.config.get("quantization_config"):
         raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
     pieces = pieces_of(checkpoint, mtp)
+    mtp = mtp if any(piece.role is Role.MTP for piece in pieces) else "none"
+    patterns = patterns_of(patterns, pieces)
     types, notes = types_of({piece.name: piece.shape for piece in pieces}, base, patterns)
     types |= {piece.name: piece.kept for piece in pieces if piece.kept}
     notes += unchecked(checkpoint)
@@ -422,7 +425,7 @@ def left_out(checkpoint: Checkpoint, pieces: Sequence[Piece] = ()) -> list[str]:
     others = f"left out by llama.cpp's converter: {{}} of {listed(rest['other'])}"
     lines = []
     for kind, where in (
-        ("mtp", "left out: {} of multi-token prediction (llama.cpp decodes without them)"),
+        ("mtp", "left out: {} of multi-token prediction (MTP=0, or llama.cpp has no place for them)"),
         ("vision", "in a file of their own (mmproj): {} of the vision tower"),
         *([("other", others)] if pieces else []),
     ):
@@ -441,7 +444,10 @@ def memory_bytes(pack: Pack) -> int:
     tensors = pack.checkpoint.tensors
     roles = roles_of({name: info.shape for name, info in tensors.items()}, pack.checkpoint.config)
     encoded = (*LINEAR_ROLES, Role.ROUTED_EXPERT)
-    jobs = [Job(name, info, roles[name], 4 if roles[name] in encoded else None) for name, info in tensors.items()]
+    inner = {name: role_in_block(name, pack.checkpoint.model_type) for name in tensors if roles[name] is Role.MTP}
+    if pack.mtp == "none":
+        roles = {name: role for name, role in roles.items() if role is not Role.MTP}
+    jobs = [Job(name, tensors[name], role, 4 if inner.get(name, role) in encoded else None) for name, role in roles.items()]
     return BASE_BYTES + layer_bytes(jobs, pack.calibration)
 
 
