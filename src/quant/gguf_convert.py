@@ -135,7 +135,8 @@ class Opened:
 
 def write_header(base: Any, gguf: Any, model: Path, plan: dict[str, Any], out: Path) -> None:
     """The magic, key-values, tensor table and padding of a GGUF file with the planned tensors."""
-    converter = Opened(base, gguf, model, plan["mtp"], plan["ftype"], out).converter
+    converter = Opened(base, gguf, model, plan["mtp"], gguf.LlamaFileType.MOSTLY_BF16, out).converter
+    converter.ftype = gguf.LlamaFileType(plan["ftype"])
     writer = converter.gguf_writer
     for name, shape, type_name, size in plan["tensors"]:
         writer.add_tensor_info(name, shape, None, size, raw_dtype=gguf.GGMLQuantizationType[type_name])

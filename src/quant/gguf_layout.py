@@ -81,7 +81,7 @@ class Piece:
 
 # Tensors that llama-quantize leaves as they are: tensor_allows_quantization in llama-quant.cpp.
 KEPT = re.compile(
-    r"(?!.*weight$)|_norm\.weight|ffn_gate_(inp|tid2eid)\.weight|altup|laurel|per_layer_model_proj|^(position_embd|token_types)\."
+    r"^(?!.*weight$)|_norm\.weight|ffn_gate_(inp|tid2eid)\.weight|altup|laurel|per_layer_model_proj|^(position_embd|token_types)\."
     r"|ssm_conv1d|shortconv\.conv\.weight|indexer\.[kq]_proj\.weight|attn_rel_b\.weight|\.(position_embd|rel_pos|patch_embd)"
     r"|\.patch_merger|time_mix_(first|[wva][012]|g[12]|decay_w[12]|lerp_fused)\.weight"
 )
