@@ -309,13 +309,16 @@ class GgufSink:
             after += len(part)
             whole += after <= self.ready
         if not whole:  # killed before the first layer: encoding again gives the same bytes
-            self.embedded = {piece.name: self.pack.data(piece, self.device) for piece in self.before}
+            self.embedded = self._encoded_before()
             if self.ready < len(self.before):
                 self._append(self.before, self.embedded)
         return whole
 
+    def _encoded_before(self) -> dict[str, Tensor]:
+        return {piece.name: self.pack.data(piece, self.device) for piece in self.before}
+
     def embedding(self) -> dict[str, Tensor]:
-        encoded, self.embedded = self.embedded, {}
+        encoded, self.embedded = self.embedded or self._encoded_before(), {}
         types = self.pack.types
         return {p.sources[0]: decode_rows(encoded[p.name], types[p.name]).view(p.shape).cpu() for p in self.before}
 
