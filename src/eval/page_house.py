@@ -37,7 +37,7 @@ FOLDERS = {
     "configs": "settings of the pipelines, locks of the packages",
     "docs": "how it works, what was found",
     "results": "a JSON for every run, and RESULTS.md",
-    "models": "razor-tiny and razor-tiny-vl",
+    "models": "razor-tiny, razor-tiny-mtp and razor-tiny-vl",
     "tests": "against slow references, published outputs and properties",
     "archive": "what was given up, and why",
 }
