@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -11,12 +12,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from calibrated_pass import CalibratedPass
+from calibration import Calibration, LayerStream
 from checkpoint import Checkpoint
 from console import UserError
 from gguf_format import run_converter
 from hf_model import load_weights, model_config
 from llamacpp_eval8 import LlamaServer
+from moe_ptq import CALIBRATED, shrink
 from mtp import MtpBlock, load_mtp
+from packed_format import codes_of
+from quant_save import quantize_checkpoint
+from recipe import Recipe, read_recipe
+from run_dir import RUN
 from size_model import SHAPES, mtp_plan
 from synthetic_moe import fill_all, prepare
 from tiny_model import decoder_layer, draft_forward, rms_norm
@@ -170,3 +178,100 @@ def test_the_command_trains_a_block_beside_its_model(tmp_path, command, trunk):
 
     same = load_weights(AutoModelForCausalLM, made.path, torch.float32)  # which leaves the block unread
     assert torch.equal(same(ids).logits, trunk(ids).logits)
+
+
+class Watcher:
+    """A rounder that keeps the statistics and leaves the weights, and the writer beside it, which halves the embedding."""
+
+    def __init__(self, checkpoint, targets):
+        self.targets, self.found, self.stop = dict.fromkeys(targets), {}, threading.Event()
+        self.table = {"model.embed_tokens.weight": checkpoint.read("model.embed_tokens.weight") / 2}
+
+    def round(self, parameters, take):
+        self.found |= {name: take(name)[0] for name in parameters}
+
+    def taken(self, parameters):
+        return {}
+
+    def begin(self):
+        return 0
+
+    def embedding(self):
+        return self.table
+
+    def write(self, part, values):
+        pass
+
+    def complete(self):
+        return False
+
+
+@torch.no_grad()
+def test_calibration_runs_through_the_block(random_tiny, tmp_path):
+    """Second moments against plain sums over the inputs of each matrix, expert by expert."""
+    from transformers import AutoModelForCausalLM
+
+    own = drawn()
+    found = Checkpoint(write_shards(tmp_path / "m", own, random_tiny))
+    ids = torch.randint(0, 800, (4, 24), generator=torch.Generator().manual_seed(2))
+    at = "mtp.layers.0."
+    names = ["mtp.fc.weight", *(f"{at}{name}" for name in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))]
+    watcher, calibration = Watcher(found, names), Calibration(ids, {}, batch=2, device=CPU)
+    (tmp_path / RUN).mkdir()
+    facts = CalibratedPass(LayerStream(found, CPU, torch.float32), calibration, watcher, tmp_path).run(watcher)
+    whole = load_weights(AutoModelForCausalLM, random_tiny, torch.float32)
+    whole.model.embed_tokens.weight.mul_(0.5)
+    block = load_mtp(found, CPU, torch.float32)
+    block.embed_tokens.weight.mul_(0.5)
+    rows, layer = block.joined(ids, whole.model(ids).last_hidden_state), block.layers[0]
+    seen = []
+    with layer.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1))):
+        block.normed(rows)
+    hidden = whole.model(ids).last_hidden_state[:, :-1]
+    joined = torch.cat([block.pre_fc_norm_embedding(block.embed_tokens(ids[:, 1:])), block.pre_fc_norm_hidden(hidden)], -1)
+    x = joined.flatten(0, 1)
+    torch.testing.assert_close(watcher.found["mtp.fc.weight"].hessian[0], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert float(watcher.found["mtp.fc.weight"].tokens[0]) == len(x) == 4 * 23  # of each sequence one less than its tokens
+    _, weights, chosen = layer.mlp.gate(seen[0])
+    expected = []
+    for expert, (first, _) in enumerate(zip(own[names[1]].float(), own[names[2]].float(), strict=True)):
+        token, place = torch.where(chosen == expert)
+        weight, given = weights[token, place][:, None], seen[0][token]
+        gate, up = (given @ first.T).chunk(2, -1)
+        inner = torch.nn.functional.silu(gate) * up * weight
+        total = (weight**2).sum().clamp_min(1e-30)
+        expected.append((given * weight, inner, total, (weight**2).sum() ** 2 / (weight**4).sum().clamp_min(1e-30)))
+    for number, name in enumerate(names[1:]):
+        means = torch.stack([inputs.T @ inputs / total for *both, total, _ in expected for inputs in [both[number]]])
+        tokens = torch.stack([count for *_, count in expected])
+        shrunk = shrink(means, tokens, means.shape[-1])
+        torch.testing.assert_close(watcher.found[name].tokens, tokens, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(watcher.found[name].hessian, shrunk, rtol=1e-3, atol=1e-4)
+    assert facts["experts_below_floor"] == 8  # all of the block's: 92 tokens for 256 inputs
+
+
+@pytest.mark.parametrize("method, bits, packed", [("clip", 4, True), ("gptq", 8, False), ("clip", 16, False)])
+def test_a_checkpoint_keeps_the_block_in_its_own_bits(method, bits, packed, random_tiny, tmp_path):
+    """Its matrices on the grid, its norms and gates byte for byte; MTP_BITS=16 leaves it, and the recipe says what it was."""
+    found = Checkpoint(write_shards(tmp_path / "m", drawn(), random_tiny))
+    ids = torch.randint(0, 800, (2, 32), generator=torch.Generator().manual_seed(2))
+    text = Calibration(ids, {"name": "random"}, device=CPU) if method in CALIBRATED else None
+    recipe = Recipe(3, 4, 128, 4, method=method, mtp_bits=bits)
+    report = quantize_checkpoint(found.path, tmp_path / "q", recipe, calibration=text, packed=packed)
+    made, matrices = Checkpoint(tmp_path / "q"), 0
+    for name in (name for name in found.tensors if name.startswith("mtp.")):
+        before, after = found.read(name), made.read(name)
+        is_matrix = before.ndim > 1 and "gate." not in name and "shared_expert_gate" not in name
+        matrices += is_matrix
+        assert torch.equal(before, after) == (bits == 16 or not is_matrix), name
+        if is_matrix and bits < 16:
+            codes_of(after, (bits,), 128)
+            assert 0 < (before - after).norm() / before.norm() < 2.0 ** (2 - bits), name
+    assert matrices == 10 and report.roles["mtp"].bits == (bits if bits < 16 else None)
+    assert read_recipe(tmp_path / "q") == recipe
+    assert json.loads((tmp_path / "q" / "recipe.json").read_text())["recipe"].get("mtp_bits", 16) == bits
+    if packed:
+        held = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["ignore"]
+        assert [name for name in held if "mtp" in name] == [
+            f"mtp.layers.0.mlp.{gate}" for gate in ("gate", "shared_expert_gate")
+        ]

@@ -2,12 +2,17 @@
 
     python src/eval/speed_gguf.py --gguf F.gguf [--prompt 512] [--generate 128] [--result results/bench/T.json --tag T]
     python src/eval/speed_gguf.py --gguf F.gguf --on-gpu --experts-on-cpu 999,24 [--threads 8,16] [--flash-attention on,off]
+    python src/eval/speed_gguf.py --gguf F.gguf --draft 1,3 [--questions 32] [--generate 256]      # pipelines/bench.sh mtp
 
 A file is loaded twice for a placement of its weights: llama-bench tries all settings (batch sizes of prefill, flash attention,
 threads) after one load, llama-server decodes several sequences at once.
 Placements: all weights on the GPU, and the experts of the first N layers in the CPU's memory (--n-cpu-moe N); without either
 option both on a machine with a GPU, and `cpu` on another. The limit of one sequence is the memory's: bytes of the weights that
 a token needs, at the rate at which this machine copies memory. A file that fits the caches can beat it.
+
+--draft asks llama-server the tiny tasks' test questions, one at a time and greedily: without drafting, and with as many tokens
+drafted by the file's block of multi-token prediction (--spec-type draft-mtp). It counts what was drafted and accepted, and
+whether every answer is token for token the same. Nothing drafted or nothing accepted is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -27,26 +33,28 @@ from typing import Any
 
 import torch
 
-from backend_openai import in_parallel
+from backend_openai import NEUTRAL, in_parallel
 from console import UserError, numbers, progress, run_cli
 from devices import nvidia_smi
 from gguf_format import architecture_value, describe_gguf, gguf_files, open_parts
 from llama_cpp import sees_gpu, tool
-from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
+from llamacpp_eval8 import GgufTokenizer, LlamaServer, die_with_parent, thread_arguments
 from records import add_record_arguments, check_record_arguments, peak_rss_mib, write_result
 from size_model import copy_rate
+from task_text import TASK_TEXTS
 
 ALL_ON_GPU = ("-ngl", "99")
+QUESTION_ROOM = 512  # tokens of a question
 LARGE = 40 << 30  # the digest of such a file takes longer than the measurement
 SETTINGS = ("n_prompt", "n_gen", "n_ubatch", "n_threads", "flash_attn", "n_gpu_layers", "n_cpu_moe")  # that rows may differ in
 
 
 def active_bytes(path: Path) -> dict[str, int]:
-    """Bytes of the weights that decoding one token reads: {total, experts, other}; of each stack of experts the share that
-    a token is routed to, of the embedding one row unless it is also the output matrix."""
+    """Bytes of the weights that decoding one token reads, not drafting: {total, experts, other}; of each stack of experts the
+    share that a token is routed to, of the embedding one row unless it is also the output matrix."""
     readers = list(open_parts(path).values())
     count, used = (int(architecture_value(readers[0], key, 0)) for key in ("expert_count", "expert_used_count"))
-    tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
+    tensors = {t.name: t for reader in readers for t in reader.tensors if not is_mtp_tensor(readers[0], t.name)}
     experts = other = 0
     for name, tensor in tensors.items():
         size = int(tensor.n_bytes)
@@ -56,6 +64,21 @@ def active_bytes(path: Path) -> dict[str, int]:
             one_row = name == "token_embd.weight" and "output.weight" in tensors
             other += size // int(tensor.shape[1]) if one_row else size
     return {"total": experts + other, "experts": experts, "other": other}
+
+
+def is_mtp_tensor(reader: Any, name: str) -> bool:
+    """Whether a tensor is of the block of multi-token prediction, which stands behind the decoder's."""
+    layers = int(architecture_value(reader, "block_count", 0)) - int(architecture_value(reader, "nextn_predict_layers", 0))
+    return (found := re.match(r"blk\.(\d+)\.", name)) is not None and int(found[1]) >= layers
+
+
+def mtp_types(path: Path) -> dict[str, int]:
+    """Bytes of the file's block of multi-token prediction by type."""
+    readers, found = list(open_parts(path).values()), dict[str, int]()
+    for tensor in (tensor for reader in readers for tensor in reader.tensors if is_mtp_tensor(readers[0], tensor.name)):
+        kind = tensor.tensor_type.name.lower()
+        found[kind] = found.get(kind, 0) + int(tensor.n_bytes)
+    return dict(sorted(found.items()))
 
 
 def vram_mib() -> int:
@@ -139,6 +162,66 @@ def measure(args: argparse.Namespace, options: Sequence[str], threads: Sequence[
     }  # fmt: skip
 
 
+def questions(count: int) -> list[list[dict[str, Any]]]:
+    """Chats of the tiny tasks' test items, as many of each task as of the others."""
+    tasks = [kind() for kind in TASK_TEXTS]
+    found = [task.messages(item) for task in tasks for item in task.load(-(-count // len(tasks)))]
+    return found[:count]
+
+
+def answers(args: argparse.Namespace, options: Sequence[str]) -> tuple[list[list[int]], dict[str, float]]:
+    """(greedy tokens of every question, sums of the server's timings); of --repetitions rounds the fastest."""
+    fields = NEUTRAL | {"n_predict": args.generate, "temperature": 0.0, "cache_prompt": False, "return_tokens": True}
+    rounds: list[tuple[list[list[int]], dict[str, float]]] = []
+    with LlamaServer(args.gguf, args.generate + QUESTION_ROOM, 1, options) as server:
+        tokenizer = GgufTokenizer(args.gguf, server.client)
+        prompts = [tokenizer(tokenizer.render(chat))["input_ids"] for chat in questions(args.questions)]
+        server.client.call("/completion", fields | {"prompt": prompts[0]})  # warms up
+        for _ in range(args.repetitions):
+            found = [server.client.call("/completion", fields | {"prompt": prompt}) for prompt in prompts]
+            keys = ("predicted_n", "predicted_ms", "draft_n", "draft_n_accepted")
+            sums = {key: sum(answer["timings"].get(key, 0) for answer in found) for key in keys}
+            rounds.append(([answer["tokens"] for answer in found], sums))
+    return min(rounds, key=lambda one: one[1]["predicted_ms"])
+
+
+def draft(args: argparse.Namespace) -> dict[str, Any]:
+    """Greedy decoding with and without drafting; raises :class:`UserError` where the block guesses nothing right."""
+    block = mtp_types(args.gguf)
+    if not block:
+        raise UserError(f"{args.gguf}: holds no block of multi-token prediction; pack_gguf.sh writes it unless MTP=0")
+    plain, timings = answers(args, ())
+    rate = 1000 * timings["predicted_n"] / timings["predicted_ms"]
+    metrics = {"questions": len(plain), "tokens": int(timings["predicted_n"]), "tokens_per_s": rate, "mtp_types": block}
+    drafts = {}
+    for count in args.draft:
+        found, timings = answers(args, ("--spec-type", "draft-mtp", "--spec-draft-n-max", str(count)))
+        drafted, accepted = int(timings["draft_n"]), int(timings["draft_n_accepted"])
+        if not accepted:
+            raise UserError(f"{args.gguf}: of {drafted} drafted tokens none was accepted; its block of multi-token prediction "
+                            "is of another model, untrained, or rounded too coarsely")  # fmt: skip
+        drafts[str(count)] = {
+            "drafted": drafted, "accepted": accepted, "acceptance": accepted / drafted,
+            "same_answers": sum(own == other for own, other in zip(found, plain, strict=True)),
+            "tokens_per_s": 1000 * timings["predicted_n"] / timings["predicted_ms"],
+        }  # fmt: skip
+    return metrics | {"drafts": drafts, "threads": len(os.sched_getaffinity(0)), "generate": args.generate}
+
+
+def draft_table(metrics: dict[str, Any]) -> str:
+    kinds = ", ".join(f"{kind} {size / 1e6:.2f} MB" for kind, size in metrics["mtp_types"].items())
+    lines = [
+        f"{metrics['questions']} questions, {metrics['tokens']} tokens; the block of multi-token prediction: {kinds}",
+        f"{'drafted at once':<17}{'drafted':>9}{'accepted':>10}{'share':>9}{'same answers':>14}{'tokens/s':>10}",
+        f"{'none':<17}{'':>42}{metrics['tokens_per_s']:>10.1f}",
+    ]
+    for count, row in metrics["drafts"].items():
+        same = f"{row['same_answers']} of {metrics['questions']}"
+        share, rate = f"{100 * row['acceptance']:.2f} %", f"{row['tokens_per_s']:.1f}"
+        lines.append(f"{count:<17}{row['drafted']:>9,}{row['accepted']:>10,}{share:>9}{same:>14}{rate:>10}")
+    return "\n".join(lines)
+
+
 def placements(args: argparse.Namespace, gpu: bool) -> dict[str, tuple[Sequence[str], Sequence[int], bool]]:
     """Name -> options, threads to try, whether several sequences are decoded."""
     if not gpu:
@@ -186,6 +269,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=[32, 128, 512], help="batch sizes of prefill (default 32,128,512)")
     parser.add_argument("--sequences", type=numbers, default=[4, 16], help="sequences decoded at once (default 4,16)")
     parser.add_argument("--flash-attention", default="", help="on, off or on,off (default: llama.cpp's choice)")
+    parser.add_argument("--draft", type=numbers, default=[], help="instead of all this: tokens that mtp drafts at once")
+    parser.add_argument("--questions", type=int, default=32, help="of the tiny tasks, for --draft (default 32)")
     add_record_arguments(parser)
     return parser.parse_args()
 
@@ -193,11 +278,17 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_record_arguments(args)
-    if min(args.generate, args.repetitions) < 1:
-        raise UserError("--generate and --repetitions must be at least 1")
+    if min(args.generate, args.repetitions, args.questions) < 1:
+        raise UserError("--generate, --repetitions and --questions must be at least 1")
     started, gpu = time.time(), sees_gpu()
     size = sum(file.stat().st_size for file in gguf_files(args.gguf))
-    described, active = describe_gguf(args.gguf, digest=size < LARGE), active_bytes(args.gguf)
+    described = describe_gguf(args.gguf, digest=size < LARGE)
+    if args.draft:
+        metrics = draft(args)
+        if args.result:
+            write_result(args.result, kind="bench", tag=args.tag, started=started, model=described, metrics=metrics)
+        return print(draft_table(metrics), flush=True)
+    active = active_bytes(args.gguf)
     rate = copy_rate(torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu"), 1 << (31 if gpu else 28))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

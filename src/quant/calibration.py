@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from console import UserError
-from families import FAMILIES, LAYER_PREFIX, text_name
+from families import FAMILIES, LAYER_PREFIX, MTP_PREFIX, text_name
 from hf_model import all_finite, check_complete, check_finite, first_nonfinite, has_class, meta_model, model_config
 from moe_ptq import Statistics, shrink
 
@@ -77,13 +77,13 @@ def layer_bytes(jobs: Sequence[Any], calibration: Calibration) -> int:
     layers: dict[str, int] = {}
     width = 0
     for job in jobs:
-        if not (match := LAYER_PREFIX.match(text_name(job.name))):
+        if not (match := LAYER_PREFIX.match(text_name(job.name)) or MTP_PREFIX.match(job.name)):
             width = max(width, job.info.shape[-1])
             continue
         size = item * job.info.numel + job.info.bytes
         if job.bits and not SECOND.search(job.name):
             size += 4 * math.prod(job.info.shape[:-2]) * job.inputs**2
-        layers[match[1]] = layers.get(match[1], 0) + size
+        layers[match[0]] = layers.get(match[0], 0) + size
     return max(layers.values(), default=0) + 2 * item * calibration.ids.numel() * width
 
 

@@ -411,6 +411,16 @@ def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | 
     return role
 
 
+def role_in_block(name: str, model_type: str) -> Role | None:
+    """What a tensor of multi-token prediction is within its block: a decoder layer, behind the matrix (MLP) that joins its two
+    inputs. None for the norms around them and for copies of the embedding and the head."""
+    rest = re.sub(r"^(model\.)?layers\.\d+\.", "", MTP_PREFIX.sub("", text_name(name)))
+    if rest in ("fc.weight", "eh_proj.weight"):
+        return Role.MLP
+    rules = _compiled(FAMILIES[family_of(model_type)].layer)
+    return next((role for pattern, role in rules if pattern.fullmatch(rest)), None)
+
+
 def roles_of(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]) -> dict[str, Role]:
     """The role of every tensor of a checkpoint with this config.json; raises like :func:`role_of`."""
     model_type = config.get("model_type")

@@ -3,8 +3,8 @@
     python src/quant/gguf_dequant.py --gguf work/iq3/razor-tiny-IQ3_XXS.gguf --model models/razor-tiny --out work/iq3-bf16
 
 Every tensor that the file stores in a lossy type is decoded, put back into the original's order and rounded to its dtype; what
-the file holds exactly, and what is not in it (vision, multi-token prediction), is copied. A function of weights that the file
-rounds cannot be put back: it is named.
+the file holds exactly, and what is not in it (vision), is copied. A function of weights that the file rounds cannot be put
+back: it is named.
 """
 
 from __future__ import annotations

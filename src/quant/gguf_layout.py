@@ -99,6 +99,8 @@ GGML_ROLES = (
     (r".*\.(attn|indexer)[_.].*\.weight|.*\.attn_.*\.weight", Role.ATTENTION),
 )
 MTP_CHOICES = ("file", "none", "only")
+MTP_PATTERN = r"^mtp\."
+MTP_TYPE = "q8_0"  # of the block of multi-token prediction, where a file of types has to say one and says none
 
 
 def known_roles(checkpoint: Checkpoint) -> dict[str, Role]:
@@ -383,10 +385,14 @@ def check_header(fields: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     wanted = {key: getattr(config, name) for key, name in family.carried.items()}
     wanted["ssm.inner_size"] = config.linear_value_head_dim * config.linear_num_value_heads
     found = {key: value(key) for key in wanted}
+    behind = value("nextn_predict_layers", 0)  # layers of multi-token prediction, which are counted with the decoder's
+    found["block_count"] = (found["block_count"] or 0) - behind
     recurrent = [kind == "linear_attention" for kind in config.layer_types]
     interval = value("full_attention_interval", 4)
     wanted["layer_types"] = recurrent
-    found["layer_types"] = value("attention.recurrent_layers", [bool((i + 1) % interval) for i in range(len(recurrent))])
+    regular = [bool((i + 1) % interval) for i in range(len(recurrent))]
+    kinds = value("attention.recurrent_layers", regular + [False] * behind)
+    found["layer_types"] = kinds[: len(kinds) - behind]
     sections = (config.rope_parameters or {}).get("mrope_section", [11, 11, 10])
     wanted["rope.dimension_sections"] = [*sections, 0, 0, 0, 0][:4]
     found["rope.dimension_sections"] = value("rope.dimension_sections")
@@ -473,6 +479,14 @@ def read_patterns(path: str | Path) -> list[tuple[str, str]]:
 def keeps_float32(name: str, shape: Sequence[int]) -> bool:
     """Whether llama-quantize leaves this tensor as the converter wrote it, which for all but a few is float32."""
     return not any(size != 1 for size in shape[:-1]) or KEPT.search(name) is not None
+
+
+def patterns_of(patterns: Patterns, pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+    """The patterns as they are for a file of these pieces: `^mtp\\.` at the start of one means the block of multi-token
+    prediction, which is the layer behind the decoder's; where there is none it falls away."""
+    blocks = "|".join(sorted({str(_block(piece.name)) for piece in pieces if piece.role is Role.MTP}))
+    named = [(p.removeprefix(MTP_PATTERN), p.startswith(MTP_PATTERN), kind) for p, kind in patterns]
+    return [(rf"^blk\.({blocks})\.{p}" if own else p, kind) for p, own, kind in named if blocks or not own]
 
 
 def chosen_type(name: str, base: str, patterns: Patterns) -> str:

@@ -32,7 +32,7 @@ from checkpoint import Checkpoint, different_file, model_name
 from console import UserError, explained, files_sha256, progress, read_json, run_cli, write_json, writing
 from gguf_dequant import dequantize
 from gguf_format import GgufFile, GgufWriter, bos_of, read_imatrix, run_converter
-from gguf_layout import Patterns, check_header, file_name, read_patterns
+from gguf_layout import Patterns, check_header, file_name, patterns_of, read_patterns
 from hf_model import check_first, load_tokenizer
 from moe_alloc import allocate_types
 from pack_plan import (
@@ -109,11 +109,13 @@ def make_reference(
     """Run all steps, on the text of the tokens that the calibrated pass would read; the report of the quantized file."""
     model, steps = pack.checkpoint.path, Steps(out, force)
     name, length = model_name(model), calibration.ids.shape[1]
-    source = {"source": pack.checkpoint.identity}
-    # The direct path leaves multi-token prediction out as well; llama-imatrix does not reach it.
+    source: dict[str, Any] = {"source": pack.checkpoint.identity}
+    options, more = ([], ["--nextn"]) if pack.mtp == "file" else (["--no-mtp"], [])
+    if pack.mtp == "file":
+        source |= {"mtp": True}
     plain = steps.step(
         f"{name}-BF16.gguf", source,
-        lambda path: run_converter("convert", model, "--outfile", path, "--outtype", "bf16", "--no-mtp"),
+        lambda path: run_converter("convert", model, "--outfile", path, "--outtype", "bf16", *options),
     )  # fmt: skip
     ids, prefix = calibration.ids.flatten(), calibration.record.get("prefix")
     if prefix and bos_of(plain) == prefix[0]:  # llama-imatrix puts it there
@@ -123,7 +125,7 @@ def make_reference(
     read = {"sha256": sha256_text(text), "length": length}
     written = steps.step("calibration.txt", read, lambda path: path.write_text(text, encoding="utf-8"))
     log = out / "llama.log"
-    context = ["-c", length, "-b", length, "--parse-special"]  # its perplexity tells how far it is
+    context = ["-c", length, "-b", length, "--parse-special", *more]  # its perplexity tells how far it is
     imatrix = steps.step(
         "imatrix.gguf", source | read,
         lambda path: run_tool("llama-imatrix", ["-m", plain, "-f", written, *context, "-o", path], log),
@@ -187,6 +189,7 @@ class PackSettings:
     imatrix: Path | None = setting(None, "importance of llama-imatrix or moe_probe, instead of calibration")
     target_gib: float = same(SizeSettings, "target_gib", 0.0)
     protected: Path | None = setting(None, "file of what `TARGET_GIB` does not choose")
+    mtp: bool = setting(True, "the block of multi-token prediction, where the checkpoint has one; 0 leaves it out")
     dequant_out: Path | None = setting(None, "a directory: also write what the file holds as a BF16 checkpoint")
     reference: bool = setting(False, "1: by llama.cpp's own converter, imatrix and llama-quantize")
     split_gib: float = setting(0.0, "above 0: files NAME-00001-of-0000N.gguf of at most so much (as llama-gguf-split)")
@@ -202,6 +205,11 @@ class PackSettings:
             raise UserError("SPLIT_GIB with REFERENCE=1: llama.cpp's own llama-gguf-split splits the reference's file")
         if self.reference and self.dequant_out:
             raise UserError("DEQUANT_OUT with REFERENCE=1: run src/quant/gguf_dequant.py on the reference's file")
+
+    @property
+    def block(self) -> str:
+        """What the file holds of multi-token prediction, as gguf_layout.traced says it."""
+        return "file" if self.mtp else "none"
 
     def calibration(self, method: str, dry_run: bool = False) -> Calibration:
         """What the method is calibrated on; a dry run needs its size alone."""
@@ -230,7 +238,7 @@ def allocated_types(settings: PackSettings) -> PackSettings:
     calibration = settings.calibration(rounding.method)
     method, damping = rounding.method, rounding.moments.damping
     made_of: dict[str, Any] = {"source": checkpoint.identity, "calibration": calibration.settings(), "fixed": patterns}
-    made_of |= {"method": method, "damping": damping, "gib": settings.target_gib}
+    made_of |= {"method": method, "damping": damping, "gib": settings.target_gib} | ({} if settings.mtp else {"mtp": False})
     mark = f"# made of {sha256_json(made_of)}"
     with alone(settings.out.resolve()):
         if types.exists() and mark in types.read_text(encoding="utf-8", errors="replace").splitlines()[:2]:
@@ -240,7 +248,7 @@ def allocated_types(settings: PackSettings) -> PackSettings:
         else:
             allocate_types(
                 checkpoint, calibration, settings.target_gib, types, patterns, method=method, damping=damping,
-                weights_file=rounding.token_weights, mark=f"{mark}\n",
+                weights_file=rounding.token_weights, mark=f"{mark}\n", mtp=settings.block,
             )  # fmt: skip
     return dataclasses.replace(settings, types=dataclasses.replace(settings.types, tensor_types=types), target_gib=0.0)
 
@@ -251,7 +259,9 @@ def prepare(settings: PackSettings, dry_run: bool) -> tuple[Pack, list[str]]:
     importance = read_imatrix(settings.imatrix)[0] if settings.imatrix else None
     blocks = Blocks(settings.blocks) if settings.blocks else None
     method = "nearest" if settings.reference else method
-    pack, notes = plan_pack(checkpoint, types.base, types.patterns(), method, None, importance, blocks, strict=settings.strict)
+    pack, notes = plan_pack(
+        checkpoint, types.base, types.patterns(), method, None, importance, blocks, settings.block, settings.strict
+    )
     pack = dataclasses.replace(pack, split=round(settings.split_gib * 2**30))
     if settings.reference:  # llama-imatrix sees the inputs of all
         pack = dataclasses.replace(pack, fed=frozenset(piece.name for piece in pack.pieces))
@@ -342,7 +352,8 @@ def main() -> None:
         return
     if settings.reference and pack.calibration:
         with alone(settings.out.resolve()):
-            made = make_reference(pack, pack.calibration, settings.out, settings.types.patterns(), force)
+            patterns = patterns_of(settings.types.patterns(), pack.pieces)
+            made = make_reference(pack, pack.calibration, settings.out, patterns, force)
     else:
         made = write_pack(pack, settings.out, force, settings.dequant_out)
     if result:

@@ -39,11 +39,14 @@ from ggml_codecs import decode_rows
 from ggml_types import fallback
 from gguf_format import make_header, padded, tensor_bytes
 from gguf_layout import (
+    MTP_PATTERN,
+    MTP_TYPE,
     Piece,
     chosen_type,
     exact_patterns,
     extra_keys,
     file_type,
+    patterns_of,
     pieces_of,
     read_patterns,
     type_named,
@@ -102,23 +105,26 @@ def allocate_types(
     checkpoint: Checkpoint, calibration: Calibration, target_gib: float, out: Path, patterns: Sequence[tuple[str, str]] = (),
     *, method: str = "ldlq", damping: float = DAMPING, weights_file: Path | None = None,
     candidates: Sequence[str] = tuple(CANDIDATES.split(",")), probe: str = PROBE, probe_sequences: int = PROBE_SEQUENCES,
-    mark: str = "",
+    mark: str = "", mtp: str = "file",
 ) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
     """Write the file of types ``out`` for a GGUF of at most ``target_gib``, rounded by ``method``; returns (the type of every
     tensor of the file by its name, metrics). ``patterns``: (pattern, type) of the tensors whose types are fixed; ``mark``:
-    lines for the head of the file."""
+    lines for the head of the file; ``mtp``: of gguf_layout.traced. The block of multi-token prediction changes no prediction
+    of the model: its types are those of ``patterns``, or MTP_TYPE."""
 
     def rounded(value: Tensor, kind: str, hessian: Tensor) -> Tensor:
         return decode_rows(encoded(value.contiguous(), kind, method, hessian, damping), kind)
 
-    started, pieces = time.time(), pieces_of(checkpoint)
-    fixed = fixed_types(pieces, patterns, fed_pieces(checkpoint, pieces))
+    started, pieces = time.time(), pieces_of(checkpoint, mtp)
+    mtp = mtp if any(piece.role is Role.MTP for piece in pieces) else "none"
+    own = patterns_of([*patterns, (MTP_PATTERN, MTP_TYPE)], pieces)
+    fixed = fixed_types(pieces, own, fed_pieces(checkpoint, pieces))
     open_pieces = [piece for piece in pieces if piece.name not in fixed]
     options = options_of(open_pieces, candidates)
     with tempfile.TemporaryDirectory() as work:  # the size of a header does not depend on the types
         rows = [(p.name, p.shape, fixed.get(p.name, "f16")) for p in pieces]
         more = (extra_keys(checkpoint), generation_ends(checkpoint.path))
-        header = len(make_header(checkpoint.path, rows, file_type("iq3_xxs"), Path(work), "none", *more))
+        header = len(make_header(checkpoint.path, rows, file_type("iq3_xxs"), Path(work), mtp, *more))
     taken = header + sum(padded(tensor_bytes(p.shape, fixed[p.name])) for p in pieces if p.name in fixed)
     budget = int(target_gib * 2**30) - taken
     choose(open_pieces, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now

@@ -24,6 +24,8 @@ from families import MTP_PREFIX, Role, roles_of
 from hf_model import TOKENIZER_FILES, check_finite, listed, model_config
 from safetensors_file import INDEX, SINGLE, save_tensors
 
+AROUND = ("embed_tokens", "lm_head")  # of the block's modules those of the model
+
 
 class MtpBlock(nn.Module):
     """Made of the family's own classes on the meta device. The names of its own parameters are those on disk without "mtp."
@@ -55,8 +57,7 @@ class MtpBlock(nn.Module):
 
     def own(self) -> dict[str, nn.Parameter]:
         """The block's parameters by their names on disk, experts fused."""
-        around = ("embed_tokens.", "lm_head.")
-        return {f"mtp.{name}": value for name, value in self.named_parameters() if not name.startswith(around)}
+        return {f"mtp.{name}": value for name, value in self.named_parameters() if not name.startswith(AROUND)}
 
     def joined(self, ids: Tensor, hidden: Tensor, lead: bool = False) -> Tensor:
         """What the decoder layer reads: token ids [B, T] and what the head reads at each of them [B, T, H] ->
@@ -80,13 +81,13 @@ class MtpBlock(nn.Module):
         return self.lm_head(out[:, 1:] if lead else out)
 
 
-def load_mtp(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> MtpBlock:
-    """The block of a checkpoint with its weights, frozen; raises :class:`UserError` where it has none, or not this one."""
+def sources_of(checkpoint: Checkpoint, block: MtpBlock) -> dict[str, list[str]]:
+    """The tensors of each of the block's own parameters; raises :class:`UserError` where the checkpoint has no block, or not
+    this one."""
     roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
     found = [name for name, role in roles.items() if role is Role.MTP]
     if not found:
         raise UserError(f"{checkpoint.path}: has no multi-token prediction (mtp.*)")
-    block = MtpBlock(model_config(checkpoint.path).get_text_config(), dtype)
     places: dict[str, list[str]] = {}
     for name in found:
         parameter = MTP_PREFIX.sub("mtp.", checkpoint.places[name].parameter)
@@ -96,21 +97,25 @@ def load_mtp(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
         raise UserError(f"{checkpoint.path}: multi-token prediction of another kind: {listed(strange)} is not known (mtp.py)")
     if missing := sorted(set(own) - set(places)):
         raise UserError(f"{checkpoint.path}: multi-token prediction is not whole: it lacks {listed(missing)}")
+    for name, parameter in own.items():
+        shape = checkpoint.parameter_shape(checkpoint.places[places[name][0]].parameter)
+        if shape != parameter.shape:
+            raise UserError(f"{checkpoint.path}: {places[name][0]} is {list(shape)} instead of {list(parameter.shape)}")
+    return places
+
+
+def load_mtp(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> MtpBlock:
+    """The block of a checkpoint with its weights, frozen; raises like :func:`sources_of`."""
+    block = MtpBlock(model_config(checkpoint.path).get_text_config(), dtype)
+    places = sources_of(checkpoint, block)
     head = "lm_head.weight" if "lm_head.weight" in checkpoint.sources else "model.embed_tokens.weight"
     places |= {"mtp.embed_tokens.weight": checkpoint.sources["model.embed_tokens.weight"]}
     places |= {"mtp.lm_head.weight": checkpoint.sources[head]}
     for name, tensor in list(block.named_parameters(remove_duplicate=False)):
         full = torch.empty(tensor.shape, dtype=dtype, device=device)
-        count = 0
         for source in places[f"mtp.{name}"]:
             part = checkpoint.places[source].view(full)
-            value = checkpoint.read(source)
-            if value.numel() != part.numel():
-                raise UserError(f"{checkpoint.path}: {source} is {list(value.shape)} instead of {list(part.shape)}")
-            check_finite(part.copy_(value.view_as(part)), source, checkpoint.path)
-            count += part.numel()
-        if count != full.numel():
-            raise UserError(f"{checkpoint.path}: mtp.{name}: {count:,} of {full.numel():,} weights; some are missing")
+            check_finite(part.copy_(checkpoint.read(source).view_as(part)), source, checkpoint.path)
         block.put(name, full)
     return block.to(device)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from calibration import Calibration, layer_bytes
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
-from families import VISION_PREFIX, Role, layer_count, roles_of
+from families import VISION_PREFIX, Role, layer_count, role_in_block, roles_of
 from ggml_codecs import CastCodec, decode_rows, encode
 from ggml_types import TYPES, row_bytes
 from gguf_format import (
@@ -50,6 +50,7 @@ from gguf_layout import (
     file_type,
     into_parameter,
     is_mtp,
+    patterns_of,
     pieces_of,
     read_parameter,
     read_patterns,
@@ -260,6 +261,8 @@ def plan_pack(
     if checkpoint.config.get("quantization_config"):
         raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
     pieces = pieces_of(checkpoint, mtp)
+    mtp = mtp if any(piece.role is Role.MTP for piece in pieces) else "none"
+    patterns = patterns_of(patterns, pieces)
     types, fallbacks = types_of({piece.name: piece.shape for piece in pieces if not piece.kept}, base, patterns)
     if strict:
         check_strict(fallbacks)
@@ -354,13 +357,16 @@ class GgufSink:
             after += len(part)
             whole += after <= self.ready
         if not whole:  # killed before the first layer: encoding again gives the same bytes
-            self.embedded = {piece.name: self.pack.data(piece, self.device) for piece in self.before}
+            self.embedded = self._encoded_before()
             if self.ready < len(self.before):
                 self._append(self.before, self.embedded)
         return whole
 
+    def _encoded_before(self) -> dict[str, Tensor]:
+        return {piece.name: self.pack.data(piece, self.device) for piece in self.before}
+
     def embedding(self) -> dict[str, Tensor]:
-        encoded, self.embedded = self.embedded, {}
+        encoded, self.embedded = self.embedded or self._encoded_before(), {}
         found: dict[str, Tensor] = {}
         for piece in self.before:
             if piece.function == "same":
@@ -481,7 +487,7 @@ def left_out(checkpoint: Checkpoint, pieces: Sequence[Piece] = ()) -> list[str]:
     others = f"left out by llama.cpp's converter: {{}} of {listed(rest['other'])}"
     lines = []
     for kind, where in (
-        ("mtp", "left out: {} of multi-token prediction (llama.cpp decodes without them)"),
+        ("mtp", "left out: {} of multi-token prediction (MTP=0, or llama.cpp has no place for them)"),
         ("vision", "in a file of their own (mmproj): {} of the vision tower"),
         *([("other", others)] if pieces else []),
     ):
@@ -500,7 +506,10 @@ def memory_bytes(pack: Pack) -> int:
     tensors = pack.checkpoint.tensors
     roles = roles_of({name: info.shape for name, info in tensors.items()}, pack.checkpoint.config)
     encoded = (*LINEAR_ROLES, Role.ROUTED_EXPERT)
-    jobs = [Job(name, info, roles[name], 4 if roles[name] in encoded else None) for name, info in tensors.items()]
+    inner = {name: role_in_block(name, pack.checkpoint.model_type) for name in tensors if roles[name] is Role.MTP}
+    if pack.mtp == "none":
+        roles = {name: role for name, role in roles.items() if role is not Role.MTP}
+    jobs = [Job(name, tensors[name], role, 4 if inner.get(name, role) in encoded else None) for name, role in roles.items()]
     return BASE_BYTES + layer_bytes(jobs, pack.calibration)
 
 

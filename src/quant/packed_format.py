@@ -140,7 +140,7 @@ def _fault(job: Job, experts: bool, group: int) -> str | None:
     """Why a tensor is not packed, whatever it is fused with; None if nothing speaks against it."""
     if job.bits is None:
         return "not quantized"
-    if job.role is Role.ROUTED_EXPERT and not experts:
+    if job.kind is Role.ROUTED_EXPERT and not experts:
         return "routed experts, kept by --keep-experts"
     if job.role in (Role.EMBEDDING, Role.LM_HEAD):
         return f"vLLM reads {'embeddings' if job.role is Role.EMBEDDING else 'the head'} in BF16"
@@ -151,7 +151,7 @@ def _fault(job: Job, experts: bool, group: int) -> str | None:
     if len(job.info.shape) == 3 and (job.transposed or not FUSED.fullmatch(job.name)):
         return "the container holds no stack of experts of this layout"
     rows, inputs = matrices_of(job.name, job.info.shape)[0][1], job.info.shape[-1]
-    if job.role is Role.ROUTED_EXPERT:
+    if job.kind is Role.ROUTED_EXPERT:
         hidden, inner = (rows, inputs) if DOWN.search(job.name) else (inputs, rows)
         tile = max(INNER, group)
         if hidden % HIDDEN or inner % tile:
@@ -173,7 +173,7 @@ def plan_container(jobs: Sequence[Job], recipe: Recipe, experts: bool = True) ->
         raise UserError(f"--packed: tensor {wrong.name} is {wrong.info.dtype}; the container holds BF16 values: convert first")
     faults: dict[str, str] = {}  # of units
     for job in jobs:
-        if job.role not in (Role.VISION, Role.MTP) and (fault := _fault(job, experts, recipe.group)):
+        if job.role is not Role.VISION and (fault := _fault(job, experts, recipe.group)):
             faults.setdefault(unit_of(job.name), fault)
     packed = {job.name: _grids(job) for job in quantized if unit_of(job.name) not in faults}
     kept = {job.name: faults[unit_of(job.name)] for job in quantized if job.name not in packed}
@@ -183,9 +183,9 @@ def plan_container(jobs: Sequence[Job], recipe: Recipe, experts: bool = True) ->
     if not any(name in packed for name in wanted):
         why = kept[wanted[0]] if wanted else "nothing is quantized"
         raise UserError(f"--packed: no {what} can be packed: {why}")
-    experts_of = [job for job in jobs if job.role is Role.ROUTED_EXPERT]
-    beside = any(job.name in packed for job in experts_of)
-    split = {job.name for job in experts_of if beside and job.name not in packed and FUSED.fullmatch(job.name)}
+    experts_of = [job for job in jobs if job.kind is Role.ROUTED_EXPERT]
+    beside = {job.role for job in experts_of if job.name in packed}
+    split = {job.name for job in experts_of if job.role in beside and job.name not in packed and FUSED.fullmatch(job.name)}
     return Container(recipe.group, packed, kept, quantization_config(jobs, packed, recipe.group), frozenset(split))
 
 
@@ -258,17 +258,18 @@ def ignored(jobs: Sequence[Job], packed: Collection[str]) -> list[str]:
     """quantization_config's "ignore": every linear that is not packed, by name; whole subtrees by pattern, since the names of
     vision towers and of multi-token prediction differ between loaders. vLLM raises where parts of a fused matrix differ."""
     found = {"re:.*lm_head$": None}  # a dict keeps the order
+    predicts = any(job.role is Role.MTP and job.name in packed for job in jobs)
     for job in jobs:
         if job.name in packed:
             continue
         if job.role is Role.VISION:
             found[rf"re:.*{VISION_PREFIX.match(job.name)['part']}\..*"] = None
-        elif job.role is Role.MTP:
+        elif job.role is Role.MTP and not predicts:
             layer = LAYER_PREFIX.match(text_name(job.name))
             found[r"re:.*mtp\..*" if MTP_PREFIX.match(job.name) else rf"re:.*layers\.{layer[1]}\..*"] = None
-        elif job.role is Role.ROUTED_EXPERT:
+        elif job.kind is Role.ROUTED_EXPERT:
             layer = LAYER_PREFIX.match(text_name(job.name))
-            found[rf"re:.*layers\.{layer[1]}\..*\.experts\..*"] = None
+            found[rf"re:.*layers\.{layer[1]}\..*\.experts\..*" if layer else r"re:.*mtp\..*\.experts\..*"] = None
         elif len(job.info.shape) == 2 and job.role not in (Role.EMBEDDING, Role.LM_HEAD):
             found[job.name.removesuffix(".weight")] = None
     return list(found)

@@ -19,7 +19,7 @@ import torch
 from calibration import Calibration, layer_bytes
 from checkpoint import CONSUMED, PACKED, Checkpoint
 from console import UserError, check_writable, write_json
-from families import Role, roles_of
+from families import Role, role_in_block, roles_of
 from hf_model import check_complete
 from moe_ptq import CALIBRATED, zero_point_bits
 from moe_quant import average_bits
@@ -120,7 +120,8 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
     allocated = _allocated(checkpoint, recipe)
     jobs = []
     for name, info in checkpoint.tensors.items():
-        bits = recipe.bits_of(parameters[name], roles[name]) if info.numel else None
+        inner = role_in_block(name, checkpoint.model_type) if roles[name] is Role.MTP else None
+        bits = recipe.bits_of(parameters[name], roles[name], inner) if info.numel else None
         by_expert = allocated.get(name, ())
         if by_expert:
             bits = sum(by_expert) / len(by_expert)
@@ -130,7 +131,7 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
             known = ", ".join(CALIBRATED)
             raise UserError(f"tensor {name}: {bits} bits: a mix of two grids needs a calibrated method: {known}")
         each = by_expert if len(by_expert) > 1 else ()
-        jobs.append(Job(name, info, roles[name], bits, each, checkpoint.family.is_turned(info.shape)))
+        jobs.append(Job(name, info, roles[name], bits, each, checkpoint.family.is_turned(info.shape), inner))
     inputs = [job.inputs for job in jobs if job.bits]
     if odd := [job for job in jobs if job.bits and job.inputs % recipe.group]:
         raise UserError(

@@ -5,13 +5,13 @@
         [--devices cuda:0,cuda:1 | all] [--result results/quantize/w3.json --tag w3]
     METHOD=gptq_refit OUT=work/w3 python src/quant/quant_save.py --config configs/clip_122b.env     # pipelines/quantize.sh
 
-Routed experts get --expert-bits; every other linear, the embedding and the head --linear-bits; router, norms, ssm state,
-biases, vision and mtp are copied byte for byte. Methods that need no inputs (clip, absmax, ...) stream tensor by tensor;
-the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks' training split. Several --devices
-round shards (or, calibrated, the experts of a layer) at the same time, to the same bytes. recipe.json is written beside the
-weights. --packed writes the same values in 4 bits a weight, as vLLM reads them (docs/PACKED.md). The output appears under its
-name only when it is complete; Ctrl-C or an error leaves nothing behind, and after `kill -9` the same command goes on where it
-stopped.
+Routed experts get --expert-bits; every other linear, the embedding and the head --linear-bits; the matrices of multi-token
+prediction --mtp-bits; router, norms, ssm state, biases and vision are copied byte for byte. Methods that need no inputs (clip,
+absmax, ...) stream tensor by tensor; the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks'
+training split. Several --devices round shards (or, calibrated, the experts of a layer) at the same time, to the same bytes.
+recipe.json is written beside the weights. --packed writes the same values in 4 bits a weight, as vLLM reads them
+(docs/PACKED.md). The output appears under its name only when it is complete; Ctrl-C or an error leaves nothing behind, and
+after `kill -9` the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ from plans import (
     summarize,
     table,
 )  # fmt: skip
-from recipe import KEEP, NOT_GIVEN, RECIPE_FILE, Job, Recipe, quantized_note, read_allocation
+from recipe import NOT_GIVEN, RECIPE_FILE, Job, Recipe, quantized_note, read_allocation
 from records import describe_model, write_result
-from rounders import GridRounder
+from rounders import GridRounder, is_uncalibrated
 from run_dir import check_output, check_resume, staged_directory
 from settings import add_dry_run, parse_settings, part, setting
 from token_weights import kept_bytes
@@ -152,8 +152,7 @@ def quantize_checkpoint(
     checkpoint = Checkpoint(model)
     out = Path(out).resolve()
     jobs = plan_jobs(checkpoint, recipe)
-    if recipe.expert_bits == NOT_GIVEN:  # and none were needed
-        recipe = dataclasses.replace(recipe, expert_bits=KEEP)
+    recipe = recipe.fitting(job.role for job in jobs)
     container = plan_container(jobs, recipe) if packed else None
     if container:  # what it stores in BF16 gains nothing by being rounded
         jobs = [dataclasses.replace(job, bits=None, by_expert=()) if job.name in container.kept else job for job in jobs]
@@ -185,6 +184,8 @@ def quantize_checkpoint(
     if calibration:
         sequences, length = calibration.ids.shape
         print(f"calibration: {sequences:,} sequences of {length:,} tokens, layer by layer")
+        if any(job.bits and is_uncalibrated(job) for job in jobs):
+            print("note: this family's block of multi-token prediction is not run; it is rounded without calibration (clip)")
     print(preflight(jobs, out, needed, chunk_bytes, calibration, len(devices)))
     print("\n".join(quantize_times(jobs, recipe)), flush=True)
     if dry_run:
@@ -235,8 +236,9 @@ def main() -> None:
     seconds = time.time() - started
     if result:
         write_result(
-            result, kind="quantize", tag=settings.record.tag, started=started, model=described, recipe=recipe.to_json(),
-            data=[calibration.record] if calibration else [], metrics=report.to_json(),
+            result, kind="quantize", tag=settings.record.tag, started=started, model=described,
+            recipe=recipe.fitting(report.roles).to_json(), data=[calibration.record] if calibration else [],
+            metrics=report.to_json(),
             extra={"output": describe_model(settings.out), "devices": [str(device) for device in devices],
                    "device_peak_mib": device_peaks(devices)},
         )  # fmt: skip

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 
 from calibrated_pass import MomentSettings, Take
-from calibration import LayerStream, calibrated_shapes
+from calibration import LayerStream, calibrated_shapes, hooked_shapes
 from checkpoint import Checkpoint
 from console import UserError, check_writable, explained
-from families import Role
+from families import MTP_PREFIX, Role
 from ggml_codecs import decode_rows, encode
 from ggml_round import ldlq
 from ggml_types import TYPES
 from gguf_layout import Piece, into_parameter, ordered_hessian, to_gguf
+from hf_model import model_config
 from moe_ptq import Grid, Statistics, output_error, round_weight
+from mtp import AROUND, MtpBlock
 from recipe import Job, Recipe
 from settings import part, setting
 
@@ -39,6 +41,11 @@ class Target:
     bits: tuple[int, ...] = ()
 
 
+def is_uncalibrated(job: Job) -> bool:
+    """Whether a tensor is of a block of multi-token prediction that no calibration runs through: another than mtp.py's."""
+    return job.role is Role.MTP and not MTP_PREFIX.match(job.name)
+
+
 class GridRounder:
     """Several ``devices`` share the experts of a parameter. The embedding is no target: it has no inputs to calibrate on."""
 
@@ -47,7 +54,7 @@ class GridRounder:
         self.targets: dict[str, Target] = {}
         experts = dict(recipe.experts)
         for job in jobs:
-            if job.bits is not None and job.role not in (Role.EMBEDDING, Role.MTP):
+            if job.bits is not None and job.role is not Role.EMBEDDING and not is_uncalibrated(job):
                 whole = math.floor(job.bits)
                 grid = Grid(whole, recipe.group, recipe.clip_steps, recipe.clip_low)
                 parameter = stream.checkpoint.places[job.name].parameter
@@ -179,6 +186,10 @@ def is_fed(piece: Piece, shape: Sequence[int], turned: bool = False) -> bool:
 def fed_pieces(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> frozenset[str]:
     """The names of the pieces whose inputs a calibrated pass sees."""
     shapes = calibrated_shapes(checkpoint)
+    block = next((found[0] for piece in pieces if (found := MTP_PREFIX.match(piece.parameter))), None)
+    if block and shapes:
+        own = hooked_shapes(MtpBlock(model_config(checkpoint.path).get_text_config(), torch.bfloat16))
+        shapes |= {block + name: shape for name, shape in own.items() if not name.startswith(AROUND)}
     return frozenset(
         piece.name for piece in pieces
         if (shape := shapes.get(piece.parameter)) and is_fed(piece, shape, checkpoint.family.is_turned(shape))
