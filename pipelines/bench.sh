@@ -2,6 +2,8 @@
 # Speed of the quantizers on this machine, beside the limit:  bash pipelines/bench.sh [--layer small|122b] [--result F --tag T]
 # Every family at tiny size (docs/CHECKPOINTS.md):              bash pipelines/bench.sh families [--result F --tag T]
 # Speed and memory of a GGUF file in llama.cpp:               bash pipelines/bench.sh --gguf F.gguf [--result F --tag T]
+# Drafting with a GGUF's block of multi-token prediction, by its types: acceptance, answers, tokens/s:  bash pipelines/bench.sh mtp
+# (MODEL, default models/razor-tiny-mtp, is packed with each of HEADS; a record each, $RESULTS/bench/razor_tiny_mtp_HEAD.json)
 # Every measurement at the size of the real model, on one or two GPUs, 10 to 15 minutes on two:      bash pipelines/bench.sh h100
 # Its parts, each with a time limit and a record under $RESULTS/bench (default results/): disk (data-free quantize of 6 layers beside
 # the disk), gptq and ldlq (calibrated layers), gguf (a 48 GiB file in $SHM, decoded on the GPU and with experts on the CPU), eval_tiny
@@ -21,7 +23,25 @@ if [ "${1:-}" != h100 ]; then
     OPTIONS_FOLLOW=1 source "$here/env.sh" || exit
     [ "${1:-}" != families ] || exec python "$here/src/distill/speed_families.py" "${@:2}"
     case " $* " in *" --gguf"[\ =]*) exec python "$here/src/eval/speed_gguf.py" "$@" ;; esac
-    cd "$here" && exec python src/quant/speed_quant.py kernels "$@"
+    cd "$here" || exit
+    [ "${1:-}" = mtp ] || exec python src/quant/speed_quant.py kernels "$@"
+    shift
+    model=${MODEL:-models/razor-tiny-mtp} work=${SCRATCH}/bench_mtp
+    name=$(basename "$model") results=${RESULTS:-results}/bench
+    mkdir -p "$work"
+    for head in ${HEADS:-bf16 q8_0 iq4_nl q4_K iq3_xxs experts_iq3_xxs experts_iq2_xs}; do
+        record=$results/${name//-/_}_${head,,}.json
+        if [ -e "$record" ]; then echo "bench: $record is there"; continue; fi
+        { # the experts of the block alone, or all its matrices
+            case $head in experts_*) printf '^mtp\\.ffn_.*_exps=%s\n^mtp\\.=q8_0\n' "${head#experts_}" ;; *) printf '^mtp\\.=%s\n' "$head" ;; esac
+            grep -v '^^mtp' configs/gguf_tensor_types_iq3.txt
+        } >"$work/$head.txt"
+        python src/quant/gguf_pack.py --config configs/gguf_iq3.env --model "$model" --out "$work/$head" --tensor-types "$work/$head.txt" \
+            --token-weights "$work/$name-weights.st" --force || exit
+        python src/eval/speed_gguf.py --gguf "$work/$head/"*.gguf --draft "${DRAFT:-1,3}" "$@" --result "$record" \
+            --tag "${name//-/_}_${head,,}" || exit
+    done
+    exit
 fi
 shift
 cd "$here" || exit 2
