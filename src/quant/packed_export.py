@@ -1,4 +1,4 @@
-"""A quantized checkpoint in 4 bits a weight for vLLM and transformers, and back, bit for bit (docs/PACKED.md).
+"""A quantized checkpoint as codes of its own bits for vLLM and transformers, and back, bit for bit (docs/PACKED.md).
 
     python src/quant/packed_export.py --model work/w3 --out work/w3-packed [--result results/quantize/T.json --tag T]
     python src/quant/packed_export.py --unpack work/w3-packed --out work/w3-again
@@ -25,7 +25,7 @@ from checkpoint import PACKED, Checkpoint, read_manifest
 from console import UserError, progress, read_object, run_cli, write_json
 from devices import OneBehind, one_ahead
 from families import roles_of
-from packed_format import PackedWriter, describe, plan_container, summary
+from packed_format import PackedWriter, PackingSettings, describe, plan_container, summary
 from plans import CHUNK_BYTES, RecordSettings, ShardSettings, plan_jobs, sidecars
 from recipe import RECIPE_FILE, Job, Recipe, read_recipe
 from records import describe_model, write_result
@@ -57,18 +57,22 @@ def settings_of(checkpoint: Checkpoint, shard_bytes: int) -> dict[str, Any]:
     return {"source": checkpoint.identity, "shard_bytes": shard_bytes}
 
 
-def pack(model: Path, out: Path, force: bool = False, shard_bytes: int = 4 << 30, experts: bool = True) -> dict[str, Any]:
+def pack(
+    model: Path, out: Path, force: bool = False, shard_bytes: int = 4 << 30, experts: bool = True, least: int = 2
+) -> dict[str, Any]:
     """Write the packed form of the checkpoint that quant_save wrote to ``model``; returns recipe.json's report with the
     container's summary. Raises :class:`UserError` on a tensor whose values are not on the recipe's grid."""
     checkpoint, out = Checkpoint(model), out.resolve()
     jobs, made = plan_jobs(checkpoint, read_recipe(model)), read_object(model / RECIPE_FILE, "report")
-    container, extras = plan_container(jobs, read_recipe(model), experts), sidecars(model)
+    container = plan_container(jobs, read_recipe(model), experts, least, checkpoint.family.packed_ends)
+    extras = sidecars(model)
     facts = summary(jobs, container)
     check_output(model, out, force, facts["bytes"] + sum(file.stat().st_size for file in extras))
     print(f"{model} -> {out}\n{describe(facts)}", flush=True)
     plan = [(job.name, job.info.dtype, job.info.shape) for job in jobs]
     shards = [sum(info.file == file for info in checkpoint.tensors.values()) for file in checkpoint.files]
-    with staged_directory(out, force, settings_of(checkpoint, shard_bytes) | {"experts": experts}) as partial:
+    settings = settings_of(checkpoint, shard_bytes) | {"experts": experts, "least": least}
+    with staged_directory(out, force, settings) as partial:
         for file in extras:
             shutil.copyfile(file, partial / file.name)
         with PackedWriter(partial, plan, container, shard_bytes, shards=shards) as writer:
@@ -161,6 +165,7 @@ class ExportSettings:
     keep_experts: bool = setting(
         False, "leave the routed experts in BF16: vLLM on a CPU without AMX has no kernel for packed ones"
     )
+    packing: PackingSettings = part(PackingSettings)
     shards: ShardSettings = part(ShardSettings)
     record: RecordSettings = part(RecordSettings)
 
@@ -182,7 +187,9 @@ def show_check(found: dict[str, int]) -> str:
 def pack_and_check(model: Path, out: Path, settings: ExportSettings) -> int:
     """Pack, compare with what was packed, record; 1 if a value differs."""
     result, started = settings.record.file("quantize"), time.time()
-    report = pack(model, out, settings.record.force, settings.shards.bytes, not settings.keep_experts)
+    report = pack(
+        model, out, settings.record.force, settings.shards.bytes, not settings.keep_experts, settings.packing.packed_bits
+    )
     found = check(out, model)
     output = describe_model(out)
     print(f"{show_check(found)}\nwrote {out}: {output['bytes'] / 1e6:,.2f} MB of weights, "
