@@ -8,8 +8,8 @@
 # Its parts, each with a time limit and a record under $RESULTS/bench (default results/): disk (data-free quantize of 6 layers beside
 # the disk), gptq and ldlq (calibrated layers), gguf (a 48 GiB file in $SHM, decoded on the GPU and with experts on the CPU), eval_tiny
 # and eval_35b (hf tokens/s). A part whose record is there is not run again. PARTS="disk gptq" takes some; eval_35b_vllm, which runs
-# only when named, is eval_35b through vLLM (VLLM_PYTHON: an interpreter that has it, where it stands apart). TINY=1 runs all of it
-# small. DISK_DEVICES=cuda:0,cuda:0 keeps two shards at work in part disk (default: four on a GPU).
+# only when named, is eval_35b through vLLM (VLLM_PYTHON: an interpreter that has it, where it stands apart), and so does packed:
+# products with packed matrices by humming-kernels, on one GPU. TINY=1 runs all of it small. DISK_DEVICES=cuda:0,cuda:0 keeps two shards at work in part disk (default: four on a GPU).
 # Two lanes run side by side where there are two GPUs: what moves the disk (disk, gptq, ldlq) on the first; gguf, eval on the second,
 # pinned to cores of their own. Without llama.cpp in $LLAMA_CPP the gguf part is left out, and said. HEADERS=DIR holds what
 # `bash pipelines/bench.sh h100 headers DIR` made where llama.cpp's converter is: the head of each GGUF file.
@@ -61,13 +61,13 @@ rm -f "$log/failed"
 started=$(date +%s)
 
 if [ -n "$tiny" ]; then # the same commands at sizes of seconds on a CPU
-    model=(--shape tiny) disk_model=(--shape tiny) layer_model=(--shape tiny --layers 2 --interval 2 --experts 2)
+    model=(--shape tiny) packed_model=(--shape tiny --layers 1) disk_model=(--shape tiny) layer_model=(--shape tiny --layers 2 --interval 2 --experts 2)
     eval_model=(--shape tiny --layers 2 --interval 2)
     disk=(--probe-gib 0.01 --shard-gib 0.003) calibration=(--sequences 2 --length 32 --batch 2)
     on_gpu=(--prompt 32 --generate 8 --batches 32 --sequences "1,2" --repetitions 1 --flash-attention on)
     on_cpu=("${on_gpu[@]}") evaluation=(--batches "1,2" --prompt 16 --generate 24) experts=2
 else
-    model=(--shape 122b) disk_model=(--shape 122b --layers "${LAYERS:-6}") layer_model=(--shape 122b --layers 4 --interval 2)
+    model=(--shape 122b) packed_model=(--shape 122b --layers 1 --vocab 1024) disk_model=(--shape 122b --layers "${LAYERS:-6}") layer_model=(--shape 122b --layers 4 --interval 2)
     eval_model=(--shape 35b --layers "${EVAL_LAYERS:-40}")
     disk=(--probe-gib 6) calibration=(--sequences 128 --length 512 --batch 32)
     on_gpu=(--prompt "512,2048" --generate 128 --batches "512,2048" --sequences "1,2,4,8,16,32" --flash-attention "on,off" --repetitions 3)
@@ -134,6 +134,14 @@ disk_lane() {
                 --result "$results/${name}_$method.json" --tag "${name}_$method"
         done
         rm -rf "$scratch/layers"
+    fi
+    if wants packed; then
+        rm -rf "$scratch/packed"
+        part packed.source 60 - $PYTHON src/quant/synthetic_moe.py "${packed_model[@]}" --out "$scratch/packed/synthetic-122b" &&
+            LINES_SHOWN=40 part packed 235 "$results/${name}_packed.json" $PYTHON src/quant/speed_quant.py packed \
+                --model "$scratch/packed/synthetic-122b" --work "$scratch/packed/work" \
+                --result "$results/${name}_packed.json" --tag "${name}_packed"
+        rm -rf "$scratch/packed"
     fi
 }
 

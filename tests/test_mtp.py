@@ -264,19 +264,19 @@ def test_a_checkpoint_keeps_the_block_in_its_own_bits(method, bits, packed, rand
     for name in (name for name in found.tensors if name.startswith("mtp.")):
         before, after = found.read(name), made.read(name)
         is_matrix = before.ndim > 1 and "gate." not in name and "shared_expert_gate" not in name
+        is_matrix &= not (packed and name == "mtp.fc.weight")  # vLLM reads it in BF16
         matrices += is_matrix
         assert torch.equal(before, after) == (bits == 16 or not is_matrix), name
         if is_matrix and bits < 16:
             codes_of(after, (bits,), 128)
             assert 0 < (before - after).norm() / before.norm() < 2.0 ** (2 - bits), name
-    assert matrices == 10 and report.roles["mtp"].bits == (bits if bits < 16 else None)
+    assert matrices == 10 - packed and report.roles["mtp"].bits == (bits if bits < 16 else None)
     assert read_recipe(tmp_path / "q") == recipe
     assert json.loads((tmp_path / "q" / "recipe.json").read_text())["recipe"].get("mtp_bits", 16) == bits
     if packed:
         held = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["ignore"]
-        assert [name for name in held if "mtp" in name] == [
-            f"mtp.layers.0.mlp.{gate}" for gate in ("gate", "shared_expert_gate")
-        ]
+        left = ["mtp.fc", "mtp.layers.0.mlp.gate", "mtp.layers.0.mlp.shared_expert_gate"]
+        assert [name for name in held if "mtp" in name] == left
 
 
 TRAINED = MODEL.with_name("razor-tiny-mtp")
