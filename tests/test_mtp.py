@@ -1,5 +1,6 @@
 """Multi-token prediction: the block against llama.cpp's graph and a plain formula, its names, and what is refused."""
 
+import argparse
 import json
 import os
 import re
@@ -12,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import speed_gguf
 from calibrated_pass import CalibratedPass
 from calibration import Calibration, LayerStream
 from checkpoint import Checkpoint
 from console import UserError
-from gguf_format import run_converter
+from gguf_format import GgufFile, run_converter
 from hf_model import load_weights, model_config
 from llamacpp_eval8 import LlamaServer
 from moe_ptq import CALIBRATED, shrink
@@ -262,16 +264,91 @@ def test_a_checkpoint_keeps_the_block_in_its_own_bits(method, bits, packed, rand
     for name in (name for name in found.tensors if name.startswith("mtp.")):
         before, after = found.read(name), made.read(name)
         is_matrix = before.ndim > 1 and "gate." not in name and "shared_expert_gate" not in name
+        is_matrix &= not (packed and name == "mtp.fc.weight")  # vLLM reads it in BF16
         matrices += is_matrix
         assert torch.equal(before, after) == (bits == 16 or not is_matrix), name
         if is_matrix and bits < 16:
             codes_of(after, (bits,), 128)
             assert 0 < (before - after).norm() / before.norm() < 2.0 ** (2 - bits), name
-    assert matrices == 10 and report.roles["mtp"].bits == (bits if bits < 16 else None)
+    assert matrices == 10 - packed and report.roles["mtp"].bits == (bits if bits < 16 else None)
     assert read_recipe(tmp_path / "q") == recipe
     assert json.loads((tmp_path / "q" / "recipe.json").read_text())["recipe"].get("mtp_bits", 16) == bits
     if packed:
         held = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["ignore"]
-        assert [name for name in held if "mtp" in name] == [
-            f"mtp.layers.0.mlp.{gate}" for gate in ("gate", "shared_expert_gate")
-        ]
+        left = ["mtp.fc", "mtp.layers.0.mlp.gate", "mtp.layers.0.mlp.shared_expert_gate"]
+        assert [name for name in held if "mtp" in name] == left
+
+
+TRAINED = MODEL.with_name("razor-tiny-mtp")
+needs_llama_cpp = pytest.mark.skipif(
+    not os.environ.get("LLAMA_CPP"),
+    reason="LLAMA_CPP is not set: the folder of llama.cpp's programs (bash pipelines/test.sh sets it)",
+)
+
+
+def pack_of(model, out, *more):
+    types = out.parent / "types.txt"
+    types.write_text("^mtp\\.ffn_.*_exps=iq3_s\n^mtp\\.=q4_K\n")
+    text = ["--calib-sequences", 2, "--calib-length", 32, "--tensor-types", types]
+    return [
+        "src/quant/gguf_pack.py",
+        "--model",
+        model,
+        "--out",
+        out,
+        "--base-type",
+        "Q8_0",
+        "--method",
+        "nearest",
+        *text,
+        *more,
+    ]
+
+
+def killed(*_):
+    raise OSError("stands for a kill")
+
+
+@needs_llama_cpp
+def test_a_gguf_keeps_the_block_and_its_drafts_change_no_answer(tmp_path, command, monkeypatch):
+    """In the file, of its own types; the same bytes where the run ends within it; and llama-server drafts with it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(CalibratedPass, "mtp", killed)
+        done = command(*pack_of(TRAINED, tmp_path / "o"))
+    assert done.returncode == 1 and "stands for a kill" in done.stderr
+    for out in ("o", "whole"):
+        done = command(*pack_of(TRAINED, tmp_path / out))
+        assert done.returncode == 0 and "left out" not in done.stdout and ("(resumed)" in done.stdout) == (out == "o"), (
+            done.stderr
+        )
+    one, other = (next((tmp_path / out).glob("*.gguf")) for out in ("o", "whole"))
+    assert one.read_bytes() == other.read_bytes()
+    file = GgufFile(one)
+    own = {name: file.kind(name) for name in file.tensors if name.startswith("blk.8.")}
+    assert file.fields["qwen35moe.nextn_predict_layers"] == 1 and file.fields["qwen35moe.block_count"] == 9
+    assert sorted(kind for kind in own.values() if kind != "f32") == ["iq3_s"] * 3 + ["q4_K"] * 7 + ["q5_0"]  # of 128 inputs
+    assert own["blk.8.nextn.eh_proj.weight"] == "q4_K" and own["blk.8.ffn_down_exps.weight"] == "iq3_s"
+    errors = json.loads((tmp_path / "o/recipe.json").read_text())["report"]["calibration"]["relative_output_error"]
+    assert 0 < errors["mtp"] < 0.01
+    asked = ["src/eval/speed_gguf.py", "--draft", "1", "--questions", 4, "--generate", 48, "--repetitions", 1]
+    record = tmp_path / "record.json"
+    done = command(*asked, "--gguf", one, "--result", record, "--tag", "t")
+    assert done.returncode == 0 and "4 of 4" in done.stdout, done.stderr
+    found = json.loads(record.read_text())["metrics"]
+    assert found["drafts"]["1"]["same_answers"] == 4 and found["drafts"]["1"]["acceptance"] > 0.9
+    assert found["mtp_types"].keys() == {"f32", "iq3_s", "q4_k", "q5_0"} and found["tokens"] > 40
+    done = command(*pack_of(TRAINED, tmp_path / "without", "--no-mtp"))
+    assert done.returncode == 0 and "left out: 39 tensors, 4.14 MB" in done.stdout, done.stdout + done.stderr
+    done = command(*asked, "--gguf", tmp_path / "without" / one.name)
+    assert done.returncode == 2 and "holds no block of multi-token prediction" in done.stderr
+    trunk = GgufFile(tmp_path / "without" / one.name)
+    assert set(file.tensors) - set(trunk.tensors) == set(own) and "qwen35moe.nextn_predict_layers" not in trunk.fields
+    assert all(torch.equal(file.data(name), trunk.data(name)) for name in trunk.tensors)
+
+
+def test_drafts_that_are_never_accepted_are_an_error(tmp_path, monkeypatch):
+    timings = {"predicted_n": 9, "predicted_ms": 1.0, "draft_n": 8, "draft_n_accepted": 0}
+    monkeypatch.setattr(speed_gguf, "answers", lambda *_: ([[1] * 9], timings))
+    monkeypatch.setattr(speed_gguf, "mtp_types", lambda _: {"bf16": 1})
+    with pytest.raises(UserError, match="of 8 drafted tokens none was accepted"):
+        speed_gguf.draft(argparse.Namespace(gguf=tmp_path / "m.gguf", draft=[1], generate=9))

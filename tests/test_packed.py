@@ -12,19 +12,20 @@ from safetensors.torch import load_file, save_file
 
 import packed_format
 from calibration import Calibration
-from checkpoint import PACKED, Checkpoint, unpack_codes, unpacked_values
+from checkpoint import PACKED, Checkpoint
 from console import UserError
 from families import Role
 from moe_ptq import Grid, Statistics, round_weight
-from moe_quant import dequantize, quantize_group
+from moe_quant import Quantized, dequantize, quantize_group
 from packed_export import check, pack, sizes, unpack
 from packed_format import codes_of, pack_codes, plan_container
 from plans import plan_jobs
 from quant_save import quantize_checkpoint
 from recipe import Recipe
+from source_formats import unpack_words, word_count
 
 # What a packed checkpoint holds in BF16 is not rounded: with these left alone in the plain one too, the two are the same model.
-KEPT = {"overrides": tuple((f"*{name}.weight", 16) for name in ("embed_tokens", "lm_head", "in_proj_a", "in_proj_b"))}
+KEPT = {"overrides": tuple((f"*{name}.weight", 16) for name in ("embed_tokens", "in_proj_a", "in_proj_b"))}
 RECIPE = Recipe(3, 4, 128, 4, **KEPT)
 SHARD = 1 << 20
 
@@ -57,11 +58,17 @@ def fused(random_tiny, tmp_path_factory):
     return path
 
 
-def test_words_are_those_of_the_format():
-    codes = torch.randint(-8, 8, (3, 40), dtype=torch.int8)
-    expected = [[sum(int(c + 8) << 4 * k for k, c in enumerate(row[j : j + 8])) for j in range(0, 40, 8)] for row in codes]
-    assert [[word % 2**32 for word in row] for row in pack_codes(codes).tolist()] == expected
-    assert torch.equal(unpack_codes(pack_codes(codes)), codes)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_words_are_those_of_the_format(bits):
+    """A row is one number: code k, offset, times 2 ** (k bits)."""
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 64), dtype=torch.int8)
+    rows = [sum((int(c) + 2 ** (bits - 1)) << bits * k for k, c in enumerate(row)) for row in codes]
+    words = pack_codes(codes, bits)
+    assert [[w % 2**32 for w in row] for row in words.tolist()] == [
+        [row >> 32 * j & 2**32 - 1 for j in range(2 * bits)] for row in rows
+    ]
+    for inputs in (64, 33, 8, 5):  # rows of other lengths end within a word
+        assert torch.equal(unpack_words(words[:, : word_count(inputs, bits)], bits, inputs), codes[:, :inputs])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -74,8 +81,8 @@ def test_codes_and_scales_are_recovered_from_the_values_alone(bits, device):
     made = quantize_group(weight, bits, 128, 16)
     found = codes_of(dequantize(made, 128), (bits,), 128)
     assert torch.equal(found.codes, made.codes) and torch.equal(found.scale, made.scale)
-    packed, scale = pack_codes(found.codes), found.scale.bfloat16()
-    assert same_bits(unpacked_values(packed, scale), dequantize(made, 128))
+    codes = unpack_words(pack_codes(found.codes, bits), bits, 512)
+    assert same_bits(dequantize(Quantized(codes, found.scale.bfloat16().float()), 128), dequantize(made, 128))
     off = dequantize(made, 128)
     off[3, 7] = 0.37 * off[3, :128].abs().max()
     with pytest.raises(UserError, match=f"not on a symmetric grid of {bits} bits"):
@@ -92,10 +99,10 @@ def test_every_tensor_and_every_file_comes_back(random_tiny, tmp_path, method, e
     quantize_checkpoint(random_tiny, tmp_path / "plain", recipe, shard_bytes=SHARD, **more)
     report = quantize_checkpoint(random_tiny, tmp_path / "packed", recipe, shard_bytes=SHARD, packed=True, **more)
     plain, packed = Checkpoint(tmp_path / "plain"), Checkpoint(tmp_path / "packed")
-    assert list(plain.tensors) == list(packed.tensors) and len(packed.files) > 3
+    assert list(plain.tensors) == list(packed.tensors) and len(packed.files) > 2
     assert all(same_bits(packed.read(name), plain.read(name)) for name in plain.tensors)
     stored = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in packed.files)
-    assert report.container["bytes"] == stored < 0.31 * plain.bytes
+    assert report.container["bytes"] == stored < (0.22 if expert_bits == 2 else 0.28) * plain.bytes
     unpack(tmp_path / "packed", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "plain")
     pack(tmp_path / "plain", tmp_path / "later", shard_bytes=SHARD)
@@ -158,7 +165,8 @@ def test_several_devices_write_the_same_bytes(fused, tmp_path):
 
 def test_what_is_not_packed_is_what_the_config_ignores(random_tiny, tmp_path):
     """Each linear is packed or ignored; what vLLM fuses shares its lot; what is left in BF16 is as it was."""
-    recipe = Recipe(3, 4, 128, 4, overrides=(("model.layers.3.self_attn.q_proj.weight", 16), ("lm_head.weight", 6)))
+    kept, odd = "model.layers.3.self_attn.q_proj.weight", "model.layers.2.linear_attn.in_proj_z.weight"
+    recipe = Recipe(3, 4, 128, 4, overrides=((kept, 16), (odd, 6), ("lm_head.weight", 5), ("model.layers.1.mlp.experts.*", 2)))
     quantize_checkpoint(random_tiny, tmp_path / "packed", recipe, packed=True)
     config = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
     stored = load_file(tmp_path / "packed/model.safetensors")
@@ -170,9 +178,21 @@ def test_what_is_not_packed_is_what_the_config_ignores(random_tiny, tmp_path):
     assert ignored == linears and packed and not packed & linears
     attention = {f"model.layers.3.self_attn.{part}_proj" for part in "qkv"}
     assert attention <= linears and "model.layers.3.self_attn.o_proj" in packed
-    assert {"lm_head", "model.layers.0.linear_attn.in_proj_a", "model.layers.0.mlp.gate"} <= linears
-    weights = config["config_groups"]["group_0"]["weights"]
-    assert (weights["num_bits"], weights["symmetric"], weights["group_size"]) == (4, True, 128)
+    assert {"model.layers.0.linear_attn.in_proj_a", "model.layers.0.mlp.gate"} <= linears
+    groups = {}
+    for group in config["config_groups"].values():
+        weights = group["weights"]
+        assert weights["symmetric"] and weights["group_size"] == 128
+        groups |= {target: weights["num_bits"] for target in group["targets"]}
+    bits = {}
+    for name in packed:  # those that a loader makes one matrix of have one width
+        own = [size for target, size in groups.items() if target.startswith("re:") and re.match(target[3:], name)]
+        assert len(own) < 2
+        bits[name] = own[0] if own else groups["Linear"]
+        assert stored[f"{name}.weight_packed"].shape[1] == stored[f"{name}.weight_shape"][1] * bits[name] / 32
+    assert bits["lm_head"] == 5 and bits["model.layers.0.linear_attn.out_proj"] == 4
+    assert {bits[f"model.layers.2.linear_attn.in_proj_{part}"] for part in ("qkv", "z")} == {6}
+    assert [bits[f"model.layers.{layer}.mlp.experts.7.up_proj"] for layer in range(4)] == [3, 2, 3, 3]
     source = Checkpoint(random_tiny)
     assert all(same_bits(stored[f"{name}.weight"], source.read(f"{name}.weight")) for name in linears | {"model.embed_tokens"})
 
@@ -195,8 +215,9 @@ def test_a_vision_tower_is_left_alone(tmp_path):
     from tiny_model import build_vl_model, vl_config
 
     build_vl_model(vl_config(build_vl_tokenizer(vl_texts(100)), 2, 1), 0).bfloat16().save_pretrained(tmp_path / "m")
-    quantize_checkpoint(tmp_path / "m", tmp_path / "plain", RECIPE)
-    quantize_checkpoint(tmp_path / "m", tmp_path / "packed", RECIPE, packed=True)
+    recipe = dataclasses.replace(RECIPE, overrides=(*RECIPE.overrides, ("lm_head.weight", 16)))  # 374 tokens are no tiles
+    quantize_checkpoint(tmp_path / "m", tmp_path / "plain", recipe)
+    quantize_checkpoint(tmp_path / "m", tmp_path / "packed", recipe, packed=True)
     unpack(tmp_path / "packed", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "plain")
     config = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
@@ -230,8 +251,8 @@ def test_recipes_and_shapes_that_do_not_fit_are_refused(random_tiny, tmp_path, c
     flags = ["--model", random_tiny, "--expert-bits", 3, "--linear-bits", 4, "--packed", "--out", tmp_path / "q"]
     for more, message in (
         (["--method", "rtn_asym"], "--packed: method rtn_asym is not a symmetric grid"),
-        (["--group", 16], "--packed: no kernel has groups of 16; use --group 32, 64, 128"),
-        (["--expert-bits", 5], "--packed: no routed expert can be packed: more than 4 bits"),
+        (["--group", 16], "--packed: no kernel has groups of 16; use --group 32, 64, 128, 256"),
+        (["--packed-bits", 9], "--packed-bits 9 is outside 2..8"),
         (["--expert-bits", 16, "--linear-bits", 16], "--packed: no matrix can be packed: nothing is quantized"),
     ):
         done = command("src/quant/quant_save.py", *flags, *more)

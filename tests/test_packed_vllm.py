@@ -26,7 +26,7 @@ RECIPE = Recipe(3, 4, 128, 16)
 
 TRANSFORMERS = textwrap.dedent("""
     # The package's own decompression of every matrix, then the whole model by transformers with that package.
-    import json, sys, torch
+    import collections, json, re, sys, torch
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
     from safetensors.torch import load_file
@@ -34,15 +34,19 @@ TRANSFORMERS = textwrap.dedent("""
 
     packed, plain = sys.argv[1:]
     config = json.load(open(f"{packed}/config.json"))["quantization_config"]
-    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
-    compressor = BaseCompressor.get_value_from_registry(scheme.format)
+    groups = QuantizationConfig.model_validate(config).config_groups.values()
+    targets = {target: scheme for scheme in groups for target in scheme.targets}
     stored, expected = load_file(f"{packed}/model.safetensors"), load_file(f"{plain}/model.safetensors")
-    equal = 0
+    equal = collections.Counter()
     for name in [name for name in stored if name.endswith(".weight_packed")]:
         stem = name.removesuffix("_packed")
+        named = [key for key in targets if key.startswith("re:") and re.match(key[3:], stem.removesuffix(".weight"))]
+        scheme = targets[named[0] if named else "Linear"]
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
         parts = {key: stored[f"{stem}_{key.partition('_')[2]}"] for key in ("weight_packed", "weight_scale", "weight_shape")}
         made, want = compressor.decompress(parts, scheme)["weight"], expected.pop(stem)
-        equal += made.dtype == want.dtype and torch.equal(made.view(torch.int16), want.view(torch.int16))
+        same = made.dtype == want.dtype and torch.equal(made.view(torch.int16), want.view(torch.int16))
+        equal[scheme.weights.num_bits] += same
     rest = [name for name, value in expected.items() if not torch.equal(stored[name], value)]
 
     def load(path):

@@ -3,8 +3,10 @@
 Not a command. `Checkpoint(directory)` reads and checks headers only; `read(name)` is in memory of its own. packed.json, beside
 packed weights, lists the tensors of the dequantized checkpoint in their order with what else writes it again, byte for byte:
 
-    {"format": 1, "group": G, "shards": [tensors of each file], "config": text of config.json,
-     "tensors": [[name, dtype, shape, whether it is packed], ...]}
+    {"format": 2, "group": G, "shards": [tensors of each file], "config": text of config.json,
+     "tensors": [[name, dtype, shape, bits of its codes or 0 where it is not packed], ...]}
+
+In format 1 the last was whether it is packed, in 4 bits.
 """
 
 from __future__ import annotations
@@ -28,15 +30,10 @@ from torch import Tensor
 from console import UserError, file_sha256, files_sha256, read_json, read_object, write_json
 from families import FAMILIES, Family, Place, family_of, place_of
 from safetensors_file import DTYPES, TensorInfo, open_tensors, read_header
-from source_formats import describe, source_tensors, without_quantization
+from source_formats import ScaledInfo, describe, source_tensors, without_quantization, word_count
 
 PACKED = "packed.json"  # in a packed checkpoint: what it unpacks to
-BITS = 4
-CODES_A_WORD = 32 // BITS
-CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # values worked on at once
-
-
-FORMAT = 1
+FORMAT = 2
 FUSED = re.compile(r"(.*\.experts)\.(gate_up|down)_proj")
 PARTS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
@@ -53,38 +50,34 @@ def matrices_of(name: str, shape: tuple[int, ...]) -> list[tuple[str, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class PackedInfo(TensorInfo):
-    """A tensor of the dequantized checkpoint that lies in matrices, in the order of its rows: (packed, scale) of each, or
-    (values, None) where it is not packed. ``begin`` and ``end`` only say its size."""
+    """A tensor of the dequantized checkpoint that lies in ``matrices``, in the order of its rows, packed or not. ``begin`` and
+    ``end`` only say its size."""
 
-    matrices: tuple[tuple[TensorInfo, TensorInfo | None], ...] = ()
+    matrices: tuple[TensorInfo, ...] = ()
 
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count
         across = math.prod(self.shape[1:-1])  # rows of matrices in a row of the first axis
         out = torch.empty(count * across, self.shape[-1], dtype=self.dtype)
         place, first, last = 0, start * across, (start + count) * across
-        for packed, scale in self.matrices:
-            low, high = max(first, place), min(last, place + packed.shape[0])
+        for matrix in self.matrices:
+            low, high = max(first, place), min(last, place + matrix.shape[0])
             if low < high:
-                part = (low - place, high - low)
-                words = packed.read(*part)
-                out[low - first : high - first] = (
-                    words if scale is None else unpacked_values(words, scale.read(*part), self.dtype)
-                )
-            place += packed.shape[0]
+                out[low - first : high - first] = matrix.read(low - place, high - low)
+            place += matrix.shape[0]
         return out.view(count, *self.shape[1:])
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """packed.json, checked as far as this module relies on it."""
     value = read_json(directory / PACKED)
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise UserError(f"{directory / PACKED}: not of format {FORMAT}; pack the checkpoint again")
+    if not isinstance(value, dict) or value.get("format") not in (1, FORMAT):
+        raise UserError(f"{directory / PACKED}: not of format 1 or {FORMAT}; pack the checkpoint again")
     try:
         for name, dtype, shape, packed in value["tensors"]:
             fits = isinstance(name, str) and dtype in DTYPES and all(type(size) is int and size >= 0 for size in shape)
             known = not packed or len(shape) == 2 or len(shape) == 3 and FUSED.fullmatch(name)
-            if not fits or not known or type(packed) is not bool:
+            if not fits or not known or packed not in (range(9) if value["format"] == FORMAT else (False, True)):
                 raise ValueError(name)
         if not isinstance(value["config"], str) or sum(value["shards"]) != len(value["tensors"]) or value["group"] < 1:
             raise ValueError("config, shards, group")
@@ -106,43 +99,28 @@ def unpacked_tensors(directory: Path, stored: Mapping[str, TensorInfo]) -> dict[
         return info
 
     for name, kind, sizes, packed in manifest["tensors"]:
-        dtype, shape = DTYPES[kind], tuple(sizes)
+        dtype, shape, bits = DTYPES[kind], tuple(sizes), int(packed) if manifest["format"] == FORMAT else 4 * packed
         if not packed and (name in rest or len(shape) < 3 or not FUSED.fullmatch(name)):
             found[name] = take(name, dtype, shape)
             continue
-        matrices: list[tuple[TensorInfo, TensorInfo | None]] = []
-        inputs = shape[-1]
+        matrices: list[TensorInfo] = []
+        inputs, group = shape[-1], manifest["group"]
         for module, rows in matrices_of(name, shape):
             if not packed:
-                matrices.append((take(f"{module}.weight", dtype, (rows, inputs)), None))
+                matrices.append(take(f"{module}.weight", dtype, (rows, inputs)))
                 continue
-            words = take(f"{module}.weight_packed", torch.int32, (rows, inputs // CODES_A_WORD))
-            scale = take(f"{module}.weight_scale", torch.bfloat16, (rows, inputs // manifest["group"]))
+            words = take(f"{module}.weight_packed", torch.int32, (rows, word_count(inputs, bits)))
+            scale = take(f"{module}.weight_scale", torch.bfloat16, (rows, inputs // group))
             take(f"{module}.weight_shape", torch.int64, (2,))
-            matrices.append((words, scale))
+            size = rows * inputs * dtype.itemsize
+            matrices.append(
+                ScaledInfo(dtype, (rows, inputs), words.file, 0, size, codes=words, scale=scale, block=(1, group), bits=bits)
+            )
         size = math.prod(shape) * dtype.itemsize
-        found[name] = PackedInfo(dtype, shape, matrices[0][0].file, 0, size, tuple(matrices))
+        found[name] = PackedInfo(dtype, shape, matrices[0].file, 0, size, tuple(matrices))
     if rest:
         raise UserError(f"{directory}: {min(rest)} is not in {PACKED}; pack the checkpoint again")
     return found
-
-
-def unpack_codes(packed: Tensor) -> Tensor:
-    """int32 [..., I/8] -> int8 [..., I] in -8..7."""
-    pairs = packed.contiguous().view(torch.uint8)
-    return (torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2).view(torch.int8)) - 8
-
-
-def unpacked_values(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The values [O, I] of packed [O, I/8] int32 and scale [O, I/G]: code * scale in float32 (exact), rounded once."""
-    rows, groups = scale.shape
-    out = torch.empty(rows, packed.shape[1] * CODES_A_WORD, dtype=dtype, device=packed.device)
-    count = max(1, CHUNK.get(packed.device.type, CHUNK["cpu"]) // max(1, out.shape[1]))
-    for start in range(0, rows, count):
-        piece = slice(start, start + count)
-        codes = unpack_codes(packed[piece])
-        out[piece] = (codes.view(len(codes), groups, -1) * scale[piece].float()[..., None]).flatten(1)
-    return out
 
 
 SYNTHETIC = "synthetic.json"  # beside the config.json of what synthetic_moe made: its seed, its shape, the shards still empty

@@ -216,7 +216,8 @@ class Family:
     ``renames``: where a tensor lies in transformers' module tree, as (pattern, replacement) pairs on its name, where that is
     another than on disk. ``transposed``: experts lie as [E, I, O]; without ``gated`` an expert has up_proj alone. ``carries``:
     the argument by which a decoder layer gives its second output to the next. ``alias``: the model_type whose classes
-    transformers has, where it knows this one by no name of its own."""
+    transformers has, where it knows this one by no name of its own. ``packed_ends``: which of embedding and head vLLM 0.33
+    reads from packed codes (a quantization config reaches them in its models/)."""
 
     layer: Rules
     ggml: str = ""
@@ -226,6 +227,7 @@ class Family:
     gated: bool = True
     carries: str = ""
     alias: str = ""
+    packed_ends: tuple[Role, ...] = (Role.LM_HEAD,)
 
     def is_turned(self, shape: Sequence[int]) -> bool:
         """Whether a tensor or parameter of this shape is a stack of experts as [E, I, O]."""
@@ -235,6 +237,7 @@ class Family:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+BOTH_ENDS = (Role.EMBEDDING, Role.LM_HEAD)
 DEEPSEEK = BLOCK + LATENT_ATTENTION + SHARED_EXPERTS + EXPERTS + MLP
 SPARSE_MOE = ((r"\.block_sparse_moe\.", ".mlp."),)
 FAMILIES = {
@@ -245,24 +248,24 @@ FAMILIES = {
         fixed=FIXED_HYBRID,
     ),
     "qwen3_5": Family(layer=QWEN_HYBRID + MLP, ggml="qwen35", carried=CARRIED_DENSE, fixed=FIXED_HYBRID),
-    "qwen3_next": Family(layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT + MLP, ggml="qwen3next"),
-    "qwen3_moe": Family(layer=BLOCK + QK_NORM + EXPERTS + MLP, ggml="qwen3moe"),
+    "qwen3_next": Family(layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT + MLP, ggml="qwen3next", packed_ends=()),
+    "qwen3_moe": Family(layer=BLOCK + QK_NORM + EXPERTS + MLP, ggml="qwen3moe", packed_ends=BOTH_ENDS),
     "mixtral": Family(layer=BLOCK + MIXTRAL, ggml="llama", renames=SPARSE_MOE),
-    "olmoe": Family(layer=BLOCK + QK_NORM + EXPERTS, ggml="olmoe"),
-    "deepseek_v3": Family(layer=DEEPSEEK, ggml="deepseek2"),
-    "llama": Family(layer=BLOCK + MLP, ggml="llama"),
-    "qwen2": Family(layer=BLOCK + MLP, ggml="qwen2"),
-    "qwen3": Family(layer=BLOCK + QK_NORM + MLP, ggml="qwen3"),
+    "olmoe": Family(layer=BLOCK + QK_NORM + EXPERTS, ggml="olmoe", packed_ends=BOTH_ENDS),
+    "deepseek_v3": Family(layer=DEEPSEEK, ggml="deepseek2", packed_ends=BOTH_ENDS),
+    "llama": Family(layer=BLOCK + MLP, ggml="llama", packed_ends=BOTH_ENDS),
+    "qwen2": Family(layer=BLOCK + MLP, ggml="qwen2", packed_ends=BOTH_ENDS),
+    "qwen3": Family(layer=BLOCK + QK_NORM + MLP, ggml="qwen3", packed_ends=BOTH_ENDS),
     "gemma2": Family(layer=BLOCK + GEMMA_NORMS + MLP, ggml="gemma2"),
-    "gemma3": Family(layer=BLOCK + QK_NORM + GEMMA_NORMS + MLP, ggml="gemma3"),
-    "kimi_k2": Family(layer=DEEPSEEK, ggml="deepseek2", alias="deepseek_v3"),
-    "deepseek_v2": Family(layer=DEEPSEEK, ggml="deepseek2"),
-    "deepseek_v32": Family(layer=DEEPSEEK + INDEXER, ggml="deepseek2"),
-    "glm_moe_dsa": Family(layer=DEEPSEEK + INDEXER, ggml="glm-dsa", carries="prev_topk_indices"),
+    "gemma3": Family(layer=BLOCK + QK_NORM + GEMMA_NORMS + MLP, ggml="gemma3", packed_ends=BOTH_ENDS),
+    "kimi_k2": Family(layer=DEEPSEEK, ggml="deepseek2", alias="deepseek_v3", packed_ends=BOTH_ENDS),
+    "deepseek_v2": Family(layer=DEEPSEEK, ggml="deepseek2", packed_ends=BOTH_ENDS),
+    "deepseek_v32": Family(layer=DEEPSEEK + INDEXER, ggml="deepseek2", packed_ends=BOTH_ENDS),
+    "glm_moe_dsa": Family(layer=DEEPSEEK + INDEXER, ggml="glm-dsa", carries="prev_topk_indices", packed_ends=BOTH_ENDS),
     "glm4_moe": Family(layer=BLOCK + QK_NORM + EXPERTS + SHARED_EXPERTS + MLP, ggml="glm4moe"),
-    "glm4_moe_lite": Family(layer=DEEPSEEK, ggml="deepseek2"),
-    "qwen2_moe": Family(layer=BLOCK + EXPERTS + SHARED_EXPERT + MLP, ggml="qwen2moe"),
-    "mistral": Family(layer=BLOCK + MLP, ggml="llama"),
+    "glm4_moe_lite": Family(layer=DEEPSEEK, ggml="deepseek2", packed_ends=BOTH_ENDS),
+    "qwen2_moe": Family(layer=BLOCK + EXPERTS + SHARED_EXPERT + MLP, ggml="qwen2moe", packed_ends=BOTH_ENDS),
+    "mistral": Family(layer=BLOCK + MLP, ggml="llama", packed_ends=BOTH_ENDS),
     "hunyuan_v1_moe": Family(
         layer=(
             *BLOCK + EXPERTS + SHARED_EXPERTS + MLP,
@@ -270,12 +273,14 @@ FAMILIES = {
             (r"mlp\.gate\.wg\.weight", Role.ROUTER),
         ),
         ggml="hunyuan-moe",
+        packed_ends=(),
     ),
-    "minimax_m2": Family(layer=BLOCK + QK_NORM + MIXTRAL, ggml="minimax-m2", renames=SPARSE_MOE),
+    "minimax_m2": Family(layer=BLOCK + QK_NORM + MIXTRAL, ggml="minimax-m2", renames=SPARSE_MOE, packed_ends=BOTH_ENDS),
     "ernie4_5_moe": Family(
         layer=BLOCK + EXPERTS + SHARED_EXPERTS + MLP,
         ggml="ernie4_5-moe",
         renames=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),),
+        packed_ends=BOTH_ENDS,
     ),
     "phimoe": Family(
         layer=(*BLOCK + MIXTRAL, (r"(input|post_attention)_layernorm\.bias", Role.BIAS)),
@@ -283,7 +288,7 @@ FAMILIES = {
         top=((r"(lm_head|model\.norm)\.bias", Role.BIAS),),
         renames=((r"\.block_sparse_moe\.gate\.", ".mlp.router."), *SPARSE_MOE),
     ),
-    "gemma4": Family(layer=BLOCK + QK_NORM + GEMMA_NORMS + MLP + GEMMA4, ggml="gemma4"),
+    "gemma4": Family(layer=BLOCK + QK_NORM + GEMMA_NORMS + MLP + GEMMA4, ggml="gemma4", packed_ends=BOTH_ENDS),
     "granitemoehybrid": Family(
         layer=BLOCK + MAMBA + GRANITE,
         ggml="granitehybrid",
@@ -297,8 +302,9 @@ FAMILIES = {
         layer=BLOCK + MAMBA + FEED_FORWARD,
         ggml="jamba",
         top=((r"model\.final_layernorm\.weight", Role.NORM),),
+        packed_ends=(),
     ),
-    "gpt_oss": Family(layer=BLOCK + EXPERTS + GPT_OSS, ggml="gpt-oss", transposed=True),
+    "gpt_oss": Family(layer=BLOCK + EXPERTS + GPT_OSS, ggml="gpt-oss", transposed=True, packed_ends=()),
     "llama4": Family(layer=BLOCK + FEED_FORWARD, ggml="llama4", transposed=True),
     "qwen4_exp": Family(
         layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT + INDEXER + HYPER,
@@ -306,17 +312,20 @@ FAMILIES = {
             (r"model\.hyper_connection_mixer\.hc_norm\.weight", Role.NORM),
             (r"model\.hyper_connection_mixer\.input_mix_weight_(up|down)\.weight", Role.ROUTER),
         ),
+        packed_ends=(),
     ),
     "nemotron_h": Family(
         layer=MAMBA + NEMOTRON,
         ggml="nemotron_h_moe",
         top=((r"model\.embeddings\.weight", Role.EMBEDDING), (r"model\.norm_f\.weight", Role.NORM)),
         gated=False,
+        packed_ends=BOTH_ENDS,
     ),
     "bailing_moe": Family(  # no class of it in transformers: only what needs no calibration
         layer=BAILING + EXPERTS + SHARED_EXPERTS + MLP,
         ggml="bailingmoe",
         top=((r"model\.word_embeddings\.weight", Role.EMBEDDING),),
+        packed_ends=BOTH_ENDS,
     ),
 }
 # The matrices of an expert by their names on disk, and where they lie among the rows of the fused parameter.

@@ -100,7 +100,7 @@ GGML_ROLES = (
 )
 MTP_CHOICES = ("file", "none", "only")
 MTP_PATTERN = r"^mtp\."
-MTP_TYPE = "q8_0"  # of the block of multi-token prediction, where a file of types has to say one and says none
+MTP_TYPE = "iq4_nl"  # of the block of multi-token prediction, where a file of types has to say one and says none
 
 
 def known_roles(checkpoint: Checkpoint) -> dict[str, Role]:

@@ -168,6 +168,7 @@ class AllocSettings:
     items: int = setting(8, "of the experts: training transcripts a task, or paragraphs of --text")
     text: Path | None = setting(None, "of the experts: measure on this text file instead")
     strategy: str = setting("budget", "of the experts: how", ("budget", *STRATEGIES))
+    whole_layers: bool = setting(False, "of the experts, by budget: 1: one width for all of a layer, as packed codes have it")
     share: float = setting(0.25, "of three options: the experts raised, and lowered")
     seed: int = setting(0, "of --strategy random")
     measured: Path | None = setting(None, "record of an earlier run: take its sensitivities, another budget")
@@ -267,12 +268,16 @@ def bits_for_budget(settings: AllocSettings, expert_bits: float) -> Found:
     sensitivity, entry = measured(settings)
     if not sensitivity:
         raise UserError(f"{settings.model}: has no routed experts to allocate bits to")
-    costs = [[bits * counts[name] for bits in options] for name in sensitivity]
+    together: dict[str, list[str]] = {}  # the parameters of one choice
+    for name in sensitivity:
+        together.setdefault(name.rpartition(".")[0] if settings.whole_layers else name, []).append(name)
+    costs = [[bits * sum(counts[name] for name in names) for bits in options] for names in together.values()]
+    losses = [[sum(sensitivity[name][place] for name in names) for place in range(len(options))] for names in together.values()]
     total = sum(counts[name] for name in sensitivity)
-    picked = solve(costs, list(sensitivity.values()), int(expert_bits * total))
-    overrides = {name: options[index] for name, index in zip(sensitivity, picked, strict=True)}
+    picked = solve(costs, losses, int(expert_bits * total))
+    overrides = {name: options[index] for names, index in zip(together.values(), picked, strict=True) for name in names}
     spent = sum(row[index] for row, index in zip(costs, picked, strict=True)) / total
-    predicted = sum(row[index] for row, index in zip(sensitivity.values(), picked, strict=True))
+    predicted = sum(row[index] for row, index in zip(losses, picked, strict=True))
     print("\n".join(f"{bits} bits  {name}" for name, bits in overrides.items()))
     print(f"{spent:.4f} bits an expert weight, predicted KL {predicted:.5f}", flush=True)
     write_json(settings.out, {"overrides": overrides})

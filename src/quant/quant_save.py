@@ -9,7 +9,7 @@ Routed experts get --expert-bits; every other linear, the embedding and the head
 prediction --mtp-bits; router, norms, ssm state, biases and vision are copied byte for byte. Methods that need no inputs (clip,
 absmax, ...) stream tensor by tensor; the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks'
 training split. Several --devices round shards (or, calibrated, the experts of a layer) at the same time, to the same bytes.
-recipe.json is written beside the weights. --packed writes the same values in 4 bits a weight, as vLLM reads them
+recipe.json is written beside the weights. --packed writes the same values in the recipe's own bits, as vLLM reads them
 (docs/PACKED.md). The output appears under its name only when it is complete; Ctrl-C or an error leaves nothing behind, and
 after `kill -9` the same command goes on where it stopped.
 """
@@ -33,7 +33,7 @@ from devices import default_device, device_peaks, lanes, parse_devices
 from hf_model import check_first
 from moe_probe import probe_model
 from moe_ptq import CALIBRATED
-from packed_format import Container, open_writer, plan_container, summary
+from packed_format import Container, PackingSettings, open_writer, plan_container, summary
 from plans import (
     CHUNK_BYTES,
     QuantizeReport,
@@ -68,7 +68,8 @@ class QuantizeSettings:
     text: CalibrationSettings = part(CalibrationSettings)
     moments: MomentSettings = part(MomentSettings)
     propagate: str = setting("quantized", "with text: whose activations go on, `quantized` or `bf16`", ("quantized", "bf16"))
-    packed: bool = setting(False, "1: 4 bits a weight for vLLM ([docs/PACKED.md](../docs/PACKED.md)) instead of BF16")
+    packed: bool = setting(False, "1: the codes, for vLLM ([docs/PACKED.md](../docs/PACKED.md)), instead of BF16")
+    packing: PackingSettings = part(PackingSettings)
     devices: str = setting("", "`cuda:0,cuda:1` or `all`: several GPUs, to the same bytes; empty: the first one, or the CPU")
     shards: ShardSettings = part(ShardSettings)
     consume_source: bool = setting(
@@ -135,7 +136,7 @@ def write_calibrated(
 def quantize_checkpoint(
     model: str | Path, out: str | Path, recipe: Recipe, force: bool = False, shard_bytes: int = 4 << 30,
     chunk_bytes: int = CHUNK_BYTES, calibration: Calibration | None = None, devices: Sequence[torch.device] = (),
-    consume: bool = False, packed: bool = False, dry_run: bool = False,
+    consume: bool = False, packed: bool = False, dry_run: bool = False, packed_bits: int = 2,
 ) -> QuantizeReport:  # fmt: skip
     """Quantize the checkpoint in directory ``model`` into ``out`` and return what was done, printing the plan first.
 
@@ -144,7 +145,7 @@ def quantize_checkpoint(
     one kind there are (default: one). Everything that can be checked is checked before ``out`` is touched; bad input is a
     :class:`UserError`. A killed run resumes to the same bytes, on as many devices as you like.
     ``consume`` gives the disk of each shard of ``model`` back once ``out`` has it, and deletes the weights at the end.
-    ``packed`` stores the result in 4 bits a weight. ``dry_run`` ends after the plan.
+    ``packed`` stores the result as codes of ``packed_bits`` or more. ``dry_run`` ends after the plan.
     """
     devices = tuple(devices) or (calibration.device if calibration else default_device(),)
     if (recipe.method in CALIBRATED) != (calibration is not None):
@@ -153,7 +154,7 @@ def quantize_checkpoint(
     out = Path(out).resolve()
     jobs = plan_jobs(checkpoint, recipe)
     recipe = recipe.fitting(job.role for job in jobs)
-    container = plan_container(jobs, recipe) if packed else None
+    container = plan_container(jobs, recipe, least=packed_bits, ends=checkpoint.family.packed_ends) if packed else None
     if container:  # what it stores in BF16 gains nothing by being rounded
         jobs = [dataclasses.replace(job, bits=None, by_expert=()) if job.name in container.kept else job for job in jobs]
     report = summarize(jobs, recipe)
@@ -172,7 +173,7 @@ def quantize_checkpoint(
     if not dry_run:
         check_output(checkpoint.path, out, force, needed)
     settings = {
-        "packed": packed,
+        "packed": packed and packed_bits,
         "recipe": recipe.to_json(),
         "source": {} if dry_run else checkpoint.identity,
         "shard_bytes": shard_bytes,
@@ -230,6 +231,7 @@ def main() -> None:
     report = quantize_checkpoint(
         settings.model, settings.out, recipe, settings.record.force, settings.shards.bytes, calibration=calibration,
         devices=devices, consume=settings.consume, packed=settings.packed, dry_run=args.dry_run,
+        packed_bits=settings.packing.packed_bits,
     )  # fmt: skip
     if args.dry_run:
         return

@@ -3,6 +3,7 @@
     python src/quant/speed_quant.py kernels [--layer small|122b] [--result results/bench/T.json --tag T]
     python src/quant/speed_quant.py disk --model work/synthetic-122b-6 --work work/disk [--probe-gib 8] [--result F --tag T]
     python src/quant/speed_quant.py layers --model work/synthetic-122b-2 --work work/layers --method gptq [--result F --tag T]
+    python src/quant/speed_quant.py packed --model work/synthetic-122b-1 --work work/packed [--result F --tag T]
 
 kernels: data-free grids on BF16 blocks [8, 2048, 3072] of experts (smaller on a CPU), in parameters a second, beside the rate
 of a copy, which is the limit of anything that reads and writes BF16. On a GPU the fused kernel is compared bit by bit with the
@@ -16,6 +17,10 @@ layers: the calibrated pass with gptq, gptq_refit, or ldlq into a GGUF of the pu
 layer to the start of the next, with everything in them. Of four layers or more the first, which nothing is read ahead for, and
 the last, which is written after it, do not count. Both say what all layers of Qwen3.5-122B-A10B's size would take: disk by its
 bytes, layers by their kinds.
+packed: a checkpoint packed by quant_save, in 2, 3 and 4 bits, multiplied as it lies by the kernels that vLLM 0.33 calls:
+humming-kernels. Single matrices and those of a layer's experts at once, compared with the product of the values that it stands
+for, in seconds beside those values in BF16. Each call reads its weights from memory, not from a cache. Without a GPU the codes
+are multiplied by torch, which shows that they are read aright and says nothing of the speed.
 """
 
 from __future__ import annotations
@@ -23,9 +28,12 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
+import importlib.metadata
 import itertools
+import json
 import math
 import mmap
 import os
@@ -60,8 +68,9 @@ from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
 from rounders import GgmlRounder, GridRounder, encoded, is_quantized
-from safetensors_file import release
+from safetensors_file import open_tensors, release
 from size_model import SHAPES, Shape, plan_of
+from source_formats import unpack_words
 
 LAYERS = {  # experts, [O, I] of the two matrices, tokens an expert sees
     "small": (8, ((512, 256), (256, 256)), 1024),
@@ -414,7 +423,220 @@ def layers_table(metrics: dict[str, Any]) -> str:
     )
 
 
-PARTS = {"kernels": (kernels, kernels_table), "disk": (disk, disk_table), "layers": (layers, layers_table)}
+# ---------------------------------------------------------------- packed matrices
+
+WIDTHS = ((2, 128), (3, 128), (3, 256), (4, 128))  # bits, group
+ROWS = (1, 16, 64)
+BEYOND_CACHES = 150_000_000  # bytes of copies that a measurement goes round
+DENSE, INDEXED = "dense", "indexed"  # humming's names of a product with one matrix, and with those of the experts that ids name
+
+
+def aligned(ids: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places [P] of ids [n] by expert, each expert's filled up with n to whole blocks; the expert of each block; P."""
+    counts = torch.bincount(ids, minlength=experts)
+    filled = (counts + block - 1) // block * block
+    order = torch.argsort(ids, stable=True)
+    first = (filled.cumsum(0) - filled) - (counts.cumsum(0) - counts)
+    places = torch.full((int(filled.sum()),), len(ids), dtype=torch.int32, device=ids.device)
+    places[first[ids[order]] + torch.arange(len(ids), device=ids.device)] = order.int()
+    blocks = torch.arange(experts, dtype=torch.int32, device=ids.device).repeat_interleave(filled // block)
+    return places, blocks, torch.tensor(len(places), dtype=torch.int32, device=ids.device)
+
+
+class PackedProduct:
+    """x @ W.T of matrices as a packed checkpoint stores them: ``words`` int32 [(E,) O, I * bits / 32], ``scale`` bfloat16
+    [(E,) O, I / group]. With experts ``ids`` [m, k] says which multiply row m; the output has m * k rows, as the input has
+    where ``spread``."""
+
+    def __init__(self, words: Tensor, scale: Tensor, bits: int, group: int, top_k: int) -> None:
+        self.words, self.scale, self.bits, self.experts = words, scale, bits, words.shape[0] if words.ndim == 3 else 0
+        self.top_k, self.inputs, self.layer = top_k, words.shape[-1] * 32 // bits, None
+        if words.is_cuda:
+            from humming.layer import HummingLayer
+            from humming.tune import get_heuristics_config
+
+            scheme = {
+                "quant_method": "compressed-tensors", "format": "pack-quantized", "type": "int", "num_bits": bits,
+                "strategy": "group", "group_size": group, "symmetric": True,
+            }  # fmt: skip
+            self.layer = HummingLayer(
+                shape_n=words.shape[-2], shape_k=self.inputs, num_experts=self.experts or None, weight_config=scheme,
+                torch_dtype=torch.bfloat16,
+            ).cuda()  # fmt: skip
+            size = torch.tensor([words.shape[-2], self.inputs], device=words.device).expand(*words.shape[:-2], 2)
+            self.layer.load_from_tensors({"weight_packed": words, "weight_scale": scale, "weight_shape": size})
+            self.layer.transform()
+            kind = INDEXED if self.experts else DENSE
+            found = get_heuristics_config(self.layer.humming_config, gemm_type=kind)
+            wanted = [rows * top_k for rows in ROWS]
+            self.tuning = [list(entry) for entry in found if any(entry[0] < rows <= entry[1] for rows in wanted)]
+            self.compute = json.dumps({"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": kind})
+
+    def values(self) -> Tensor:
+        """What they stand for, bfloat16 [(E,) O, I]."""
+        each = self.words.view(-1, *self.words.shape[-2:]), self.scale.view(-1, *self.scale.shape[-2:])
+        made = [
+            (unpack_words(w, self.bits, self.inputs).unflatten(-1, (s.shape[-1], -1)) * s[..., None]) for w, s in zip(*each)
+        ]
+        return torch.stack(made).view(*self.words.shape[:-1], -1)
+
+    def compile(self) -> None:
+        from humming.kernel.humming import HummingKernel
+
+        config = self.layer.humming_config.to_str()
+        HummingKernel.prepare_kernels(config, self.compute, json.dumps(self.tuning), torch.cuda.current_device())
+
+    def calls(self, x: Tensor, ids: Tensor | None, spread: bool, copies: int) -> list[Callable[[], Tensor]]:
+        """The product with each of so many copies of the weights."""
+        if self.layer is None:
+            return [functools.partial(exact_product, x, self.values(), ids, spread)] * copies
+        more: dict[str, Any] = {"compute_config": self.compute, "tuning_config": json.dumps(self.tuning)}
+        if ids is not None:
+            block = next(entry[2]["block_shape"][0] for entry in self.tuning if entry[0] < ids.numel() <= entry[1])
+            names = ("sorted_ids", "expert_ids", "num_tokens_padded")
+            more |= dict(zip(names, aligned(ids.flatten(), self.experts, block)))
+            more |= {"top_k": 1 if spread else self.top_k, "valid_shape_m": ids.numel()}
+        layers = [self.layer, *(copy.deepcopy(self.layer) for _ in range(copies - 1))]
+        return [functools.partial(layer, x, **more) for layer in layers]
+
+
+def exact_product(x: Tensor, weight: Tensor, ids: Tensor | None, spread: bool) -> Tensor:
+    """x @ W.T in the dtype of ``x``, expert by expert where there are ids."""
+    if ids is None:
+        return x @ weight.to(x.dtype).T
+    x = x if spread else x.repeat_interleave(ids.shape[1], 0)
+    out, flat = x.new_empty(len(x), weight.shape[-2]), ids.flatten()
+    for expert in flat.unique().tolist():
+        own = flat == expert
+        out[own] = x[own] @ weight[expert].to(x.dtype).T
+    return out
+
+
+def bfloat16_calls(x: Tensor, weight: Tensor, ids: Tensor | None, spread: bool, copies: int) -> list[Callable[[], Tensor]]:
+    """The same product with the dequantized weights, by cuBLAS and torch's grouped product; rows in the order of experts."""
+    weights = [weight, *(weight.clone() for _ in range(copies - 1))]
+    if ids is None or not x.is_cuda:
+        return [functools.partial(exact_product, x, w, ids, spread) for w in weights]
+    flat = ids.flatten()
+    rows = (x if spread else x.repeat_interleave(ids.shape[1], 0))[torch.argsort(flat, stable=True)]
+    ends = torch.bincount(flat, minlength=len(weight)).cumsum(0).int()
+    return [functools.partial(torch._grouped_mm, rows, w.mT, offs=ends) for w in weights]
+
+
+def call_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 20) -> float:
+    """Seconds of one of ``calls``, made in turn; on a GPU in a graph, so that nobody waits for the launch."""
+    for call in calls[:2]:
+        call()
+    many = [*calls] * max(1, 20 // len(calls))
+    if not torch.cuda.is_available():
+        return seconds(calls[0], 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in many]
+    run = seconds(graph.replay, repeats)
+    del kept
+    return run / len(many)
+
+
+def packed_matrices(directory: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, words, scale) of what a layer multiplies at once, from a packed checkpoint."""
+    stored = open_tensors(directory)[1]
+    at = "model.language_model.layers.0"
+    count = sum(name.startswith(f"{at}.mlp.experts.") and name.endswith("down_proj.weight_shape") for name in stored)
+
+    def parts(*modules: str) -> list[Tensor]:
+        return [torch.cat([stored[f"{m}.weight_{part}"].read() for m in modules]) for part in ("packed", "scale")]
+
+    yield "in_proj_qkv", *parts(f"{at}.linear_attn.in_proj_qkv")
+    for label, names in (("gate, up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):
+        yield f"shared {label}", *parts(*(f"{at}.mlp.shared_expert.{name}" for name in names))
+        each = [parts(*(f"{at}.mlp.experts.{expert}.{name}" for name in names)) for expert in range(count)]
+        yield f"experts' {label}", *(torch.stack(own) for own in zip(*each))
+
+
+def packed(args: argparse.Namespace) -> dict[str, Any]:
+    device, checkpoint = default_device(), Checkpoint(args.model)
+    if device.type == "cuda":
+        with contextlib.suppress(ImportError):
+            import humming  # noqa: F401  (it asks the GPU when it is imported)
+        if "humming" not in sys.modules:
+            raise UserError("packed: the kernels are those of humming-kernels: pip install humming-kernels==0.1.19")
+    top_k = checkpoint.config["text_config"]["num_experts_per_tok"]
+    rows_of: list[dict[str, Any]] = []
+    work: list[tuple[int, int, str, PackedProduct]] = []
+    for bits, group in WIDTHS:
+        out = args.work / f"packed-{bits}-{group}"
+        started = time.time()
+        recipe = Recipe(bits, bits, group, 1, method="absmax")
+        quantize_checkpoint(args.model, out, recipe, force=True, packed=True)
+        for name, words, scale in packed_matrices(out):
+            product = PackedProduct(words.to(device), scale.to(device), bits, group, top_k if words.ndim == 3 else 1)
+            work.append((bits, group, name, product))
+        shutil.rmtree(out)
+        print(f"bench: {bits} bits in groups of {group}: packed and read in {time.time() - started:.0f} s", flush=True)
+    for many in (False, True):  # single matrices first: what is printed stays, should the others fail
+        own = [item for item in work if bool(item[3].experts) is many]
+        if device.type == "cuda":
+            started = time.time()
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda item: item[3].compile(), own))
+            print(f"bench: kernels compiled in {time.time() - started:.0f} s", flush=True)
+        for bits, group, name, product in own:
+            rows_of += measure_product(bits, group, name, product, top_k)
+            print(product_line(rows_of[-len(ROWS) :]), flush=True)
+    kernels = f"humming-kernels {importlib.metadata.version('humming-kernels')}" if device.type == "cuda" else "torch, no GPU"
+    return {"kernels": kernels, "top_k": top_k, "products": rows_of}
+
+
+def measure_product(bits: int, group: int, name: str, product: PackedProduct, top_k: int) -> list[dict[str, Any]]:
+    """Errors relative to the product in float64, and seconds, for each number of tokens."""
+    found, values, spread = [], product.values(), "experts" in name and "down" in name
+    size = product.words.nbytes + product.scale.nbytes
+    for rows in ROWS:
+        generator = torch.Generator().manual_seed(rows)
+        ids = None
+        if product.experts:
+            scores = torch.rand(rows, product.experts, generator=generator)
+            ids = scores.topk(min(top_k, product.experts), 1).indices.to(values.device)
+        count = rows * top_k if spread else rows
+        x = torch.randn(count, product.inputs, generator=generator).bfloat16().to(values.device)
+        copies = [min(128, math.ceil(BEYOND_CACHES / each)) if x.is_cuda else 1 for each in (size, values.nbytes)]
+        exact = exact_product(x.double(), values, ids, spread)
+        calls = product.calls(x, ids, spread, copies[0])
+        error, usual = (
+            ((made.double() - exact).norm() / exact.norm()).item()
+            for made in (calls[0](), exact_product(x, values, ids, spread))
+        )
+        mine = call_seconds(calls)
+        del calls
+        plain = call_seconds(bfloat16_calls(x, values, ids, spread, copies[1]))
+        found.append({
+            "bits": bits, "group": group, "matrix": name, "shape": list(values.shape), "bytes": size, "tokens": rows,
+            "relative_error": error, "bf16_relative_error": usual, "within_bf16_rounding": error <= 2 * usual,
+            "seconds": mine, "bf16_seconds": plain,
+        })  # fmt: skip
+    return found
+
+
+def product_line(rows: Sequence[dict[str, Any]]) -> str:
+    first = rows[0]
+    each = "; ".join(
+        f"[{row['tokens']}] {row['seconds'] * 1e6:.1f} us (BF16 {row['bf16_seconds'] * 1e6:.1f}), error "
+        f"{row['relative_error']:.5f} ({row['bf16_relative_error']:.5f})" for row in rows
+    )  # fmt: skip
+    return f"bench: {first['bits']} bits, groups of {first['group']}, {first['matrix']} {first['shape']}: {each}"
+
+
+def packed_table(found: dict[str, Any]) -> str:
+    rows = found["products"]
+    right = sum(row["within_bf16_rounding"] for row in rows)
+    return f"{found['kernels']}: {right} of {len(rows)} products within twice the rounding of the same product in BF16"
+
+
+PARTS = {
+    "kernels": (kernels, kernels_table), "disk": (disk, disk_table), "layers": (layers, layers_table),
+    "packed": (packed, packed_table),
+}  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -425,7 +647,8 @@ def parse_arguments() -> argparse.Namespace:
     part.add_argument("--ggml", default="iq3_xxs,iq2_xs,q4_K", help="block types to encode the layer into; empty: none")
     part.set_defaults(model=None)
     add_record_arguments(part)
-    for name, help_ in (("disk", "the data-free pass beside the disk"), ("layers", "the calibrated pass, by layer")):
+    for name, help_ in (("disk", "the data-free pass beside the disk"), ("layers", "the calibrated pass, by layer"),
+                        ("packed", "products with packed matrices")):  # fmt: skip
         part = commands.add_parser(name, help=help_)
         part.add_argument("--model", type=Path, required=True, help="a checkpoint of synthetic_moe.py")
         part.add_argument("--work", type=Path, required=True, help="directory for what is written")
@@ -434,7 +657,7 @@ def parse_arguments() -> argparse.Namespace:
             part.add_argument("--probe-gib", type=float, default=8.0, help="bytes of each test of the disk (default 8 GiB)")
             part.add_argument("--shard-gib", type=float, default=4.0, help="largest file of the output (default 4)")
             part.add_argument("--devices", default=",".join(map(str, lanes(default_device()))), help="as quant_save's")
-        else:
+        elif name == "layers":
             part.add_argument("--method", choices=PASSES, required=True, help="how the layers are rounded")
             part.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
             part.add_argument("--length", type=int, default=512, help="tokens of one (default 512)")
