@@ -153,16 +153,22 @@ def _pieces(
     return [piece(parameter.replace(".dt_bias", ".dt_proj.bias"), shape)]
 
 
+def read_for(checkpoint: Checkpoint, piece: Piece) -> list[str]:
+    """The tensors that :func:`read_parameter` reads."""
+    places = {source: checkpoint.places[source] for source in piece.sources}
+    if places[piece.sources[0]].expert is None:
+        return [piece.sources[0]]
+    return [source for source, place in places.items() if place.part is None or place.part == piece.half]
+
+
 def read_parameter(checkpoint: Checkpoint, piece: Piece) -> Tensor:
     """The piece's parameter from the checkpoint, or for a half of a fused one a tensor with that half filled."""
     first = checkpoint.info(piece.sources[0])
     if checkpoint.places[piece.sources[0]].expert is None:
         return checkpoint.read(piece.sources[0])
     full = torch.empty(checkpoint.parameter_shape(piece.parameter), dtype=first.dtype)
-    for source in piece.sources:
-        place = checkpoint.places[source]
-        if place.part is None or place.part == piece.half:
-            place.view(full).copy_(checkpoint.read(source))
+    for source in read_for(checkpoint, piece):
+        checkpoint.places[source].view(full).copy_(checkpoint.read(source))
     return full
 
 

@@ -50,6 +50,7 @@ from gguf_layout import (
     type_named,
 )
 from hf_model import context_of, generation_ends, load_model, load_tokenizer
+from hub import HubSettings, opened
 from kl import batches, file_texts, tiny_texts
 from pack_plan import SizeSettings, TypeSettings
 from plans import RecordSettings
@@ -160,6 +161,7 @@ class AllocSettings:
     strategy: str = setting("budget", "of the experts: how", ("budget", *STRATEGIES))
     share: float = setting(0.25, "of three options: the experts raised, and lowered")
     seed: int = setting(0, "of --strategy random")
+    hub: HubSettings = part(HubSettings)
     measured: Path | None = setting(None, "record of an earlier run: take its sensitivities, another budget")
     tensor_types: Path | None = same(TypeSettings, "tensor_types")
     candidates: str = setting(CANDIDATES, "of a GGUF: types to choose from")
@@ -271,7 +273,7 @@ def bits_for_budget(settings: AllocSettings, expert_bits: float) -> Found:
 
 
 def main() -> None:
-    settings, _ = parse_settings(AllocSettings, __doc__)
+    settings = opened(parse_settings(AllocSettings, __doc__)[0])
     result, started = settings.record.file("probe"), time.time()
     if settings.target_gib is not None:
         metrics, entry = types_for_size(settings, settings.target_gib)

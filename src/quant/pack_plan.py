@@ -5,6 +5,7 @@ Not a command; gguf_pack and the plans of sizes use it. `plan_pack(checkpoint, "
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from calibrated_pass import LM_HEAD
 from calibration import Calibration, layer_bytes
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
@@ -34,6 +36,7 @@ from gguf_layout import (
     extra_keys,
     file_type,
     pieces_of,
+    read_for,
     read_parameter,
     read_patterns,
     to_gguf,
@@ -41,6 +44,8 @@ from gguf_layout import (
     types_of,
 )
 from hf_model import generation_ends
+from hub import AHEAD_BYTES
+from plans import layers_fetched, stored_bytes
 from recipe import LINEAR_ROLES, Job
 from rounders import DAMPING, METHODS, Encoded, is_quantized
 from settings import setting
@@ -309,7 +314,10 @@ class GgufSink:
 
     def write_data_free(self) -> None:
         """All pieces, without calibration."""
-        end = 0
+        end, checkpoint = 0, self.pack.checkpoint
+        given = self.pack.blocks.shapes if self.pack.blocks else {}
+        left = [piece for piece in self.pack.pieces[self.ready :] if piece.parameter not in given]
+        checkpoint.expect((read_for(checkpoint, piece) for piece in left), AHEAD_BYTES)
         for part in (self.before, *self.parts):
             end += len(part)
             if end > self.ready:
@@ -379,8 +387,12 @@ def write_mmproj(checkpoint: Checkpoint, directory: Path) -> str | None:
         return None
     name = f"{model_name(checkpoint.path)}-mmproj-f16.gguf"
     if not (directory / name).exists():
-        temporary = directory / f".{name}"
-        run_converter("convert", checkpoint.path, "--outfile", temporary, "--outtype", "f16", "--mmproj")
+        temporary, tower = (
+            directory / f".{name}",
+            [t for tensor, t in checkpoint.tensors.items() if roles[tensor] is Role.VISION],
+        )
+        with checkpoint.remote.filled(tower) if checkpoint.remote else contextlib.nullcontext():
+            run_converter("convert", checkpoint.path, "--outfile", temporary, "--outtype", "f16", "--mmproj")
         wanted = sum(checkpoint.tensors[tensor].numel for tensor, role in roles.items() if role is Role.VISION)
         tensors = GgufFile(temporary).tensors
         held = sum(int(tensor.n_elements) for tensor in tensors.values())
@@ -423,6 +435,26 @@ def memory_bytes(pack: Pack) -> int:
     encoded = (*LINEAR_ROLES, Role.ROUTED_EXPERT)
     jobs = [Job(name, info, roles[name], 4 if roles[name] in encoded else None) for name, info in tensors.items()]
     return BASE_BYTES + layer_bytes(jobs, pack.calibration)
+
+
+def fetched_bytes(pack: Pack) -> tuple[int, int]:
+    """(bytes, bytes at a time) that :func:`write_pack` reads of the checkpoint: to run its layers, for every piece that is
+    not rounded there, and for the vision tower."""
+    tensors, ahead, rounded = pack.checkpoint.tensors, AHEAD_BYTES, set()
+    roles = roles_of({name: info.shape for name, info in tensors.items()}, pack.checkpoint.config)
+    total = stored_bytes(tensors[name] for name, role in roles.items() if role is Role.VISION)
+    if pack.calibration:
+        layers, ahead = layers_fetched(
+            pack.checkpoint, pack.calibration, bool(pack.weights_file and pack.weights_file.exists())
+        )
+        rounded = {p.parameter for p in pack.pieces if p.role is not Role.EMBEDDING and is_quantized(pack.types[p.name])}
+        total += layers + stored_bytes(
+            tensors[name] for name, role in roles.items() if role is Role.LM_HEAD and LM_HEAD in rounded
+        )
+    for piece in pack.pieces:
+        if piece.parameter not in rounded and not (pack.blocks and piece.parameter in pack.blocks.shapes):
+            total += stored_bytes(tensors[name] for name in read_for(pack.checkpoint, piece))
+    return total, ahead
 
 
 def pack_times(pack: Pack, method: str) -> list[str]:
