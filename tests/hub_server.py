@@ -72,8 +72,10 @@ class Hub(BaseHTTPRequestHandler):
             return self.storage(self.server.root.joinpath(*parts[1:]))
         if parts[0] == "api":  # api/models/OWNER/NAME[/revision/REVISION]
             parts = [*parts[2:], "revision", "main"][:4] if len(parts) == 4 else parts[2:]
-        owner, name, kind, revision, *rest = parts
         self.note()
+        if len(parts) < 4:
+            return self.answer(404)
+        owner, name, kind, revision, *rest = parts
         root = self.server.root / owner
         moved = root / f"{name}.moved"
         name = moved.read_text() if moved.exists() else name

@@ -202,8 +202,10 @@ def spelled(model: object) -> bool:
 
 
 def directory_of(repository: str, commit: str) -> Path:
+    """Called NAME, as a directory of the model would be: llama.cpp's converter writes it into the file."""
     home = Path(os.environ.get("MOE_LOWBIT_CACHE") or Path.home() / ".cache" / "moe-lowbit")
-    return home / "hub" / f"models--{repository.replace('/', '--')}" / "snapshots" / commit
+    owner, name = repository.split("/")
+    return home / "hub" / owner / commit / name
 
 
 def make_directory(text: str) -> Path:
@@ -229,7 +231,7 @@ def make_directory(text: str) -> Path:
     directory = directory_of(repository, commit)
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(directory.with_name(f"{commit}.lock")):
+    with filelock.FileLock(directory.with_name(f"{directory.name}.lock")):
         if not (directory / MARK).is_file():
             _fill(directory, repository, commit, files)
     return directory
@@ -425,7 +427,7 @@ class Remote:
         """Fetch ahead what will be read next, in this order: all of it, or at most ``budget`` bytes at a time. What an earlier
         call has named and this one does not is let go. ``whole``: it is all that is read, once, so digests can be taken."""
         with self.lock:
-            before = {run.key: run for runs in self.window.values() for run in runs}
+            before = {run.key: run for runs in self.window.values() for run in runs if run.error is None}
             seen: set[tuple[str, int]] = set()
             runs = [before.pop(run.key, run) for group in groups for run in runs_of(group, seen)]
             for run in before.values():
