@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Speed of the quantizers on this machine, beside the limit:  bash pipelines/bench.sh [--layer small|122b] [--result F --tag T]
 # Every family at tiny size (docs/CHECKPOINTS.md):              bash pipelines/bench.sh families [--result F --tag T]
+# Straight from a hub with a limited rate:                    bash pipelines/bench.sh hub --model models/razor-tiny --work work/hub
 # Speed and memory of a GGUF file in llama.cpp:               bash pipelines/bench.sh --gguf F.gguf [--result F --tag T]
 # Every measurement at the size of the real model, on one or two GPUs, 10 to 15 minutes on two:      bash pipelines/bench.sh h100
 # Its parts, each with a time limit and a record under $RESULTS/bench (default results/): disk (data-free quantize of 6 layers beside
@@ -21,7 +22,9 @@ if [ "${1:-}" != h100 ]; then
     OPTIONS_FOLLOW=1 source "$here/env.sh" || exit
     [ "${1:-}" != families ] || exec python "$here/src/distill/speed_families.py" "${@:2}"
     case " $* " in *" --gguf"[\ =]*) exec python "$here/src/eval/speed_gguf.py" "$@" ;; esac
-    cd "$here" && exec python src/quant/speed_quant.py kernels "$@"
+    cd "$here" || exit 2
+    [ "${1:-}" != hub ] || exec python src/quant/speed_quant.py "$@"
+    exec python src/quant/speed_quant.py kernels "$@"
 fi
 shift
 cd "$here" || exit 2

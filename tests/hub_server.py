@@ -3,8 +3,8 @@
 Serves ROOT/OWNER/NAME/FILE as the hub does: a repository's commit and its files with sizes and digests, a resolve link with the
 LFS digest and size that leads to a storage on another host name, and ranges there. OWNER/gated is gated. main is the commit of
 ROOT/OWNER/NAME.commit (else zeros); ROOT/OWNER/NAME@COMMIT holds the files of another. ROOT/OWNER/NAME.moved names its new
-name. ROOT/FILE.digest overrides the digest that it tells. LOG has a line a request: method, path, range, bytes sent.
---rate: bytes a second of the storage, of all connections together.
+name. ROOT/FILE.digest overrides the digest that it tells. LOG has a line a request: method, path, range, bytes sent, when it
+came and when it ended. --rate: bytes a second of the storage, of all connections together.
 
 ROOT/faults.json: [{"path": PART OF A PATH, "kind": KIND, "times": N}, ...]: the next N requests that fit are answered so. A
 number is a status (429 with Retry-After: 1); cut ends an answer in the middle, stall stops there for 5 s, whole ignores the
@@ -34,7 +34,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def note(self, sent=0):
         with self.server.lock, self.server.log.open("a") as stream:
-            stream.write(f"{self.command} {self.path} {self.headers.get('Range', '-')} {sent}\n")
+            stream.write(f"{self.command} {self.path} {self.headers.get('Range', '-')} {sent} {self.came} {time.time()}\n")
 
     def answer(self, code, body=b"", **headers):
         self.send_response(code)
@@ -63,7 +63,7 @@ class Hub(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        self.kind = self.fault()
+        self.kind, self.came = self.fault(), time.time()
         if isinstance(self.kind, int):
             self.note()
             return self.answer(self.kind, **({"Retry_After": 1} if self.kind == 429 else {}))
