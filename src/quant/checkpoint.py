@@ -27,7 +27,7 @@ from torch import Tensor
 
 from console import UserError, file_sha256, files_sha256, read_json, read_object, write_json
 from families import FAMILIES, Family, Place, family_of, place_of
-from hub import remote_of
+from hub import remote_of, spelled
 from safetensors_file import DTYPES, TensorInfo, open_tensors, read_header
 from source_formats import describe, source_tensors, without_quantization
 
@@ -165,7 +165,8 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.exists():
-            raise UserError(f"{self.path}: no such model directory")
+            more = "; quantize.sh, pack_gguf.sh, moe_probe and moe_alloc read from the hub" if spelled(path) else ""
+            raise UserError(f"{self.path}: no such model directory{more}")
         if not self.path.is_dir():
             raise UserError(f"{self.path}: not a directory; give the directory that holds config.json")
         if not (self.path / "config.json").is_file():

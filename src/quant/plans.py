@@ -279,7 +279,7 @@ def hub_plan(checkpoint: Checkpoint, fetched: int, ahead: int, whole: bool = Fal
     passes whole and in order."""
     assert checkpoint.remote
     size, limit = checkpoint.bytes, checkpoint.remote.cache.limit
-    text = f"{checkpoint.remote.uri}: {len(checkpoint.files)} shards, {size / 1e9:,.2f} GB; {fetched / 1e9:,.2f} GB to fetch"
+    text = f"{checkpoint.remote.uri}: {len(checkpoint.files)} shards, {size / 1e9:,.2f} GB; {fetched / 1e9:,.3f} GB to fetch"
     if fetched > 1.01 * size:
         kept = f"HUB_CACHE_GIB={limit / 2**30:g} may save some" if limit else "HUB_CACHE_GIB=X keeps X GiB of them on disk"
         text += f", since some weights are read several times ({kept})"
