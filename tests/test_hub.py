@@ -166,7 +166,7 @@ def test_faults_change_no_byte(local, tmp_path, command):
     assert not any(fault["times"] for fault in json.loads((local / "faults.json").read_text()))
     assert "5 of 5 shards passed whole" in done.stdout
     written = json.loads(record.read_text())
-    assert written["model"]["path"] == f"hf:me/razor-tiny@{ZEROS}" and f"--model hf:me/razor-tiny@{ZEROS}" in written["command"]
+    assert written["model"]["path"] == f"hf:me/razor-tiny@{ZEROS}" and written["model"]["path"] in written["command"]
     command(*CASES["absmax"], "--model", local / "me/razor-tiny", "--out", tmp_path / "p")
     assert files(tmp_path / "o") == files(tmp_path / "p")
 
