@@ -48,6 +48,7 @@ AHEAD_BYTES = 1 << 30  # fetched ahead of a pass that reads tensor by tensor
 READ_BYTES = 1 << 18
 LINK_SECONDS = 600  # a hub's links expire, after an hour or so
 WAITS = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds between tries that brought nothing
+SAID_SECONDS = 8  # a wait of this length is said
 FINAL = (400, 401, 403, 404, 410, 416, 451)  # answers that another try does not change, with a fresh link
 
 
@@ -115,9 +116,18 @@ def patient(ask: Callable[[], T], connected: bool = True) -> T:
             response = getattr(error, "response", None)
             if response.status_code in FINAL if response is not None else not connected:
                 raise
-            told = response.headers.get("Retry-After", "") if response is not None else ""
-            time.sleep(max(wait, int(told) if told.isdecimal() else 0))
+            pause(error, wait)
     return ask()
+
+
+def pause(error: Exception, least: int) -> None:
+    """Wait ``least`` seconds, or as long as the hub's answer asks for; a long wait is said."""
+    response = getattr(error, "response", None)
+    told = response.headers.get("Retry-After", "") if response is not None else ""
+    seconds = max(least, int(told) if told.isdecimal() else 0)
+    if seconds >= SAID_SECONDS:
+        print(f"hub: {' '.join(str(error).split())[:120]}; asked again in {seconds} s", file=sys.stderr, flush=True)
+    time.sleep(seconds)
 
 
 class Link:
@@ -188,8 +198,7 @@ class Link:
                 if final or tries > len(WAITS):
                     with explained(self.repository, self.name):
                         raise
-                told = response.headers.get("Retry-After", "") if response is not None else ""
-                time.sleep(max(WAITS[max(tries - 1, 0)], int(told) if told.isdecimal() else 0))
+                pause(error, WAITS[max(tries - 1, 0)])
                 fresh = True
 
 
