@@ -165,7 +165,7 @@ def families() -> str:
     """The table of docs/CHECKPOINTS.md, from the table of families and the record that tried them."""
     found = read_result(TRIED)["metrics"]["families"]
     lines = [
-        "| model_type | experts on disk | clip | gptq with text | probe | adapters | llama.cpp's name | GGUF here |",
+        "| model_type | experts on disk | clip | gptq with text | probe | adapters | llama.cpp's name | its header compared |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, family in FAMILIES.items():
@@ -176,7 +176,7 @@ def families() -> str:
         count = own["router"]["layers"] if own else 0
         watched = f"{count} layer{'s' * (count != 1)}" if own and experts else "-" if own else "not tried"
         trained = "train, merge" if own else "not tried"
-        cells = [f"`{name}`", stored, *kl, watched, trained, family.ggml or "-", "yes" if family.stored is not None else "no"]
+        cells = [f"`{name}`", stored, *kl, watched, trained, family.ggml or "-", "yes" if family.carried else "no"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

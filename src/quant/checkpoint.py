@@ -9,6 +9,7 @@ packed weights, lists the tensors of the dequantized checkpoint in their order w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -258,6 +259,10 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The whole tensor, in memory of its own."""
         return self.info(name).read()
+
+    def on_disk(self, names: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+        """Another program can read these tensors in the directory: those of the hub lie there meanwhile."""
+        return self.remote.filled(self.tensors[name] for name in names) if self.remote else contextlib.nullcontext()
 
     def expect(self, groups: Iterable[Iterable[str]], budget: int | None = None, whole: bool = False) -> None:
         """What will be read next, in this order, groups of neighbours (a layer) in that of the files: hub.Remote.expect."""

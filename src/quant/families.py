@@ -184,20 +184,6 @@ BAILING: Rules = (
 )
 
 QWEN_HYBRID = BLOCK + QK_NORM + DELTA_NET
-# How llama.cpp stores a parameter that ends so, where not as it is; the first that fits (gguf_layout.py says what it means).
-STORED_HYBRID = (
-    ("linear_attn.norm.weight", {}),
-    ("norm.weight", {"function": "plus_one"}),
-    ("linear_attn.A_log", {"function": "negative_exp", "rows": "heads"}),
-    ("linear_attn.dt_bias", {"rows": "heads"}),
-    ("linear_attn.in_proj_a.weight", {"rows": "heads"}),
-    ("linear_attn.in_proj_b.weight", {"rows": "heads"}),
-    ("linear_attn.in_proj_z.weight", {"rows": "values"}),
-    ("linear_attn.in_proj_qkv.weight", {"rows": "keys and values"}),
-    ("linear_attn.conv1d.weight", {"rows": "keys and values"}),
-    ("linear_attn.out_proj.weight", {"columns": "values"}),
-)
-
 # The fields of config.json that llama.cpp computes with, by the key of the file's header that must say the same.
 CARRIED_HYBRID = {
     "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
@@ -224,8 +210,8 @@ FIXED_HYBRID = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """``layer``: the rules of a decoder layer's tensors, ``top``: of the others. ``ggml``: llama.cpp's name of the
-    architecture. Where this project writes a GGUF, ``stored``: what is otherwise in it than in the checkpoint; ``carried``: the
-    keys of its header that must have the value of a field of config.json; ``fixed``: the fields that must have this value.
+    architecture. Where every field is accounted for, ``carried``: the keys of a GGUF's header that must have the value of a
+    field of config.json; ``fixed``: the fields that must have this value.
 
     ``renames``: where a tensor lies in transformers' module tree, as (pattern, replacement) pairs on its name, where that is
     another than on disk. ``transposed``: experts lie as [E, I, O]; without ``gated`` an expert has up_proj alone. ``carries``:
@@ -234,7 +220,6 @@ class Family:
 
     layer: Rules
     ggml: str = ""
-    stored: tuple[tuple[str, Mapping[str, str]], ...] | None = None
     top: Rules = ()
     renames: tuple[tuple[str, str], ...] = ()
     transposed: bool = False
@@ -256,11 +241,10 @@ FAMILIES = {
     "qwen3_5_moe": Family(
         layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT,
         ggml="qwen35moe",
-        stored=STORED_HYBRID,
         carried=CARRIED_MOE,
         fixed=FIXED_HYBRID,
     ),
-    "qwen3_5": Family(layer=QWEN_HYBRID + MLP, ggml="qwen35", stored=STORED_HYBRID, carried=CARRIED_DENSE, fixed=FIXED_HYBRID),
+    "qwen3_5": Family(layer=QWEN_HYBRID + MLP, ggml="qwen35", carried=CARRIED_DENSE, fixed=FIXED_HYBRID),
     "qwen3_next": Family(layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT + MLP, ggml="qwen3next"),
     "qwen3_moe": Family(layer=BLOCK + QK_NORM + EXPERTS + MLP, ggml="qwen3moe"),
     "mixtral": Family(layer=BLOCK + MIXTRAL, ggml="llama", renames=SPARSE_MOE),

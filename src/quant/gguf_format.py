@@ -14,7 +14,10 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
+import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -58,20 +61,53 @@ def make_header(
     tensors: Sequence[tuple[str, Sequence[int], str]],
     file_type: int,
     work: Path,
-    no_mtp: bool = True,
+    mtp: str = "none",
     keys: Mapping[str, float] | None = None,
     ends: Sequence[int] = (),
 ) -> bytes:
     """What stands before the first tensor, with llama.cpp's own key-values for ``model``; ``work``: a directory to use.
-    ``keys``: more of the architecture's own; ``ends``: tokens at which generation ends."""
+    ``keys``: more of the architecture's own; ``ends``: tokens at which generation ends; ``mtp``: of gguf_convert.py."""
     rows = [[name, list(shape), TYPES[kind].ggml.name, tensor_bytes(shape, kind)] for name, shape, kind in tensors]
     plan, header = work / "plan.json", work / "header.bin"
     plan.write_text(
-        json.dumps({"ftype": file_type, "no_mtp": no_mtp, "keys": dict(keys or {}), "ends": list(ends), "tensors": rows}),
+        json.dumps({"ftype": file_type, "mtp": mtp, "keys": dict(keys or {}), "ends": list(ends), "tensors": rows}),
         encoding="utf-8",
     )
     run_converter("header", model, plan, header)
     return header.read_bytes()
+
+
+class ConverterValues:
+    """The values of tensors that only llama.cpp's converter computes, one at a time; its process starts with the first and ends
+    with this object."""
+
+    def __init__(self, model: Path, mtp: str) -> None:
+        self.model, self.mtp = model, mtp
+        self._process: subprocess.Popen[str] | None = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._work = tempfile.TemporaryDirectory()
+        self._file, self._said = Path(self._work.name, "values"), Path(self._work.name, "said").open("w+b")
+        command = [sys.executable, DRIVER, llama_cpp.source(), "values", self.model, self.mtp, self._file]
+        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
+        process = subprocess.Popen(list(map(str, command)), text=True, **streams)
+        weakref.finalize(self, process.kill)
+        self._answered(process, "ready")
+        return process
+
+    def _answered(self, process: subprocess.Popen[str], word: str) -> None:
+        if not any(line.strip() == word for line in process.stdout):
+            self._said.seek(0)
+            lines = [line for line in self._said.read().decode("utf-8", "replace").splitlines() if line.strip()]
+            raise UserError(f"llama.cpp's converter failed: {(lines or ['no message'])[-1].strip()[:300]}")
+
+    def __call__(self, name: str, shape: Sequence[int]) -> Tensor:
+        """float32 of this shape."""
+        self._process = process = self._process or self._start()
+        process.stdin.write(f"{name}\n")
+        process.stdin.flush()
+        self._answered(process, "done")
+        return torch.from_numpy(np.fromfile(self._file, np.float32)).view(*shape)
 
 
 class GgufWriter:

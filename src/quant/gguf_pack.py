@@ -334,7 +334,7 @@ def main() -> None:
     elif settings.target_gib:
         settings = allocated_types(settings)
     pack, notes = prepare(settings, args.dry_run)
-    print("".join(f"{note}\n" for note in notes + left_out(pack.checkpoint)), end="", flush=True)
+    print("".join(f"{note}\n" for note in notes + left_out(pack.checkpoint, pack.pieces)), end="", flush=True)
     source, recipe = describe_model(settings.model) if result else None, pack.recipe()
     if settings.reference:
         recipe["method"] = "llama-quantize"

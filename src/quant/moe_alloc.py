@@ -44,7 +44,6 @@ from gguf_layout import (
     exact_patterns,
     extra_keys,
     file_type,
-    keeps_float32,
     pieces_of,
     read_patterns,
     type_named,
@@ -87,8 +86,8 @@ def choose(pieces: Sequence[Piece], losses: Mapping[str, Mapping[str, float]], b
 
 
 def fixed_types(pieces: Sequence[Piece], patterns: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """The types that are not chosen: of what stays float32, and of what ``patterns`` name."""
-    wanted = {p.name: "f32" if keeps_float32(p.name, p.shape) else chosen_type(p.name, OPEN, patterns) for p in pieces}
+    """The types that are not chosen: of what llama-quantize keeps, and of what ``patterns`` name."""
+    wanted = {p.name: p.kept or chosen_type(p.name, OPEN, patterns) for p in pieces}
     unmeasured = next((p.name for p in pieces if not wanted[p.name] and p.role in (Role.EMBEDDING, Role.LM_HEAD)), None)
     if unmeasured:
         raise UserError(f"--tensor-types: {unmeasured} needs a type; its sensitivity is not measured")
@@ -115,7 +114,7 @@ def allocate_types(
     with tempfile.TemporaryDirectory() as work:  # the size of a header does not depend on the types
         rows = [(p.name, p.shape, fixed.get(p.name, "f16")) for p in pieces]
         more = (extra_keys(checkpoint), generation_ends(checkpoint.path))
-        header = len(make_header(checkpoint.path, rows, file_type("iq3_xxs"), Path(work), True, *more))
+        header = len(make_header(checkpoint.path, rows, file_type("iq3_xxs"), Path(work), "none", *more))
     taken = header + sum(padded(tensor_bytes(p.shape, fixed[p.name])) for p in pieces if p.name in fixed)
     budget = int(target_gib * 2**30) - taken
     choose(open_pieces, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now

@@ -5,7 +5,6 @@ Not a command; gguf_pack and the plans of sizes use it. `plan_pack(checkpoint, "
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -24,10 +23,10 @@ from calibrated_pass import LM_HEAD
 from calibration import Calibration, layer_bytes
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
-from families import Role, roles_of
+from families import VISION_PREFIX, Role, layer_count, roles_of
 from ggml_codecs import CastCodec, decode_rows, encode
 from ggml_types import TYPES, row_bytes
-from gguf_format import Entry, GgufFile, GgufWriter, make_header, padded, run_converter, tensor_bytes
+from gguf_format import ConverterValues, Entry, GgufFile, GgufWriter, make_header, padded, run_converter, tensor_bytes
 from gguf_layout import (
     NEED_IMPORTANCE,
     Patterns,
@@ -35,6 +34,7 @@ from gguf_layout import (
     check_header,
     extra_keys,
     file_type,
+    is_mtp,
     pieces_of,
     read_for,
     read_parameter,
@@ -42,8 +42,9 @@ from gguf_layout import (
     to_gguf,
     type_named,
     types_of,
+    unchecked,
 )
-from hf_model import generation_ends
+from hf_model import generation_ends, listed
 from hub import AHEAD_BYTES
 from plans import layers_fetched, stored_bytes
 from recipe import LINEAR_ROLES, Job
@@ -92,22 +93,22 @@ class Blocks:
             raise UserError(f"--blocks {path}: not the ggml.safetensors of merge_adapter ({error})") from None
         self.kind, self.sha256 = type_named(kind, f"--blocks {path}"), file_sha256(path)
 
-    def check(self, pieces: Sequence[Piece]) -> None:
+    def check(self, pieces: Sequence[Piece], checkpoint: Checkpoint) -> None:
         """Raise :class:`UserError` unless every packed parameter is one of ``pieces`` in its shape."""
         known: dict[str, tuple[int, ...]] = {}
         for piece in pieces:
-            rows = piece.shape[-2] * (1 if piece.half is None else 2) if len(piece.shape) > 1 else 0
-            known[piece.parameter] = (*piece.shape[:-2], rows, piece.shape[-1])
+            if piece.parameter in checkpoint.sources:
+                known[piece.parameter] = checkpoint.parameter_shape(piece.parameter)
         for name, shape in self.shapes.items():
             own = known.get(name)
-            if own is None or (*own[:-1], row_bytes(self.kind, own[-1])) != shape:
+            if not own or (*own[:-1], row_bytes(self.kind, own[-1])) != shape:
                 raise UserError(f"--blocks {self.path}: {name} {list(shape)} does not fit the checkpoint; pack its own one")
 
     def data(self, piece: Piece) -> Tensor:
         """The bytes of a piece."""
         with safe_open(self.path, "pt") as file:
             whole = file.get_tensor(piece.parameter)
-        return (whole if piece.half is None else whole.chunk(2, -2)[piece.half == "up"]).contiguous()
+        return (whole if piece.span is None else whole[..., slice(*piece.span), :]).contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,8 @@ class Pack:
     blocks: Blocks | None = None
     damping: float = DAMPING
     weights_file: Path | None = None
+    mtp: str = "none"
+    values: ConverterValues | None = None
 
     @property
     def file_name(self) -> str:
@@ -159,13 +162,19 @@ class Pack:
         source = self.checkpoint.identity
         made = {"name": model_name(self.checkpoint.path), "recipe": self.recipe(), "source": source}
         made |= {"calibration": calibration, "importance": digest.hexdigest()}
+        made |= {"mtp": self.mtp} if self.mtp != "none" else {}
         return made | ({"blocks": self.blocks.sha256} if self.blocks else {})
 
     def data(self, piece: Piece, device: torch.device) -> Tensor:
         """The bytes of a piece without calibration: those that are packed already, or its values encoded on the device."""
         if self.blocks is not None and piece.parameter in self.blocks.shapes:
             return self.blocks.data(piece)
-        kind, value = self.types[piece.name], to_gguf(piece, read_parameter(self.checkpoint, piece)).to(device)
+        kind = self.types[piece.name]
+        if piece.function == "converter":
+            with self.checkpoint.on_disk(piece.sources):
+                value = self.values(piece.name, piece.shape).to(device)
+        else:
+            value = to_gguf(piece, read_parameter(self.checkpoint, piece)).to(device)
         importance = mean_square((self.importance or {}).get(piece.name), piece)
         with explained(f"tensor {piece.name}"):
             if not is_quantized(kind):
@@ -179,7 +188,7 @@ class Pack:
             tensors = [(p.name, p.shape, self.types[p.name]) for p in self.pieces]
             keys, ends = extra_keys(self.checkpoint), generation_ends(self.checkpoint.path)
             header, empty = (
-                make_header(self.checkpoint.path, tensors, file_type(self.named_type), run, True, keys, ends),
+                make_header(self.checkpoint.path, tensors, file_type(self.named_type), run, self.mtp, keys, ends),
                 run / "empty",
             )
             empty.write_bytes(header)
@@ -199,23 +208,28 @@ class Pack:
 def plan_pack(
     checkpoint: Checkpoint, base: str, patterns: Sequence[tuple[str, str]], method: str,
     calibration: Calibration | None = None, importance: Mapping[str, Entry] | None = None, blocks: Blocks | None = None,
+    mtp: str = "none",
 ) -> tuple[Pack, list[str]]:  # fmt: skip
-    """(the pack, notes on substituted types); raises :class:`UserError` on whatever cannot be done."""
+    """(the pack, notes on substituted types and on what is not checked); raises :class:`UserError` on whatever cannot be done.
+    ``mtp``: of gguf_layout.traced."""
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
     if importance is not None and method != "nearest":
         raise UserError(f"--imatrix holds no second moments; use --method nearest, or {method} without it")
     if checkpoint.config.get("quantization_config"):
         raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
-    pieces = pieces_of(checkpoint)
+    pieces = pieces_of(checkpoint, mtp)
     types, notes = types_of({piece.name: piece.shape for piece in pieces}, base, patterns)
+    types |= {piece.name: piece.kept for piece in pieces if piece.kept}
+    notes += unchecked(checkpoint)
     if blocks is not None:
         if method != "nearest" or importance is not None:
             raise UserError("--blocks holds rounded weights; the rest goes to nearest: --method nearest and no --imatrix")
-        blocks.check(pieces)
+        blocks.check(pieces, checkpoint)
         types |= {piece.name: blocks.kind for piece in pieces if piece.parameter in blocks.shapes}
     notes += unprotected(pieces, types, patterns)
-    pack = Pack(checkpoint, base, method, pieces, types, calibration, importance, blocks)
+    values = ConverterValues(checkpoint.path, mtp)
+    pack = Pack(checkpoint, base, method, pieces, types, calibration, importance, blocks, mtp=mtp, values=values)
     if importance is not None:
         _check_importance(pack, importance)
     return pack, notes
@@ -382,18 +396,15 @@ def table(made: Mapping[str, Any]) -> str:
 
 def write_mmproj(checkpoint: Checkpoint, directory: Path) -> str | None:
     """The vision tower as NAME-mmproj-f16.gguf, by llama.cpp's converter; None for a model without one."""
-    roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
-    if Role.VISION not in roles.values():
+    seeing = [name for name in checkpoint.tensors if VISION_PREFIX.match(name)]
+    if not seeing:
         return None
     name = f"{model_name(checkpoint.path)}-mmproj-f16.gguf"
     if not (directory / name).exists():
-        temporary, tower = (
-            directory / f".{name}",
-            [t for tensor, t in checkpoint.tensors.items() if roles[tensor] is Role.VISION],
-        )
-        with checkpoint.remote.filled(tower) if checkpoint.remote else contextlib.nullcontext():
+        temporary = directory / f".{name}"
+        with checkpoint.on_disk(seeing):
             run_converter("convert", checkpoint.path, "--outfile", temporary, "--outtype", "f16", "--mmproj")
-        wanted = sum(checkpoint.tensors[tensor].numel for tensor, role in roles.items() if role is Role.VISION)
+        wanted = sum(checkpoint.tensors[tensor].numel for tensor in seeing)
         tensors = GgufFile(temporary).tensors
         held = sum(int(tensor.n_elements) for tensor in tensors.values())
         odd = next((t.name for t in tensors.values() if t.data.dtype.kind == "f" and not np.isfinite(t.data).all()), None)
@@ -410,15 +421,21 @@ def write_mmproj(checkpoint: Checkpoint, directory: Path) -> str | None:
     return name
 
 
-def left_out(checkpoint: Checkpoint) -> list[str]:
-    """What of the checkpoint the file does not hold, as lines of text."""
-    roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
+def left_out(checkpoint: Checkpoint, pieces: Sequence[Piece] = ()) -> list[str]:
+    """What of the checkpoint the file of these pieces does not hold, as lines of text."""
+    layers, held = layer_count(checkpoint.config) or 0, {source for piece in pieces for source in piece.sources}
+    rest: dict[str, list[str]] = {"mtp": [], "vision": [], "other": []}
+    for name in checkpoint.tensors:
+        if name not in held:
+            rest["vision" if VISION_PREFIX.match(name) else "mtp" if is_mtp(name, layers) else "other"].append(name)
+    others = f"left out by llama.cpp's converter: {{}} of {listed(rest['other'])}"
     lines = []
-    for role, where in (
-        (Role.MTP, "left out: {} of multi-token prediction (llama.cpp decodes without them)"),
-        (Role.VISION, "in a file of their own (mmproj): {} of the vision tower"),
+    for kind, where in (
+        ("mtp", "left out: {} of multi-token prediction (llama.cpp decodes without them)"),
+        ("vision", "in a file of their own (mmproj): {} of the vision tower"),
+        *([("other", others)] if pieces else []),
     ):
-        own = [checkpoint.tensors[name] for name, found in roles.items() if found is role]
+        own = [checkpoint.tensors[name] for name in rest[kind]]
         if own:
             lines.append(
                 where.format(f"{len(own)} tensors, {sum(info.bytes for info in own) / 1e6:,.2f} MB in the checkpoint,")
@@ -441,16 +458,12 @@ def fetched_bytes(pack: Pack) -> tuple[int, int]:
     """(bytes, bytes at a time) that :func:`write_pack` reads of the checkpoint: to run its layers, for every piece that is
     not rounded there, and for the vision tower."""
     tensors, ahead, rounded = pack.checkpoint.tensors, AHEAD_BYTES, set()
-    roles = roles_of({name: info.shape for name, info in tensors.items()}, pack.checkpoint.config)
-    total = stored_bytes(tensors[name] for name, role in roles.items() if role is Role.VISION)
+    total = stored_bytes(info for name, info in tensors.items() if VISION_PREFIX.match(name))
     if pack.calibration:
-        layers, ahead = layers_fetched(
-            pack.checkpoint, pack.calibration, bool(pack.weights_file and pack.weights_file.exists())
-        )
+        kept = bool(pack.weights_file and pack.weights_file.exists())
+        layers, ahead = layers_fetched(pack.checkpoint, pack.calibration, kept)
         rounded = {p.parameter for p in pack.pieces if p.role is not Role.EMBEDDING and is_quantized(pack.types[p.name])}
-        total += layers + stored_bytes(
-            tensors[name] for name, role in roles.items() if role is Role.LM_HEAD and LM_HEAD in rounded
-        )
+        total += layers + (stored_bytes(tensors[n] for n in pack.checkpoint.sources[LM_HEAD]) if LM_HEAD in rounded else 0)
     for piece in pack.pieces:
         if piece.parameter not in rounded and not (pack.blocks and piece.parameter in pack.blocks.shapes):
             total += stored_bytes(tensors[name] for name in read_for(pack.checkpoint, piece))
