@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Speed of the quantizers on this machine, beside the limit:  bash pipelines/bench.sh [--layer small|122b] [--result F --tag T]
 # Every family at tiny size (docs/CHECKPOINTS.md):              bash pipelines/bench.sh families [--result F --tag T]
+# Straight from a hub with a limited rate:                    bash pipelines/bench.sh hub --model models/razor-tiny --work work/hub
 # Speed and memory of a GGUF file in llama.cpp:               bash pipelines/bench.sh --gguf F.gguf [--result F --tag T]
 # Drafting with a GGUF's block of multi-token prediction, by its types: acceptance, answers, tokens/s:  bash pipelines/bench.sh mtp
 # (MODEL, default models/razor-tiny-mtp, is packed with each of HEADS; a record each, $RESULTS/bench/razor_tiny_mtp_HEAD.json)
@@ -23,7 +24,8 @@ if [ "${1:-}" != h100 ]; then
     OPTIONS_FOLLOW=1 source "$here/env.sh" || exit
     [ "${1:-}" != families ] || exec python "$here/src/distill/speed_families.py" "${@:2}"
     case " $* " in *" --gguf"[\ =]*) exec python "$here/src/eval/speed_gguf.py" "$@" ;; esac
-    cd "$here" || exit
+    cd "$here" || exit 2
+    [ "${1:-}" != hub ] || exec python src/quant/speed_quant.py "$@"
     [ "${1:-}" = mtp ] || exec python src/quant/speed_quant.py kernels "$@"
     shift
     model=${MODEL:-models/razor-tiny-mtp} work=${SCRATCH}/bench_mtp

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-RATE = 12e6
+RATE = 6e6
 
 
 def write_gguf(path, size, experts=True):

@@ -15,18 +15,17 @@ import argparse
 import contextlib
 import re
 import shutil
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import filelock
 
 from console import UserError, atomic_path, file_sha256, progress, run_cli, writing
 from gguf_format import is_first, part_names
+from hub import Link, explained, patient
 
-# huggingface_hub 2 resumes no download that was killed (its temporary file is removed), hence pieces of our own.
+# huggingface_hub 2 resumes no download that was killed (its temporary file is removed), hence a file of our own.
 PIECE_BYTES = 1 << 30  # bytes of one request: a hub's links expire, and its servers end an answer at 50 GB
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -48,31 +47,6 @@ class Remote:
 
     def partial(self, directory: Path) -> Path:
         return directory / f"{Path(self.name).name}.{self.digest[:12]}.partial"
-
-
-@contextlib.contextmanager
-def explained(repository: str, name: str = "") -> Iterator[None]:
-    """The hub's errors, each as one line that says what to do."""
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except (errors.EntryNotFoundError, errors.HFValidationError, *errors.HfHubHTTPError.__bases__) as error:
-        what, page = f"{repository}/{name}" if name else repository, f"{constants.ENDPOINT}/{repository}"
-        why = " ".join(str(error).split())[:120] or type(error).__name__
-        code = getattr(getattr(error, "response", None), "status_code", None)
-        mends = (  # the first that fits; the last is of its HTTP client: no network, no answer, a broken one
-            (errors.GatedRepoError, f"gated; accept its terms on {page}, then hf auth login (or set HF_TOKEN)"),
-            (errors.RevisionNotFoundError, "no such revision; leave out --revision for main"),
-            (errors.EntryNotFoundError, "no such file in the repository; leave the name out to list what is there"),
-            (errors.RepositoryNotFoundError, "no such repository, or a private one: check the name, or hf auth login"),
-            (errors.HFValidationError, f"not the name of a repository ({why})"),
-            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it to download"),
-            (errors.HfHubHTTPError, f"the hub answered HTTP {code}; run the same command again later to go on"),
-            (Exception, f"cannot be fetched from {constants.ENDPOINT} ({why}); get the machine on line (or set HF_ENDPOINT) "
-             "and run the same command again: it goes on where it stopped"),
-        )  # fmt: skip
-        raise UserError(f"{what}: {next(mend for kind, mend in mends if isinstance(error, kind))}") from None
 
 
 def repository_files(repository: str, revision: str) -> list[str]:
@@ -101,23 +75,10 @@ def choose(repository: str, revision: str, wanted: str | None) -> list[str]:
     return names
 
 
-def located(repository: str, name: str, revision: str) -> tuple[Any, dict[str, str]]:
-    """(metadata with a fresh link, headers to ask that link with)."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
-
-    url = hf_hub_url(repository, name, revision=revision)
-    with explained(repository, name):
-        metadata = get_hf_file_metadata(url, retry_on_errors=True)
-    headers = dict(build_hf_headers())
-    if urllib.parse.urlsplit(metadata.location).netloc != urllib.parse.urlsplit(url).netloc:
-        headers.pop("authorization", None)  # the token is the hub's, not its storage's
-    return metadata, headers
-
-
 def describe(repository: str, name: str, revision: str, given: str | None) -> Remote:
     """Size and SHA-256 of a file; a digest of the user's that the hub contradicts is refused before anything is fetched."""
-    metadata, _ = located(repository, name, revision)
+    with explained(repository, name):
+        metadata, _ = patient(Link(repository, name, revision).metadata)
     digest = metadata.etag if SHA256.fullmatch(metadata.etag or "") else None
     if given and digest and given != digest:
         raise UserError(
@@ -143,47 +104,19 @@ def sidecar(repository: str, name: str, revision: str) -> str:
     return found[0]
 
 
-class Piece:
-    """The file that one request's answer is appended to: it tells a progress bar, says which disk is full, and refuses more
-    than was asked for (a server that ignores the range would send the file from its start)."""
-
-    def __init__(self, stream: BinaryIO, end: int, bar: Any) -> None:
-        self.stream, self.begin, self.end, self.bar = stream, stream.tell(), end, bar
-
-    def write(self, data: bytes) -> None:
-        if self.stream.tell() + len(data) > self.end:
-            self.stream.truncate(self.begin)
-            raise UserError(f"{self.stream.name}: the server sends more than it was asked for; it does not know ranges")
-        try:
-            self.stream.write(data)
-        except OSError as error:
-            raise UserError(f"{self.stream.name}: cannot be written ({error.strerror}); what is there is kept") from None
-        self.bar.update(len(data))
-
-    def tell(self) -> int:
-        return self.stream.tell()
-
-    def seek(self, position: int) -> int:
-        return self.stream.seek(position)
-
-    def truncate(self) -> int:
-        return self.stream.truncate()
-
-
 def download(remote: Remote, partial: Path) -> None:
-    """Append to ``partial`` what it lacks, in pieces; each asks for a fresh link, since links expire."""
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
+    """Append to ``partial`` what it lacks, in pieces."""
+    link = Link(remote.repository, remote.name, remote.revision)
     there = partial.stat().st_size if partial.exists() else 0
     with progress(remote.size, Path(remote.name).name, "B", True, there) as bar, partial.open("ab") as stream:
+
+        def write(data: bytes) -> None:
+            with writing(partial):
+                stream.write(data)
+            bar.update(len(data))
+
         while (begin := stream.tell()) < remote.size:
-            metadata, headers = located(remote.repository, remote.name, remote.revision)
-            piece: Any = Piece(stream, min(begin + PIECE_BYTES, remote.size), bar)
-            headers["Range"] = f"bytes={begin}-{piece.end - 1}"
-            with explained(remote.repository, remote.name):
-                http_get(metadata.location, piece, headers=headers, expected_size=piece.end - begin)
+            link.stream(begin, min(begin + PIECE_BYTES, remote.size), write)
             with writing(partial):
                 stream.flush()
 

@@ -45,8 +45,8 @@ FOLDERS = {
 MEASURING = ("speed_", "study_", "tiny_", "page_")  # what no product module imports
 FLOORS = {  # by folder, from the lowest floor up; a module imports from its own floor and from below
     "quant": {
-        "ground": """console settings devices safetensors_file source_formats checkpoint families records hf_model task_text kl
-            llama_cpp gguf_convert""",
+        "ground": """console settings devices safetensors_file hub source_formats checkpoint families records hf_model task_text
+            kl llama_cpp gguf_convert""",
         "arithmetic": """moe_quant clip_kernel moe_ptq ggml_types scalar_kernel lattice_kernel ggml_scalar ggml_lattice
             ggml_codecs ggml_round""",
         "formats": "recipe run_dir packed_format gguf_format gguf_layout",

@@ -415,6 +415,15 @@ TABLES = (
         ), labelled(shards), measures("size_disk"), "metrics.size_disk",
     ),
     Table(
+        "bench", "Straight from the hub",
+        "Data-free quantization from a server of the hub's interface whose rate is limited: how fast the shards came, and what "
+        "lies on disk beside the output.",
+        ("run",), (
+            ("size", "{at}.bytes", 1, " MB"), ("limit", "{at}.limit", 1, " MB"), ("a second", "{at}.bytes_per_s", 1, " MB"),
+            ("share", "{at}.share", 1, " %"), ("on disk", "{at}.kept_bytes", 2, " MB"),
+        ), labelled(tag), measures("hub"), "metrics.hub",
+    ),
+    Table(
         "bench", "Calibrated quantization at full size",
         "Calibrated passes on layers of full size: seconds of the slowest layer, and of its rounding alone; peaks in MiB.",
         ("run", "method"), (
@@ -504,6 +513,7 @@ PIPELINES = (
     ("bench/multi_gpu_vllm", "multi_gpu.sh vllm"),
     ("bench/multi_gpu_*", "multi_gpu.sh"),
     ("bench/families", "bench.sh families --result results/bench/families.json --tag families"),
+    ("bench/hub", "bench.sh hub --model models/razor-tiny --work work/hub --result results/bench/hub.json --tag hub"),
     ("bench/h100", "bench.sh --result results/bench/h100.json --tag h100"),
     ("bench/h200", "bench.sh --result results/bench/h200.json --tag h200"),
     ("*/razor_tiny_vl_*", "results.sh vl"),

@@ -66,6 +66,7 @@ class Calibration:
         return {key: value for key in ("token_power", "damping") if (value := getattr(self, key))}
 
 
+LAYERS_AHEAD = 2  # of a model of the hub, fetched before they are read
 SECOND = re.compile(r"\.experts\.\d+\.(up_proj|w3)\.")  # has the inputs of the gate
 
 
@@ -328,12 +329,19 @@ class LayerStream:
         self.ahead = device.type == "cuda" if ahead is None else ahead
         self._reader = ThreadPoolExecutor(1, "ahead")
         self._coming: dict[str, Future[Tensor]] = {}
+        self._last = 0  # the layer that was expected last
+        self.by_layer: dict[int, list[str]] = {index: [] for index in range(len(self.layers))}
+        for parameter, own in checkpoint.sources.items():
+            if (match := LAYER_PREFIX.match(parameter)) and int(match[1]) in self.by_layer:
+                self.by_layer[int(match[1])] += own
 
     def fill(self, module: nn.Module, prefix: str, values: Mapping[str, Tensor] | None = None) -> None:
         """Give ``module`` its parameters and persistent buffers from the checkpoint (or from ``values``, by checkpoint
         name, where they are there). ``prefix`` ends in a dot. :class:`UserError` where the checkpoint lacks one; a parameter
         that is in memory and not in the checkpoint (an adapter's) stays."""
         sources, places = self.checkpoint.sources, self.checkpoint.places
+        if (layer := LAYER_PREFIX.match(prefix)) and not self._coming:
+            self._expect(int(layer[1]))
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             parameter = prefix + name
             if parameter not in sources:
@@ -349,9 +357,17 @@ class LayerStream:
             value = nn.Parameter(full, requires_grad=False) if isinstance(tensor, nn.Parameter) else full
             setattr(module.get_submodule(owner), leaf, value)
 
+    def _expect(self, index: int) -> None:
+        """Layer ``index`` of a model of the hub is read next: fetch it and the two that follow in the order in which layers
+        come, which may be backward."""
+        step, self._last = (1 if index >= self._last else -1), index
+        layers = [index + step * more for more in range(1 + LAYERS_AHEAD)]
+        self.checkpoint.expect(self.by_layer[number] for number in layers if 0 <= number < len(self.layers))
+
     def read_ahead(self, index: int) -> None:
         """Begin to read what :meth:`fill` will ask for decoder layer ``index``, where there is one, while the device works."""
         if self.ahead and index < len(self.layers):
+            self._expect(index)
             layer = self.layers[index]
             for name, _ in [*layer.named_parameters(), *layer.named_buffers()]:
                 for source in self.checkpoint.sources.get(f"model.layers.{index}.{name}", ()):

@@ -11,6 +11,7 @@ In format 1 the last was whether it is packed, in 4 bits.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from console import UserError, file_sha256, files_sha256, read_json, read_object, write_json
 from families import FAMILIES, Family, Place, family_of, place_of
+from hub import remote_of, spelled
 from safetensors_file import DTYPES, TensorInfo, open_tensors, read_header
 from source_formats import ScaledInfo, describe, source_tensors, without_quantization, word_count
 
@@ -54,6 +56,9 @@ class PackedInfo(TensorInfo):
     ``end`` only say its size."""
 
     matrices: tuple[TensorInfo, ...] = ()
+
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return tuple(info for matrix in self.matrices for info in matrix.stored())
 
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count
@@ -131,20 +136,25 @@ class Checkpoint:
     """A checkpoint directory: ``config`` (config.json), ``tensors`` (name -> :class:`TensorInfo`, in the order of the
     shards and of their bytes), ``files`` (the shards). Opening reads and checks headers only. A packed checkpoint shows the
     tensors that it unpacks to, one published in another format than BF16 (``source_format``, else None) those that it stands
-    for, with the ``config`` of those; what is read is decoded."""
+    for, with the ``config`` of those; what is read is decoded. One of the hub (``remote``) holds headers; what is read is
+    fetched."""
 
     source_format: str | None = None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.exists():
-            raise UserError(f"{self.path}: no such model directory")
+            more = "; quantize.sh, pack_gguf.sh, moe_probe and moe_alloc read from the hub" if spelled(path) else ""
+            raise UserError(f"{self.path}: no such model directory{more}")
         if not self.path.is_dir():
             raise UserError(f"{self.path}: not a directory; give the directory that holds config.json")
         if not (self.path / "config.json").is_file():
             raise UserError(f"{self.path}: no config.json in it; is this a model directory?")
         self.config: dict[str, Any] = read_object(self.path / "config.json")
         self.files, self.tensors = open_tensors(self.path)
+        self.remote = remote_of(self.path)
+        if self.remote:
+            self.tensors = {name: self.remote.tensor(info) for name, info in self.tensors.items()}
         if self.is_packed:
             self.tensors = unpacked_tensors(self.path, self.tensors)
         else:
@@ -160,6 +170,11 @@ class Checkpoint:
         """Size of the weight files on disk."""
         return sum(file.stat().st_size for file in self.files)
 
+    @property
+    def hub(self) -> dict[str, str]:
+        """The entry of a recipe for a model of the hub: its name and commit. Empty for another."""
+        return {"hub": self.remote.uri} if self.remote else {}
+
     @functools.cached_property
     def config_sha256(self) -> str:
         return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
@@ -173,7 +188,10 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """One digest of all weight files: console.files_sha256."""
-        return files_sha256(self.files)
+        if not self.remote:
+            return files_sha256(self.files)
+        told = [self.remote.files[file.name]["digest"] for file in self.files]
+        return told[0] if len(told) == 1 else hashlib.sha256("".join(told).encode()).hexdigest()
 
     @functools.cached_property
     def model_type(self) -> str:
@@ -219,6 +237,15 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The whole tensor, in memory of its own."""
         return self.info(name).read()
+
+    def on_disk(self, names: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+        """Another program can read these tensors in the directory: those of the hub lie there meanwhile."""
+        return self.remote.filled(self.tensors[name] for name in names) if self.remote else contextlib.nullcontext()
+
+    def expect(self, groups: Iterable[Iterable[str]], budget: int | None = None, whole: bool = False) -> None:
+        """What will be read next, in this order, groups of neighbours (a layer) in that of the files: hub.Remote.expect."""
+        if self.remote:
+            self.remote.expect([[self.tensors[name] for name in names] for names in groups], budget, whole)
 
     def read_chunks(self, name: str, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
         """(start, slice along axis 0) pieces of at most ``max_bytes``, never less than one row of axis 0."""
@@ -299,14 +326,17 @@ def source_identity(path: str | Path) -> dict[str, str]:
     """What makes a model, or any input file, this one and no other, wherever it lies: "SIZE:DIGEST" by file name, of all shards
     and of the files beside them that change what it answers. Seconds for 250 GB: see :func:`file_identity`."""
     path = Path(path)
+    told = {}
     if path.is_dir():
         names = sorted(f.name for f in path.iterdir() if f.is_file() and any(fnmatch.fnmatch(f.name, p) for p in DECIDING))
-        files = [*open_tensors(path)[0], *(path / name for name in names)]
+        remote = remote_of(path)
+        told = remote.identity if remote else {}
+        files = [*(() if remote else open_tensors(path)[0]), *(path / name for name in names)]
     elif parts := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name):
         files = [path.with_name(f"{parts[1]}-{n:05d}-of-{parts[2]}.gguf") for n in range(1, int(parts[2]) + 1)]
     else:
         files = [path]
-    return {file.name: file_identity(file) for file in files}
+    return told | {file.name: file_identity(file) for file in files}
 
 
 def different_file(before: Any, now: Mapping[str, str]) -> str | None:
@@ -320,6 +350,8 @@ def different_file(before: Any, now: Mapping[str, str]) -> str | None:
         if name not in now or name not in before:
             return f"{name} is {'new' if name in now else 'gone'}"
         if before[name] != now[name]:
+            if name == "commit":
+                return f"it was {before[name]}, now it is {now[name]}"
             size, other = str(before[name]).partition(":")[0], now[name].partition(":")[0]
             return f"{name} differs ({f'{size} bytes, now {other}' if size != other else 'same size, other content'})"
     return None

@@ -221,6 +221,13 @@ def _rows_of(
     return parameters[0], None, rows
 
 
+def read_for(checkpoint: Checkpoint, piece: Piece) -> list[str]:
+    """The tensors that are read for a piece."""
+    known = checkpoint.model_type.removesuffix("_text") in FAMILIES and piece.parameter in checkpoint.sources
+    alone = known and piece.sources and checkpoint.places[piece.sources[0]].expert is None
+    return list(piece.sources[:1] if alone and piece.function != "converter" else piece.sources)
+
+
 def read_parameter(checkpoint: Checkpoint, piece: Piece) -> Tensor:
     """The piece's parameter from the checkpoint, or where it is stored one matrix an expert, a tensor of its shape with what
     the piece needs filled; without a family that says where tensors lie, the rows of the sources."""
@@ -232,7 +239,7 @@ def read_parameter(checkpoint: Checkpoint, piece: Piece) -> Tensor:
     if place is None or place.expert is None:
         return checkpoint.read(piece.sources[0])
     full = torch.empty(checkpoint.parameter_shape(piece.parameter), dtype=first.dtype)
-    for source in piece.sources:
+    for source in read_for(checkpoint, piece):
         checkpoint.places[source].view(full).copy_(checkpoint.read(source))
     return full
 

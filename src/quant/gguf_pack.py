@@ -34,6 +34,7 @@ from gguf_dequant import dequantize
 from gguf_format import GgufFile, GgufWriter, bos_of, read_imatrix, run_converter
 from gguf_layout import Patterns, check_header, file_name, patterns_of, read_patterns
 from hf_model import check_first, load_tokenizer
+from hub import HubSettings, opened, remote_of
 from moe_alloc import allocate_types
 from pack_plan import (
     Blocks,
@@ -41,6 +42,7 @@ from pack_plan import (
     Pack,
     SizeSettings,
     TypeSettings,
+    fetched_bytes,
     left_out,
     memory_bytes,
     pack_times,
@@ -49,7 +51,7 @@ from pack_plan import (
     table,
     write_mmproj,
 )
-from plans import RecordSettings, dry_run_notes
+from plans import RecordSettings, dry_run_notes, hub_plan, sensed_bytes
 from recipe import RECIPE_FILE, quantized_note
 from records import DECODED_MARK, describe_model, sha256_json, sha256_text, write_result
 from rounders import GgmlRounder, RoundingSettings
@@ -185,6 +187,7 @@ class PackSettings:
     types: TypeSettings = part(TypeSettings)
     rounding: RoundingSettings = part(RoundingSettings)
     text: CalibrationSettings = part(CalibrationSettings)
+    hub: HubSettings = part(HubSettings)
     blocks: Path | None = setting(None, "ggml.safetensors of merge_adapter: the experts, as they are there")
     imatrix: Path | None = setting(None, "importance of llama-imatrix or moe_probe, instead of calibration")
     target_gib: float = same(SizeSettings, "target_gib", 0.0)
@@ -292,6 +295,8 @@ def write_pack(
     print(f"method {dry_run or pack.method}, base type {pack.base}\n{table(report(pack, pack.data_bytes))}")
     if pack.split:
         print(f"split: {pack.split_text()}")
+    if checkpoint.remote:
+        print(hub_plan(checkpoint, *fetched_bytes(pack)))
     if pack.calibration:
         print("calibration: {:,} sequences of {:,} tokens".format(*pack.calibration.ids.shape))
     print(f"disk {needed / 1e9:.2f} GB; memory at most about {memory_bytes(pack) / 2**30:.1f} GiB", flush=True)
@@ -325,9 +330,11 @@ def write_pack(
         made["sha256"] = files_sha256(files)
         made["mmproj"] = write_mmproj(checkpoint, partial)
         check_loads(path)
-        source = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256}
+        source = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256, **checkpoint.hub}
         recipe = {"recipe": pack.recipe(), "source": source, "calibration": settings["calibration"]}
         write_json(partial / RECIPE_FILE, recipe | {"report": made})
+    if checkpoint.remote:
+        print(checkpoint.remote.report(), flush=True)
     if dequant_out:
         dequantize(out / made["file"], checkpoint.path, dequant_out, force)
     return made
@@ -336,10 +343,17 @@ def write_pack(
 def main() -> None:
     settings, args = parse_settings(PackSettings, __doc__, add_dry_run)
     result, started, force = settings.record.file("pack"), time.time(), settings.record.force
+    settings = opened(settings)
+    if settings.reference and (remote := remote_of(settings.model)):
+        raise UserError(f"REFERENCE=1: llama.cpp's own tools read weights from a disk; download {remote.uri} first")
     if not args.dry_run:
         check_places(settings)
     if settings.target_gib and args.dry_run:
         print(f"TARGET_GIB={settings.target_gib:g}: the types below are the recipe's, the run measures and chooses its own")
+        if (checkpoint := Checkpoint(settings.model)).remote:
+            print(
+                f"which fetches {sensed_bytes(checkpoint, settings.calibration(settings.rounding.method, True)) / 1e9:,.2f} GB"
+            )
     elif settings.target_gib:
         settings = allocated_types(settings)
     pack, notes = prepare(settings, args.dry_run)

@@ -52,6 +52,7 @@ from gguf_layout import (
     type_named,
 )
 from hf_model import context_of, generation_ends, load_model, load_tokenizer
+from hub import HubSettings, opened
 from kl import batches, file_texts, tiny_texts
 from pack_plan import SizeSettings, TypeSettings
 from plans import RecordSettings
@@ -171,6 +172,7 @@ class AllocSettings:
     whole_layers: bool = setting(False, "of the experts, by budget: 1: one width for all of a layer, as packed codes have it")
     share: float = setting(0.25, "of three options: the experts raised, and lowered")
     seed: int = setting(0, "of --strategy random")
+    hub: HubSettings = part(HubSettings)
     measured: Path | None = setting(None, "record of an earlier run: take its sensitivities, another budget")
     tensor_types: Path | None = same(TypeSettings, "tensor_types")
     candidates: str = setting(CANDIDATES, "of a GGUF: types to choose from")
@@ -286,7 +288,7 @@ def bits_for_budget(settings: AllocSettings, expert_bits: float) -> Found:
 
 
 def main() -> None:
-    settings, _ = parse_settings(AllocSettings, __doc__)
+    settings = opened(parse_settings(AllocSettings, __doc__)[0])
     result, started = settings.record.file("probe"), time.time()
     if settings.target_gib is not None:
         metrics, entry = types_for_size(settings, settings.target_gib)

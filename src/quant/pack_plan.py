@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from calibrated_pass import LM_HEAD
 from calibration import Calibration, layer_bytes
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
@@ -52,6 +53,7 @@ from gguf_layout import (
     is_mtp,
     patterns_of,
     pieces_of,
+    read_for,
     read_parameter,
     read_patterns,
     to_gguf,
@@ -60,6 +62,8 @@ from gguf_layout import (
     unchecked,
 )
 from hf_model import generation_ends, listed
+from hub import AHEAD_BYTES
+from plans import layers_fetched, stored_bytes
 from recipe import LINEAR_ROLES, Job
 from rounders import DAMPING, METHODS, Encoded, fed_pieces, is_quantized
 from settings import setting
@@ -204,7 +208,8 @@ class Pack:
             return self.blocks.data(piece)
         kind = self.types[piece.name]
         if piece.function == "converter":
-            value = self.values(piece.name, piece.shape).to(device)
+            with self.checkpoint.on_disk(piece.sources):
+                value = self.values(piece.name, piece.shape).to(device)
         else:
             value = to_gguf(piece, read_parameter(self.checkpoint, piece)).to(device)
         importance = mean_square((self.importance or {}).get(piece.name), piece)
@@ -383,7 +388,10 @@ class GgufSink:
 
     def write_data_free(self) -> None:
         """All pieces, without calibration."""
-        end = 0
+        end, checkpoint = 0, self.pack.checkpoint
+        given = self.pack.blocks.shapes if self.pack.blocks else {}
+        left = [piece for piece in self.pack.pieces[self.ready :] if piece.parameter not in given]
+        checkpoint.expect((read_for(checkpoint, piece) for piece in left), AHEAD_BYTES)
         for part in (self.before, *self.parts):
             end += len(part)
             if end > self.ready:
@@ -459,7 +467,8 @@ def write_mmproj(checkpoint: Checkpoint, directory: Path) -> str | None:
     name = f"{model_name(checkpoint.path)}-mmproj-f16.gguf"
     if not (directory / name).exists():
         temporary = directory / f".{name}"
-        run_converter("convert", checkpoint.path, "--outfile", temporary, "--outtype", "f16", "--mmproj")
+        with checkpoint.on_disk(seeing):
+            run_converter("convert", checkpoint.path, "--outfile", temporary, "--outtype", "f16", "--mmproj")
         wanted = sum(checkpoint.tensors[tensor].numel for tensor in seeing)
         tensors = GgufFile(temporary).tensors
         held = sum(int(tensor.n_elements) for tensor in tensors.values())
@@ -511,6 +520,22 @@ def memory_bytes(pack: Pack) -> int:
         roles = {name: role for name, role in roles.items() if role is not Role.MTP}
     jobs = [Job(name, tensors[name], role, 4 if inner.get(name, role) in encoded else None) for name, role in roles.items()]
     return BASE_BYTES + layer_bytes(jobs, pack.calibration)
+
+
+def fetched_bytes(pack: Pack) -> tuple[int, int]:
+    """(bytes, bytes at a time) that :func:`write_pack` reads of the checkpoint: to run its layers, for every piece that is
+    not rounded there, and for the vision tower."""
+    tensors, ahead, rounded = pack.checkpoint.tensors, AHEAD_BYTES, set()
+    total = stored_bytes(info for name, info in tensors.items() if VISION_PREFIX.match(name))
+    if pack.calibration:
+        kept = bool(pack.weights_file and pack.weights_file.exists())
+        layers, ahead = layers_fetched(pack.checkpoint, pack.calibration, kept)
+        rounded = {p.parameter for p in pack.pieces if p.role is not Role.EMBEDDING and is_quantized(pack.types[p.name])}
+        total += layers + (stored_bytes(tensors[n] for n in pack.checkpoint.sources[LM_HEAD]) if LM_HEAD in rounded else 0)
+    for piece in pack.pieces:
+        if piece.parameter not in rounded and not (pack.blocks and piece.parameter in pack.blocks.shapes):
+            total += stored_bytes(tensors[name] for name in read_for(pack.checkpoint, piece))
+    return total, ahead
 
 
 def pack_times(pack: Pack, method: str) -> list[str]:

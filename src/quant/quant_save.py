@@ -31,6 +31,7 @@ from checkpoint import CONSUMED, Checkpoint, SourceShards, is_synthetic, model_n
 from console import UserError, progress, run_cli, write_json
 from devices import default_device, device_peaks, lanes, parse_devices
 from hf_model import check_first
+from hub import HubSettings, opened, remote_of
 from moe_probe import probe_model
 from moe_ptq import CALIBRATED
 from packed_format import Container, PackingSettings, open_writer, plan_container, summary
@@ -41,6 +42,8 @@ from plans import (
     ShardSettings,
     copy_sidecars,
     dry_run_notes,
+    fetched_bytes,
+    hub_plan,
     plan_jobs,
     preflight,
     quantize_times,
@@ -70,6 +73,7 @@ class QuantizeSettings:
     propagate: str = setting("quantized", "with text: whose activations go on, `quantized` or `bf16`", ("quantized", "bf16"))
     packed: bool = setting(False, "1: the codes, for vLLM ([docs/PACKED.md](../docs/PACKED.md)), instead of BF16")
     packing: PackingSettings = part(PackingSettings)
+    hub: HubSettings = part(HubSettings)
     devices: str = setting("", "`cuda:0,cuda:1` or `all`: several GPUs, to the same bytes; empty: the first one, or the CPU")
     shards: ShardSettings = part(ShardSettings)
     consume_source: bool = setting(
@@ -100,7 +104,8 @@ class QuantizeSettings:
     def workers(self) -> tuple[torch.device, ...]:
         """The devices at work, one of them as often as shards should be on it."""
         devices = parse_devices(self.devices)
-        return devices if self.devices or self.calibrated or self.consume else lanes(devices[0])
+        alone = self.devices or self.calibrated or self.consume or remote_of(self.model)  # a network is no faster for more
+        return devices if alone else lanes(devices[0])
 
     def calibration(self, device: torch.device, dry_run: bool) -> Calibration | None:
         """What the method is calibrated on; a dry run needs its size alone."""
@@ -163,6 +168,8 @@ def quantize_checkpoint(
     written = report.container["bytes"] if report.container else report.output_bytes
     if consume and checkpoint.source_format:
         raise UserError(f"{checkpoint.path}: {checkpoint.source_format} weights are not consumed; leave out --consume-source")
+    if consume and checkpoint.remote:
+        raise UserError(f"{checkpoint.remote.uri}: there is no disk to give back; leave out --consume-source")
     source = SourceShards(checkpoint, out) if consume else None
     if not consume and (checkpoint.path / CONSUMED).exists():
         raise UserError(f"{checkpoint.path}: its weights were consumed by another run; make or download it again")
@@ -187,6 +194,8 @@ def quantize_checkpoint(
         print(f"calibration: {sequences:,} sequences of {length:,} tokens, layer by layer")
         if any(job.bits and is_uncalibrated(job) for job in jobs):
             print("note: this family's block of multi-token prediction is not run; it is rounded without calibration (clip)")
+    if checkpoint.remote:
+        print(hub_plan(checkpoint, *fetched_bytes(checkpoint, jobs, calibration), len(devices) == 1 and not calibration))
     print(preflight(jobs, out, needed, chunk_bytes, calibration, len(devices)))
     print("\n".join(quantize_times(jobs, recipe)), flush=True)
     if dry_run:
@@ -210,17 +219,19 @@ def quantize_checkpoint(
             errors = stream(checkpoint, jobs, recipe, partial, shard_bytes, chunk_bytes, source, devices, container)
         for role, error in errors.items():
             report.roles[role].relative_error = error
-        origin = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256}
+        origin = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256, **checkpoint.hub}
         made = {"recipe": recipe.to_json(), "source": origin, "calibration": settings["calibration"]}
         write_json(partial / RECIPE_FILE, made | {"report": report.to_json()})
     if source:
         source.remove()
+    if checkpoint.remote:
+        print(checkpoint.remote.report(), flush=True)
     return report
 
 
 def main() -> None:
     settings, args = parse_settings(QuantizeSettings, __doc__, add_dry_run)
-    result = settings.record.file("quantize")
+    result, settings = settings.record.file("quantize"), opened(settings)
     allocation: dict[str, Any] = read_allocation(settings.allocation) if settings.allocation else {}
     recipe, devices = dataclasses.replace(settings.recipe, **allocation), settings.workers()
     if settings.probe and not args.dry_run:

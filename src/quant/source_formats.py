@@ -65,6 +65,9 @@ class ScaledInfo(TensorInfo):
     index: TensorInfo | None = None
     exact: bool = False
 
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return tuple(info for info in (self.codes, self.scale, self.zero, self.index) if info is not None)
+
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count
         out = torch.empty(count, *self.shape[1:], dtype=self.dtype)
@@ -124,6 +127,9 @@ class Mxfp4Info(TensorInfo):
 
     blocks: TensorInfo
     scales: TensorInfo
+
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return self.blocks, self.scales
 
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count

@@ -2,6 +2,7 @@
 
     python src/quant/speed_quant.py kernels [--layer small|122b] [--result results/bench/T.json --tag T]
     python src/quant/speed_quant.py disk --model work/synthetic-122b-6 --work work/disk [--probe-gib 8] [--result F --tag T]
+    python src/quant/speed_quant.py hub --model models/razor-tiny --work work/hub [--rate 40e6] [--result F --tag T]
     python src/quant/speed_quant.py layers --model work/synthetic-122b-2 --work work/layers --method gptq [--result F --tag T]
     python src/quant/speed_quant.py packed --model work/synthetic-122b-1 --work work/packed [--result F --tag T]
 
@@ -9,6 +10,8 @@ kernels: data-free grids on BF16 blocks [8, 2048, 3072] of experts (smaller on a
 of a copy, which is the limit of anything that reads and writes BF16. On a GPU the fused kernel is compared bit by bit with the
 plain search. Then one MoE layer of calibrated rounding: --layer 122b is that of Qwen3.5-122B-A10B (256 experts), on synthetic
 weights and correlated activations; and the same layer encoded into --ggml block types, nearest and with error feedback.
+hub: the data-free pass (absmax) from a server of the hub's interface on this machine (tests/hub_server.py) with a limited rate:
+what share of it the shards came at, from the first request for one to the end of the last.
 The others take a synthetic checkpoint of a real model's sizes (synthetic_moe.py):
 disk: the seed recipe (experts int3, the rest int4, clip-16) by quant_save in a process of its own, from a disk whose page cache
 was dropped to the same disk, and the rates of that disk, measured just before on the same files: reading, writing, and a plain
@@ -81,6 +84,7 @@ GGML_METHODS = ("nearest", "ldlq")
 PASSES = ("gptq", "gptq_refit", "ldlq")
 BLOCK, SMALL_BLOCK = 16 << 20, 1 << 20  # of the disk's measurement; the second for files that the first does not divide well
 THREADS = 4
+HUB_RECIPE = ("--expert-bits", "3", "--linear-bits", "4", "--group", "128", "--method", "absmax")
 SEED_RECIPE = ("--expert-bits", "3", "--linear-bits", "4", "--group", "128", "--clip-steps", "16", "--method", "clip")
 TYPES = REPO / "configs" / "gguf_tensor_types_iq3.txt"
 WHOLE = SHAPES["122b"]  # whose depth the times are said for
@@ -320,6 +324,45 @@ def disk_table(metrics: dict[str, Any]) -> str:
         f"{100 * metrics['share_of_read']:.0f} % of reading alone\n"
         f"peak RSS {q['peak_rss_mib']} MiB, VRAM {q['peak_vram_mib']} MiB\n"
         f"{w['layers']} layers ({w['bytes'] / 1e9:.0f} GB): {w['seconds']:.0f} s"
+    )
+
+
+# ---------------------------------------------------------------- from a hub
+
+
+def hub(args: argparse.Namespace) -> dict[str, Any]:
+    """``args.model`` quantized straight from a server that sends ``args.rate`` bytes a second at most."""
+    root, port, log = args.work / "root", args.work / "port", args.work / "log"
+    (root / "bench").mkdir(parents=True)
+    (root / "bench/model").symlink_to(args.model.resolve())
+    server = subprocess.Popen([sys.executable, REPO / "tests/hub_server.py", root, port, log, "--rate", str(args.rate)])
+    try:
+        while not port.exists() or not port.read_text():
+            time.sleep(0.02)
+        more = {"HF_ENDPOINT": f"http://127.0.0.1:{port.read_text()}", "MOE_LOWBIT_CACHE": str(args.work / "cache")}
+        command = [sys.executable, str(REPO / "src/quant/quant_save.py"), "--model", "hf:bench/model", *HUB_RECIPE]
+        started = time.perf_counter()
+        if code := subprocess.run([*command, "--out", str(args.work / "out")], env=os.environ | more).returncode:
+            raise UserError(f"quant_save ended with {code}")
+        whole = time.perf_counter() - started
+        rows = [line.split() for line in log.read_text().splitlines() if "/storage/" in line and ".safetensors" in line]
+    finally:
+        server.kill()
+        server.wait()
+    rows = [row for row in rows if not row[2].startswith("bytes=0-")]  # those are headers, of the plan
+    size = sum(int(row[3]) for row in rows)
+    seconds = max(float(row[5]) for row in rows) - min(float(row[4]) for row in rows)
+    kept = sum(file.stat().st_blocks * 512 for file in (args.work / "cache").rglob("*"))
+    shutil.rmtree(args.work)
+    found = {"limit": args.rate, "bytes": size, "requests": len(rows), "seconds": seconds, "bytes_per_s": size / seconds}
+    return found | {"share": size / seconds / args.rate, "whole_seconds": whole, "kept_bytes": kept}
+
+
+def hub_table(metrics: dict[str, Any]) -> str:
+    return (
+        f"{metrics['bytes'] / 1e6:.1f} MB in {metrics['requests']} requests and {metrics['seconds']:.2f} s: "
+        f"{metrics['bytes_per_s'] / 1e6:.1f} MB/s, {100 * metrics['share']:.1f} % of the limit; "
+        f"{metrics['kept_bytes'] / 1e6:.2f} MB on disk beside the output"
     )
 
 
@@ -634,7 +677,7 @@ def packed_table(found: dict[str, Any]) -> str:
 
 
 PARTS = {
-    "kernels": (kernels, kernels_table), "disk": (disk, disk_table), "layers": (layers, layers_table),
+    "kernels": (kernels, kernels_table), "disk": (disk, disk_table), "hub": (hub, hub_table), "layers": (layers, layers_table),
     "packed": (packed, packed_table),
 }  # fmt: skip
 
@@ -647,16 +690,23 @@ def parse_arguments() -> argparse.Namespace:
     part.add_argument("--ggml", default="iq3_xxs,iq2_xs,q4_K", help="block types to encode the layer into; empty: none")
     part.set_defaults(model=None)
     add_record_arguments(part)
-    for name, help_ in (("disk", "the data-free pass beside the disk"), ("layers", "the calibrated pass, by layer"),
-                        ("packed", "products with packed matrices")):  # fmt: skip
+    measured = {
+        "disk": "the data-free pass beside the disk",
+        "hub": "the data-free pass from a hub",
+        "layers": "the calibrated pass, by layer",
+        "packed": "products with packed matrices",
+    }
+    for name, help_ in measured.items():
         part = commands.add_parser(name, help=help_)
-        part.add_argument("--model", type=Path, required=True, help="a checkpoint of synthetic_moe.py")
+        part.add_argument("--model", type=Path, required=True, help="a checkpoint (of synthetic_moe.py, but for hub)")
         part.add_argument("--work", type=Path, required=True, help="directory for what is written")
         add_record_arguments(part)
         if name == "disk":
             part.add_argument("--probe-gib", type=float, default=8.0, help="bytes of each test of the disk (default 8 GiB)")
             part.add_argument("--shard-gib", type=float, default=4.0, help="largest file of the output (default 4)")
             part.add_argument("--devices", default=",".join(map(str, lanes(default_device()))), help="as quant_save's")
+        elif name == "hub":
+            part.add_argument("--rate", type=float, default=40e6, help="bytes a second of the server (default 40e6)")
         elif name == "layers":
             part.add_argument("--method", choices=PASSES, required=True, help="how the layers are rounded")
             part.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
@@ -676,7 +726,7 @@ def main() -> None:
     source = describe_model(args.model) if args.model else None
     measured = measure(args)
     if args.result:
-        metrics = {f"size_{args.what}": measured} if args.model else measured
+        metrics = {"hub" if args.what == "hub" else f"size_{args.what}": measured} if args.model else measured
         write_result(args.result, kind="bench", tag=args.tag, started=started, model=source, metrics=metrics)
     print(table(measured), flush=True)
 
