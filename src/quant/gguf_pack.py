@@ -245,8 +245,7 @@ def prepare(settings: PackSettings, dry_run: bool) -> tuple[Pack, list[str]]:
     blocks = Blocks(settings.blocks) if settings.blocks else None
     method = "nearest" if settings.reference else method
     pack, notes = plan_pack(checkpoint, types.base, types.patterns(), method, None, importance, blocks)
-    if settings.reference:  # llama-imatrix sees the inputs of all
-        pack = dataclasses.replace(pack, fed=frozenset(piece.name for piece in pack.pieces))
+    pack = pack.seen_whole() if settings.reference else pack
     if not (pack.is_calibrated or settings.reference):
         return pack, notes
     calibration, moments = settings.calibration(method, dry_run), settings.rounding.moments
