@@ -310,8 +310,8 @@ def gguf_difference(file: Path, model: Path) -> dict[str, float]:
 def as_gguf(path: Path, out: Path) -> dict[str, Any]:
     """What becomes of a checkpoint as a GGUF, a step a key; a step that fails has its reason as text, and ends what needs it.
 
-    ``reference``: llama.cpp's convert, imatrix and quantize (REFERENCE=1). ``nearest``: F16 by trace, ``equal``: what it differs
-    in from llama.cpp's convert and llama-quantize --pure, and what its values in Q8_0 would. ``exact``: a float32 file against
+    ``reference``: llama.cpp's convert, imatrix and quantize (REFERENCE=1). ``nearest``: F16 by trace, ``equal``: how it differs
+    from llama.cpp's convert and llama-quantize --pure, and what its values in Q8_0 would. ``exact``: a float32 file against
     transformers, which is how far apart the two programs are whatever a file holds. ``ldlq``: error feedback, ``served``:
     against transformers on what DEQUANT_OUT writes."""
     found: dict[str, Any] = {}
