@@ -84,6 +84,19 @@ def name_pre_tokenizers(base: Any) -> None:
     base.TextModel.get_vocab_base_pre = get_vocab_base_pre
 
 
+def look_before_import(base: Any) -> None:
+    """Without tokenizer.model let the converter's class for text models go on to other tokenizers; it imports sentencepiece,
+    which may not be installed, before it looks for the file."""
+    create = base.TextModel._create_vocab_sentencepiece
+
+    def create_vocab(self: Any) -> Any:
+        if not (self.dir_model / "tokenizer.model").is_file():
+            raise FileNotFoundError(self.dir_model / "tokenizer.model")
+        return create(self)
+
+    base.TextModel._create_vocab_sentencepiece = create_vocab
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """A tensor of the checkpoint that is not read."""
@@ -427,6 +440,7 @@ def main() -> None:
     from conversion import base
 
     name_pre_tokenizers(base)
+    look_before_import(base)
     if mode == "header":
         model, plan, out = map(Path, rest)
         write_header(base, gguf, model, json.loads(plan.read_text(encoding="utf-8")), out)
