@@ -26,15 +26,13 @@ def test_a_family_works_from_end_to_end(name, tmp_path, capsys):
     assert found["adapter"]["start"] < 1e-5 and found["adapter"]["merged"] < 1e-4 < found["adapter"]["moved"]
 
 
-@pytest.mark.parametrize(
-    ("name", "fed"), [("qwen3_5_moe_text", 0.9), ("deepseek_v2", 0.8), ("gpt_oss", 0.9), ("granitemoehybrid", 0.9)]
-)
-def test_a_family_becomes_a_gguf(name, fed, quick_converter, tmp_path, capsys):
-    """Traced, to nearest byte for byte as llama.cpp's tools; with error feedback it says in llama-server what transformers says
-    of the same weights. Here: reordered heads, latent attention, turned and interleaved experts, fused gates and a mixer."""
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "glm4_moe_lite", "minimax_m2"])
+def test_a_family_becomes_a_gguf(name, quick_converter, tmp_path, capsys):
+    """Traced, the same bytes as llama.cpp's tools; with error feedback it says in llama-server what transformers says of the
+    same weights. Here: reordered heads, latent attention, stacks of experts."""
     found = as_gguf(tiny_family(tmp_path / name, name), tmp_path / "gguf")
     assert not {step: said for step, said in found.items() if isinstance(said, str)} and found["equal"] == []
-    assert found["ldlq"]["fed"] >= fed * (found["ldlq"]["fed"] + sum(found["ldlq"]["nearest"].values()))
+    assert found["ldlq"]["fed"] > 10 and not found["ldlq"]["nearest"]
     assert found["served"]["positions"] == 512 and found["served"]["difference"] <= 0.01
 
 

@@ -162,7 +162,7 @@ def test_bad_input_is_one_line(random_tiny, mixed, tmp_path, command):
         ([*base, "--method", "nearest", "--imatrix", tmp_path / "i.gguf"], "the imatrix has no entry for blk.0."),
         ([*base, "--imatrix", tmp_path / "i.gguf"], "holds no second moments"),
         ([*base[:-1], "iq9"], "type 'iq9' is unknown"),
-        ([*base[:2], tmp_path / "llama", *base[3:]], "written directly for qwen3_5_moe"),
+        ([*base[:2], tmp_path / "llama", *base[3:]], "no rule for it in model_type llama"),
         ([*dequant, tmp_path / "short.gguf"], "truncated"),
         ([*dequant, tmp_path / "text.gguf"], "not a GGUF file"),
         ([*dequant, tmp_path / "i.gguf"], "architecture"),

@@ -35,10 +35,10 @@ from console import UserError, progress, run_cli
 from devices import default_device
 from families import FAMILIES, Role, roles_of
 from fsdp_setup import World
-from gguf_format import GgufFile, run_converter, same_file
+from gguf_format import GgufFile, same_file
 from gguf_kl import server_logprobs
 from gguf_layout import Piece, pieces_of, read_parameter, to_gguf
-from gguf_pack import run_tool, write_pack
+from gguf_pack import make_reference, run_tool, write_pack
 from hf_model import load_model
 from kl import divergence
 from llamacpp_eval8 import LlamaServer
@@ -310,9 +310,10 @@ def gguf_difference(file: Path, model: Path) -> dict[str, float]:
 def as_gguf(path: Path, out: Path) -> dict[str, Any]:
     """What becomes of a checkpoint as a GGUF, a step a key; a step that fails has its reason as text, and ends what needs it.
 
-    ``nearest``: F16 by trace, ``equal``: what it differs in from llama.cpp's convert and llama-quantize --pure, and what its
-    values in Q8_0 would. ``exact``: a float32 file against transformers, which is how far apart the two programs are whatever a
-    file holds. ``ldlq``: error feedback, ``served``: against transformers on what DEQUANT_OUT writes."""
+    ``reference``: llama.cpp's convert, imatrix and quantize (REFERENCE=1). ``nearest``: F16 by trace, ``equal``: how it differs
+    from llama.cpp's convert and llama-quantize --pure, and what its values in Q8_0 would. ``exact``: a float32 file against
+    transformers, which is how far apart the two programs are whatever a file holds. ``ldlq``: error feedback, ``served``:
+    against transformers on what DEQUANT_OUT writes."""
     found: dict[str, Any] = {}
 
     def step(name: str, make: Callable[[], Any]) -> bool:
@@ -334,10 +335,15 @@ def as_gguf(path: Path, out: Path) -> dict[str, Any]:
         fed = sum(is_quantized(pack.types[p.name]) and p.name in pack.fed for p in pack.pieces)
         return {"tensors": len(pack.pieces), "fed": fed, "nearest": made.get("uncalibrated", {})}
 
+    def reference() -> dict[str, Any]:
+        pack, _ = plan_pack(checkpoint, KIND, WRITTEN, "nearest", calibration(0.0))
+        made = make_reference(pack.seen_whole(), calibration(0.0), out / "reference", WRITTEN)
+        return {"file_bytes": made["file_bytes"]}
+
     def differences() -> list[str]:
-        run_converter("convert", path, "--outfile", out / "plain.gguf", "--outtype", "bf16", "--no-mtp")
+        plain = out / "reference" / f"{path.name}-BF16.gguf"
         for kind in ("F16", "Q8_0"):
-            run_tool("llama-quantize", ["--pure", out / "plain.gguf", out / f"{kind}.gguf", kind], out / "llama.log")
+            run_tool("llama-quantize", ["--pure", plain, out / f"{kind}.gguf", kind], out / "llama.log")
         theirs, (pack, _) = GgufFile(out / "Q8_0.gguf"), plan_pack(checkpoint, "q8_0", [], "nearest")
         lines = same_file(server["nearest"], out / "F16.gguf")
         lines += [f"{name}: not planned" for name in theirs.tensors.keys() - pack.types.keys()]
@@ -354,6 +360,7 @@ def as_gguf(path: Path, out: Path) -> dict[str, Any]:
 
     out.mkdir(exist_ok=True)
     if step("traced", lambda: dict(Counter(kind_of(piece) for piece in pieces_of(checkpoint)))):
+        step("reference", reference)
         if step("nearest", lambda: packed("nearest", "f16", "nearest")):
             step("equal", differences)
         if step("float32", lambda: packed("float32", "f32", "nearest")):

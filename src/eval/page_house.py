@@ -188,8 +188,8 @@ def families() -> str:
 def ggufs() -> str:
     """The table of docs/CHECKPOINTS.md on what each family becomes as a GGUF, and the reason of every step that failed."""
     lines = [
-        "| model_type | traced | F16, Q8_0 | error feedback | llama-server generates | against transformers | a float32 file |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model_type | traced | REFERENCE=1 | F16, Q8_0 | error feedback | llama-server | to transformers | float32 file |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     reasons = []
     for name, tried in read_result(TRIED)["metrics"]["families"].items():
@@ -200,6 +200,7 @@ def ggufs() -> str:
         if differs := done.get("equal"):
             reasons.append(f"- `{name}`, bytes: {'; '.join(differs[:3])}")
         cells = [f"`{name}`", str(sum(done["traced"].values())) if "traced" in done else "no"]
+        cells.append("yes" if "reference" in done else "no")
         cells.append("equal" if done.get("equal") == [] else "no")
         if fed := done.get("ldlq"):
             cells.append(f"{fed['fed']} of {fed['fed'] + sum(fed['nearest'].values())}")

@@ -27,7 +27,6 @@ Only the process of this script imports from SOURCE; its gguf-py stands before a
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import math
@@ -85,18 +84,17 @@ def name_pre_tokenizers(base: Any) -> None:
     base.TextModel.get_vocab_base_pre = get_vocab_base_pre
 
 
-def without_sentencepiece() -> None:
-    """The converter imports sentencepiece before it looks whether a checkpoint has a tokenizer.model; one without is read
-    otherwise, and one with it is refused by name."""
-    if importlib.util.find_spec("sentencepiece"):
-        return
+def look_before_import(base: Any) -> None:
+    """Without tokenizer.model let the converter's class for text models go on to other tokenizers; it imports sentencepiece,
+    which may not be installed, before it looks for the file."""
+    create = base.TextModel._create_vocab_sentencepiece
 
-    def refuse(*_: Any) -> None:
-        raise SystemExit("its tokenizer.model is read by sentencepiece, which is not installed: pip install sentencepiece")
+    def create_vocab(self: Any) -> Any:
+        if not (self.dir_model / "tokenizer.model").is_file():
+            raise FileNotFoundError(self.dir_model / "tokenizer.model")
+        return create(self)
 
-    stand = types.ModuleType("sentencepiece")
-    stand.SentencePieceProcessor = type("SentencePieceProcessor", (), {"LoadFromFile": refuse})  # type: ignore[attr-defined]
-    sys.modules["sentencepiece"] = stand
+    base.TextModel._create_vocab_sentencepiece = create_vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -442,7 +440,7 @@ def main() -> None:
     from conversion import base
 
     name_pre_tokenizers(base)
-    without_sentencepiece()
+    look_before_import(base)
     if mode == "header":
         model, plan, out = map(Path, rest)
         write_header(base, gguf, model, json.loads(plan.read_text(encoding="utf-8")), out)

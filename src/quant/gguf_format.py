@@ -312,12 +312,21 @@ def same_file(ours: Path, theirs: Path) -> list[str]:
         if key not in MAY_DIFFER and one.fields.get(key) != other.fields.get(key):
             lines.append(f"{key}: {str(one.fields.get(key))[:60]} instead of {str(other.fields.get(key))[:60]}")
     for name in sorted(one.tensors.keys() | other.tensors.keys()):
-        made = [(f.tensors[name].tensor_type.name, f.shape(name)) if name in f.tensors else None for f in (one, other)]
+        made = [
+            (f.tensors[name].tensor_type.name, _without_ones(f.shape(name))) if name in f.tensors else None
+            for f in (one, other)
+        ]
         if made[0] != made[1]:
             lines.append(f"{name}: {made[0]} instead of {made[1]}")
-        elif not np.array_equal(one.tensors[name].data, other.tensors[name].data):
+        elif not np.array_equal(one.tensors[name].data.ravel(), other.tensors[name].data.ravel()):
             lines.append(f"{name}: other bytes")
     return lines
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape as llama-quantize writes it again, [1, I] as [I]."""
+    first = next((axis for axis, size in enumerate(shape[:-1]) if size != 1), len(shape) - 1)
+    return tuple(shape[first:])
 
 
 class Entry(NamedTuple):

@@ -266,8 +266,7 @@ def prepare(settings: PackSettings, dry_run: bool) -> tuple[Pack, list[str]]:
         checkpoint, types.base, types.patterns(), method, None, importance, blocks, settings.block, settings.strict
     )
     pack = dataclasses.replace(pack, split=round(settings.split_gib * 2**30))
-    if settings.reference:  # llama-imatrix sees the inputs of all
-        pack = dataclasses.replace(pack, fed=frozenset(piece.name for piece in pack.pieces))
+    pack = pack.seen_whole() if settings.reference else pack
     if not (pack.is_calibrated or settings.reference):
         return pack, notes
     calibration, moments = settings.calibration(method, dry_run), settings.rounding.moments

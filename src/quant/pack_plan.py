@@ -240,6 +240,10 @@ class Pack:
         given = self.importance is not None or self.blocks is not None
         return not given and any(is_quantized(self.types[p.name]) and p.name in self.fed for p in self.pieces)
 
+    def seen_whole(self) -> Pack:
+        """The pack for llama-imatrix, which sees the inputs of all."""
+        return dataclasses.replace(self, fed=frozenset(piece.name for piece in self.pieces))
+
     @property
     def unfed(self) -> list[Piece]:
         """The quantized pieces that go to nearest without calibration though the rest is calibrated, but for the embedding,
