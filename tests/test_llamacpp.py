@@ -24,7 +24,16 @@ from backend import HfBackend, Sampling
 from backend_openai import OpenAIBackend
 from console import UserError
 from eval_settings import load_settings
-from gguf_format import bos_of, config_of_gguf, describe_gguf, open_gguf, run_converter
+from gguf_format import (
+    GgufFile,
+    GgufWriter,
+    bos_of,
+    config_of_gguf,
+    describe_gguf,
+    open_gguf,
+    run_converter,
+    split_header,
+)
 from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, read_logprobs, write_logprobs
 from hf_model import load_tokenizer, prompt_ids, render_chat
 from kl import tiny_texts
@@ -412,6 +421,21 @@ def test_kl_of_both_tools_agrees(bf16_gguf, q4_gguf, tmp_path):
             assert abs(mine["mean"]) < 1e-4
         else:
             assert mine["mean"] > 3e-4
+
+
+@pytest.mark.slow
+def test_a_split_file_is_judged_as_the_whole_one(q4_gguf, tmp_path):
+    """The copy with other control tokens takes all parts along: no position differs."""
+    reader = GGUFReader(q4_gguf)
+    tensors = [(t.name, tuple(reversed(t.shape.tolist())), str(GgufFile(q4_gguf).kind(t.name))) for t in reader.tensors]
+    parts = split_header(q4_gguf.read_bytes()[: reader.data_offset], tensors, 3_000_000)
+    with GgufWriter(tmp_path / "m.gguf", parts, [(t.name, int(t.n_bytes)) for t in reader.tensors], tmp_path / "s") as writer:
+        for tensor in reader.tensors:
+            writer.append(tensor.name, GgufFile(q4_gguf).data(tensor.name))
+    fixed = {"text": None, "items": 2, "context": 128, "chunks": 3, "tool_args": "", "copy_gib": 4.0, "tokenizer": MODEL}
+    (tmp_path / "work").mkdir()
+    found = against_gguf(argparse.Namespace(model=writer.files[0], reference=q4_gguf, **fixed), tmp_path / "work")
+    assert len(parts) > 2 and found["kl"]["max"] == 0 and found["kl"]["top1"] == 1
 
 
 @pytest.mark.slow
