@@ -165,8 +165,12 @@ vl() {
 }
 
 size() {
-    local model=models/razor-tiny allocation=$SCRATCH/razor_tiny_allocation2.75layers.json
-    rounded razor_tiny_int3_int4_g256_gptq_refit gptq_refit 3 --group 256
+    local model=models/razor-tiny allocation=$SCRATCH/razor_tiny_allocation2.75layers.json group
+    mkdir -p "$SCRATCH" # shared experts of 128 inputs have no group of 256: left alone in both
+    echo '{"overrides": {"model.layers.*.mlp.shared_expert.down_proj.weight": 16}}' >"$SCRATCH/razor_tiny_shared.json"
+    for group in 128 256; do
+        rounded "razor_tiny_int3_int4_g${group}_gptq_refit" gptq_refit 3 --group "$group" --allocation "$SCRATCH/razor_tiny_shared.json"
+    done
     [ -e "$allocation" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits 2.75 --whole-layers \
         --measured results/probe/razor_tiny_allocation3.json --out "$allocation"
     rounded razor_tiny_int2.75layers_int4_gptq_refit gptq_refit 3 --allocation "$allocation"
