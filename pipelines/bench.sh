@@ -10,7 +10,8 @@
 # the disk), gptq and ldlq (calibrated layers), gguf (a 48 GiB file in $SHM, decoded on the GPU and with experts on the CPU), eval_tiny
 # and eval_35b (hf tokens/s). A part whose record is there is not run again. PARTS="disk gptq" takes some; eval_35b_vllm, which runs
 # only when named, is eval_35b through vLLM (VLLM_PYTHON: an interpreter that has it, where it stands apart), and so does packed:
-# products with packed matrices by humming-kernels, on one GPU. TINY=1 runs all of it small. DISK_DEVICES=cuda:0,cuda:0 keeps two shards at work in part disk (default: four on a GPU).
+# products with packed matrices by humming-kernels, on one GPU. TINY=1 runs all of it small. DISK_DEVICES=cuda:0,cuda:0 keeps
+# two shards at work in part disk (default: four on a GPU).
 # Two lanes run side by side where there are two GPUs: what moves the disk (disk, gptq, ldlq) on the first; gguf, eval on the second,
 # pinned to cores of their own. Without llama.cpp in $LLAMA_CPP the gguf part is left out, and said. HEADERS=DIR holds what
 # `bash pipelines/bench.sh h100 headers DIR` made where llama.cpp's converter is: the head of each GGUF file.

@@ -529,6 +529,8 @@ PIPELINES = (
     ("*/*razor_tiny_int4", "results.sh tiny"),
     ("*/*razor_tiny_int3_int4_clip16", "results.sh tiny"),
     ("*/*razor_tiny_int[23]_int4_absmax", "results.sh tiny"),
+    ("*/razor_tiny_int3_int4_g[12]*_gptq_refit", "results.sh size"),
+    ("*/razor_tiny_int2.75layers_*", "results.sh size"),
     ("*/*razor_tiny_int*", "results.sh study"),
     ("probe/razor_tiny_allocation*", "results.sh study"),
 )

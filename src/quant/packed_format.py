@@ -283,6 +283,7 @@ def summary(jobs: Sequence[Job], container: Container) -> dict[str, Any]:
         "packed_parameters": sum(job.info.numel for job in packed),
         "packed_bytes": size,
         "parameters_by_bits": dict(sorted(by_bits.items())),
+        "expert_bits": sorted({container.bits[job.name] for job in packed if is_expert(job)}),
         "kept_bytes": dict(by_reason),
         "group": container.group,
         "tensor_parallel_sizes": parallel_sizes(jobs, container),
@@ -308,6 +309,11 @@ def describe(facts: dict[str, Any]) -> str:
     kept = [f"{size(count):>17}  as it is: {reason}" for reason, count in sorted(facts["kept_bytes"].items())]
     ranks = ", ".join(map(str, facts["tensor_parallel_sizes"])) or "none"
     lines = [f"packed for vLLM: {size(facts['bytes'])}; {weights}", *kept]
+    if len(facts["expert_bits"]) > 1:  # transformers' get_experts_scheme takes the first group that names experts
+        widths = ", ".join(map(str, facts["expert_bits"]))
+        lines.append(
+            f"experts of {widths} bits: vLLM reads them, transformers does not (it takes one width for all): --unpack there"
+        )
     return "\n".join([*lines, f"tensor-parallel sizes that its groups of {facts['group']} allow: {ranks}"])
 
 
