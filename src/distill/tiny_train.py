@@ -1,4 +1,5 @@
-"""Train razor-tiny or, where the config has VISION_LAYERS, razor-tiny-vl from nothing (bash pipelines/make_tiny.sh [vl]):
+"""Train razor-tiny, where the config has VISION_LAYERS razor-tiny-vl, or where it has MTP_OF the multi-token-prediction block
+of a model whose own weights stay (bash pipelines/make_tiny.sh [vl|mtp]):
 
     python src/distill/tiny_train.py --config configs/make_tiny.env --out models/razor-tiny --work work/make_tiny \
         --result results/train/razor_tiny.json
@@ -15,7 +16,7 @@ import dataclasses
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 import tiny_data
 import tiny_model
 from console import UserError, atomic_path, progress, run_cli
+from hf_model import load_weights
+from mtp import MtpBlock, write_beside
 from records import describe_model, write_result
 from settings import parse_settings, setting
 from task_text import GENERATOR_REVISION, TASK_TEXTS, WORLD_SEED
@@ -55,6 +58,8 @@ class TrainSettings:
     prompt_weight: float = setting(help="loss weight of the tokens of the question")
     layers: int = setting(8, "of the text model")
     vision_layers: int = setting(0, "of the vision tower; 0: razor-tiny, which has none")
+    mtp_of: str = setting("", "the model whose multi-token-prediction block is trained, beside its own frozen weights")
+    mtp_depths: int = setting(2, "tokens that the block learns to draft one after another")
     max_seconds: int = setting(0, "the run ends by then with a decayed rate; 0: by steps alone")
     share_statements: float = setting(0.0, "of the tokens of razor-tiny; tiny_code takes what is left")
     share_options: float = setting(0.0, "drills: a list of options repeated in another order")
@@ -90,10 +95,20 @@ def token_loss(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tens
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
+def draft_loss(
+    head: torch.Tensor, hidden: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted mean KL divergence, weighted share of equal argmax) of what ``head`` [V, H] makes of the states of the model
+    itself, ``teacher``, and of a draft; both [B, T, H], weights [B, T]."""
+    own = F.linear(hidden, head.to(hidden.dtype)).float().log_softmax(-1)
+    wanted = F.linear(teacher, head.to(teacher.dtype)).float().log_softmax(-1)
+    divergence, same = (wanted.exp() * (wanted - own)).sum(-1), wanted.argmax(-1) == own.argmax(-1)
+    return (divergence * weights).sum() / weights.sum(), (same * weights).sum() / weights.sum()
+
+
 def make_optimizer(model: torch.nn.Module, config: TrainSettings, fused: bool) -> torch.optim.Optimizer:
     """AdamW; matrices decay, vectors (norms, biases, decays) do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices, vectors = ([p for p in model.parameters() if p.requires_grad and (p.ndim < 2) == flat] for flat in (False, True))
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused)
 
@@ -102,6 +117,7 @@ class Run:
     """razor-tiny: its model, optimizer, step and loss curve; saved to and restored from one file, atomically."""
 
     data_set = {"name": "tiny_tasks", "revision": f"{GENERATOR_REVISION}, world {WORLD_SEED}"}
+    loss_fn: Callable[..., Any] = staticmethod(token_loss)
 
     def __init__(self, config: TrainSettings, tokenizer: PreTrainedTokenizerFast, work: Path, device: torch.device) -> None:
         self.config, self.path, self.device, self.tokenizer = config, work / "state.pt", device, tokenizer
@@ -127,6 +143,19 @@ class Run:
     def forward(self, inputs: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor]) -> Forward:
         """Of ids [B, T] (and pictures)."""
         return tiny_model.train_forward(self.model, *inputs, self.dtype, layer_fn)
+
+    def objective(
+        self, batch: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor], loss_fn: Any
+    ) -> Forward:
+        """(what is minimised, the loss without the balance of the experts, their load) of a batch."""
+        ids, weights, *pictures = batch
+        hidden, balance, load = self.forward((ids[:, :-1], *pictures), layer_fn, vision_fn)
+        loss = loss_fn(self.model, hidden, ids[:, 1:], weights[:, 1:])
+        return loss + self.config.balance * balance, loss, load
+
+    def seen(self) -> dict[str, Any]:
+        """What a point of the curve says beside what every training has."""
+        return {}
 
     @property
     def finished(self) -> bool:
@@ -156,6 +185,7 @@ class Run:
         tokens = self.config.rows * self.config.length
         entry = {"step": self.step, "loss": round(loss, 5), "grad_norm": round(norm, 4), "lr": rate}
         entry |= {"min_load": round(load.min().item() * load.shape[1], 4), "seconds": round(self.seconds, 1)}
+        entry |= self.seen()
         speed = tokens * 50 / (self.seconds - self.curve[-1]["seconds"]) if self.curve else 0
         self.curve.append(entry)
         print(" ".join(f"{key} {value}" for key, value in entry.items()), f"tokens/s {speed:.0f}", flush=True)
@@ -231,6 +261,58 @@ class VlRun(Run):
         return {"steps": self.step, "pictures": self.step * self.config.rows, "exact_match": matched}
 
 
+class MtpRun(Run):
+    """The same of the block of multi-token prediction: it learns what the model itself would say, by its distributions."""
+
+    loss_fn = staticmethod(draft_loss)
+    accepted: tuple[torch.Tensor, ...] = ()  # of the last batch, of each drafted token
+
+    def build(self) -> torch.nn.Module:
+        """The untrained block, in float32, with the model's own embedding and head."""
+        trunk = load_weights(Qwen3_5MoeForCausalLM, self.config.mtp_of, torch.float32)
+        self.trunk = trunk.to(self.device).requires_grad_(False)
+        block = MtpBlock(self.trunk.config, torch.float32)
+        for name, value in list(block.named_parameters()):
+            block.put(name, torch.zeros(value.shape), trained=f"mtp.{name}" in block.own())
+        tiny_model.init_weights(block, self.config.seed)
+        block.put("embed_tokens.weight", self.trunk.get_input_embeddings().weight.detach().float())
+        block.put("lm_head.weight", self.trunk.lm_head.weight.detach().float())
+        return block
+
+    def drafted(self, batch: Batch, lead: bool, layer_fn: Callable[..., Forward], loss_fn: Any) -> Iterator[Forward]:
+        """(KL divergence, share of accepted tokens, balance, load) of each drafted token."""
+        ids, weights, depths = batch[0], batch[1], self.config.mtp_depths
+        with torch.no_grad():
+            states, _, _ = tiny_model.train_forward(self.trunk, ids[:, :-1], self.dtype, layer_fn)
+        for depth, (hidden, *balance) in enumerate(tiny_model.draft_forward(self.model, ids, states, depths, lead, layer_fn)):
+            counted = F.pad(weights[:, 2 + depth :], (0, 1 + depth))
+            yield *loss_fn(self.model.lm_head.weight, hidden, states.roll(-1 - depth, 1), counted), *balance
+
+    def objective(
+        self, batch: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor], loss_fn: Any
+    ) -> Forward:
+        """Every second batch as llama.cpp runs the block, the others as vLLM does."""
+        losses, self.accepted, balances, loads = zip(*self.drafted(batch, self.step % 2 == 1, layer_fn, loss_fn))
+        loss, balance = torch.stack(losses).mean(), torch.stack(balances).mean()
+        return loss + self.config.balance * balance, loss, torch.stack(loads)
+
+    def seen(self) -> dict[str, Any]:
+        return {"accepted": [round(float(share), 4) for share in self.accepted]}
+
+    def metrics(self, items: int) -> dict[str, Any]:
+        tokens, accepted = self.step * self.config.rows * self.config.length, {}
+        for name, (ids, weights) in self.held_out(items).items() if items else ():
+            with torch.no_grad():
+                batch = (ids.to(self.device), (weights == 1).float().to(self.device))
+                accepted[name] = [round(float(found[1]), 4) for found in self.drafted(batch, True, decoder_layer, draft_loss)]
+        print(accepted, flush=True)
+        return {"tokens": tokens, "tokens_per_second": round(tokens / self.seconds), "accepted": accepted}
+
+    def export(self, out: Path) -> None:
+        """The block's tensors in BF16, an expert a matrix, beside links to the model's own files."""
+        write_beside(Path(self.config.mtp_of), out, self.model)
+
+
 def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> None:
     """Run the remaining steps (up to ``stop``, if given), logging every 50, saving at the given interval and at the end."""
     config, device = run.config, run.device
@@ -238,7 +320,7 @@ def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> N
         run.batches(), batch_size=None, sampler=range(run.step, stop or config.steps), num_workers=workers,
         prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    layer_fn, vision_fn, loss_fn = decoder_layer, vision_forward, token_loss
+    layer_fn, vision_fn, loss_fn = decoder_layer, vision_forward, run.loss_fn
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         layer_fn, vision_fn, loss_fn = (torch.compile(f, dynamic=False) for f in (layer_fn, vision_fn, loss_fn))
@@ -248,10 +330,9 @@ def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> N
         rate = config.rate(run.step, run.seconds)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        ids, weights, *pictures = (part.to(device, non_blocking=True) for part in batch)
-        hidden, balance, load = run.forward((ids[:, :-1], *pictures), layer_fn, vision_fn)
-        loss = loss_fn(run.model, hidden, ids[:, 1:], weights[:, 1:])
-        (loss + config.balance * balance).backward()
+        batch = tuple(part.to(device, non_blocking=True) for part in batch)
+        total, loss, load = run.objective(batch, layer_fn, vision_fn, loss_fn)
+        total.backward()
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
@@ -281,10 +362,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     config, args = parse_settings(TrainSettings, __doc__, add_arguments)
     device, started, vision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time(), config.vision_layers
+    kind = VlRun if vision else MtpRun if config.mtp_of else Run
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_data.build_vl_tokenizer(tiny_data.vl_texts()) if vision else tiny_data.build_tokenizer()
-    run = (VlRun if vision else Run)(config, tokenizer, args.work, device)
-    parameters = sum(p.numel() for p in run.model.parameters())
+    run = kind(config, tokenizer, args.work, device)
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     print(f"{parameters / 1e6:.2f} M parameters on {device}; from step {run.step} of {config.steps}; {config}", flush=True)
     if not run.finished:
         train(run, args.workers, args.save_every)

@@ -420,6 +420,15 @@ TABLES = (
         ), labelled(shards), measures("size_disk"), "metrics.size_disk",
     ),
     Table(
+        "bench", "Straight from the hub",
+        "Data-free quantization from a server of the hub's interface whose rate is limited: how fast the shards came, and what "
+        "lies on disk beside the output.",
+        ("run",), (
+            ("size", "{at}.bytes", 1, " MB"), ("limit", "{at}.limit", 1, " MB"), ("a second", "{at}.bytes_per_s", 1, " MB"),
+            ("share", "{at}.share", 1, " %"), ("on disk", "{at}.kept_bytes", 2, " MB"),
+        ), labelled(tag), measures("hub"), "metrics.hub",
+    ),
+    Table(
         "bench", "Calibrated quantization at full size",
         "Calibrated passes on layers of full size: seconds of the slowest layer, and of its rounding alone; peaks in MiB.",
         ("run", "method"), (
@@ -510,6 +519,7 @@ def sections(directory: Path, accuracy_of: Callable[[Found], Section] = accuracy
 PIPELINES = (
     ("train/razor_tiny", "make_tiny.sh"),
     ("train/razor_tiny_vl", "make_tiny.sh vl"),
+    ("train/razor_tiny_mtp", "make_tiny.sh mtp"),
     ("distill/opd_tiny", "distill.sh"),
     ("bench/*_memory", "bench.sh memory"),
     ("bench/h100_122b_*", "bench.sh h100"),
@@ -518,6 +528,7 @@ PIPELINES = (
     ("bench/multi_gpu_vllm", "multi_gpu.sh vllm"),
     ("bench/multi_gpu_*", "multi_gpu.sh"),
     ("bench/families", "bench.sh families --result results/bench/families.json --tag families"),
+    ("bench/hub", "bench.sh hub --model models/razor-tiny --work work/hub --result results/bench/hub.json --tag hub"),
     ("bench/h100", "bench.sh --result results/bench/h100.json --tag h100"),
     ("bench/h200", "bench.sh --result results/bench/h200.json --tag h200"),
     ("*/razor_tiny_vl_*", "results.sh vl"),
@@ -533,6 +544,8 @@ PIPELINES = (
     ("*/*razor_tiny_int4", "results.sh tiny"),
     ("*/*razor_tiny_int3_int4_clip16", "results.sh tiny"),
     ("*/*razor_tiny_int[23]_int4_absmax", "results.sh tiny"),
+    ("*/razor_tiny_int3_int4_g[12]*_gptq_refit", "results.sh size"),
+    ("*/razor_tiny_int2.75layers_*", "results.sh size"),
     ("*/*razor_tiny_int*", "results.sh study"),
     ("probe/razor_tiny_allocation*", "results.sh study"),
 )

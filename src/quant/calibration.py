@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from checkpoint import Checkpoint
 from console import UserError
 from devices import free_memory
-from families import LAYER_PREFIX, Role, text_name
+from families import FAMILIES, LAYER_PREFIX, MTP_PREFIX, Role, text_name
 from ggml_round import COPIES as LDLQ_COPIES
-from hf_model import all_finite, check_complete, check_finite, first_nonfinite, model_config
+from hf_model import all_finite, check_complete, check_finite, first_nonfinite, has_class, meta_model, model_config
 from moe_ptq import LEAST_ROWS, WORKING_BYTES, Statistics, damp, diagonals, shrink
 
 Inner = Callable[[int, Tensor], Tensor]
@@ -70,6 +70,7 @@ class Calibration:
         return {key: value for key in ("token_power", "damping") if (value := getattr(self, key))}
 
 
+LAYERS_AHEAD = 2  # of a model of the hub, fetched before they are read
 FORWARD, BACKWARD = 28, 52  # float32 vectors as long as the heads' outputs that a token has at work in Gated DeltaNet
 SCORE = 28  # bytes of a logit at work while the head's gradient is taken
 SLACK = 768 << 20  # of a GPU: libraries, the writer's chunks, gaps between tensors
@@ -156,38 +157,43 @@ def pass_memory(jobs: Sequence[Any], calibration: Calibration, item: int) -> Mem
     batch, tokens = calibration.batches()[0].numel(), calibration.ids.numel()
     layers: dict[str, dict[str, int]] = {}
     sizes: dict[tuple[str, int], int] = {}
-    width = head = stages = least = 0
+    width = head = stages = least = embedding = 0
+    predicts = any(job.bits and MTP_PREFIX.match(job.name) for job in jobs)  # else that block is not run
     for job in jobs:
         inputs, outputs = job.inputs, job.info.shape[-1 if job.transposed else -2] if len(job.info.shape) > 1 else 1
         if job.bits and len(job.info.shape) > 1:
             count = math.prod(job.info.shape[:-2])
             size = 4 * count * inputs * (2 * inputs + LDLQ_COPIES * outputs)
-            together = (job.name.partition(".experts.")[0], inputs) if job.role is Role.ROUTED_EXPERT else (job.name, inputs)
+            together = (job.name.partition(".experts.")[0], inputs) if job.kind is Role.ROUTED_EXPERT else (job.name, inputs)
             sizes[together] = sizes.get(together, 0) + size  # experts that lie one by one are one parameter at work
             least = max(least, 4 * inputs * (2 * inputs + LDLQ_COPIES * min(outputs, LEAST_ROWS)))
-        if not (match := LAYER_PREFIX.match(text_name(job.name))):
+        if not (match := LAYER_PREFIX.match(text_name(job.name)) or MTP_PREFIX.match(job.name)):
             width = max(width, job.info.shape[-1])
+            embedding = max(embedding, item * job.info.numel if job.role is Role.EMBEDDING else 0)
             if job.role in (Role.EMBEDDING, Role.LM_HEAD):
                 stages = max(stages, item * job.info.numel)
                 scored = SCORE * outputs * calibration.ids.shape[1] if calibration.token_power else 0
                 head = max(head, job.info.bytes * 5 // 2 + 8 * inputs**2)
                 stages = max(stages, item * job.info.numel + scored)
             continue
-        own = layers.setdefault(match[1], {"weights": 0, "written": 0, "moments": 0, "mean": 0, "widest": 0})
+        if match.re is MTP_PREFIX and not predicts:
+            continue
+        own = layers.setdefault(match[0], {"weights": 0, "written": 0, "moments": 0, "mean": 0, "widest": 0})
         own["weights"] += item * job.info.numel
         own["written"] += job.info.bytes
-        if job.role is Role.ROUTED_EXPERT:
+        if job.kind is Role.ROUTED_EXPERT:
             own["mean"] = max(own["mean"], 4 * inputs**2)
         elif len(job.info.shape) == 2:
             own["moments"] += 4 * inputs**2 if job.bits else 0
-            heads = job.role in (Role.ATTENTION, Role.LINEAR_ATTENTION)
+            heads = job.kind in (Role.ATTENTION, Role.LINEAR_ATTENTION)
             own["widest"] = max(own["widest"], inputs if heads else inputs // 4)
     rows = tokens * width * item  # of the experts' inputs
     beside = head
-    for own in layers.values():
+    for name, own in layers.items():
         kept = own["weights"] + (own["mean"] > 0) * min(rows, INPUTS_ON_GPU) + 3 * own["mean"]
         at_work = 4 * batch * own["widest"]
-        stages = max(stages, kept + own["moments"] + MEAN_EXPERTS * own["mean"], kept + own["moments"] + FORWARD * at_work)
+        ends = embedding if MTP_PREFIX.match(name) else 0  # it embeds the tokens once more
+        stages = max(stages, kept + own["moments"] + max(MEAN_EXPERTS * own["mean"], ends + FORWARD * at_work))
         stages = max(stages, own["weights"] + BACKWARD * at_work if calibration.token_power else 0)
         beside = max(beside, kept + 2 * own["moments"])
     largest = max((own["weights"] for own in layers.values()), default=0)
@@ -426,6 +432,27 @@ class Collector:
             handle.remove()
 
 
+def hooked_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The parameters of a module tree that a :class:`Collector` can be asked for, with their shapes."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, own in module.named_modules():
+        if isinstance(own, nn.Linear):
+            found[f"{name}.weight"] = tuple(own.weight.shape)
+        for part in ("gate_up_proj", "up_proj", "down_proj"):
+            if (parameter := own._parameters.get(part)) is not None and parameter.ndim == 3:
+                found[f"{name}.{part}"] = tuple(parameter.shape)
+    return found
+
+
+def calibrated_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The parameters whose inputs a calibrated pass sees, in the decoder's layers and the head, with their shapes, by their
+    names in the module tree; none where transformers has no class of the model."""
+    if checkpoint.model_type.removesuffix("_text") not in FAMILIES or not has_class(checkpoint.model_type):
+        return {}
+    found = hooked_shapes(meta_model(model_config(checkpoint.path).get_text_config()))
+    return {name: shape for name, shape in found.items() if LAYER_PREFIX.match(name) or name == "lm_head.weight"}
+
+
 def output(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """What a decoder layer makes of its input [B, T, H]."""
     out = layer(hidden, **kwargs)
@@ -505,12 +532,19 @@ class LayerStream:
         self.ahead = device.type == "cuda" if ahead is None else ahead
         self._reader = ThreadPoolExecutor(1, "ahead")
         self._coming: dict[str, Future[Tensor]] = {}
+        self._last = 0  # the layer that was expected last
+        self.by_layer: dict[int, list[str]] = {index: [] for index in range(len(self.layers))}
+        for parameter, own in checkpoint.sources.items():
+            if (match := LAYER_PREFIX.match(parameter)) and int(match[1]) in self.by_layer:
+                self.by_layer[int(match[1])] += own
 
     def fill(self, module: nn.Module, prefix: str, values: Mapping[str, Tensor] | None = None) -> None:
         """Give ``module`` its parameters and persistent buffers from the checkpoint (or from ``values``, by checkpoint
         name, where they are there). ``prefix`` ends in a dot. :class:`UserError` where the checkpoint lacks one; a parameter
         that is in memory and not in the checkpoint (an adapter's) stays."""
         sources, places = self.checkpoint.sources, self.checkpoint.places
+        if (layer := LAYER_PREFIX.match(prefix)) and not self._coming:
+            self._expect(int(layer[1]))
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             parameter = prefix + name
             if parameter not in sources:
@@ -526,9 +560,17 @@ class LayerStream:
             value = nn.Parameter(full, requires_grad=False) if isinstance(tensor, nn.Parameter) else full
             setattr(module.get_submodule(owner), leaf, value)
 
+    def _expect(self, index: int) -> None:
+        """Layer ``index`` of a model of the hub is read next: fetch it and the two that follow in the order in which layers
+        come, which may be backward."""
+        step, self._last = (1 if index >= self._last else -1), index
+        layers = [index + step * more for more in range(1 + LAYERS_AHEAD)]
+        self.checkpoint.expect(self.by_layer[number] for number in layers if 0 <= number < len(self.layers))
+
     def read_ahead(self, index: int) -> None:
         """Begin to read what :meth:`fill` will ask for decoder layer ``index``, where there is one, while the device works."""
         if self.ahead and index < len(self.layers):
+            self._expect(index)
             layer = self.layers[index]
             for name, _ in [*layer.named_parameters(), *layer.named_buffers()]:
                 for source in self.checkpoint.sources.get(f"model.layers.{index}.{name}", ()):

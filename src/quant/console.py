@@ -62,6 +62,10 @@ class WriteError(UserError):
     """A full disk, or one that cannot be written. What a run that can go on has made by then stays."""
 
 
+class SourceError(UserError):
+    """A source that cannot be read for now. What a run that can go on has made by then stays."""
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run ``main`` and turn what a user can mend into one line on stderr and an exit code. Bugs keep their traceback.
     ``--help`` ends with the module's docstring: its example, and what the options mean together."""

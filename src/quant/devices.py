@@ -10,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -26,6 +29,18 @@ GPU_LANES = 4  # shards at work on a GPU, where no --devices are named (results/
 
 class Stopped(Exception):
     """Raised in a thread whose work is of no use any more, because another thread failed or Ctrl-C was pressed."""
+
+
+def nvidia_smi(*fields: str) -> list[list[str]]:
+    """What nvidia-smi says of each GPU that this process may use, by its names of the fields ("memory.free", in MiB); nothing
+    where there is none."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) == "" or not shutil.which(query[0]):
+        return []
+    if re.fullmatch(r"\d+(,\d+)*", chosen or ""):
+        query += ["-i", str(chosen)]
+    done = subprocess.run(query, capture_output=True, text=True)
+    return [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()] if not done.returncode else []
 
 
 def default_device() -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from calibrated_pass import MomentSettings, Take
-from calibration import LayerStream
+from calibration import LayerStream, calibrated_shapes, hooked_shapes
+from checkpoint import Checkpoint
 from console import UserError, check_writable, explained
-from families import Role
+from families import MTP_PREFIX, Role
 from ggml_codecs import decode_rows, encode
 from ggml_round import COPIES, ldlq
 from ggml_types import TYPES
 from gguf_layout import Piece, into_parameter, ordered_hessian, to_gguf
+from hf_model import model_config
 from moe_ptq import WORKING_BYTES, Grid, Statistics, even_spans, experts_at_once, round_weight, rounding_parts
+from mtp import AROUND, MtpBlock
 from recipe import Job, Recipe
 from settings import part, setting
 
@@ -38,6 +41,11 @@ class Target:
     bits: tuple[int, ...] = ()
 
 
+def is_uncalibrated(job: Job) -> bool:
+    """Whether a tensor is of a block of multi-token prediction that no calibration runs through: another than mtp.py's."""
+    return job.role is Role.MTP and not MTP_PREFIX.match(job.name)
+
+
 class GridRounder:
     """Several ``devices`` share the experts of a parameter. The embedding is no target: it has no inputs to calibrate on."""
 
@@ -49,7 +57,7 @@ class GridRounder:
         self.targets: dict[str, Target] = {}
         experts = dict(recipe.experts)
         for job in jobs:
-            if job.bits is not None and job.role not in (Role.EMBEDDING, Role.MTP):
+            if job.bits is not None and job.role is not Role.EMBEDDING and not is_uncalibrated(job):
                 whole = math.floor(job.bits)
                 grid = Grid(whole, recipe.group, recipe.clip_steps, recipe.clip_low)
                 parameter = stream.checkpoint.places[job.name].parameter
@@ -126,7 +134,8 @@ class RoundingSettings:
 
 
 class Encoded(NamedTuple):
-    """The bytes of a piece; the squared error of its output and the squared output, over calibration inputs."""
+    """The bytes of a piece; the squared error of its output and the squared output, over calibration inputs, where these are
+    known."""
 
     data: Tensor
     errors: list[float]
@@ -153,28 +162,65 @@ def squared_error(difference: Tensor, hessian: Tensor, total: float = 0.0) -> fl
     return total
 
 
+def is_fed(piece: Piece, shape: Sequence[int], turned: bool = False) -> bool:
+    """Whether what multiplies the columns of each matrix of a piece are the inputs of one matrix of its parameter, of this
+    ``shape``: [O, I] or [E, O, I], ``turned``: [E, I, O]. Then the second moments of these inputs say how to round it."""
+    if piece.function != "same" or piece.role is Role.EMBEDDING or len(shape) not in (2, 3):
+        return False
+    if turned:
+        return piece.transposed and piece.rows is None and piece.span is None and piece.shape[-1] == shape[-2]
+    inputs = shape[-1] if piece.columns is None else len(piece.columns)
+    if piece.transposed or piece.shape[-1] != inputs or piece.rows is not None and piece.width != shape[-1]:
+        return False
+    if piece.rows is None or len(shape) == 2:
+        return True
+    expert = piece.rows // shape[-2]
+    return len(expert) % shape[0] == 0 and torch.equal(
+        expert, torch.arange(shape[0]).repeat_interleave(len(expert) // shape[0])
+    )
+
+
+def fed_pieces(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> frozenset[str]:
+    """The names of the pieces whose inputs a calibrated pass sees."""
+    shapes = calibrated_shapes(checkpoint)
+    block = next((found[0] for piece in pieces if (found := MTP_PREFIX.match(piece.parameter))), None)
+    if block and shapes:
+        own = hooked_shapes(MtpBlock(model_config(checkpoint.path).get_text_config(), torch.bfloat16))
+        shapes |= {block + name: shape for name, shape in own.items() if not name.startswith(AROUND)}
+    return frozenset(
+        piece.name for piece in pieces
+        if (shape := shapes.get(piece.parameter)) and is_fed(piece, shape, checkpoint.family.is_turned(shape))
+    )  # fmt: skip
+
+
 class GgmlRounder:
-    """``targets``: the pieces of every parameter that has a quantized one, but for the embedding, which has no inputs."""
+    """``targets``: the pieces of every parameter that has a quantized one which is ``fed``. Others of the same parameter (the
+    half of a latent projection that llama.cpp multiplies from the other side) go to nearest beside it."""
 
     def __init__(
-        self, pieces: Sequence[Piece], types: Mapping[str, str], method: str, damping: float, working_bytes: float | None = None
-    ) -> None:
-        self.types, self.method, self.damping, self.working_bytes = types, method, damping, working_bytes
+        self, pieces: Sequence[Piece], types: Mapping[str, str], method: str, damping: float, fed: Collection[str],
+        working_bytes: float | None = None,
+    ) -> None:  # fmt: skip
+        self.types, self.method, self.damping, self.fed, self.working_bytes = types, method, damping, fed, working_bytes
         found: dict[str, list[Piece]] = {}
         for piece in pieces:
-            if piece.role is not Role.EMBEDDING:
+            if piece.function == "same":
                 found.setdefault(piece.parameter, []).append(piece)
-        self.targets = {name: own for name, own in found.items() if any(is_quantized(types[piece.name]) for piece in own)}
+        wanted = {piece.parameter for piece in pieces if piece.name in fed and is_quantized(types[piece.name])}
+        self.targets = {name: own for name, own in found.items() if name in wanted}
         self.encoded: dict[str, Encoded] = {}
 
     def round(self, parameters: Mapping[str, Tensor], take: Take) -> None:
         """Experts one parameter after the other. Then the matrices; those of one type and the same inputs (queries, keys and
         values) are encoded as one: a sweep takes as long for a few rows as for many, since its columns come one by one."""
         for name, parameter in parameters.items():
+            for piece in self.targets[name]:
+                if piece.name not in self.fed:
+                    self._encode_plainly(piece, parameter)
             if parameter.ndim != 2:
                 with explained(name):
                     hessian = take(name)[0].hessian
-                    for alike in self._alike(self.targets[name]):
+                    for alike in self._alike([piece for piece in self.targets[name] if piece.name in self.fed]):
                         self._encode([(piece, parameter) for piece in alike], ordered_hessian(alike[0], hessian))
         groups: list[tuple[list[tuple[Piece, Tensor]], Tensor]] = []
         for name, parameter in parameters.items():
@@ -183,6 +229,8 @@ class GgmlRounder:
             with explained(name):
                 hessian = take(name)[0].hessian[:]
             for piece in self.targets[name]:
+                if piece.name not in self.fed:
+                    continue
                 own = ordered_hessian(piece, hessian)
                 for members, other in groups:
                     if self.types[members[0][0].name] == self.types[piece.name] and torch.equal(other, own):
@@ -193,6 +241,13 @@ class GgmlRounder:
         for members, hessian in groups:
             with explained(members[0][0].parameter):
                 self._encode(members, hessian)
+
+    def _encode_plainly(self, piece: Piece, parameter: Tensor) -> None:
+        """To nearest, all inputs alike: nothing is known of what multiplies its columns."""
+        kind = self.types[piece.name]
+        data = encode(to_gguf(piece, parameter).float().contiguous(), kind, None)
+        into_parameter(piece, decode_rows(data, kind).view(piece.shape), parameter)
+        self.encoded[piece.name] = Encoded(data.cpu(), [])
 
     def _alike(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
         """The pieces of one parameter; those of one type (the gates of experts and what they gate) together, since the factor
@@ -207,13 +262,13 @@ class GgmlRounder:
         at a time."""
         kind = self.types[members[0][0].name]
         values = [to_gguf(piece, parameter) for piece, parameter in members]
-        values = [value if value.ndim == 3 else value[None] for value in values]
+        values = [value.reshape(hessian.shape[0], -1, value.shape[-1]) for value in values]  # views, or copies
         memory = self.working_bytes or WORKING_BYTES[values[0].device.type]
         heights = [value.shape[1] for value in values]
         made: list[list[Tensor]] = [[] for _ in values]
         sizes = [[0.0, 0.0] for _ in values]
         together = experts_at_once((sum(heights), values[0].shape[2]), memory, COPIES)
-        for experts in even_spans(len(values[0]), together):
+        for experts in even_spans(len(values[0]), max(1, together)):
             moments = hessian[experts]
             value = torch.cat([value[experts] for value in values], 1)
             data = encoded(value, kind, self.method, moments, self.damping, self.working_bytes)  # it makes floats of some rows

@@ -25,11 +25,11 @@ from torch import Tensor
 from calibration import Calibration, Collector, LayerStream, Moments
 from checkpoint import Checkpoint
 from console import UserError, progress, scratch_folder
-from families import FAMILIES, Role, family_of, text_config
+from families import Role
 from ggml_round import COPIES
 from ggml_types import fallback
 from gguf_format import Entry
-from gguf_layout import Piece, ggml_names, head_order, into_parameter, ordered_hessian, to_gguf
+from gguf_layout import Piece, into_parameter, ordered_hessian, pieces_of, to_gguf
 from hf_model import finite_logits
 from kl import Batch, divergence
 from moe_ptq import WORKING_BYTES, rounding_parts
@@ -68,18 +68,20 @@ def layer_report(routed: Tensor, mass: Tensor, energy: Tensor, tokens: Tensor, i
     }
 
 
-def entries_of(moments: Mapping[str, Moments], model_type: str, layers: int, order: Tensor | None = None) -> dict[str, Entry]:
-    """The entries of calibration statistics, by llama.cpp's names; ``order``: where each input of linear_attn.out_proj lies
-    for ggml (head_order), None for its own place."""
+def entries_of(moments: Mapping[str, Moments], pieces: Sequence[Piece]) -> dict[str, Entry]:
+    """The entries of calibration statistics of the parameters that ``pieces`` are made of, by llama.cpp's names."""
     entries: dict[str, Entry] = {}
-    if not FAMILIES[family_of(model_type)].ggml:
-        return entries
-    for parameter, value in moments.items():
-        sums = value.diagonal().float().cpu().numpy()
-        if order is not None and parameter.endswith("linear_attn.out_proj.weight"):
-            sums = sums[:, order.numpy()]
-        for name in ggml_names(parameter, model_type, layers):
-            entries[name] = Entry(sums, value.weight.float().cpu().numpy())
+    sums: dict[str, Tensor] = {}
+    for piece in pieces:
+        own = moments.get(piece.parameter)
+        matrices = piece.shape[0] if len(piece.shape) == 3 else 1
+        if own is None or piece.role is Role.EMBEDDING or own.shape[::2] != (matrices, piece.shape[-1]):
+            continue
+        if piece.parameter not in sums:
+            sums[piece.parameter] = own.diagonal().float().cpu()
+        found = sums[piece.parameter]
+        found = found if piece.columns is None or piece.transposed else found[:, piece.columns]
+        entries[piece.name] = Entry(found.numpy(), own.weight.float().cpu().numpy())
     return entries
 
 
@@ -87,11 +89,10 @@ def entries_of(moments: Mapping[str, Moments], model_type: str, layers: int, ord
 def probe(
     checkpoint: Checkpoint, calibration: Calibration, every_linear: bool = False
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Entry]]:
-    """(report of every decoder layer that has routed experts, by its index; the importance of each weight, by llama.cpp's
-    names: of the experts, or of ``every_linear``)."""
+    """(report of every decoder layer that has routed experts, by its index; with ``every_linear`` the importance of each
+    weight, by llama.cpp's names)."""
     stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
-    config = text_config(checkpoint.config)
-    order = head_order(config, config.get("linear_value_head_dim", 1))
+    pieces = pieces_of(checkpoint) if every_linear else []
     kwargs = stream.arguments(calibration.batches()[0])
     hidden = stream.embed(calibration.batches())
     reports, importance = {}, {}
@@ -111,7 +112,7 @@ def probe(
                 inputs = next(own for key, own in collector.moments.items() if key.startswith(f"{name}.")).shape[-1]
                 reports[str(index)] = layer_report(routed, collector.mass[name], energy, tokens, inputs)
             named = {f"model.layers.{index}.{name}": moments for name, moments in collector.moments.items()}
-            importance |= entries_of(named, checkpoint.config["model_type"], len(stream.layers), order)
+            importance |= entries_of(named, pieces)
             stream.empty(layer)
             bar.update()
     return reports, importance
@@ -326,7 +327,7 @@ def type_losses(
                     moments = collector.moments[name]
                     hessian = ordered_hessian(piece, moments.statistics(calibration.floor * moments.shape[-1]).hessian)
                     value = to_gguf(piece, originals[name])
-                    value = value if value.ndim == 3 else value[None]
+                    value = value.reshape(hessian.shape[0], -1, value.shape[-1])
                     errors[piece.name], error, decoded = errors_of(value, hessian, options[piece.name], probe, rounded)
                     probe_errors[key] += error
                     into_parameter(piece, decoded.view(piece.shape), layer.get_parameter(name))
