@@ -297,8 +297,9 @@ def ordered_hessian(piece: Piece, hessian: Tensor) -> Tensor:
     """Second moments [E, I, I] of the parameter's inputs, in ggml's order."""
     if piece.columns is None or piece.transposed:
         return hessian
-    order = piece.columns.to(hessian.device)
-    return hessian[:][:, order][:, :, order]
+    made = hessian[:]
+    order = piece.columns.to(made.device)
+    return made[:, order][:, :, order]
 
 
 # Fields of config.json that change nothing of what the model computes from token ids, or that other steps check.
