@@ -12,7 +12,7 @@ if [ -n "${PYTHON:-}" ]; then
     export PYTHONPATH=$here/src/quant:$here/src/eval:$here/src/distill${PYTHONPATH:+:$PYTHONPATH} SCRATCH=${SCRATCH:-$here/work}
     export TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 else
-    OPTIONS_FOLLOW=1 source "$here/env.sh" || exit 2
+    OPTIONS_FOLLOW=1 source "$here/env.sh" || exit
     PYTHON=python
 fi
 cd "$here" || exit 2

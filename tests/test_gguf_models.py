@@ -100,6 +100,8 @@ def test_a_file_of_any_architecture_is_that_of_llama_cpps_tools(model_type, quic
     if stored:  # as a publisher may: both read the weights that it stands for
         convert, config["quantization_config"] = STORED[stored]
         tensors = {name: Checkpoint(model).read(name) for name in Checkpoint(model).tensors}
+        for file in model.glob("model*"):
+            file.unlink()
         save_file(dict(convert(tensors)), model / "model.safetensors", metadata={"format": "pt"})
     (model / "config.json").write_text(json.dumps(config))
     mtp = ["--no-mtp"] if model_type == "qwen3_next" else []

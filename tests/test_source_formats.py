@@ -210,6 +210,8 @@ def test_a_checkpoint_in_its_published_format_is_quantized_as_its_bf16(family, t
     convert, quantization = AS_PUBLISHED[family]
     source, plain = tiny_family(tmp_path / "source", family), tmp_path / "plain"
     tensors = {name: Checkpoint(source).read(name) for name in Checkpoint(source).tensors}
+    for file in source.glob("model*"):
+        file.unlink()
     config = json.loads((source / "config.json").read_text())
     save_file(dict(convert(tensors)), source / "model.safetensors", metadata={"format": "pt"})
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))

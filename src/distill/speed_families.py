@@ -38,7 +38,8 @@ from fsdp_setup import World
 from gguf_format import GgufFile, same_file
 from gguf_kl import server_logprobs
 from gguf_layout import Piece, pieces_of, read_parameter, to_gguf
-from gguf_pack import make_reference, run_tool, write_pack
+from gguf_pack import write_pack
+from gguf_reference import make_reference, run_tool
 from hf_model import load_model
 from kl import divergence
 from llamacpp_eval8 import LlamaServer

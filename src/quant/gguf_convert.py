@@ -115,18 +115,24 @@ class Opened:
         from checkpoint import Checkpoint
 
         self.checkpoint, self.lazy = Checkpoint(model), base.LazyTorchTensor
-        hparams = base.ModelBase.load_hparams(model, False)
-        for own in (hparams, hparams.get("text_config")):
-            if isinstance(own, dict):
-                own.pop("quantization_config", None)  # what it says is decoded
-        name = get_model_architecture(hparams, base.ModelType.TEXT)
+        load = base.ModelBase.load_hparams
+
+        def load_decoded(*given: Any, **how: Any) -> dict[str, Any]:
+            hparams = load(*given, **how)
+            for own in (hparams, hparams.get("text_config")):
+                if isinstance(own, dict):
+                    own.pop("quantization_config", None)  # what it says is decoded
+            return hparams
+
+        base.ModelBase.load_hparams = staticmethod(load_decoded)  # given as an argument, some classes read it otherwise
+        name = get_model_architecture(load_decoded(model, False), base.ModelType.TEXT)
         kind = get_model_class(name, mmproj=False)
         if mtp == "only" and not kind.supports_mtp_export:
             raise SystemExit(f"llama.cpp writes no file of multi-token prediction alone for {name}")
         kind.no_mtp, kind.mtp_only = kind.no_mtp or mtp == "none", mtp == "only"
         base.ModelBase.index_tensors = lambda converter, remote_hf_model_id=None: self._index(converter)
         self.graphs: list[tuple[str, Any, str]] = []
-        self.converter = kind(model, gguf.LlamaFileType(ftype), out, hparams=hparams)
+        self.converter = kind(model, gguf.LlamaFileType(ftype), out)
         writer = self.converter.gguf_writer
         quantize, add = gguf.quants.quantize, writer.add_tensor
         gguf.quants.quantize = lambda data, _: data
