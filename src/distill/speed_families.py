@@ -39,7 +39,6 @@ from gguf_format import GgufFile, same_file
 from gguf_kl import server_logprobs
 from gguf_layout import Piece, pieces_of, read_parameter, to_gguf
 from gguf_pack import write_pack
-from gguf_reference import make_reference, run_tool
 from hf_model import load_model
 from kl import divergence
 from llamacpp_eval8 import LlamaServer
@@ -50,6 +49,7 @@ from opd_losses import gathered
 from opd_student import build_student
 from opd_trainer import Trainer, write_adapter
 from pack_plan import plan_pack
+from pack_reference import make_reference, run_tool
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, peak_rss_mib, write_result

@@ -50,8 +50,8 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
         "arithmetic": """moe_quant clip_kernel moe_ptq ggml_types scalar_kernel lattice_kernel ggml_scalar ggml_lattice
             ggml_codecs ggml_round""",
         "formats": "recipe run_dir packed_format gguf_format gguf_layout",
-        "passes": """mtp calibration calibration_text token_weights calibrated_pass rounders size_model plans pack_plan gguf_reference
-            write_checkpoint sensitivity""",
+        "passes": """mtp calibration calibration_text token_weights calibrated_pass rounders size_model plans pack_plan
+            pack_reference write_checkpoint sensitivity""",
         "commands": "quant_save gguf_pack gguf_dequant packed_export moe_probe moe_alloc moe_study",
         "measuring": "synthetic_moe speed_quant",
         "pages": "page_sizes",

@@ -30,7 +30,6 @@ from console import UserError, explained, files_sha256, progress, run_cli, write
 from gguf_dequant import dequantize
 from gguf_format import GgufWriter, read_imatrix
 from gguf_layout import patterns_of, read_patterns
-from gguf_reference import check_loads, make_reference
 from hf_model import check_first
 from hub import HubSettings, opened, remote_of
 from moe_alloc import allocate_types
@@ -49,6 +48,7 @@ from pack_plan import (
     table,
     write_mmproj,
 )
+from pack_reference import check_loads, make_reference
 from plans import RecordSettings, dry_run_notes, hub_plan, sensed_bytes
 from recipe import RECIPE_FILE, quantized_note
 from records import DECODED_MARK, describe_model, sha256_json, write_result

@@ -82,7 +82,8 @@ def judged(settings: StudySettings, tag: str, recipe: Recipe, made: Path, refere
 
     return write_result(
         settings.results / "kl" / f"{tag}.json", kind="kl", tag=tag, started=started, model=describe_model(made),
-        recipe=read_recipe(made).to_json(), data=[entry], metrics=measured(parts()), extra={"reference": describe_model(settings.model)},
+        recipe=read_recipe(made).to_json(), data=[entry], metrics=measured(parts()),
+        extra={"reference": describe_model(settings.model)},
     )  # fmt: skip
 
 
