@@ -159,7 +159,7 @@ def pass_memory(jobs: Sequence[Any], calibration: Calibration, item: int) -> Mem
     sizes: dict[tuple[str, int], int] = {}
     width = head = stages = least = embedding = 0
     predicts = any(job.bits and MTP_PREFIX.match(job.name) for job in jobs)  # else that block is not run
-    for job in jobs:
+    for job in (job for job in jobs if job.info.shape):
         inputs, outputs = job.inputs, job.info.shape[-1 if job.transposed else -2] if len(job.info.shape) > 1 else 1
         if job.bits and len(job.info.shape) > 1:
             count = math.prod(job.info.shape[:-2])

@@ -207,10 +207,10 @@ def leaves_of(node: Any, found: dict[str, Leaf], seen: set[int]) -> dict[str, Le
     return found
 
 
-def key_of(node: Any, seen: dict[int, Any]) -> Any:
-    """Equal for graphs that do the same with leaves of the same shapes."""
+def key_of(node: Any, seen: dict[Any, Any]) -> Any:
+    """Equal for graphs that do the same with leaves of the same shapes, numbered as they are met."""
     if isinstance(node, Leaf):
-        return "leaf", node.shape
+        return "leaf", node.shape, seen.setdefault(("leaf", node.name), sum(1 for key in seen if isinstance(key, tuple)))
     if isinstance(node, (list, tuple)):
         return tuple(key_of(own, seen) for own in node)
     if isinstance(node, dict):
@@ -387,7 +387,7 @@ def _threefold(made: torch.Tensor, other: torch.Tensor) -> bool:
     for axis in range(made.ndim):
         if made.stride(axis) == 0 and other.stride(axis) == 0:
             made, other = made.narrow(axis, 0, 1), other.narrow(axis, 0, 1)
-    return torch.equal(made * 3 + 7, other)
+    return torch.equal(made * 3 + 7, other) and torch.equal(made, made.round())
 
 
 def _unless_all(index: Any, count: int) -> Any:
@@ -399,7 +399,6 @@ def trace(opened: Opened, architecture: str) -> dict[str, Any]:
     names = {name: number for number, name in enumerate(opened.checkpoint.tensors)}
     probes: dict[Any, Probe] = {}
     orders: dict[bytes, tuple[int, list[list[int]]]] = {}
-    seen: dict[int, Any] = {}
     tensors = []
 
     def order(index: Any) -> int | None:
@@ -412,7 +411,7 @@ def trace(opened: Opened, architecture: str) -> dict[str, Any]:
 
     for name, data, kind in opened.graphs:
         leaves = list(leaves_of(data, {}, set()).values())
-        key = key_of(data, seen), tuple(data.shape)
+        key = key_of(data, {}), tuple(data.shape)
         probe = probes.get(key) or probes.setdefault(key, Probe(data, leaves))
         own: dict[str, Any] = {"name": name, "shape": list(data.shape), "sources": [names[leaf.name] for leaf in leaves]}
         own |= {"width": probe.width, "rows": order(probe.rows), "columns": order(probe.columns)}

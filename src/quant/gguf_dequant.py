@@ -54,8 +54,12 @@ def check_match(file: GgufFile, checkpoint: Checkpoint, pieces: Sequence[Piece])
 
 
 def is_exact(piece: Piece, kind: str, checkpoint: Checkpoint) -> bool:
-    """Whether a file that stores the piece in this type holds what the checkpoint has."""
-    return all(checkpoint.info(name).dtype in EXACT.get(kind, ()) for name in piece.sources)
+    """Whether a file that stores the piece in this type holds what the checkpoint has, or in float32 what it is made of."""
+    return (
+        kind == "f32"
+        or piece.function == "same"
+        and all(checkpoint.info(name).dtype in EXACT.get(kind, ()) for name in piece.sources)
+    )
 
 
 class Decoded:

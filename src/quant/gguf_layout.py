@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import math
 import re
 import tempfile
@@ -140,6 +141,7 @@ def traced(checkpoint: Checkpoint, mtp: str = "file") -> dict[str, Any]:
     key = sha256_json(
         {"files": {f.name: file_sha256(f) for f in small if f.stat().st_size < SMALL_FILE}, "tensors": tensors, "mtp": mtp}
         | {"source": llama_cpp.source_identity(), "driver": file_sha256(DRIVER)}
+        | {"transformers": importlib.metadata.version("transformers")}  # by which the converter reads config.json
     )
     kept = llama_cpp.cache_directory() / "traces" / f"{key}.json"
     if not kept.is_file():

@@ -24,6 +24,7 @@ from families import MTP_PREFIX, Role, roles_of
 from hf_model import TOKENIZER_FILES, check_finite, listed, model_config
 from safetensors_file import INDEX, SINGLE, save_tensors
 
+RUN = ("qwen3_next", "qwen3_5", "qwen3_5_moe")  # the families whose block it is
 AROUND = ("embed_tokens", "lm_head")  # of the block's modules those of the model
 
 
@@ -79,6 +80,11 @@ class MtpBlock(nn.Module):
         t + 2."""
         out = self.normed(self.joined(ids, hidden, lead))
         return self.lm_head(out[:, 1:] if lead else out)
+
+
+def is_run(model_type: str) -> bool:
+    """Whether the block of multi-token prediction of a model type is this one."""
+    return model_type.removesuffix("_text") in RUN
 
 
 def sources_of(checkpoint: Checkpoint, block: MtpBlock) -> dict[str, list[str]]:
