@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
 from conftest import REPO
@@ -222,10 +223,26 @@ def test_bad_input_is_one_line(tmp_path, command):
 )
 def test_what_lies_beside_a_model(tmp_path, others, expected):
     for name in ("m-IQ3_XXS.gguf", *others):
-        (tmp_path / name).touch()
+        head(tmp_path / name, 48 if "mtp" in name else 0)
     assert tuple(other and other.name for other in beside(tmp_path / "m-IQ3_XXS.gguf")) == expected
     if not any("other" in name or "00001" in name for name in others):
         assert model_file(tmp_path).name == "m-IQ3_XXS.gguf"
+
+
+def test_a_model_named_after_its_block_is_no_head_for_drafting(tmp_path):
+    head(tmp_path / "tiny-mtp-IQ3_XXS.gguf", 0)
+    assert beside(tmp_path / "tiny-mtp-IQ3_XXS.gguf") == (None, None)
+    assert model_file(tmp_path).name == "tiny-mtp-IQ3_XXS.gguf"
+
+
+def head(path, layer):
+    """A GGUF with one tensor, of this layer."""
+    writer = gguf.GGUFWriter(path, "qwen35moe")
+    writer.add_tensor(f"blk.{layer}.attn_norm.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @pytest.mark.parametrize(
