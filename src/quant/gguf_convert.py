@@ -19,7 +19,7 @@ tensors, and each graph that it makes of them is evaluated with the numbers of r
 The rows are those of the sources one after the other, of `width` numbers each; gguf_layout.Piece says in which order all this
 applies. `values` writes, for every name that it reads, the tensor as float32 into FILE and then a line; "converter" is what
 nothing else computes. Both see the checkpoint as checkpoint.Checkpoint shows it, decoded from whatever format it is stored in.
-MTP: "file" (with the block of multi-token prediction), "none" (without), "only" (the file of `convert --mtp`).
+MTP: "file" (with the block of multi-token prediction) or "none" (without).
 
 Only the process of this script imports from SOURCE; its gguf-py stands before an installed one.
 """
@@ -127,9 +127,7 @@ class Opened:
         base.ModelBase.load_hparams = staticmethod(load_decoded)  # given as an argument, some classes read it otherwise
         name = get_model_architecture(load_decoded(model, False), base.ModelType.TEXT)
         kind = get_model_class(name, mmproj=False)
-        if mtp == "only" and not kind.supports_mtp_export:
-            raise SystemExit(f"llama.cpp writes no file of multi-token prediction alone for {name}")
-        kind.no_mtp, kind.mtp_only = kind.no_mtp or mtp == "none", mtp == "only"
+        kind.no_mtp = kind.no_mtp or mtp == "none"
         base.ModelBase.index_tensors = lambda converter, remote_hf_model_id=None: self._index(converter)
         self.graphs: list[tuple[str, Any, str]] = []
         self.converter = kind(model, gguf.LlamaFileType(ftype), out)

@@ -28,6 +28,7 @@ from families import VISION_PREFIX, Role, layer_count, role_in_block
 from ggml_codecs import CastCodec, decode_rows, encode
 from ggml_types import TYPES, row_bytes
 from gguf_format import (
+    HEADER,
     ConverterValues,
     Entry,
     GgufFile,
@@ -73,7 +74,6 @@ from settings import setting
 from size_model import RESULTS, recorded_rates, times
 
 PROTECTED_BITS = 5  # below which embedding, head and the gates of linear attention lose more than they save
-HEADER = "header.bin"  # what make_header writes
 
 
 @dataclasses.dataclass(frozen=True)

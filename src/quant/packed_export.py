@@ -26,7 +26,7 @@ from torch import Tensor
 from checkpoint import PACKED, Checkpoint, read_manifest
 from console import UserError, progress, read_object, run_cli, write_json
 from devices import OneBehind, one_ahead
-from families import FAMILIES, Role, family_of, role_in_block, roles_of, text_config
+from families import BOTH_ENDS, FAMILIES, Role, family_of, role_in_block, roles_of, text_config
 from packed_format import PackedWriter, PackingSettings, describe, plan_container, summary
 from plans import CHUNK_BYTES, RecordSettings, ShardSettings, plan_jobs, sidecars
 from recipe import RECIPE_FILE, Job, Recipe, read_recipe
@@ -147,7 +147,7 @@ def mtp_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: size for name, _, size in mtp_plan(shape, fused=False)}
 
 
-ENDS = {"as vLLM reads them": None, "in BF16": (), "packed": (Role.EMBEDDING, Role.LM_HEAD)}
+ENDS = {"as vLLM reads them": None, "in BF16": (), "packed": BOTH_ENDS}
 
 
 def sizes(config_file: Path, recipe: Recipe) -> dict[str, Any]:
