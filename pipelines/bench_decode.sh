@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Where the time of a decoded token goes in llama.cpp, and which settings help:  bash pipelines/bench_decode.sh [RECORD.json]
-# Files of the 122B's shape with 6, 24, 48 and 12 layers and a narrow one, each made in memory ($SHM, default /dev/shm/bench_decode; 52 GB
+# Files of the 122B's shape with 48, 6, 24 and 12 layers and a narrow one, each made in memory ($SHM, default /dev/shm/bench_decode; 52 GB
 # for the largest), tried with llama-bench and removed; everything found so far stands in $FOUND (default work/decoding.json).
 # LIMIT seconds in all (default 390): what is left when it is near is not tried, and said. HEADERS=DIR holds 6.bin, 12.bin, 24.bin,
 # 48.bin and narrow.bin of `bash pipelines/bench_decode.sh headers DIR`, made where llama.cpp's converter is. TINY=1: seconds on a CPU.
@@ -18,9 +18,9 @@ fi
 cd "$here" || exit 2
 end=$((started + ${LIMIT:-390})) cores=$(nproc)
 shm=${SHM:-/dev/shm/bench_decode} found=${FOUND:-$SCRATCH/decoding.json}
-lengths="narrow 6 24 48 12" experts=8 tokens=64
+lengths="48 6 24 narrow 12" experts=8 tokens=64
 narrow=(--layers 12 --hidden 512 --inner 256 --shared-inner 256 --vocab 8192 --heads 8 --key-heads 4 --value-heads 8)
-if [ -n "${TINY:-}" ]; then lengths="narrow 4 8" experts=1 tokens=4 narrow=(--layers 4 --vocab 896); fi
+if [ -n "${TINY:-}" ]; then lengths="4 narrow 8" experts=1 tokens=4 narrow=(--layers 4 --vocab 896); fi
 
 shape() { # name: options of synthetic_moe
     local kind=122b

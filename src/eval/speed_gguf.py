@@ -263,8 +263,8 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def count_operations(path: Path) -> int:
-    """Operations of the graph of one token, views not counted, as ggml's scheduler lists them; no weights are copied for it."""
-    command = [tool("llama-bench"), "-m", path, *"-dev none -ngl 0 -p 0 -n 1 -r 1 --no-warmup -v".split(), *thread_arguments()]
+    """Operations of the graph of one token, views not counted, as ggml's scheduler lists them."""
+    command = [tool("llama-bench"), "-m", path, *"-ngl 99 -p 0 -n 1 -r 1 --no-warmup -v".split(), *thread_arguments()]
     environment = os.environ | {"GGML_SCHED_DEBUG": "2"}
     told = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, errors="replace")
     if told.returncode:
