@@ -71,8 +71,8 @@ if [ "$mode" = memory ]; then # HEADERS: a directory of headers/SHAPE.bin, made 
         [ "$shape" != 35b ] || { run+=(--caps "11,80,23,46"); }
         [ -z "${TINY:-}" ] || { source=(--shape tiny --layers 2 --interval 2 --experts 2) && run+=(--sequences 2 --length 32 --caps "1,2"); }
         [ ! -e "${HEADERS:-}/$shape.bin" ] || more=(--header "$HEADERS/$shape.bin")
-        if [ "${2:-}" = headers ]; then
-            $PYTHON src/quant/synthetic_moe.py "${source[@]}" --out "${3:?a directory}/$shape.bin" --header-only
+        if [ "${1:-}" = headers ]; then
+            $PYTHON src/quant/synthetic_moe.py "${source[@]}" --out "${2:?a directory}/$shape.bin" --header-only
             continue
         fi
         $PYTHON src/quant/synthetic_moe.py "${source[@]}" --out "$scratch/synthetic-$shape" &&
