@@ -16,8 +16,8 @@ from pathlib import Path
 from console import UserError, atomic_path, run_cli
 from records import lookup, read_result, render
 
-CITATION = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.json)#([\w.:-]+)\)")
-FIGURE = re.compile(r"(-?[\d,]+(?:\.(\d+))?)( %| MB| GB| us|)")
+CITATION = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.json)#([\w.:,+-]+)\)")  # a space in a name is a +
+FIGURE = re.compile(r"(-?[\d,]+(?:\.(\d+))?)( %| MB| GB| us| ms|)")
 LOOSE = " is not cited"
 LOOSE_NUMBER = re.compile(r"(?<![\w.])\d[\d,.]*(?!\w)")
 
@@ -27,7 +27,7 @@ def cited(shown: str, file: Path, path: str) -> str:
     if not file.is_file():
         raise ValueError(f"{file} does not exist")
     try:
-        value = lookup(read_result(file), path)
+        value = lookup(read_result(file), path.replace("+", " "))
     except KeyError as error:
         raise ValueError(f"{file} has no {path} (at {error})") from None
     if isinstance(value, str):

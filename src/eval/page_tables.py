@@ -522,6 +522,8 @@ PIPELINES = (
     ("train/razor_tiny_mtp", "make_tiny.sh mtp"),
     ("distill/opd_tiny", "distill.sh"),
     ("bench/*_memory", "bench.sh memory"),
+    ("bench/razor_tiny_mtp_*", "bench.sh mtp"),
+    ("bench/h100_122b_decoding", "bench_decode.sh results/bench/h100_122b_decoding.json"),
     ("bench/h100_122b_*", "bench.sh h100"),
     ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
     ("bench/multi_gpu_eval35b", "multi_gpu.sh eval35b"),
