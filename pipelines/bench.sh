@@ -64,7 +64,7 @@ if [ "$mode" = memory ]; then # HEADERS: a directory of headers/SHAPE.bin, made 
     mkdir -p "$results"
     for shape in ${SHAPES:-122b 35b}; do
         record=$results/${NAME:-h100}_${shape}_memory.json
-        [ ! -e "$record" ] || { echo "bench: $record is there"; continue; }
+        [ ! -e "$record" ] || [ "${1:-}" = headers ] || { echo "bench: $record is there"; continue; }
         rm -rf "$scratch"
         source=(--shape "$shape" --layers 1) run=(--seconds "${SECONDS_EACH:-3600}") more=()
         [ "$shape" != 122b ] || run+=(--caps "23,80,46,11")
