@@ -236,6 +236,22 @@ class TinyBatches(Batches):
             yield from encoded(self.tokenizer, [self.text_of("statements", rng)[1]])[0]
 
 
+@dataclass
+class TextBatches(Batches):
+    """Of a corpus of tiny_corpus: windows of its training tokens, ``rows`` of them for each of ``world`` processes."""
+
+    ids: Path
+    rank: int
+    world: int
+    name = "text-batch"
+
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, ...]:
+        ids, size = np.memmap(self.ids, "<u2", "r"), self.length + 1
+        starts = [rng.randrange(len(ids) - size) for _ in range(self.rows * self.world)][self.rank :: self.world]
+        rows = torch.from_numpy(np.stack([ids[start : start + size] for start in starts]).astype(np.int64))
+        return rows, torch.ones(rows.shape)
+
+
 # ---------------------------------------------------------------- pictures
 
 

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
 )
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
@@ -57,6 +59,33 @@ def tiny_config(vocab_size: int, eos_token_id: int, pad_token_id: int, layers: i
     """15.9 M parameters, 79 % of them in routed experts."""
     own = text_settings(vocab_size, eos_token_id, pad_token_id, layers)
     return Qwen3_5MoeTextConfig(**own, tie_word_embeddings=False, bos_token_id=None)
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """Of a model that reads real text: ``experts`` of inner size ``inner`` (0: none, a dense one of inner size ``dense``)."""
+
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    layers: int
+    dense: int
+
+
+def text_model(shape: TextShape, tokenizer: PreTrainedTokenizerFast, context: int) -> torch.nn.Module:
+    """An untrained qwen3_5_moe (or dense qwen3_5) in float32: every fourth layer, and the last, of full attention."""
+    kinds = ["full_attention" if i % 4 == 3 or i == shape.layers - 1 else "linear_attention" for i in range(shape.layers)]
+    own = text_settings(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, shape.layers)
+    heads = shape.hidden // 64
+    own |= {"hidden_size": shape.hidden, "num_attention_heads": heads, "linear_num_value_heads": heads, "layer_types": kinds}
+    own |= {"linear_num_key_heads": heads // 2, "max_position_embeddings": context, "tie_word_embeddings": False}
+    mixture = {name: own.pop(name) for name in tuple(own) if "expert" in name or name.startswith("moe_")}
+    if not shape.experts:
+        return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**own, intermediate_size=shape.dense, bos_token_id=None)).float()
+    mixture |= {"moe_intermediate_size": shape.inner, "shared_expert_intermediate_size": shape.inner}
+    mixture |= {"num_experts": shape.experts, "num_experts_per_tok": shape.top_k}
+    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**own, **mixture, bos_token_id=None)).float()
 
 
 def vl_config(tokenizer: PreTrainedTokenizerFast, layers: int, vision_layers: int) -> Qwen3_5MoeConfig:
@@ -189,27 +218,53 @@ def attention(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: t
     return linear(layer.o_proj, out.reshape(batch, length, -1))
 
 
-def mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The MoE block on [N, H]: (output, load balance loss, share of assignments per expert [E]).
+def gated_mlp(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return linear(block.down_proj, F.silu(linear(block.gate_proj, x)) * linear(block.up_proj, x))
 
-    The loss is E * sum_e f_e p_e (Switch Transformer, eq. 4), 1 when balanced.
-    """
-    experts = block.experts
+
+DENSE_UP_TO = 16  # experts: fewer run faster as one dense product than gathered
+
+
+def dense_experts(experts: torch.nn.Module, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """All experts on all tokens [N, H], weighted by ``gates`` [N, E], zero for those not chosen."""
     count, inner = experts.num_experts, experts.intermediate_dim
-    probs = linear(block.gate, x).softmax(-1, dtype=torch.float32)
-    weight, chosen = probs.topk(top_k, -1)
-    weight = weight / weight.sum(-1, keepdim=True)
-    gates = torch.zeros_like(probs).scatter(-1, chosen, weight)  # [N, E], zero for experts not chosen
-    load = (gates > 0).float().mean(0) / top_k
-    balance = count * (load * probs.mean(0)).sum()
     up = F.linear(x, experts.gate_up_proj.to(x.dtype).flatten(0, 1)).view(-1, count, 2 * inner)
     hidden = F.silu(up[..., :inner]) * up[..., inner:] * gates.to(x.dtype)[..., None]
     down = experts.down_proj.to(x.dtype).permute(1, 0, 2).reshape(-1, count * inner)
-    shared = block.shared_expert
-    inner_shared = F.silu(linear(shared.gate_proj, x)) * linear(shared.up_proj, x)
-    shared_out = linear(shared.down_proj, inner_shared)
-    shared_out = shared_out * linear(block.shared_expert_gate, x).sigmoid()
-    return F.linear(hidden.flatten(1), down) + shared_out, balance, load
+    return F.linear(hidden.flatten(1), down)
+
+
+def grouped_experts(experts: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Each token's ``chosen`` experts [N, k] alone, with their ``weight`` [N, k]: tokens in the order of experts, two grouped
+    matrix products."""
+    inner, order = experts.intermediate_dim, chosen.flatten().argsort(stable=True)
+    tokens = order // chosen.shape[1]
+    ones = torch.ones_like(order, dtype=torch.int32)
+    ends = ones.new_zeros(experts.num_experts).scatter_add(0, chosen.flatten(), ones).cumsum(0, dtype=torch.int32)
+    up = F.grouped_mm(x[tokens], experts.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends)
+    hidden = F.silu(up[:, :inner]) * up[:, inner:] * weight.flatten()[order].to(x.dtype)[:, None]
+    down = F.grouped_mm(hidden, experts.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
+    places = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
+    return down[places].view(*chosen.shape, -1).sum(1)  # a gather, whose sum has one order: index_add's differs between runs
+
+
+def mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The MoE block on [N, H]: (output, load balance loss, share of assignments per expert [E]); of a dense one the loss is 1.
+
+    The loss is E * sum_e f_e p_e (Switch Transformer, eq. 4), 1 when balanced.
+    """
+    if not hasattr(block, "experts"):
+        return gated_mlp(block, x), x.new_ones((), dtype=torch.float32), x.new_ones(1, dtype=torch.float32)
+    count = block.experts.num_experts
+    probs = linear(block.gate, x).softmax(-1, dtype=torch.float32)
+    weight, chosen = probs.topk(top_k, -1)
+    weight = weight / weight.sum(-1, keepdim=True)
+    gates = torch.zeros_like(probs).scatter(-1, chosen, weight)
+    load = (gates > 0).float().mean(0) / top_k
+    balance = count * (load * probs.mean(0)).sum()
+    own = dense_experts(block.experts, x, gates) if count <= DENSE_UP_TO else grouped_experts(block.experts, x, weight, chosen)
+    shared = gated_mlp(block.shared_expert, x) * linear(block.shared_expert_gate, x).sigmoid()
+    return own + shared, balance, load
 
 
 def decoder_layer(
@@ -244,7 +299,7 @@ def through_layers(
     """Embeddings [B, T, H] through all layers and the final norm."""
     balances, loads = [], []
     for layer in text.layers:
-        x, balance, load = layer_fn(layer, x, cos, sin, config.rms_norm_eps, config.num_experts_per_tok)
+        x, balance, load = layer_fn(layer, x, cos, sin, config.rms_norm_eps, getattr(config, "num_experts_per_tok", 1))
         balances.append(balance)
         loads.append(load)
     return rms_norm(x, 1 + text.norm.weight, config.rms_norm_eps), torch.stack(balances).mean(), torch.stack(loads)

@@ -1,4 +1,5 @@
-"""Train razor-tiny or, where the config has VISION_LAYERS, razor-tiny-vl from nothing (bash pipelines/make_tiny.sh [vl]):
+"""Train razor-tiny or, where the config has VISION_LAYERS, razor-tiny-vl from nothing (bash pipelines/make_tiny.sh [vl]), or a
+mixture on the real text of a corpus (bash pipelines/make_tiny.sh text e64, on every GPU of the machine):
 
     python src/distill/tiny_train.py --config configs/make_tiny.env --out models/razor-tiny --work work/make_tiny \
         --result results/train/razor_tiny.json
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import random
 import time
 from collections.abc import Callable
@@ -20,18 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 
 import tiny_data
 import tiny_model
-from console import UserError, atomic_path, progress, run_cli
+from console import UserError, atomic_path, progress, read_json, run_cli
+from hf_model import load_tokenizer
 from records import describe_model, write_result
 from settings import parse_settings, setting
 from task_text import GENERATOR_REVISION, TASK_TEXTS, WORLD_SEED
 from tasks_tiny import TINY_VISION_TASKS, VISION_REVISION
+from tiny_corpus import STRATA
 from tiny_data import encode_pairs, encode_scenes, prompt_text
 from tiny_model import decoder_layer, vision_forward
 
@@ -54,6 +60,11 @@ class TrainSettings:
     balance: float = setting(help="weight of the load-balancing loss")
     prompt_weight: float = setting(help="loss weight of the tokens of the question")
     layers: int = setting(8, "of the text model")
+    hidden: int = setting(256, "size of the hidden state, with a corpus")
+    inner: int = setting(256, "inner size of an expert, with a corpus")
+    experts: int = setting(8, "with a corpus; 0: a dense model")
+    top_k: int = setting(2, "experts of a token, with a corpus")
+    dense: int = setting(0, "inner size of the dense model")
     vision_layers: int = setting(0, "of the vision tower; 0: razor-tiny, which has none")
     max_seconds: int = setting(0, "the run ends by then with a decayed rate; 0: by steps alone")
     share_statements: float = setting(0.0, "of the tokens of razor-tiny; tiny_code takes what is left")
@@ -101,6 +112,7 @@ def make_optimizer(model: torch.nn.Module, config: TrainSettings, fused: bool) -
 class Run:
     """razor-tiny: its model, optimizer, step and loss curve; saved to and restored from one file, atomically."""
 
+    extends = False  # whether a second call may go on for longer
     data_set = {"name": "tiny_tasks", "revision": f"{GENERATOR_REVISION}, world {WORLD_SEED}"}
 
     def __init__(self, config: TrainSettings, tokenizer: PreTrainedTokenizerFast, work: Path, device: torch.device) -> None:
@@ -142,7 +154,7 @@ class Run:
         """Of a run that the clock may end, STEPS and MAX_SECONDS may be larger than they were: that extends it."""
         state = torch.load(self.path, map_location=self.device, weights_only=True)
         settings = dataclasses.asdict(self.config)
-        free = ("steps", "max_seconds") if self.config.vision_layers else ()
+        free = ("steps", "max_seconds") if self.extends else ()
         if state["config"] | {name: settings[name] for name in free} != settings:
             raise UserError(f"{self.path}: made with other settings; remove it or give another --work")
         self.model.load_state_dict(state["model"])
@@ -202,6 +214,7 @@ class Run:
 class VlRun(Run):
     """The same of razor-tiny-vl."""
 
+    extends = True
     data_set = {"name": "tiny_vision_tasks", "revision": VISION_REVISION}
     layout: tiny_model.Layout | None = None  # of all batches of the training
 
@@ -231,6 +244,57 @@ class VlRun(Run):
         return {"steps": self.step, "pictures": self.step * self.config.rows, "exact_match": matched}
 
 
+class TextRun(Run):
+    """A model of the given shape on the tokens of a corpus, on one GPU or, under torchrun, on several: each process takes its
+    rows of a step, and the gradients are averaged."""
+
+    extends = True
+    data_set = {"name": "packages", "revision": ""}
+    corpus: Path
+
+    def build(self) -> torch.nn.Module:
+        c = self.config
+        shape = tiny_model.TextShape(c.hidden, c.inner, c.experts, c.top_k, c.layers, c.dense)
+        model = tiny_model.text_model(shape, self.tokenizer, 2 * c.length)
+        tiny_model.init_weights(model, c.seed)
+        return model
+
+    def batches(self) -> Dataset:
+        c, ids = self.config, self.corpus / "train.bin"
+        if c.rows % world_size():
+            raise UserError(f"ROWS={c.rows}: is no multiple of {world_size()} GPUs")
+        rows = c.rows // world_size()
+        return tiny_data.TextBatches(self.tokenizer, c.seed, c.steps, rows, c.length, 1.0, ids, rank(), world_size())
+
+    @torch.no_grad()
+    def metrics(self, items: int) -> dict[str, Any]:
+        """Cross-entropy of held-out text by stratum, in nats a token, on at most ``items`` windows of each."""
+        places, losses = read_json(self.corpus / "heldout.json"), {}
+        ids, size = np.memmap(self.corpus / "heldout.bin", "<u2", "r"), self.config.length + 1
+        ends = [*places["starts"][1:], len(ids)]
+        for number, stratum in enumerate(STRATA):
+            own = [a for a, b, kind in zip(places["starts"], ends, places["strata"]) if kind == number and b - a >= size]
+            rows = [torch.from_numpy(ids[a : a + size].astype(np.int64)) for a in own[:items]]
+            found = []
+            for part in torch.stack(rows).split(8) if rows else ():
+                part = part.to(self.device)
+                hidden = self.forward((part[:, :-1],), decoder_layer, vision_forward)[0]
+                found.append(
+                    token_loss(self.model, hidden, part[:, 1:], torch.ones_like(part[:, 1:]).float()).item() * len(part)
+                )
+            losses[stratum] = {"windows": len(rows), "loss": round(sum(found) / len(rows), 5) if rows else None}
+        tokens = self.step * self.config.rows * self.config.length
+        return {"tokens": tokens, "tokens_per_second": round(tokens / self.seconds), "gpus": world_size(), "heldout": losses}
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> None:
     """Run the remaining steps (up to ``stop``, if given), logging every 50, saving at the given interval and at the end."""
     config, device = run.config, run.device
@@ -245,6 +309,10 @@ def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> N
     started, before, bar = time.monotonic(), run.seconds, progress(config.steps, "train", "step")
     bar.update(run.step)
     for batch in loader:
+        if world_size() > 1:  # the rate must be the same everywhere: by one clock
+            clock = torch.tensor([run.seconds], dtype=torch.float64)
+            dist.broadcast(clock, 0)
+            run.seconds = clock.item()
         rate = config.rate(run.step, run.seconds)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
@@ -252,6 +320,11 @@ def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> N
         hidden, balance, load = run.forward((ids[:, :-1], *pictures), layer_fn, vision_fn)
         loss = loss_fn(run.model, hidden, ids[:, 1:], weights[:, 1:])
         (loss + config.balance * balance).backward()
+        if world_size() > 1:
+            works = [dist.all_reduce(p.grad, dist.ReduceOp.SUM, async_op=True) for p in run.model.parameters()]
+            for work, p in zip(works, run.model.parameters(), strict=True):
+                work.wait()
+                p.grad /= world_size()
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
@@ -259,9 +332,9 @@ def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> N
         run.seconds = before + time.monotonic() - started
         bar.update(1)
         last = run.finished or run.step == stop
-        if run.step % 50 == 0 or last:
+        if (run.step % 50 == 0 or last) and not rank():
             run.log(loss.item(), norm.item(), load, rate)
-        if run.step % save_every == 0 or last:
+        if (run.step % save_every == 0 or last) and not rank():
             run.save()
         if last:
             break
@@ -274,6 +347,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory of the training state")
     parser.add_argument("--result", type=Path, required=True, help="JSON of the training record; its name is the tag")
     parser.add_argument("--workers", type=int, default=2, help="processes that make batches; 0: this one")
+    parser.add_argument("--text", type=Path, help="directory of a corpus (tiny_corpus.py): a model that reads real text")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between saved states (default 1000)")
     parser.add_argument("--probe-items", type=int, default=256, help="held-out items of each task at the end; 0: none")
 
@@ -281,13 +355,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     config, args = parse_settings(TrainSettings, __doc__, add_arguments)
     device, started, vision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time(), config.vision_layers
+    if "LOCAL_RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = tiny_data.build_vl_tokenizer(tiny_data.vl_texts()) if vision else tiny_data.build_tokenizer()
-    run = (VlRun if vision else Run)(config, tokenizer, args.work, device)
+    if args.text:
+        TextRun.corpus, tokenizer = args.text, load_tokenizer(args.text / "tokenizer", chat=False)
+    else:
+        tokenizer = tiny_data.build_vl_tokenizer(tiny_data.vl_texts()) if vision else tiny_data.build_tokenizer()
+    run = (TextRun if args.text else VlRun if vision else Run)(config, tokenizer, args.work, device)
     parameters = sum(p.numel() for p in run.model.parameters())
     print(f"{parameters / 1e6:.2f} M parameters on {device}; from step {run.step} of {config.steps}; {config}", flush=True)
     if not run.finished:
         train(run, args.workers, args.save_every)
+    if rank():
+        return
     metrics = run.metrics(args.probe_items)
     run.export(args.out)
     metrics |= {
