@@ -1,27 +1,53 @@
 #!/usr/bin/env bash
 # Speed of the quantizers on this machine, beside the limit:  bash pipelines/bench.sh [--layer small|122b] [--result F --tag T]
 # Every family at tiny size (docs/CHECKPOINTS.md):              bash pipelines/bench.sh families [--result F --tag T]
+# Straight from a hub with a limited rate:                    bash pipelines/bench.sh hub --model models/razor-tiny --work work/hub
 # Speed and memory of a GGUF file in llama.cpp:               bash pipelines/bench.sh --gguf F.gguf [--result F --tag T]
+# Drafting with a GGUF's block of multi-token prediction, by its types: acceptance, answers, tokens/s:  bash pipelines/bench.sh mtp
+# (MODEL, default models/razor-tiny-mtp, is packed with each of HEADS; a record each, $RESULTS/bench/razor_tiny_mtp_HEAD.json)
 # Every measurement at the size of the real model, on one or two GPUs, 10 to 15 minutes on two:      bash pipelines/bench.sh h100
 # Its parts, each with a time limit and a record under $RESULTS/bench (default results/): disk (data-free quantize of 6 layers beside
 # the disk), gptq and ldlq (calibrated layers), gguf (a 48 GiB file in $SHM, decoded on the GPU and with experts on the CPU), eval_tiny
 # and eval_35b (hf tokens/s). A part whose record is there is not run again. PARTS="disk gptq" takes some; eval_35b_vllm, which runs
-# only when named, is eval_35b through vLLM (VLLM_PYTHON: an interpreter that has it, where it stands apart). TINY=1 runs all of it
-# small. DISK_DEVICES=cuda:0,cuda:0 keeps two shards at work in part disk (default: four on a GPU).
+# only when named, is eval_35b through vLLM (VLLM_PYTHON: an interpreter that has it, where it stands apart), and so does packed:
+# products with packed matrices by humming-kernels, on one GPU. TINY=1 runs all of it small. DISK_DEVICES=cuda:0,cuda:0 keeps
+# two shards at work in part disk (default: four on a GPU).
 # Two lanes run side by side where there are two GPUs: what moves the disk (disk, gptq, ldlq) on the first; gguf, eval on the second,
 # pinned to cores of their own. Without llama.cpp in $LLAMA_CPP the gguf part is left out, and said. HEADERS=DIR holds what
 # `bash pipelines/bench.sh h100 headers DIR` made where llama.cpp's converter is: the head of each GGUF file.
 # PYTHON=python3 uses that interpreter as it is, without env.sh. The lines that begin with "bench:" are the summary; ends with 1 where a
 # part failed, whose log says why.
+# `bash pipelines/bench.sh memory`: the calibrated pass under caps on the GPU's memory (SHAPES, SECONDS_EACH, HEADERS, TINY=1);
+# `memory headers DIR` makes the heads of its GGUF files.
 # PYTHON may be several words; the lanes run in subshells of their own.
 # shellcheck disable=SC2086,SC2015,SC2030,SC2031
 set -uo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-if [ "${1:-}" != h100 ]; then
+mode=${1:-}
+if [ "$mode" != h100 ] && [ "$mode" != memory ]; then
     OPTIONS_FOLLOW=1 source "$here/env.sh" || exit
     [ "${1:-}" != families ] || exec python "$here/src/distill/speed_families.py" "${@:2}"
     case " $* " in *" --gguf"[\ =]*) exec python "$here/src/eval/speed_gguf.py" "$@" ;; esac
-    cd "$here" && exec python src/quant/speed_quant.py kernels "$@"
+    cd "$here" || exit 2
+    [ "${1:-}" != hub ] || exec python src/quant/speed_quant.py "$@"
+    [ "${1:-}" = mtp ] || exec python src/quant/speed_quant.py kernels "$@"
+    shift
+    model=${MODEL:-models/razor-tiny-mtp} work=${SCRATCH}/bench_mtp
+    name=$(basename "$model") results=${RESULTS:-results}/bench
+    mkdir -p "$work"
+    for head in ${HEADS:-bf16 q8_0 iq4_nl q4_K iq3_xxs experts_iq3_xxs experts_iq2_xs}; do
+        record=$results/${name//-/_}_${head,,}.json
+        if [ -e "$record" ]; then echo "bench: $record is there"; continue; fi
+        { # the experts of the block alone, or all its matrices
+            case $head in experts_*) printf '^mtp\\.ffn_.*_exps=%s\n^mtp\\.=q8_0\n' "${head#experts_}" ;; *) printf '^mtp\\.=%s\n' "$head" ;; esac
+            grep -v '^^mtp' configs/gguf_tensor_types_iq3.txt
+        } >"$work/$head.txt"
+        python src/quant/gguf_pack.py --config configs/gguf_iq3.env --model "$model" --out "$work/$head" --tensor-types "$work/$head.txt" \
+            --token-weights "$work/$name-weights.st" --force || exit
+        python src/eval/speed_gguf.py --gguf "$work/$head/"*.gguf --draft "${DRAFT:-1,3}" "$@" --result "$record" \
+            --tag "${name//-/_}_${head,,}" || exit
+    done
+    exit
 fi
 shift
 cd "$here" || exit 2
@@ -33,6 +59,29 @@ else
     PYTHON=python
 fi
 export HF_HUB_OFFLINE=1 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+if [ "$mode" = memory ]; then # HEADERS: a directory of headers/SHAPE.bin, made beforehand where llama.cpp's converter is
+    results=${RESULTS:-results}/bench scratch=${SCRATCH}/bench_memory code=0
+    mkdir -p "$results"
+    for shape in ${SHAPES:-122b 35b}; do
+        record=$results/${NAME:-h100}_${shape}_memory.json
+        [ ! -e "$record" ] || { echo "bench: $record is there"; continue; }
+        rm -rf "$scratch"
+        source=(--shape "$shape" --layers 1) run=(--seconds "${SECONDS_EACH:-3600}") more=()
+        [ "$shape" != 122b ] || run+=(--caps "23,80,46,11")
+        [ "$shape" != 35b ] || { run+=(--caps "11,80,23,46"); }
+        [ -z "${TINY:-}" ] || { source=(--shape tiny --layers 2 --interval 2 --experts 2) && run+=(--sequences 2 --length 32 --caps "1,2"); }
+        [ ! -e "${HEADERS:-}/$shape.bin" ] || more=(--header "$HEADERS/$shape.bin")
+        if [ "${2:-}" = headers ]; then
+            $PYTHON src/quant/synthetic_moe.py "${source[@]}" --out "${3:?a directory}/$shape.bin" --header-only
+            continue
+        fi
+        $PYTHON src/quant/synthetic_moe.py "${source[@]}" --out "$scratch/synthetic-$shape" &&
+            $PYTHON src/quant/speed_quant.py memory --model "$scratch/synthetic-$shape" --work "$scratch/work" "${run[@]}" \
+                "${more[@]}" --result "$record" --tag "$(basename "$record" .json)" || code=1
+        rm -rf "$scratch"
+    done
+    exit $code
+fi
 parts=" ${PARTS:-disk gptq ldlq gguf eval_tiny eval_35b} "
 results=${RESULTS:-results}/bench scratch=${SCRATCH}/bench_h100 name=${NAME:-h100_122b} tiny=${TINY:-}
 log=${LOG:-$scratch/logs}
@@ -41,13 +90,13 @@ rm -f "$log/failed"
 started=$(date +%s)
 
 if [ -n "$tiny" ]; then # the same commands at sizes of seconds on a CPU
-    model=(--shape tiny) disk_model=(--shape tiny) layer_model=(--shape tiny --layers 2 --interval 2 --experts 2)
+    model=(--shape tiny) packed_model=(--shape tiny --layers 1) disk_model=(--shape tiny) layer_model=(--shape tiny --layers 2 --interval 2 --experts 2)
     eval_model=(--shape tiny --layers 2 --interval 2)
     disk=(--probe-gib 0.01 --shard-gib 0.003) calibration=(--sequences 2 --length 32 --batch 2)
     on_gpu=(--prompt 32 --generate 8 --batches 32 --sequences "1,2" --repetitions 1 --flash-attention on)
     on_cpu=("${on_gpu[@]}") evaluation=(--batches "1,2" --prompt 16 --generate 24) experts=2
 else
-    model=(--shape 122b) disk_model=(--shape 122b --layers "${LAYERS:-6}") layer_model=(--shape 122b --layers 4 --interval 2)
+    model=(--shape 122b) packed_model=(--shape 122b --layers 1 --vocab 1024) disk_model=(--shape 122b --layers "${LAYERS:-6}") layer_model=(--shape 122b --layers 4 --interval 2)
     eval_model=(--shape 35b --layers "${EVAL_LAYERS:-40}")
     disk=(--probe-gib 6) calibration=(--sequences 128 --length 512 --batch 32)
     on_gpu=(--prompt "512,2048" --generate 128 --batches "512,2048" --sequences "1,2,4,8,16,32" --flash-attention "on,off" --repetitions 3)
@@ -114,6 +163,14 @@ disk_lane() {
                 --result "$results/${name}_$method.json" --tag "${name}_$method"
         done
         rm -rf "$scratch/layers"
+    fi
+    if wants packed; then
+        rm -rf "$scratch/packed"
+        part packed.source 60 - $PYTHON src/quant/synthetic_moe.py "${packed_model[@]}" --out "$scratch/packed/synthetic-122b" &&
+            LINES_SHOWN=40 part packed 235 "$results/${name}_packed.json" $PYTHON src/quant/speed_quant.py packed \
+                --model "$scratch/packed/synthetic-122b" --work "$scratch/packed/work" \
+                --result "$results/${name}_packed.json" --tag "${name}_packed"
+        rm -rf "$scratch/packed"
     fi
 }
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Download a GGUF from the hub, resumable and checked, and print how to serve it:
+# Download a GGUF from the hub, resumable and checked (a split one in all its parts):
 #     bash pipelines/fetch_gguf.sh General-Instinct/InstinctRazor-Qwen3.5-122B-A10B-GGUF [FILE.gguf] [--out models]
 # A killed run goes on with the same command. Paths are relative to the directory that you call it from.
 set -euo pipefail

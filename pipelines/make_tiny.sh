@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Trains models/razor-tiny on one GPU (H100: about 8 minutes):  bash pipelines/make_tiny.sh
 # models/razor-tiny-vl, at most 8 minutes in all:  bash pipelines/make_tiny.sh vl
-# Resumes from $SCRATCH/make_tiny or make_tiny_vl after an interruption. Extra arguments go to src/distill/tiny_train.py.
+# models/razor-tiny-mtp, the multi-token-prediction block of razor-tiny, at most 5:  bash pipelines/make_tiny.sh mtp
+# Resumes from $SCRATCH/make_tiny (_vl, _mtp) after an interruption. Extra arguments go to src/distill/tiny_train.py.
 set -euo pipefail
 OPTIONS_FOLLOW=1 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
 cd "$MOE_LOWBIT_ROOT"
-if [ "${1:-}" = vl ]; then
-    shift
-    exec python src/distill/tiny_train.py --config configs/make_tiny_vl.env --out models/razor-tiny-vl --workers 12 \
-        --work "$SCRATCH/make_tiny_vl" --result results/train/razor_tiny_vl.json --save-every 500 --probe-items 200 "$@"
-fi
-exec python src/distill/tiny_train.py --config configs/make_tiny.env --out models/razor-tiny \
-    --work "$SCRATCH/make_tiny" --result results/train/razor_tiny.json "$@"
+which='' more=()
+case ${1:-} in
+vl | mtp) which=$1 more=(--workers 12 --save-every 500 --probe-items 200) && shift ;;
+esac
+exec python src/distill/tiny_train.py --config "configs/make_tiny${which:+_$which}.env" --out "models/razor-tiny${which:+-$which}" \
+    --work "$SCRATCH/make_tiny${which:+_$which}" --result "results/train/razor_tiny${which:+_$which}.json" "${more[@]}" "$@"

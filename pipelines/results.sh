@@ -7,6 +7,7 @@
 #           of the same size with types by measured sensitivity; accuracy in llama-server; speed     an hour; TYPES="IQ3_XXS Q3_K"
 #   spread  how much of a GGUF's KL is luck: five calibration texts          half an hour a type; TYPES, TEXTS="tiny:0 tiny:1"
 #   vl      razor-tiny-vl: accuracy on drawn pictures, KL, a GGUF             five minutes
+#   size    what larger groups and fewer bits in whole layers, which make a packed file smaller, cost in KL     ten minutes
 #   packed  razor-tiny packed bit for bit, and in vLLM on a CPU (pipelines/vllm_cpu_env.sh)     four minutes; FORCE=1 replaces records
 # A killed run goes on where it stopped. A record that is there is kept: remove those that you want to make again. Then the pages:
 # bash pipelines/pages.sh
@@ -163,6 +164,18 @@ vl() {
     fi
 }
 
+size() {
+    local model=models/razor-tiny allocation=$SCRATCH/razor_tiny_allocation2.75layers.json group
+    mkdir -p "$SCRATCH" # shared experts of 128 inputs have no group of 256: left alone in both
+    echo '{"overrides": {"model.layers.*.mlp.shared_expert.down_proj.weight": 16}}' >"$SCRATCH/razor_tiny_shared.json"
+    for group in 128 256; do
+        rounded "razor_tiny_int3_int4_g${group}_gptq_refit" gptq_refit 3 --group "$group" --allocation "$SCRATCH/razor_tiny_shared.json"
+    done
+    [ -e "$allocation" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits 2.75 --whole-layers \
+        --measured results/probe/razor_tiny_allocation3.json --out "$allocation"
+    rounded razor_tiny_int2.75layers_int4_gptq_refit gptq_refit 3 --allocation "$allocation"
+}
+
 packed() {
     local vllm=${MOE_LOWBIT_VLLM_VENV:-$MOE_LOWBIT_ROOT/.venv-vllm}/bin/python work=$SCRATCH/packed force=${FORCE:+--force}
     local tag=razor_tiny_int3_int4_clip16_packed
@@ -171,11 +184,11 @@ packed() {
     halved models/razor-tiny "$work/razor-tiny-w3"
     python src/quant/packed_export.py --model "$work/razor-tiny-w3" --out "$work/razor-tiny-w3-packed" \
         --result results/quantize/$tag.json --tag $tag ${force:+"$force"}
-    # vLLM on a CPU runs Qwen3-Next, not Qwen3.5, and offers its kernel of 4-bit experts only where AMX is (docs/PACKED.md)
+    # vLLM on a CPU runs Qwen3-Next, not Qwen3.5, codes of 4 bits, and those of experts only where AMX is (docs/PACKED.md)
     python src/eval/vllm_form.py --model models/razor-tiny --out "$work/next" --form qwen3_next
     halved "$work/next" "$work/next-w3"
-    python src/quant/packed_export.py --model "$work/next-w3" --out "$work/next-w3-packed"
-    python src/quant/packed_export.py --model "$work/next-w3" --out "$work/next-w3-linears" --keep-experts
+    python src/quant/packed_export.py --model "$work/next-w3" --out "$work/next-w3-packed" --packed-bits 4
+    python src/quant/packed_export.py --model "$work/next-w3" --out "$work/next-w3-linears" --packed-bits 4 --keep-experts
     export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
     same() { "$vllm" src/eval/vllm_tokens.py --reference "$work/next-w3" --model "$work/$1" --tag "$2" ${force:+"$force"} "${@:3}"; }
     same next-w3-linears razor_tiny_vllm_packed_linears
@@ -183,7 +196,7 @@ packed() {
     same next razor_tiny_vllm_unquantized # how far apart two different models are on the same texts
 }
 
-parts=" tiny study gguf spread vl packed "
+parts=" tiny study gguf spread vl size packed "
 [ $# -gt 0 ] || { echo "error: no part named; known:$parts" >&2; exit 2; }
 for part in "$@"; do
     [[ $parts = *" $part "* ]] || { echo "error: no part $part; known:$parts" >&2; exit 2; }

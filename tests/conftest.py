@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import json
 import os
 import runpy
 import shutil
@@ -126,6 +127,58 @@ def as_a_process(script, arguments, cwd, streams):
             for descriptor, original in zip((1, 2), kept):
                 os.dup2(original, descriptor)
                 os.close(original)
+
+
+FORKING = """
+import json, os, runpy, sys, tempfile
+sys.path[:0] = [sys.argv[1] + "/gguf-py", sys.argv[1]]
+import gguf, torch, transformers
+from conversion import base
+for line in sys.stdin:
+    with tempfile.TemporaryFile() as said:
+        if not (child := os.fork()):
+            code = 1
+            try:
+                os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+                sys.argv = json.loads(line)
+                runpy.run_path(sys.argv[0], run_name="__main__")
+                code = 0
+            except SystemExit as end:
+                print(end.code, file=sys.stderr)
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            finally:
+                sys.stdout.flush(), sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said.seek(0)
+        print(json.dumps([code, said.read().decode("utf-8", "replace")]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def quick_converter():
+    """llama.cpp's converter forked from a process that has imported what it needs, instead of a new one for each call."""
+    import gguf_format
+    import llama_cpp
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKING, llama_cpp.source()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def watched(command, *rest, **more):
+        if str(gguf_format.DRIVER) not in map(str, command):
+            return real(command, *rest, **more)
+        process.stdin.write(json.dumps(list(map(str, command[1:]))) + "\n")
+        process.stdin.flush()
+        return tuple(json.loads(process.stdout.readline()))
+
+    real = llama_cpp.watched
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp, "watched", watched)
+        yield
+    process.stdin.close()
+    process.wait()
 
 
 @pytest.fixture

@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from console import UserError
+from families import Role
 from ggml_codecs import balanced, codec, decode_rows, encode
-from ggml_round import SIZES, columns_of, descend, even_rows, ldlq, packed, row_errors, spans, sweep, vector_importance
-from moe_ptq import inverse_factor
+from ggml_round import SIZES, columns_of, descend, ldlq, packed, row_errors, spans, sweep, vector_importance
+from gguf_layout import Piece, into_parameter, ordered_hessian, to_gguf
+from moe_ptq import Statistics, even_spans, inverse_factor
+from rounders import GgmlRounder, encoded
 
 KINDS = [("iq4_nl", 96), ("q4_0", 96), ("q4_K", 512), ("q3_K", 512), ("iq3_xxs", 512), ("iq2_xs", 512)]
 
@@ -202,6 +205,36 @@ def test_batches_and_dead_inputs():
     assert (values[2] - weight[2]).square().sum() < 0.05 * weight[2].square().sum()
 
 
+@pytest.mark.parametrize("working", [None, 200_000, 1])
+@pytest.mark.parametrize(
+    "shape,how",
+    [
+        ((3, 12, 64), {}),
+        ((3, 8, 64), {"span": (4, 12)}),
+        ((3, 6, 64), {"rows": torch.cat([12 * e + torch.tensor([0, 2, 4, 6, 8, 10]) for e in range(3)])}),
+        ((3, 12, 64), {"columns": torch.arange(63, -1, -1)}),
+        ((3, 12, 64), {"transposed": True}),
+        ((12, 64), {"rows": torch.arange(11, -1, -1)}),
+    ],
+)
+def test_a_parameter_is_left_with_what_its_pieces_decode_to(shape, how, working):
+    """Experts in batches, rows in parts: in the parameter itself where a piece is a view of it, through a copy elsewhere."""
+    weight, moments = problem(3 if len(shape) == 3 else 1, 12, 64)
+    parameter = weight.mT.contiguous() if "transposed" in how else weight if len(shape) == 3 else weight[0]
+    before, parameter = parameter, parameter.clone()
+    piece = Piece("n", shape, "p", ("s",), Role.ROUTED_EXPERT, 0, width=64, **how)
+    rounder = GgmlRounder([piece], {"n": "q4_0"}, "ldlq", 0.1, {"n"}, working)
+    rounder.round({"p": parameter}, lambda name: (Statistics(moments, torch.ones(len(moments))), torch.ones(len(moments))))
+    made = rounder.taken({})["n"]
+    whole = to_gguf(piece, before).reshape(len(moments), -1, 64)
+    expected = encoded(whole.contiguous(), "q4_0", "ldlq", ordered_hessian(piece, moments), 0.1)
+    assert made.data.shape == expected.shape and (made.data == expected).float().mean() > (0.99 if working == 1 else 0.9999)
+    values = decode_rows(made.data, "q4_0").reshape(shape)
+    assert torch.equal(to_gguf(piece, parameter), values) and 0 < made.errors[0] < 0.02 * made.errors[1]
+    into_parameter(piece, values, before)
+    assert torch.equal(parameter, before)  # and nothing else of it has changed
+
+
 def test_casts_and_refusals():
     weight, hessian = problem(1, 4, 256)
     assert torch.equal(ldlq(weight, "bf16", hessian), weight.bfloat16().view(torch.uint8))
@@ -225,8 +258,7 @@ def test_block_metric_is_the_loss_after_compensation():
     assert torch.allclose(own, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_spans_of_rows_are_even_and_in_sixteens():
+def test_spans_of_rows_are_even():
     for length, most in ((3072, 2569), (248_320, 162_760), (100, 1000), (2048, 16), (33, 16)):
-        rows = even_rows(length, most)
-        parts = [min(rows, length - span.start) for span in spans(length, rows)]
-        assert rows % 16 == 0 and rows < most + 16 and sum(parts) == length and max(parts) - min(parts) < 16 * len(parts)
+        parts = [span.stop - span.start for span in even_spans(length, most)]
+        assert sum(parts) == length and max(parts) <= most and max(parts) - min(parts) < len(parts)

@@ -1,9 +1,12 @@
 """The direct path to GGUF: equal to llama.cpp's converter, decoded exactly, the same bytes after kills; bad input."""
 
 import contextlib
+import dataclasses
 import json
+import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
@@ -15,20 +18,33 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import llama_cpp
 import moe_alloc
 import pack_plan
 from calibration import Calibration
 from calibration_text import calibration_ids
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, source_identity
 from console import UserError
 from ggml_codecs import decode_rows
 from gguf_dequant import dequantize
-from gguf_format import Entry, GgufFile, run_converter, write_imatrix
+from gguf_format import (
+    Entry,
+    GgufFile,
+    GgufWriter,
+    describe_gguf,
+    part_path,
+    run_converter,
+    split_header,
+    text_bytes,
+    write_imatrix,
+)
 from gguf_layout import (
     check_config,
     check_header,
+    check_strict,
     exact_patterns,
     extra_keys,
+    fallback_notes,
     pieces_of,
     read_parameter,
     read_patterns,
@@ -107,9 +123,18 @@ def test_types_follow_the_patterns_and_llama_cpps_rules(tmp_path):
         "blk.0.ssm_conv1d.weight": (512, 4), "blk.0.ffn_gate_inp_shexp.weight": (1, 256),
         "blk.0.attn_output.weight": (256, 256),
     }  # fmt: skip
-    types, notes = types_of(shapes, "q3_K", patterns)
+    types, fallbacks = types_of(shapes, "q3_K", patterns)
     assert list(types.values()) == ["q6_K", "iq4_nl", "q8_0", "f16", "f32", "f32", "f32", "f32", "q3_K"]
-    assert [note.split(":")[0] for note in notes] == ["blk.0.ffn_down_exps.weight", "blk.0.attn_q.weight"]
+    assert [one.name for one in fallbacks] == ["blk.0.ffn_down_exps.weight", "blk.0.attn_q.weight"]
+    again = fallbacks[0]._replace(name="blk.1.ffn_down_exps.weight")
+    stated = 8 * 256 * 96 * (4.5 - 98 / 32) / 8 / 1e6  # iq4_nl: 18 bytes for 32 weights; iq3_xxs: 98 for 256
+    assert fallback_notes([*fallbacks, again]) == [
+        f"blk.*.ffn_down_exps.weight: 2 of rows of 96, no multiple of the 256 of iq3_xxs: iq4_nl, {2 * stated:+.2f} MB",
+        "blk.*.attn_q.weight: 1 of rows of 250, no multiple of the 256 of q3_K: f16, +0.03 MB",  # 110 bytes for 256
+    ]
+    with pytest.raises(UserError, match=r"ffn_down_exps.weight has rows of 96.*\(2 tensors in all\).*=iq4_nl\), or leave"):
+        check_strict(fallbacks)
+    check_strict([])
     (tmp_path / "exact.txt").write_text(exact_patterns(types))
     assert types_of(shapes, "f16", read_patterns(tmp_path / "exact.txt"))[0] == types
     for text, message in (
@@ -137,7 +162,7 @@ def test_bad_input_is_one_line(random_tiny, mixed, tmp_path, command):
         ([*base, "--method", "nearest", "--imatrix", tmp_path / "i.gguf"], "the imatrix has no entry for blk.0."),
         ([*base, "--imatrix", tmp_path / "i.gguf"], "holds no second moments"),
         ([*base[:-1], "iq9"], "type 'iq9' is unknown"),
-        ([*base[:2], tmp_path / "llama", *base[3:]], "written directly for qwen3_5_moe"),
+        ([*base[:2], tmp_path / "llama", *base[3:]], "no rule for it in model_type llama"),
         ([*dequant, tmp_path / "short.gguf"], "truncated"),
         ([*dequant, tmp_path / "text.gguf"], "not a GGUF file"),
         ([*dequant, tmp_path / "i.gguf"], "architecture"),
@@ -278,7 +303,7 @@ KILLER = textwrap.dedent("""
     import torch, transformers
     from calibration import Calibration
     from calibration_text import calibration_ids
-    from checkpoint import Checkpoint
+    from checkpoint import Checkpoint, source_identity
     from gguf_pack import write_pack
     from pack_plan import plan_pack
     import ggml_scalar, transformers.models.qwen3_5_moe.modeling_qwen3_5_moe
@@ -406,3 +431,153 @@ def test_what_the_reference_kept_is_of_the_same_weights(random_tiny, tmp_path, c
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="model-BF16.gguf: made of another model .model.safetensors differs"):
         steps()
+
+
+# ---------------------------------------------------------------- split files
+
+
+@pytest.fixture(scope="module")
+def whole(random_tiny, tmp_path_factory):
+    """(a BF16 file, its pack, its header)."""
+    work = tmp_path_factory.mktemp("whole")
+    pack, _ = plan_pack(Checkpoint(random_tiny), "bf16", [], "nearest")
+    (work / "run").mkdir()
+    header = pack.header(work / "run")
+    write_pack(pack, work / "out", header=header)
+    return work / "out" / pack.file_name, pack, header
+
+
+@pytest.fixture(scope="module")
+def splitter(tmp_path_factory):
+    """llama.cpp's llama-gguf-split, compiled from its one source file against the libraries of the build."""
+    if not (compiler := shutil.which("c++")) or not os.environ.get("LLAMA_CPP"):
+        pytest.skip("no C++ compiler, or no LLAMA_CPP")
+    tool, tree, libraries = tmp_path_factory.mktemp("tool") / "split", llama_cpp.source(), llama_cpp.tools()
+    options = ["-std=c++17", "-w", *(f"-I{tree / part}" for part in ("include", "ggml/include", "common")), f"-L{libraries}"]
+    linked = ["-lllama", "-lllama-common", "-lggml", "-lggml-base", f"-Wl,-rpath,{libraries}", "-o", tool]
+    subprocess.run([compiler, *options, tree / "tools/gguf-split/gguf-split.cpp", *linked], check=True)
+    return tool
+
+
+def split_of(whole, out, limit):
+    path, pack, header = whole
+    made = write_pack(dataclasses.replace(pack, split=limit), out, header=header)
+    return out / made["file"], made
+
+
+@pytest.mark.parametrize("limit", [300_000, 1_000_000, 3_000_000, 1_000_000_000])
+def test_split_files_are_those_of_llama_cpps_tool(whole, splitter, tmp_path, limit):
+    """Byte for byte; the tool counts in millions of bytes, so that 0.3 is compared by what it makes of a test of its own."""
+    largest = max(whole[1].bytes_of(piece) for piece in whole[1].pieces)
+    if limit < max(1_000_000, whole[1].bytes_of(whole[1].pieces[0])):
+        with pytest.raises(UserError, match="SPLIT_GIB=.*: the first tensor, token_embd.weight, takes 0.0"):
+            split_of(whole, tmp_path / "ours", limit)
+        return
+    first, made = split_of(whole, tmp_path / "ours", limit)
+    (tmp_path / "theirs").mkdir()
+    name = whole[0].stem
+    size = f"{limit // 1_000_000}M"
+    subprocess.run([splitter, "--split-max-size", size, whole[0], tmp_path / "theirs" / name], check=True, capture_output=True)
+    ours, theirs = (sorted((tmp_path / who).glob("*.gguf")) for who in ("ours", "theirs"))
+    assert [file.name for file in ours] == [file.name for file in theirs] == list(made["parts"])
+    assert first == ours[0] and (len(ours) > 1) == (limit < 10_000_000)
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(ours, theirs))
+    assert max(file.stat().st_size for file in ours[1:] or [first]) < max(limit, largest) + (1 << 20)
+    assert GgufFile(first).bytes == made["file_bytes"] == sum(file.stat().st_size for file in ours)
+
+
+def test_a_killed_writer_of_parts_ends_with_the_same_bytes(tmp_path):
+    """Killed behind any tensor, with half of the next one and of the next file on the disk."""
+    tensors = [(f"blk.{n}.weight", (n % 3 + 1, 8), "f32") for n in range(7)]
+    header = b"GGUF" + struct.pack("<IQQ", 3, 7, 0) + text_bytes("blk.0.weight") + bytes(40)
+    parts = split_header(header, tensors, 128)
+    plan = [(name, 32 * shape[0]) for name, shape, _ in tensors]
+    data = [torch.full(shape, float(n)) for n, (_, shape, _) in enumerate(tensors)]
+
+    def run(path, stop):
+        with contextlib.suppress(ZeroDivisionError), GgufWriter(path, parts, plan, path.with_suffix(".json")) as writer:
+            for n in range(writer.done, len(plan)):
+                if n == stop:
+                    half = data[n].view(-1)[:4]
+                    writer.append(plan[n][0], half)
+                    raise ZeroDivisionError
+                writer.append(plan[n][0], data[n])
+                writer.sync()
+        return [file.read_bytes() for file in sorted(path.parent.glob(f"{path.stem}-*.gguf"))]
+
+    expected = run(tmp_path / "alone.gguf", None)
+    assert len(expected) == len(parts) > 3
+    for first in range(len(plan)):
+        path = tmp_path / f"k{first}.gguf"
+        run(path, first)
+        if first < len(plan) - parts[-1].tensors:  # of a file that is not begun
+            part_path(path, len(parts), len(parts)).write_bytes(b"left over")
+        run(path, min(first + 2, len(plan) - 1))
+        assert run(path, None) == expected
+    os.truncate(part_path(path, 1, len(parts)), 10)
+    with pytest.raises(UserError, match="00001-of-0000.*shorter than"):
+        GgufWriter(path, parts, plan, path.with_suffix(".json"))
+
+
+def test_every_reader_takes_the_first_part_for_all(whole, random_tiny, tmp_path, command):
+    first, made = split_of(whole, tmp_path / "split", 2_000_000)
+    parts, one, all_ = sorted(first.parent.glob("*.gguf")), GgufFile(whole[0]), GgufFile(first)
+    assert len(parts) > 3 and list(all_.tensors) == list(one.tensors)
+    assert all(torch.equal(all_.data(name).flatten(), one.data(name).flatten()) for name in one.tensors)
+    described, alone = describe_gguf(first), describe_gguf(whole[0])
+    assert described["bytes"] == sum(file.stat().st_size for file in parts) and described["weights_sha256"] == made["sha256"]
+    assert {key: described[key] for key in ("tensors", "types")} == {key: alone[key] for key in ("tensors", "types")}
+    assert source_identity(first).keys() == {file.name for file in parts}
+    dequantize(first, random_tiny, tmp_path / "bf16")
+    decoded, original = Checkpoint(tmp_path / "bf16"), Checkpoint(random_tiny)
+    assert all(torch.equal(decoded.read(name), original.read(name)) for name in original.tensors)
+    check_loads(first)  # llama-bench
+    other = split_of(whole, tmp_path / "other", 3_000_000)[0]
+    middle, end = parts[len(parts) // 2], parts[-1]
+    kept = middle.read_bytes()
+
+    def refused(path, message):
+        with pytest.raises(UserError, match=message):
+            describe_gguf(path)
+        done = command("src/quant/gguf_dequant.py", "--gguf", path, "--model", random_tiny, "--out", tmp_path / "o")
+        assert done.returncode == 2 and re.search(message, done.stderr) and done.stderr.count("\n") == 1, done.stderr
+
+    refused(end, f"part {len(parts)} of a split model; give the first, .*{first.name}")
+    before, key = parts[len(parts) // 2 - 1], text_bytes("split.no") + struct.pack("<I", gguf.GGUFValueType.UINT16)
+    head, rest = before.read_bytes().split(key, 1)
+    twice = head + key + struct.pack("<H", len(parts) // 2) + rest[2:]
+    name = min(tensor.name for tensor in gguf.GGUFReader(before).tensors)  # as in a part of a model that was cut elsewhere
+    for place, content, message in (
+        (middle, None, f"{first.name}: the split model lacks {middle.name}"),
+        (middle, other.read_bytes(), f"{middle.name}: its header says part 1 of .* does not"),
+        (middle, end.read_bytes(), f"{middle.name}: its header says part {len(parts)} of {len(parts)}"),
+        (middle, whole[0].read_bytes(), f"{middle.name}: its header says no part of a split model"),
+        (middle, twice, f"{middle.name}: its header says part .*, with {name} once more"),
+        (middle, kept[:-64], f"{middle.name}: .*truncated"),
+    ):
+        place.unlink(missing_ok=True)
+        if content is not None:
+            place.write_bytes(content)
+        refused(first, message)
+    middle.write_bytes(kept)
+    shutil.copy(first, tmp_path / "renamed.gguf")
+    refused(tmp_path / "renamed.gguf", r"renamed.gguf: its header says part 1 of .*wants the name NAME-00001-of-")
+
+
+def test_a_split_pack_goes_on_after_a_kill_and_only_as_it_was(random_tiny, tmp_path, command, monkeypatch):
+    split = ["--split-gib", 0.002, "--strict"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pack_plan.GgufSink, "write", killed)
+        done = command(*packed(random_tiny, tmp_path / "o", *split))
+    assert done.returncode == 1 and "stands for a kill" in done.stderr, done.stderr
+    other = command(*packed(random_tiny, tmp_path / "o", "--split-gib", 0.003))
+    assert other.returncode == 2 and "other settings (split)" in other.stderr
+    done = command(*packed(random_tiny, tmp_path / "o", *split))
+    assert done.returncode == 0 and "(resumed)" in done.stdout, done.stderr
+    names = sorted(file.name for file in (tmp_path / "o").glob("*.gguf"))
+    assert (
+        len(names) > 2 and f"{names[0]} was loaded by llama.cpp" in done.stdout and f"split: {len(names)} files" in done.stdout
+    )
+    again = command(*packed(random_tiny, tmp_path / "p", *split))
+    assert again.returncode == 0
+    assert all((tmp_path / "o" / name).read_bytes() == (tmp_path / "p" / name).read_bytes() for name in names)

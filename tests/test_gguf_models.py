@@ -1,5 +1,6 @@
 """The direct path on other models than razor-tiny: dense Qwen3.5, one with a vision tower; and an imatrix of the probe."""
 
+import json
 import re
 import subprocess
 
@@ -8,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import untrained_vl
+from safetensors.torch import save_file
+from test_source_formats import AS_PUBLISHED
 
 from checkpoint import Checkpoint
-from gguf_format import GgufFile, read_imatrix, run_converter
+from gguf_format import GgufFile, read_imatrix, run_converter, same_file
+from gguf_layout import read_parameter, to_gguf
 from gguf_pack import write_pack
 from llama_cpp import tool
 from pack_plan import plan_pack
+from speed_families import tiny_family
 from tiny_data import build_tokenizer
 
 TEXT = "Sam is 30. Tess is 4 older than Sam. How old is Tess?\n" * 40
@@ -71,6 +76,53 @@ def perplexity(file, text):
         if found := re.search(r"Final estimate: PPL = (\S+)", out):
             return float(found[1])
     raise AssertionError(out[-2000:])
+
+
+FAMILIES = (
+    "llama qwen2 qwen3 qwen3_moe qwen2_moe qwen3_next mixtral olmoe deepseek_v3 deepseek_v2 gemma3_text gpt_oss llama4_text"
+    " nemotron_h granitemoehybrid qwen3_moe+fp8 gpt_oss+mxfp4 deepseek_v3+int4"
+).split()
+STORED = dict(zip(("fp8", "mxfp4", "int4"), AS_PUBLISHED.values()))
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_file_of_any_architecture_is_that_of_llama_cpps_tools(model_type, quick_converter, tmp_path, monkeypatch):
+    """Converted and quantized without a mixture of types: keys, names, types, shapes and bytes."""
+    monkeypatch.setattr("gguf_pack.check_loads", lambda path: None)  # not all of these toys are models to llama.cpp
+    model_type, _, stored = model_type.partition("+")
+    model = tiny_family(tmp_path / model_type, model_type)
+    config = json.loads((model / "config.json").read_text())
+    config.pop("eos_token_id")  # the tokenizer's alone: another end would be a key that llama.cpp does not write
+    (model / "generation_config.json").unlink()
+    if model_type == "llama":  # a tensor that no weight is part of: rope_freqs
+        config["rope_parameters"] = LLAMA3 | {"original_max_position_embeddings": 128}
+    if stored:  # as a publisher may: both read the weights that it stands for
+        convert, config["quantization_config"] = STORED[stored]
+        tensors = {name: Checkpoint(model).read(name) for name in Checkpoint(model).tensors}
+        for file in model.glob("model*"):
+            file.unlink()
+        save_file(dict(convert(tensors)), model / "model.safetensors", metadata={"format": "pt"})
+    (model / "config.json").write_text(json.dumps(config))
+    mtp = ["--no-mtp"] if model_type == "qwen3_next" else []
+    run_converter("convert", model, "--outfile", tmp_path / "plain.gguf", "--outtype", "bf16", *mtp)
+    for kind in ("F16", "Q8_0"):
+        command = [tool("llama-quantize"), "--pure", "--allow-requantize"]
+        run(*command, tmp_path / "plain.gguf", tmp_path / f"{kind}.gguf", kind)
+    if model_type == "qwen3":  # a name that nothing here knows
+        (model / "config.json").write_text(json.dumps(config | {"model_type": "of_nobody"}))
+    pack, notes = plan_pack(Checkpoint(model), "f16", [], "nearest")
+    assert any("header carries" in note for note in notes)  # what is not compared
+    assert any(piece.function == "converter" for piece in pack.pieces) == (model_type == "llama")
+    write_pack(pack, tmp_path / "ours")
+    assert same_file(tmp_path / "ours" / pack.file_name, tmp_path / "F16.gguf") == []
+    pack, theirs = plan_pack(pack.checkpoint, "q8_0", [], "nearest")[0], GgufFile(tmp_path / "Q8_0.gguf")
+    assert pack.types == {name: theirs.kind(name) for name in pack.types}
+    for piece in pack.pieces:  # our rounding to q8_0 looks for a better unit than theirs
+        if pack.types[piece.name] == "q8_0":
+            value = to_gguf(piece, read_parameter(pack.checkpoint, piece)).float().numpy()
+            rounded = gguf.quants.quantize(value, gguf.GGMLQuantizationType.Q8_0)
+            assert np.array_equal(rounded.ravel(), theirs.tensors[piece.name].data.ravel()), piece.name
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ import torch
 from calibration_text import calibration_ids
 from console import UserError
 from gguf_format import Entry, read_imatrix, write_imatrix
-from gguf_layout import ggml_names
 
 
 def test_round_trip_and_foreign_files(tmp_path):
@@ -31,18 +30,6 @@ def test_round_trip_and_foreign_files(tmp_path):
     for name, message in (("text", "not a GGUF file"), ("none", "no such GGUF file")):
         with pytest.raises(UserError, match=message):
             read_imatrix(tmp_path / name)
-
-
-def test_names_are_llama_cpps():
-    names = {
-        "model.layers.2.mlp.experts.gate_up_proj": ["blk.2.ffn_gate_exps.weight", "blk.2.ffn_up_exps.weight"],
-        "model.layers.2.mlp.experts.down_proj": ["blk.2.ffn_down_exps.weight"],
-        "model.layers.2.mlp.shared_expert.up_proj.weight": ["blk.2.ffn_up_shexp.weight"],
-        "model.layers.3.self_attn.o_proj.weight": ["blk.3.attn_output.weight"],
-        "model.layers.2.linear_attn.in_proj_qkv.weight": ["blk.2.attn_qkv.weight"],
-        "model.layers.2.linear_attn.out_proj.weight": ["blk.2.ssm_out.weight"],
-    }
-    assert {name: ggml_names(name, "qwen3_5_moe", 4) for name in names} == names
 
 
 def test_the_probe_writes_mean_squared_inputs(random_tiny, tmp_path, command):

@@ -24,7 +24,16 @@ from backend import HfBackend, Sampling
 from backend_openai import OpenAIBackend
 from console import UserError
 from eval_settings import load_settings
-from gguf_format import bos_of, config_of_gguf, describe_gguf, open_gguf, run_converter
+from gguf_format import (
+    GgufFile,
+    GgufWriter,
+    bos_of,
+    config_of_gguf,
+    describe_gguf,
+    open_gguf,
+    run_converter,
+    split_header,
+)
 from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, read_logprobs, write_logprobs
 from hf_model import load_tokenizer, prompt_ids, render_chat
 from kl import tiny_texts
@@ -32,7 +41,7 @@ from llama_cpp import tool
 from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, more_ends
 from records import read_result
 from runner import get_benchmarks
-from speed_gguf import active_bytes
+from speed_gguf import active_bytes, drafting, fit_decoding
 
 REPO = Path(__file__).resolve().parent.parent
 MODEL = REPO / "models" / "razor-tiny"
@@ -231,7 +240,7 @@ def test_a_server_that_hides_special_tokens(bf16_gguf, tmp_path, prompts, greedy
         bf16_gguf, tmp_path / "hidden.gguf", "tokenizer.ggml.token_type", lambda parts: parts[thought].fill(3)
     )  # fmt: skip
     start = LlamaServer._start
-    monkeypatch.setattr(LlamaServer, "_start", lambda self: (self.arguments.remove("--special"), start(self)))
+    monkeypatch.setattr(LlamaServer, "_start", lambda self: (self.command.remove("--special"), start(self)))
     with LlamaServer(hidden, 2048, 2, ["--repeat-penalty", "1.5", "--top-k", "1", "--mirostat", "2", "--temp", "3"]) as server:
         openai = OpenAIBackend(server.client.base_url + "/v1", "m", MODEL, 2048, key=server.key)
         got = in_order(openai, prompts[:4], Sampling(max_tokens=512))
@@ -415,6 +424,21 @@ def test_kl_of_both_tools_agrees(bf16_gguf, q4_gguf, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_split_file_is_judged_as_the_whole_one(q4_gguf, tmp_path):
+    """The copy with other control tokens takes all parts along: no position differs."""
+    reader = GGUFReader(q4_gguf)
+    tensors = [(t.name, tuple(reversed(t.shape.tolist())), str(GgufFile(q4_gguf).kind(t.name))) for t in reader.tensors]
+    parts = split_header(q4_gguf.read_bytes()[: reader.data_offset], tensors, 3_000_000)
+    with GgufWriter(tmp_path / "m.gguf", parts, [(t.name, int(t.n_bytes)) for t in reader.tensors], tmp_path / "s") as writer:
+        for tensor in reader.tensors:
+            writer.append(tensor.name, GgufFile(q4_gguf).data(tensor.name))
+    fixed = {"text": None, "items": 2, "context": 128, "chunks": 3, "tool_args": "", "copy_gib": 4.0, "tokenizer": MODEL}
+    (tmp_path / "work").mkdir()
+    found = against_gguf(argparse.Namespace(model=writer.files[0], reference=q4_gguf, **fixed), tmp_path / "work")
+    assert len(parts) > 2 and found["kl"]["max"] == 0 and found["kl"]["top1"] == 1
+
+
+@pytest.mark.slow
 def test_kl_through_the_server(q4_gguf, tmp_path):
     """The way for files too large to copy: other kernels, so the same within some percent, on the same positions."""
     fixed = {"text": None, "items": 2, "context": 128, "chunks": 3, "tool_args": "", "copy_gib": 0.0, "server_chunks": 2}
@@ -437,6 +461,43 @@ def test_bench_records_what_it_measured(bf16_gguf, tmp_path):
         rates = [row["tokens_per_s"] for part in ("prefill", "decode") for row in placement[part].values()]
         assert min(rates) > 1 and placement["peak_rss_mib"] >= 30
     assert "of the limit" in done.stdout and (metrics["gpu"] or "no GPU in this llama.cpp" in done.stdout)
+
+
+def test_the_time_of_a_token_is_taken_apart():
+    files = {
+        str(n): {"operations": 5 + 50 * n, "layers": n, "active_bytes": {"total": 7e8 + 15e7 * n}} for n in (6, 12, 24)
+    } | {"narrow": {"operations": 605, "layers": 12, "active_bytes": {"total": 3e7}}}  # fmt: skip
+    seconds = {key: 2e-6 * file["operations"] + file["active_bytes"]["total"] / 3e12 for key, file in files.items()}
+    found = fit_decoding(files, seconds)
+    assert found["operation_s"] == pytest.approx(2e-6) and found["bandwidth"] == pytest.approx(3e12)
+    assert found["layer_s"] == pytest.approx(50 * 2e-6 + 15e7 / 3e12)
+    assert found["rest_s"] == pytest.approx(5 * 2e-6 + 7e8 / 3e12)
+    costs = {"1": 0.01, "2": 0.011, "3": 0.012}  # seconds of one, two, three tokens at once
+    assert drafting(costs, 0.001, [0.9, 0.8]) == pytest.approx({"1": 1.9 / 0.012, "2": (1 + 0.9 + 0.72) / 0.014})
+
+
+def test_settings_are_tried_one_by_one(bf16_gguf, tmp_path, command):
+    into, record = tmp_path / "d.json", tmp_path / "r.json"
+    tries = [
+        "plain: -p 0 -n 2 -r 1",
+        "verify: GGML_CUDA_PDL=0 -p 1,2 -n 0 -r 1",
+        "host: -p 0 -n 2 -r 1 -ncmoe 4",
+        "no: --not-one",
+    ]
+    asked = [word for text in tries for word in ("--try", text)]
+    done = command("src/eval/speed_gguf.py", "--gguf", bf16_gguf, *asked, "--into", into)
+    assert done.returncode == 0, done.stderr
+    assert "no: FAILED" in done.stdout and "GGML_CUDA_PDL" not in os.environ
+    done = command("src/eval/speed_gguf.py", "--decoding", into, "--result", record, "--tag", "r")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(record.read_text())["metrics"]
+    (file,) = metrics["files"].values()
+    assert file["layers"] == 8 and 300 < file["operations"] < 600
+    (row,) = metrics["host"]
+    assert row["host_bytes"] == file["active_bytes"]["experts"] / 2 and row["share_of_read"] > 0
+    assert {entry["name"] for entry in metrics["tries"] if "failed" in entry} == {"no"}
+    assert list(metrics["drafted_estimate"]["tokens_per_s"].values())[0].keys() == {"1"}
+    assert command("src/eval/speed_gguf.py", "--gguf", bf16_gguf, "--try", "x: -p 1").returncode == 2
 
 
 @pytest.mark.parametrize("begins", [False, True])

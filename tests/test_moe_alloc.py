@@ -2,13 +2,16 @@
 
 import itertools
 import json
+import re
 import shutil
+import types
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import moe_alloc
 from checkpoint import Checkpoint
 from console import UserError
 from quant_save import quantize_checkpoint
@@ -50,6 +53,18 @@ def test_an_allocation_is_measured_and_kept(random_tiny, tmp_path, command):
         on_disk = f"{prefix}.0.{part.replace('gate_up', 'gate')}.weight"
         levels = max(len(row.unique()) for row in made.read(on_disk)[:, :128].float().abs())
         assert levels <= 2 ** (bits - 1) and (levels > 2 ** (bits - 2) or bits == 2), (name, bits, levels)
+
+
+def test_whole_layers_have_one_width(random_tiny, tmp_path, monkeypatch):
+    """gate_up and down of a layer together: 2 bits where their sum loses least, not in layer 0, where gate_up loses none."""
+    each = {"gate_up_proj": (0.0, 0.1, 0.15, 1.0), "down_proj": (1.0, 0.1, 0.15, 1.0)}
+    losses = {f"model.layers.{n}.mlp.experts.{part}": [own[n], 0.0, 0.0] for n in range(4) for part, own in each.items()}
+    monkeypatch.setattr(moe_alloc, "measured", lambda settings: (losses, {}))
+    out = tmp_path / "layers.json"
+    settings = types.SimpleNamespace(model=random_tiny, out=out, choices=[2, 3, 4], whole_layers=True)
+    moe_alloc.bits_for_budget(settings, 2.5)
+    found = json.loads(out.read_text())["overrides"]
+    assert found == {name: 2 if re.search(r"\.[12]\.", name) else 3 for name in losses}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Packed checkpoints: what is packed unpacks to the same bits, the same files, in the same places; anything else is refused."""
 
+import collections
 import dataclasses
 import json
 import re
@@ -7,24 +8,28 @@ import shutil
 
 import pytest
 import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
 from conftest import REPO
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import packed_format
 from calibration import Calibration
-from checkpoint import PACKED, Checkpoint, unpack_codes, unpacked_values
+from checkpoint import PACKED, Checkpoint
 from console import UserError
 from families import Role
 from moe_ptq import Grid, Statistics, round_weight
-from moe_quant import dequantize, quantize_group
+from moe_quant import Quantized, dequantize, quantize_group
 from packed_export import check, pack, sizes, unpack
 from packed_format import codes_of, pack_codes, plan_container
 from plans import plan_jobs
 from quant_save import quantize_checkpoint
 from recipe import Recipe
+from source_formats import unpack_words, word_count
 
 # What a packed checkpoint holds in BF16 is not rounded: with these left alone in the plain one too, the two are the same model.
-KEPT = {"overrides": tuple((f"*{name}.weight", 16) for name in ("embed_tokens", "lm_head", "in_proj_a", "in_proj_b"))}
+KEPT = {"overrides": tuple((f"*{name}.weight", 16) for name in ("embed_tokens", "in_proj_a", "in_proj_b"))}
 RECIPE = Recipe(3, 4, 128, 4, **KEPT)
 SHARD = 1 << 20
 
@@ -57,11 +62,17 @@ def fused(random_tiny, tmp_path_factory):
     return path
 
 
-def test_words_are_those_of_the_format():
-    codes = torch.randint(-8, 8, (3, 40), dtype=torch.int8)
-    expected = [[sum(int(c + 8) << 4 * k for k, c in enumerate(row[j : j + 8])) for j in range(0, 40, 8)] for row in codes]
-    assert [[word % 2**32 for word in row] for row in pack_codes(codes).tolist()] == expected
-    assert torch.equal(unpack_codes(pack_codes(codes)), codes)
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_words_are_those_of_the_format(bits):
+    """A row is one number: code k, offset, times 2 ** (k bits)."""
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 64), dtype=torch.int8)
+    rows = [sum((int(c) + 2 ** (bits - 1)) << bits * k for k, c in enumerate(row)) for row in codes]
+    words = pack_codes(codes, bits)
+    assert [[w % 2**32 for w in row] for row in words.tolist()] == [
+        [row >> 32 * j & 2**32 - 1 for j in range(2 * bits)] for row in rows
+    ]
+    for inputs in (64, 33, 8, 5):  # rows of other lengths end within a word
+        assert torch.equal(unpack_words(words[:, : word_count(inputs, bits)], bits, inputs), codes[:, :inputs])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -74,8 +85,8 @@ def test_codes_and_scales_are_recovered_from_the_values_alone(bits, device):
     made = quantize_group(weight, bits, 128, 16)
     found = codes_of(dequantize(made, 128), (bits,), 128)
     assert torch.equal(found.codes, made.codes) and torch.equal(found.scale, made.scale)
-    packed, scale = pack_codes(found.codes), found.scale.bfloat16()
-    assert same_bits(unpacked_values(packed, scale), dequantize(made, 128))
+    codes = unpack_words(pack_codes(found.codes, bits), bits, 512)
+    assert same_bits(dequantize(Quantized(codes, found.scale.bfloat16().float()), 128), dequantize(made, 128))
     off = dequantize(made, 128)
     off[3, 7] = 0.37 * off[3, :128].abs().max()
     with pytest.raises(UserError, match=f"not on a symmetric grid of {bits} bits"):
@@ -92,10 +103,10 @@ def test_every_tensor_and_every_file_comes_back(random_tiny, tmp_path, method, e
     quantize_checkpoint(random_tiny, tmp_path / "plain", recipe, shard_bytes=SHARD, **more)
     report = quantize_checkpoint(random_tiny, tmp_path / "packed", recipe, shard_bytes=SHARD, packed=True, **more)
     plain, packed = Checkpoint(tmp_path / "plain"), Checkpoint(tmp_path / "packed")
-    assert list(plain.tensors) == list(packed.tensors) and len(packed.files) > 3
+    assert list(plain.tensors) == list(packed.tensors) and len(packed.files) > 2
     assert all(same_bits(packed.read(name), plain.read(name)) for name in plain.tensors)
     stored = sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in packed.files)
-    assert report.container["bytes"] == stored < 0.31 * plain.bytes
+    assert report.container["bytes"] == stored < (0.22 if expert_bits == 2 else 0.28) * plain.bytes
     unpack(tmp_path / "packed", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "plain")
     pack(tmp_path / "plain", tmp_path / "later", shard_bytes=SHARD)
@@ -149,6 +160,38 @@ def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(fused, tmp_path, mon
     assert contents(tmp_path / "cut") == expected
 
 
+def test_compressed_tensors_and_transformers_read_the_same_bits(random_tiny, tmp_path):
+    """The package's own decompression of every matrix, of each width; then the whole model by transformers, by that package."""
+    recipe = Recipe(3, 4, 128, 4, overrides=(*RECIPE.overrides, ("model.layers.2.linear_attn.out_proj.weight", 2)))
+    quantize_checkpoint(random_tiny, tmp_path / "packed", recipe, packed=True)
+    unpack(tmp_path / "packed", tmp_path / "plain")
+    config = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    groups = QuantizationConfig.model_validate(config).config_groups.values()
+    schemes = {target: scheme for scheme in groups for target in scheme.targets}
+    stored, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "plain"))
+    equal = collections.Counter()
+    for name in [name for name in stored if name.endswith(".weight_packed")]:
+        stem = name.removesuffix("_packed")
+        own = [key for key in schemes if key.startswith("re:") and re.match(key[3:], stem.removesuffix(".weight"))]
+        scheme = schemes[own[0] if own else "Linear"]
+        parts = {f"weight_{part}": stored[f"{stem}_{part}"] for part in ("packed", "scale", "shape")}
+        made = BaseCompressor.get_value_from_registry(scheme.format).decompress(parts, scheme)["weight"]
+        equal[scheme.weights.num_bits] += same_bits(made, expected.pop(stem))
+    assert equal == {2: 1, 3: 96, 4: 12 + 3 + 9 + 1}
+    assert all(same_bits(stored[name], value) for name, value in expected.items())
+    ids, logits = torch.randint(0, 300, (2, 64)), []
+    for name in ("packed", "plain"):
+        model, info = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.bfloat16, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+    assert same_bits(*logits)
+    (tmp_path / "packed" / PACKED).unlink()  # as another's file of this format, which config.json alone describes
+    plain, bare = Checkpoint(tmp_path / "plain"), Checkpoint(tmp_path / "packed")
+    assert bare.tensors.keys() == plain.tensors.keys()
+    assert all(same_bits(bare.read(name), plain.read(name)) for name in plain.tensors)
+
+
 def test_several_devices_write_the_same_bytes(fused, tmp_path):
     for count in (1, 3):
         devices = (torch.device("cpu"),) * count
@@ -156,9 +199,10 @@ def test_several_devices_write_the_same_bytes(fused, tmp_path):
     assert contents(tmp_path / "1") == contents(tmp_path / "3") and len(Checkpoint(tmp_path / "3").files) > 6
 
 
-def test_what_is_not_packed_is_what_the_config_ignores(random_tiny, tmp_path):
+def test_what_is_not_packed_is_what_the_config_ignores(random_tiny, tmp_path, capsys):
     """Each linear is packed or ignored; what vLLM fuses shares its lot; what is left in BF16 is as it was."""
-    recipe = Recipe(3, 4, 128, 4, overrides=(("model.layers.3.self_attn.q_proj.weight", 16), ("lm_head.weight", 6)))
+    kept, odd = "model.layers.3.self_attn.q_proj.weight", "model.layers.2.linear_attn.in_proj_z.weight"
+    recipe = Recipe(3, 4, 128, 4, overrides=((kept, 16), (odd, 6), ("lm_head.weight", 5), ("model.layers.1.mlp.experts.*", 2)))
     quantize_checkpoint(random_tiny, tmp_path / "packed", recipe, packed=True)
     config = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
     stored = load_file(tmp_path / "packed/model.safetensors")
@@ -170,9 +214,22 @@ def test_what_is_not_packed_is_what_the_config_ignores(random_tiny, tmp_path):
     assert ignored == linears and packed and not packed & linears
     attention = {f"model.layers.3.self_attn.{part}_proj" for part in "qkv"}
     assert attention <= linears and "model.layers.3.self_attn.o_proj" in packed
-    assert {"lm_head", "model.layers.0.linear_attn.in_proj_a", "model.layers.0.mlp.gate"} <= linears
-    weights = config["config_groups"]["group_0"]["weights"]
-    assert (weights["num_bits"], weights["symmetric"], weights["group_size"]) == (4, True, 128)
+    assert {"model.layers.0.linear_attn.in_proj_a", "model.layers.0.mlp.gate"} <= linears
+    groups = {}
+    for group in config["config_groups"].values():
+        weights = group["weights"]
+        assert weights["symmetric"] and weights["group_size"] == 128
+        groups |= {target: weights["num_bits"] for target in group["targets"]}
+    bits = {}
+    for name in packed:  # those that a loader makes one matrix of have one width
+        own = [size for target, size in groups.items() if target.startswith("re:") and re.match(target[3:], name)]
+        assert len(own) < 2
+        bits[name] = own[0] if own else groups["Linear"]
+        assert stored[f"{name}.weight_packed"].shape[1] == stored[f"{name}.weight_shape"][1] * bits[name] / 32
+    assert bits["lm_head"] == 5 and bits["model.layers.0.linear_attn.out_proj"] == 4
+    assert {bits[f"model.layers.2.linear_attn.in_proj_{part}"] for part in ("qkv", "z")} == {6}
+    assert [bits[f"model.layers.{layer}.mlp.experts.7.up_proj"] for layer in range(4)] == [3, 2, 3, 3]
+    assert "experts of 2, 3 bits: vLLM reads them, transformers does not" in capsys.readouterr().out
     source = Checkpoint(random_tiny)
     assert all(same_bits(stored[f"{name}.weight"], source.read(f"{name}.weight")) for name in linears | {"model.embed_tokens"})
 
@@ -187,6 +244,27 @@ def test_a_packed_checkpoint_runs_like_the_plain_one(random_tiny, tmp_path):
     assert torch.equal(*logits)
 
 
+def test_multi_token_prediction_is_packed_as_a_layer_or_ignored_whole(random_tiny):
+    jobs = plan_jobs(Checkpoint(random_tiny), Recipe(3, 4, 128, 4, overrides=(("model.layers.1.mlp.experts.*", 2),)))
+    stem = "model.layers.3."
+    layer = [
+        dataclasses.replace(job, name=job.name.replace(stem, "mtp.layers.0."), role=Role.MTP)
+        for job in jobs if job.name.startswith(stem)
+    ]  # fmt: skip
+    joined = next(job for job in layer if job.name.endswith("q_proj.weight"))
+    joined = dataclasses.replace(joined, name="mtp.fc.weight")
+    found = plan_container([*jobs, *layer, joined], RECIPE)
+    assert found.kept["mtp.fc.weight"] == "vLLM reads mtp.fc in BF16" and "mtp.fc" in found.config["ignore"]
+    groups = [(group["weights"]["num_bits"], group["targets"]) for group in found.config["config_groups"].values()]
+    for job in (job for job in layer if job.bits):
+        module = job.name.removesuffix(".weight")
+        assert not any(re.match(name[3:], module) for name in found.config["ignore"] if name.startswith("re:")), module
+        own = [bits for bits, targets in groups for name in targets if name[:3] == "re:" and re.match(name[3:], module)]
+        assert (own or [4]) == [found.bits[job.name]] == [found.bits[job.name.replace("mtp.layers.0.", stem)]], module
+    left = [dataclasses.replace(job, bits=None) for job in (*layer, joined)]
+    assert r"re:.*mtp\..*" in plan_container([*jobs, *left], RECIPE).config["ignore"]
+
+
 def test_a_vision_tower_is_left_alone(tmp_path):
     from transformers import AutoModelForImageTextToText
 
@@ -195,8 +273,9 @@ def test_a_vision_tower_is_left_alone(tmp_path):
     from tiny_model import build_vl_model, vl_config
 
     build_vl_model(vl_config(build_vl_tokenizer(vl_texts(100)), 2, 1), 0).bfloat16().save_pretrained(tmp_path / "m")
-    quantize_checkpoint(tmp_path / "m", tmp_path / "plain", RECIPE)
-    quantize_checkpoint(tmp_path / "m", tmp_path / "packed", RECIPE, packed=True)
+    recipe = dataclasses.replace(RECIPE, overrides=(*RECIPE.overrides, ("lm_head.weight", 16)))  # 374 tokens are no tiles
+    quantize_checkpoint(tmp_path / "m", tmp_path / "plain", recipe)
+    quantize_checkpoint(tmp_path / "m", tmp_path / "packed", recipe, packed=True)
     unpack(tmp_path / "packed", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(tmp_path / "plain")
     config = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
@@ -217,21 +296,24 @@ def test_a_zero_has_no_sign():
 def test_the_size_of_the_122b_is_counted_from_its_shapes():
     facts = sizes(REPO / "configs/shape_122b.json", Recipe(3, 4, 128, 16))
     experts = 48 * 256 * 3 * 1024 * 3072
-    attention = 36 * (2 * 2048 + 8192 + 8192 + 8192) * 3072 + 12 * (2 * 8192 + 2 * 512 + 8192) * 3072
-    packed = experts + attention + 48 * 3 * 1024 * 3072
-    matrices = 48 * (256 * 3 + 3) + 36 * 3 + 12 * 4
-    assert facts["packed_parameters"] == packed
-    assert facts["packed_bytes"] == packed // 2 + packed // 128 * 2 + 16 * matrices
-    assert facts["kept_bytes"]["vLLM reads the head in BF16"] == 248320 * 3072 * 2
-    assert round(facts["dequantized_bytes"] / 1e9) == 245 and 65e9 < facts["bytes"] < 67e9
+    rest = 36 * (2 * 2048 + 8192 + 8192 + 8192) * 3072 + 12 * (2 * 8192 + 2 * 512 + 8192) * 3072 + 48 * 3 * 1024 * 3072
+    head, matrices = 248320 * 3072, 48 * (256 * 3 + 3) + 36 * 3 + 12 * 4 + 1
+    assert facts["parameters_by_bits"] == {"3": experts, "4": rest + head}
+    assert facts["packed_bytes"] == (3 * experts + 4 * (rest + head)) // 8 + (experts + rest + head) // 64 + 16 * matrices
+    assert facts["kept_bytes"]["vLLM reads embeddings in BF16"] == 2 * head and round(facts["dequantized_bytes"] / 1e9) == 245
+    table = facts["bytes_of"]  # the marks: without mtp, with it packed, with it in BF16
+    assert all(size <= mark * 1e9 for size, mark in zip(table["in BF16"], (52, 53, 57)))
+    assert table["packed"][1] <= 51e9 and 46.4e9 < facts["code_bytes"] < 46.6e9
+    eighths = sizes(REPO / "configs/shape_122b.json", Recipe(2.75, 4, 128, 16))
+    assert eighths["parameters_by_bits"]["2"] == experts // 4 and eighths["bytes"] < facts["bytes"] - 3.6e9
 
 
 def test_recipes_and_shapes_that_do_not_fit_are_refused(random_tiny, tmp_path, command):
     flags = ["--model", random_tiny, "--expert-bits", 3, "--linear-bits", 4, "--packed", "--out", tmp_path / "q"]
     for more, message in (
         (["--method", "rtn_asym"], "--packed: method rtn_asym is not a symmetric grid"),
-        (["--group", 16], "--packed: no kernel has groups of 16; use --group 32, 64, 128"),
-        (["--expert-bits", 5], "--packed: no routed expert can be packed: more than 4 bits"),
+        (["--group", 16], "--packed: no kernel has groups of 16; use --group 32, 64, 128, 256"),
+        (["--packed-bits", 9], "--packed-bits 9 is outside 2..8"),
         (["--expert-bits", 16, "--linear-bits", 16], "--packed: no matrix can be packed: nothing is quantized"),
     ):
         done = command("src/quant/quant_save.py", *flags, *more)

@@ -1,4 +1,4 @@
-"""Packed checkpoints in the programs that they are made for: the package compressed-tensors, transformers, vLLM on a CPU.
+"""Packed checkpoints in vLLM on a CPU, whose compressed-tensors 0.17 reads codes of 4 and 8 bits: --packed-bits 4.
 
 Runs where pipelines/vllm_cpu_env.sh has made .venv-vllm, or where MOE_LOWBIT_VLLM_VENV names such an environment.
 """
@@ -6,13 +6,12 @@ Runs where pipelines/vllm_cpu_env.sh has made .venv-vllm, or where MOE_LOWBIT_VL
 import json
 import os
 import subprocess
-import textwrap
 
 import pytest
 from conftest import REPO
 from test_vllm_cpu import VENV, hybrid_moe  # noqa: F401  (a fixture)
 
-from packed_export import pack, unpack
+from packed_export import pack
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 
@@ -24,40 +23,6 @@ pytestmark = [
 ]
 RECIPE = Recipe(3, 4, 128, 16)
 
-TRANSFORMERS = textwrap.dedent("""
-    # The package's own decompression of every matrix, then the whole model by transformers with that package.
-    import json, sys, torch
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
-    packed, plain = sys.argv[1:]
-    config = json.load(open(f"{packed}/config.json"))["quantization_config"]
-    scheme = QuantizationConfig.model_validate(config).config_groups["group_0"]
-    compressor = BaseCompressor.get_value_from_registry(scheme.format)
-    stored, expected = load_file(f"{packed}/model.safetensors"), load_file(f"{plain}/model.safetensors")
-    equal = 0
-    for name in [name for name in stored if name.endswith(".weight_packed")]:
-        stem = name.removesuffix("_packed")
-        parts = {key: stored[f"{stem}_{key.partition('_')[2]}"] for key in ("weight_packed", "weight_scale", "weight_shape")}
-        made, want = compressor.decompress(parts, scheme)["weight"], expected.pop(stem)
-        equal += made.dtype == want.dtype and torch.equal(made.view(torch.int16), want.view(torch.int16))
-    rest = [name for name, value in expected.items() if not torch.equal(stored[name], value)]
-
-    def load(path):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.bfloat16, local_files_only=True, output_loading_info=True
-        )
-        return model, [name for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[key]]
-
-    (one, lost), (other, _) = load(packed), load(plain)
-    ids = torch.randint(0, 800, (2, 64))
-    with torch.no_grad():
-        same = torch.equal(one(ids).logits, other(ids).logits)
-    print(json.dumps({"equal": equal, "rest": rest, "lost": lost, "same": same}))
-""")
-
 
 def run(*arguments):
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}  # the machine may be busy
@@ -67,13 +32,6 @@ def run(*arguments):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
-
-
-def test_compressed_tensors_and_transformers_read_the_same_bits(tmp_path):
-    quantize_checkpoint(REPO / "models/razor-tiny", tmp_path / "packed", RECIPE, packed=True)
-    unpack(tmp_path / "packed", tmp_path / "plain")
-    found = json.loads(run("-c", TRANSFORMERS, tmp_path / "packed", tmp_path / "plain").splitlines()[-1])
-    assert found == {"equal": 192 + 24 + 8 + 18, "rest": [], "lost": [], "same": True}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +50,7 @@ def agreement(packed, plain, *more):
 
 def test_vllm_reads_packed_linears(quantized, tmp_path):
     """Stock vLLM on any CPU: the backbone packed, the routed experts in BF16."""
-    pack(quantized, tmp_path / "packed", experts=False)
+    pack(quantized, tmp_path / "packed", experts=False, least=4)
     found = agreement(tmp_path / "packed", quantized)
     assert any("CPUWNA16LinearKernel" in line for line in found["kernels"]) and found["likeliest"]["places"] > 4000
     assert found["likeliest"]["share"] > 0.99 and found["generated"]["share"] > 0.99, found
@@ -104,7 +62,7 @@ def test_vllm_reads_packed_experts(quantized, tmp_path):
     kernel does."""
     if "avx512_bf16" not in open("/proc/cpuinfo").read():
         pytest.skip("needs a processor with AVX-512 BF16")
-    pack(quantized, tmp_path / "packed")
+    pack(quantized, tmp_path / "packed", least=4)
     found = agreement(tmp_path / "packed", quantized, "--unlock-cpu-experts")
     assert any("'CPU' WNA16 MoE" in line for line in found["kernels"])
     assert found["likeliest"]["share"] > 0.98 and found["generated"]["share"] > 0.95, found

@@ -73,6 +73,7 @@ def asked(root: Path, pipeline: str) -> set[str]:
     own |= {"WORK": root / "work"}
     if pipeline == "bench.sh h100":
         own |= {"PYTHON": root / "venv/bin/python", "LLAMA_CPP": root / "no-llama"}
+        own |= {"PARTS": "disk gptq ldlq gguf eval_tiny eval_35b packed"}  # the last only where it is named
     command = ["bash", *shlex.split(f"pipelines/{pipeline}")]
     environment = kept | {key: str(value) for key, value in own.items()}
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=60)

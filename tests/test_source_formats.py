@@ -16,8 +16,10 @@ from calibration import Calibration
 from checkpoint import Checkpoint
 from console import UserError
 from hf_model import load_model
+from packed_format import pack_codes
 from quant_save import quantize_checkpoint
 from recipe import Recipe
+from source_formats import unpack_words
 from speed_families import tiny_family
 
 
@@ -120,16 +122,21 @@ def test_compressed_tensors_are_those_of_the_library(tmp_path, name, dtype):
 
 def test_an_order_of_activations_is_followed(tmp_path):
     """weight_g_idx names the group of each input: quantizing sorted columns, then sorting back, is the same matrix."""
-    args = QuantizationArgs(**INT, num_bits=4, actorder="group")
+    args = QuantizationArgs(**INT, num_bits=4)
     index = torch.arange(128).remainder(4).int()
+    order = index.argsort(stable=True)
+    back = order.argsort()
     weight, scale = random(16, 128).bfloat16(), (random(16, 4).abs() / 4 + 0.01).bfloat16()
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
-    stored = compressor.compress({"weight": weight, "weight_scale": scale, "weight_g_idx": index}, scheme)
-    group = {"targets": ["re:.*x$"], "weights": args.model_dump(mode="json")}
+    stored = compressor.compress({"weight": weight[:, order], "weight_scale": scale}, scheme)
+    wanted = compressor.decompress(stored, scheme)["weight"][:, back]
+    codes = unpack_words(stored["weight_packed"], 4, 128)[:, back]
+    stored |= {"weight_packed": pack_codes(codes, 4), "weight_g_idx": index}
+    group = {"targets": ["re:.*x$"], "weights": args.model_dump(mode="json") | {"actorder": "group"}}
     found = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
     checkpoint = checkpoint_of(tmp_path, {f"model.x.{key}": value for key, value in stored.items()}, found)
-    same_in_pieces(checkpoint, "model.x.weight", compressor.decompress(stored, scheme)["weight"])
+    same_in_pieces(checkpoint, "model.x.weight", wanted)
 
 
 CODES = random(128, 128).to(torch.float8_e4m3fn)
@@ -203,6 +210,8 @@ def test_a_checkpoint_in_its_published_format_is_quantized_as_its_bf16(family, t
     convert, quantization = AS_PUBLISHED[family]
     source, plain = tiny_family(tmp_path / "source", family), tmp_path / "plain"
     tensors = {name: Checkpoint(source).read(name) for name in Checkpoint(source).tensors}
+    for file in source.glob("model*"):
+        file.unlink()
     config = json.loads((source / "config.json").read_text())
     save_file(dict(convert(tensors)), source / "model.safetensors", metadata={"format": "pt"})
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))

@@ -4,23 +4,28 @@
 
 Each is quantized to 8 bits without text and with it (gptq, tokens weighed), loaded again by transformers with no name missing
 or left over, and compared with the original on 2,000 positions of random tokens; its router is watched; adapters on every role
-are trained two steps on the scores of the original and merged. The checkpoints are untrained: a KL says that the layers, the
-grids and the places of the weights are right, not how good a method is.
+are trained two steps on the scores of the original and merged. Then it becomes a GGUF: by llama.cpp's tools and by ours, whose
+bytes are compared, and by error feedback, which llama-server runs beside transformers (--gguf: only this). The checkpoints are
+untrained: a KL says that the layers, the grids and the places of the weights are right, not how good a method is.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,24 +35,32 @@ from console import UserError, progress, run_cli
 from devices import default_device
 from families import FAMILIES, Role, roles_of
 from fsdp_setup import World
+from gguf_format import GgufFile, same_file
+from gguf_kl import server_logprobs
+from gguf_layout import Piece, pieces_of, read_parameter, to_gguf
+from gguf_pack import write_pack
 from hf_model import load_model
 from kl import divergence
+from llamacpp_eval8 import LlamaServer
 from merge_adapter import merge
 from moe_lora import trainable
 from opd_data import Example, TrainSettings, collate, model_identity
 from opd_losses import gathered
 from opd_student import build_student
 from opd_trainer import Trainer, write_adapter
+from pack_plan import plan_pack
+from pack_reference import make_reference, run_tool
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, peak_rss_mib, write_result
+from rounders import is_quantized
 from sensitivity import probe
 
 SIZES: dict[str, Any] = dict(
     vocab_size=832, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     head_dim=16, max_position_embeddings=512, moe_intermediate_size=32, num_experts=4, num_local_experts=4,
     n_routed_experts=4, num_experts_per_tok=2, tie_word_embeddings=False, pad_token_id=0, bos_token_id=None,
-    eos_token_id=1, first_k_dense_replace=1, n_group=2, topk_group=1, n_shared_experts=1, initializer_range=0.05,
+    eos_token_id=827, first_k_dense_replace=1, n_group=2, topk_group=1, n_shared_experts=1, initializer_range=0.05,
 )  # fmt: skip
 LATENT = dict(q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16, num_key_value_heads=4)
 INDEXED = LATENT | dict(index_n_heads=2, index_head_dim=32, index_topk=128)
@@ -60,18 +73,18 @@ MAMBA = dict(
     use_mamba_kernels=False,
 )  # fmt: skip
 FAMILY: dict[str, dict[str, Any]] = {  # model_type of config.json -> what it has beside SIZES
-    "qwen3_5_moe_text": HYBRID,
-    "qwen3_5_text": HYBRID,
+    "qwen3_5_moe_text": HYBRID | dict(head_dim=32),  # room for the sections of its rotation
+    "qwen3_5_text": HYBRID | dict(head_dim=32),
     "qwen3_next": HYBRID,
     "qwen3_moe": {},
     "mixtral": {},
-    "olmoe": {},
+    "olmoe": dict(num_key_value_heads=4),
     "deepseek_v3": LATENT,
     "llama": {},
     "qwen2": {},
     "qwen3": {},
-    "gemma2": {},
-    "gemma3_text": {},
+    "gemma2": dict(query_pre_attn_scalar=16),
+    "gemma3_text": dict(query_pre_attn_scalar=16),
     "kimi_k2": LATENT,
     "deepseek_v2": LATENT | dict(topk_method="greedy"),
     "deepseek_v32": INDEXED,
@@ -81,7 +94,7 @@ FAMILY: dict[str, dict[str, Any]] = {  # model_type of config.json -> what it ha
     "qwen2_moe": dict(shared_expert_intermediate_size=32, decoder_sparse_step=1),
     "mistral": {},
     "hunyuan_v1_moe": {},
-    "minimax_m2": {},
+    "minimax_m2": dict(rotary_dim=16),
     "ernie4_5_moe": dict(
         moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1, moe_layer_end_index=1
     ),
@@ -94,11 +107,66 @@ FAMILY: dict[str, dict[str, Any]] = {  # model_type of config.json -> what it ha
     "gpt_oss": {},
     "llama4_text": dict(intermediate_size_mlp=96, interleave_moe_layer_step=2, num_hidden_layers=4),
     "nemotron_h": dict(
-        layers_block_type=["mamba", "moe", "attention", "mlp"], num_hidden_layers=4, mamba_num_heads=4, mamba_head_dim=32,
+        layers_block_type=["mamba", "moe", "attention", "moe"], num_hidden_layers=4, mamba_num_heads=4, mamba_head_dim=32,
         ssm_state_size=16, n_groups=1, moe_shared_expert_intermediate_size=32, use_mamba_kernels=False,
     ),
 }  # fmt: skip
 RENAMED = {"kimi_k2": "deepseek_v3"}  # transformers' class of a model_type that it does not know
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {  # fields of config.json as the publisher has them, where transformers writes others
+    "kimi_k2": {"model_type": "kimi_k2", "scoring_func": "sigmoid"},
+    "deepseek_v3": {"scoring_func": "sigmoid"},
+    "deepseek_v32": {"scoring_func": "sigmoid"},
+    "glm_moe_dsa": {"scoring_func": "sigmoid"},
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"], "original_max_position_embeddings": 512},
+    "minimax_m2": {"scoring_func": "sigmoid"},
+    "glm4_moe_lite": {"first_k_dense_replace": 1, "scoring_func": "sigmoid"},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+}
+GLM_TOKENS = {829: "<|user|>", 830: "<|observation|>", 831: "[gMASK]"}  # that llama.cpp's converter looks for
+PIECES = ("gemma4_text", "jamba")  # whose vocabulary llama.cpp's converter takes as pieces of text with bytes among them
+
+
+def tokenizer(path: Path, model_type: str) -> None:
+    """razor-tiny's tokenizer, or one of as many tokens, with what llama.cpp's converter asks of the family's."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(REPO / "models/razor-tiny" / name, path)
+    text, config = (json.loads((path / name).read_text()) for name in ("tokenizer.json", "tokenizer_config.json"))
+    if model_type.startswith("glm"):
+        for token in text["added_tokens"]:
+            token["content"] = GLM_TOKENS.get(token["id"], token["content"])
+        config["extra_special_tokens"] = ["<|endoftext|>", "<|im_end|>"]
+    if model_type == "deepseek_v32":
+        config |= {"add_bos_token": True, "bos_token": "<|im_start|>", "tokenizer_class": "LlamaTokenizer"}
+    if model_type in PIECES:
+        pieces = [
+            "<pad>",
+            "<|im_end|>",
+            "<bos>",
+            "<unk>",
+            *(f"<0x{byte:02X}>" for byte in range(256)),
+            "\u2581",
+            "a",
+            "b",
+            "ab",
+        ]
+        pieces += [chr(0x4E00 + i) for i in range(SIZES["vocab_size"] - len(pieces))]
+        pieces[SIZES["eos_token_id"]] = "<|im_end|>"
+        replaced = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+        text |= {
+            "model": {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True, "merges": ["a b"]}
+            | {"vocab": {piece: index for index, piece in enumerate(pieces)}},
+            "decoder": {"type": "Sequence", "decoders": [replaced, {"type": "ByteFallback"}, {"type": "Fuse"}]},
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}, "pre_tokenizer": None,
+            "added_tokens": [
+                dict(id=i, content=pieces[i], special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+                for i in (0, 2, 3, SIZES["eos_token_id"])
+            ],
+        }  # fmt: skip
+        config = {"tokenizer_class": "TokenizersBackend", "eos_token": "<|im_end|>", "pad_token": "<pad>", "bos_token": "<bos>"}
+    (path / "tokenizer.json").write_text(json.dumps(text))
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def tiny_family(path: Path, model_type: str) -> Path:
@@ -116,12 +184,11 @@ def tiny_family(path: Path, model_type: str) -> Path:
                 value.mul_(
                     160 if "proj" in name else 20
                 )  # decided routing, as of a trained model: a tie that rounding turns is a whole expert's output
-    model.bfloat16().save_pretrained(path)
-    if model_type in RENAMED:
-        text = json.loads((path / "config.json").read_text())
-        (path / "config.json").write_text(json.dumps(text | {"model_type": model_type}))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(REPO / "models/razor-tiny" / name, path)
+    model.bfloat16().save_pretrained(path, max_shard_size="200KB")  # some converters look for an index
+    known = {*type(config)().to_dict(), *FAMILY[model_type], "architectures"}  # a stray "num_experts" makes a mixture of it
+    text = {key: value for key, value in json.loads((path / "config.json").read_text()).items() if key in known}
+    (path / "config.json").write_text(json.dumps(text | PUBLISHED.get(model_type, {})))
+    tokenizer(path, model_type)
     return path
 
 
@@ -222,6 +289,97 @@ def adapter(path: Path, out: Path) -> dict[str, float]:
     return {"start": start, "merged": end, "moved": float((last - first).abs().max())}
 
 
+KIND, WRITTEN = "iq4_nl", [("token_embd|^output", "q8_0")]  # of rows that are multiples of 32
+POSITIONS = (2, 256)  # sequences and tokens of each whose predictions are compared
+
+
+def gguf_difference(file: Path, model: Path) -> dict[str, float]:
+    """Log-probabilities of a GGUF in llama-server against those of transformers for a checkpoint: the mean absolute difference
+    over all positions and tokens, and KL. It must also generate."""
+    ids = torch.randint(5, 825, POSITIONS, generator=torch.Generator().manual_seed(1))
+    with LlamaServer(file, POSITIONS[1] + 8, 1) as server:
+        answer = server.client.call("/completion", {"prompt": ids[0, :8].tolist(), "n_predict": 4, "ignore_eos": True})
+        if answer["tokens_predicted"] != 4:
+            raise UserError(f"{file.name}: llama-server generated {answer['tokens_predicted']} of 4 tokens")
+        rows = [server_logprobs(server, np.append(own.numpy(), 5).astype(np.int32), SIZES["vocab_size"], 0) for own in ids]
+    expected = logits_of(model, ids).flatten(0, 1).log_softmax(-1)
+    own = torch.cat(rows)
+    kl = (expected.exp() * (expected - own)).sum(-1)
+    return {"difference": float((own - expected).abs().mean()), "kl": float(kl.mean()), "positions": len(own)}
+
+
+def as_gguf(path: Path, out: Path) -> dict[str, Any]:
+    """What becomes of a checkpoint as a GGUF, a step a key; a step that fails has its reason as text, and ends what needs it.
+
+    ``reference``: llama.cpp's convert, imatrix and quantize (REFERENCE=1). ``nearest``: F16 by trace, ``equal``: how it differs
+    from llama.cpp's convert and llama-quantize --pure, and what its values in Q8_0 would. ``exact``: a float32 file against
+    transformers, which is how far apart the two programs are whatever a file holds. ``ldlq``: error feedback, ``served``:
+    against transformers on what DEQUANT_OUT writes."""
+    found: dict[str, Any] = {}
+
+    def step(name: str, make: Callable[[], Any]) -> bool:
+        try:
+            found[name] = make()
+        except UserError as error:
+            found[name] = " ".join(str(error).replace(f"{out}/", "").replace(f"{path}", path.name).split())[:200]
+        return not isinstance(found[name], str)
+
+    checkpoint, server = Checkpoint(path), {}
+
+    def packed(name: str, kind: str, method: str) -> dict[str, Any]:
+        calibrated = calibration() if method == "ldlq" else None
+        pack, _ = plan_pack(checkpoint, kind, WRITTEN if method == "ldlq" else [], method, calibrated)
+        if not pack.is_calibrated:
+            pack = dataclasses.replace(pack, calibration=None)
+        made = write_pack(pack, out / name, dequant_out=out / f"{name}-bf16" if method == "ldlq" else None)
+        server[name] = out / name / pack.file_name
+        fed = sum(is_quantized(pack.types[p.name]) and p.name in pack.fed for p in pack.pieces)
+        return {"tensors": len(pack.pieces), "fed": fed, "nearest": made.get("uncalibrated", {})}
+
+    def reference() -> dict[str, Any]:
+        pack, _ = plan_pack(checkpoint, KIND, WRITTEN, "nearest", calibration(0.0))
+        made = make_reference(pack.seen_whole(), calibration(0.0), out / "reference", WRITTEN)
+        return {"file_bytes": made["file_bytes"]}
+
+    def differences() -> list[str]:
+        plain = out / "reference" / f"{path.name}-BF16.gguf"
+        for kind in ("F16", "Q8_0"):
+            run_tool("llama-quantize", ["--pure", plain, out / f"{kind}.gguf", kind], out / "llama.log")
+        theirs, (pack, _) = GgufFile(out / "Q8_0.gguf"), plan_pack(checkpoint, "q8_0", [], "nearest")
+        lines = same_file(server["nearest"], out / "F16.gguf")
+        lines += [f"{name}: not planned" for name in theirs.tensors.keys() - pack.types.keys()]
+        for piece in pack.pieces:
+            if (kind := theirs.kind(piece.name)) != pack.types[piece.name]:
+                lines.append(f"{piece.name}: {pack.types[piece.name]} instead of {kind}")
+            elif kind == "q8_0":  # llama.cpp's own rounding of our values: ours searches for a better unit
+                value = pack.values(piece.name, piece.shape) if piece.function == "converter" else None
+                value = to_gguf(piece, read_parameter(checkpoint, piece)) if value is None else value
+                own = gguf.quants.quantize(value.float().numpy(), gguf.GGMLQuantizationType.Q8_0)
+                if not np.array_equal(own, theirs.data(piece.name).numpy()):
+                    lines.append(f"{piece.name}: other bytes in Q8_0")
+        return lines
+
+    out.mkdir(exist_ok=True)
+    if step("traced", lambda: dict(Counter(kind_of(piece) for piece in pieces_of(checkpoint)))):
+        step("reference", reference)
+        if step("nearest", lambda: packed("nearest", "f16", "nearest")):
+            step("equal", differences)
+        if step("float32", lambda: packed("float32", "f32", "nearest")):
+            step("exact", lambda: gguf_difference(server["float32"], path))
+        if step("ldlq", lambda: packed("ldlq", KIND, "ldlq")):
+            step("served", lambda: gguf_difference(server["ldlq"], out / "ldlq-bf16"))
+    return found
+
+
+def kind_of(piece: Piece) -> str:
+    """How a tensor of a GGUF is made of the checkpoint's, in words."""
+    if piece.function != "same":
+        return "function"
+    moved = "rows" if piece.rows is not None else "part" if piece.span is not None else "same"
+    stack = "stack" if len(piece.sources) > 1 else moved
+    return "transposed" if piece.transposed else "columns" if piece.columns is not None else stack
+
+
 def checks(path: Path, out: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """(what was tried, what came out) of one family's checkpoint; a failure is raised."""
     yield "layers", layers(path)
@@ -233,6 +391,7 @@ def checks(path: Path, out: Path) -> Iterator[tuple[str, dict[str, float]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--gguf", action="store_true", help="only what becomes of each as a GGUF")
     parser.add_argument("--families", default=",".join(FAMILY), help="names with commas between (default: all)")
     add_record_arguments(parser)
     args = parser.parse_args()
@@ -245,11 +404,13 @@ def main() -> None:
         for name in names:
             begun = time.perf_counter()
             with tempfile.TemporaryDirectory() as work, contextlib.redirect_stdout(io.StringIO()):
-                own = dict(checks(tiny_family(Path(work, name), name), Path(work)))
-            found[name] = own | {"seconds": round(time.perf_counter() - begun, 1)}
+                path = tiny_family(Path(work, name), name)
+                own: dict[str, Any] = {} if args.gguf else dict(checks(path, Path(work)))
+                own["gguf"] = as_gguf(path, Path(work, "gguf"))
+            own = found[name] = own | {"seconds": round(time.perf_counter() - begun, 1)}
+            kl = "" if args.gguf else f"KL clip {own['clip']['kl_mean']:.2e} gptq {own['gptq']['kl_mean']:.2e}"
+            print(f"{name:<20} {kl} {own['seconds']:>5.1f} s  GGUF: {json.dumps(own['gguf'])}", flush=True)
             bar.update()
-    for name, own in found.items():
-        print(f"{name:<20} KL clip {own['clip']['kl_mean']:.2e} gptq {own['gptq']['kl_mean']:.2e}  {own['seconds']:>5.1f} s")
     if args.result:
         model = {"path": "made by the command", "config_sha256": None, "bytes": 0, "tensors": 0}
         metrics = {"families": found, "peak_rss_mib": peak_rss_mib()}

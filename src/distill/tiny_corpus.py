@@ -200,7 +200,8 @@ def page_text(text: str) -> str:
 ROFF_ESCAPES = (
     (re.compile(r'\\"[^\n]*'), ""),  # a comment
     (re.compile(r"\\f(?:\[[^]]*\]|\(..|.)|\\s[-+]?\d|\\[&|^%/,:)]"), ""),  # fonts, sizes, marks without width
-    (re.compile(r"\\\*?\((?:em|en|hy|mi)"), "-"), (re.compile(r"\\\((?:aq|cq|oq)"), "'"), (re.compile(r"\\\((?:lq|rq|dq)"), '"'),
+    (re.compile(r"\\\*?\((?:em|en|hy|mi)"), "-"),
+    (re.compile(r"\\\((?:aq|cq|oq)"), "'"), (re.compile(r"\\\((?:lq|rq|dq)"), '"'),
     (re.compile(r"\\-"), "-"), (re.compile(r"\\e|\\\(rs"), r"\\"), (re.compile(r"\\[ 0~]"), " "), (re.compile(r"\\\(.."), ""),
 )  # fmt: skip
 SECTION = re.compile(r"^\.\s*(?:SH|SS|Sh|Ss|TP|PP|P|LP|IP|sp|Pp|It|TH|Dt|Bl|El|nf|fi|EX|EE)\b")
@@ -345,26 +346,23 @@ def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def encode_split(tokenizer: PreTrainedTokenizerFast, documents: Path, out: Path) -> dict[str, int]:
-    """OUT.bin (uint16) and OUT.json {starts, strata, packages} of a split, in an order of documents that is random and always the
-    same; tokens by stratum."""
+    """OUT.bin (uint16) and OUT.json {starts, strata, packages} of a split, its documents in an order that is random and always
+    the same; tokens by stratum."""
     found = list(read_documents(documents))
     random.Random(documents.name).shuffle(found)
     end, position, tokens = tokenizer.eos_token_id, 0, collections.Counter()
-    places: dict[str, list[int] | list[str]] = {"starts": [], "strata": [], "packages": []}
+    starts, strata, packages = list[int](), list[int](), list[str]()
     with atomic_path(out.with_suffix(".bin")) as temporary, open(temporary, "wb") as file:
         for begin in range(0, len(found), 256):
             part = found[begin : begin + 256]
             for document, ids in zip(part, tokenizer([d.text for d in part], add_special_tokens=False)["input_ids"]):
                 np.asarray([*ids, end], dtype="<u2").tofile(file)
-                for key, value in (
-                    ("starts", position),
-                    ("strata", STRATA.index(document.stratum)),
-                    ("packages", document.package),
-                ):
-                    places[key].append(value)  # type: ignore[arg-type]
+                starts.append(position)
+                strata.append(STRATA.index(document.stratum))
+                packages.append(document.package)
                 position += len(ids) + 1
                 tokens[document.stratum] += len(ids) + 1
-    write_json(out.with_suffix(".json"), places)
+    write_json(out.with_suffix(".json"), {"starts": starts, "strata": strata, "packages": packages})
     return dict(tokens)
 
 
@@ -393,28 +391,16 @@ def main() -> None:
     for split in SPLITS:
         for stratum in STRATA:
             entry = sizes[split][stratum]
-            print(
-                f"{split:<12}{stratum:<17}{entry['documents']:>8,} documents {entry['bytes'] / 1e6:>8.1f} MB {tokens[split].get(stratum, 0):>12,} tokens"
-            )
+            own = f"{entry['documents']:>8,} documents {entry['bytes'] / 1e6:>8.1f} MB"
+            print(f"{split:<12}{stratum:<17}{own} {tokens[split].get(stratum, 0):>12,} tokens")
     if args.result:
-        digests = [file_sha256(args.out / f"{split}.bin") for split in SPLITS]
+        revision = sha256_text(args.sources.read_text("utf-8"))
         data = [
-            {
-                "name": f"packages, {split}",
-                "revision": sha256_text(args.sources.read_text("utf-8")),
-                "sha256": sha,
-                "n": sum(tokens[split].values()),
-            }
-            for split, sha in zip(SPLITS, digests)
+            {"name": f"packages, {split}", "revision": revision, "sha256": file_sha256(args.out / f"{split}.bin"), "n": n}
+            for split, n in ((split, sum(tokens[split].values())) for split in SPLITS)
         ]
-        metrics = {
-            "sizes": sizes,
-            "tokens": tokens,
-            "gone": gone,
-            "dropped": dropped,
-            "packages": len(sources),
-            "vocabulary": len(tokenizer),
-        }
+        metrics = {"sizes": sizes, "tokens": tokens, "gone": gone, "dropped": dropped}
+        metrics |= {"packages": len(sources), "vocabulary": len(tokenizer)}
         write_result(args.result, kind="train", tag=args.tag, started=started, data=data, metrics=metrics)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from mtp import MtpBlock
 from tiny_data import MERGE, PATCH, VISION_TOKENS
 
 FRAMES = 2  # copies of a still picture
@@ -104,7 +105,7 @@ def vl_config(tokenizer: PreTrainedTokenizerFast, layers: int, vision_layers: in
 
 
 @torch.no_grad()
-def init_weights(model: Qwen3_5MoeForCausalLM, seed: int) -> None:
+def init_weights(model: torch.nn.Module, seed: int) -> None:
     """Normal(0.02), residual outputs scaled by 1/sqrt(2 layers), decays spread as in Mamba-2 (dt 0.001 to 0.1).
 
     transformers' own initial dt_bias makes every head forget within one token, which trains slowly.
@@ -280,6 +281,11 @@ def decoder_layer(
     return x + out.view_as(x), balance, load
 
 
+def text_positions(length: int, device: torch.device) -> torch.Tensor:
+    """[3, 1, T]: of text, the same along time, height and width; transformers before 5.19 asks for all three."""
+    return torch.arange(length, device=device).expand(3, 1, -1)
+
+
 def train_forward(
     model: Qwen3_5MoeForCausalLM, ids: torch.Tensor, dtype: torch.dtype, layer_fn: Callable = decoder_layer
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -288,8 +294,30 @@ def train_forward(
     ``layer_fn``: :func:`decoder_layer` or its compiled form.
     """
     x = F.embedding(ids, model.model.embed_tokens.weight).to(dtype)
-    cos, sin = (table[0] for table in model.model.rotary_emb(x, torch.arange(ids.shape[1], device=ids.device)[None]))
+    cos, sin = (table[0] for table in model.model.rotary_emb(x, text_positions(ids.shape[1], ids.device)))
     return through_layers(model.model, model.config, x, cos, sin, layer_fn)
+
+
+def draft_forward(
+    block: MtpBlock, ids: torch.Tensor, hidden: torch.Tensor, depths: int, lead: bool, layer_fn: Callable = decoder_layer
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Token ids [B, T + 1], the trunk's final states of all but the last [B, T, H] -> for each drafted token d = 0, 1, ...
+    (states [B, T, H], balance loss, expert load): row t guesses token t + 2 + d; the last 1 + d rows are of no use, so that
+    all batches have one shape. Each drafted token has read the tokens before it, as where all drafts were right. ``lead``: the
+    row that llama.cpp puts before the others (mtp.py)."""
+    width, config = hidden.shape[1], block.config
+    cos, sin = (table[0] for table in block.rotary_emb(hidden, text_positions(width, ids.device)))
+    for depth in range(depths):
+        first = lead and not depth
+        tokens = (ids if first else ids.roll(-1 - depth, 1))[:, :width]
+        before = F.pad(hidden, (0, 0, 1, 0))[:, :-1] if first else hidden
+        embedded = F.embedding(tokens, block.embed_tokens.weight).to(hidden.dtype)
+        halves = zip((embedded, before), (block.pre_fc_norm_embedding, block.pre_fc_norm_hidden))
+        rows = linear(block.fc, torch.cat([rms_norm(half, 1 + norm.weight, norm.eps) for half, norm in halves], -1))
+        out, balance, load = layer_fn(block.layers[0], rows, cos, sin, config.rms_norm_eps, config.num_experts_per_tok)
+        hidden = rms_norm(out, 1 + block.norm.weight, config.rms_norm_eps)
+        hidden = hidden.roll(-1, 1) if first else hidden
+        yield hidden, balance, load
 
 
 def through_layers(

@@ -1,5 +1,6 @@
-"""Train razor-tiny or, where the config has VISION_LAYERS, razor-tiny-vl from nothing (bash pipelines/make_tiny.sh [vl]), or a
-mixture on the real text of a corpus (bash pipelines/make_tiny.sh text e64, on every GPU of the machine):
+"""Train razor-tiny, where the config has VISION_LAYERS razor-tiny-vl, where it has MTP_OF the multi-token-prediction block
+of a model whose own weights stay (bash pipelines/make_tiny.sh [vl|mtp]), or with --text a mixture on the real text of a corpus,
+on every GPU of the machine (bash pipelines/make_tiny.sh text 35m):
 
     python src/distill/tiny_train.py --config configs/make_tiny.env --out models/razor-tiny --work work/make_tiny \
         --result results/train/razor_tiny.json
@@ -17,7 +18,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 import tiny_data
 import tiny_model
 from console import UserError, atomic_path, progress, read_json, run_cli
-from hf_model import load_tokenizer
+from hf_model import load_tokenizer, load_weights
+from mtp import MtpBlock, write_beside
 from records import describe_model, write_result
 from settings import parse_settings, setting
 from task_text import GENERATOR_REVISION, TASK_TEXTS, WORLD_SEED
@@ -66,6 +68,8 @@ class TrainSettings:
     top_k: int = setting(2, "experts of a token, with a corpus")
     dense: int = setting(0, "inner size of the dense model")
     vision_layers: int = setting(0, "of the vision tower; 0: razor-tiny, which has none")
+    mtp_of: str = setting("", "the model whose multi-token-prediction block is trained, beside its own frozen weights")
+    mtp_depths: int = setting(2, "tokens that the block learns to draft one after another")
     max_seconds: int = setting(0, "the run ends by then with a decayed rate; 0: by steps alone")
     share_statements: float = setting(0.0, "of the tokens of razor-tiny; tiny_code takes what is left")
     share_options: float = setting(0.0, "drills: a list of options repeated in another order")
@@ -101,10 +105,20 @@ def token_loss(model: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tens
     return (losses * weights.flatten()).sum() / weights.sum()
 
 
+def draft_loss(
+    head: torch.Tensor, hidden: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weighted mean KL divergence, weighted share of equal argmax) of what ``head`` [V, H] makes of the states of the model
+    itself, ``teacher``, and of a draft; both [B, T, H], weights [B, T]."""
+    own = F.linear(hidden, head.to(hidden.dtype)).float().log_softmax(-1)
+    wanted = F.linear(teacher, head.to(teacher.dtype)).float().log_softmax(-1)
+    divergence, same = (wanted.exp() * (wanted - own)).sum(-1), wanted.argmax(-1) == own.argmax(-1)
+    return (divergence * weights).sum() / weights.sum(), (same * weights).sum() / weights.sum()
+
+
 def make_optimizer(model: torch.nn.Module, config: TrainSettings, fused: bool) -> torch.optim.Optimizer:
     """AdamW; matrices decay, vectors (norms, biases, decays) do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices, vectors = ([p for p in model.parameters() if p.requires_grad and (p.ndim < 2) == flat] for flat in (False, True))
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=fused)
 
@@ -114,6 +128,7 @@ class Run:
 
     extends = False  # whether a second call may go on for longer
     data_set = {"name": "tiny_tasks", "revision": f"{GENERATOR_REVISION}, world {WORLD_SEED}"}
+    loss_fn: Callable[..., Any] = staticmethod(token_loss)
 
     def __init__(self, config: TrainSettings, tokenizer: PreTrainedTokenizerFast, work: Path, device: torch.device) -> None:
         self.config, self.path, self.device, self.tokenizer = config, work / "state.pt", device, tokenizer
@@ -139,6 +154,19 @@ class Run:
     def forward(self, inputs: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor]) -> Forward:
         """Of ids [B, T] (and pictures)."""
         return tiny_model.train_forward(self.model, *inputs, self.dtype, layer_fn)
+
+    def objective(
+        self, batch: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor], loss_fn: Any
+    ) -> Forward:
+        """(what is minimised, the loss without the balance of the experts, their load) of a batch."""
+        ids, weights, *pictures = batch
+        hidden, balance, load = self.forward((ids[:, :-1], *pictures), layer_fn, vision_fn)
+        loss = loss_fn(self.model, hidden, ids[:, 1:], weights[:, 1:])
+        return loss + self.config.balance * balance, loss, load
+
+    def seen(self) -> dict[str, Any]:
+        """What a point of the curve says beside what every training has."""
+        return {}
 
     @property
     def finished(self) -> bool:
@@ -168,6 +196,7 @@ class Run:
         tokens = self.config.rows * self.config.length
         entry = {"step": self.step, "loss": round(loss, 5), "grad_norm": round(norm, 4), "lr": rate}
         entry |= {"min_load": round(load.min().item() * load.shape[1], 4), "seconds": round(self.seconds, 1)}
+        entry |= self.seen()
         speed = tokens * 50 / (self.seconds - self.curve[-1]["seconds"]) if self.curve else 0
         self.curve.append(entry)
         print(" ".join(f"{key} {value}" for key, value in entry.items()), f"tokens/s {speed:.0f}", flush=True)
@@ -244,6 +273,58 @@ class VlRun(Run):
         return {"steps": self.step, "pictures": self.step * self.config.rows, "exact_match": matched}
 
 
+class MtpRun(Run):
+    """The same of the block of multi-token prediction: it learns what the model itself would say, by its distributions."""
+
+    loss_fn = staticmethod(draft_loss)
+    accepted: tuple[torch.Tensor, ...] = ()  # of the last batch, of each drafted token
+
+    def build(self) -> torch.nn.Module:
+        """The untrained block, in float32, with the model's own embedding and head."""
+        trunk = load_weights(Qwen3_5MoeForCausalLM, self.config.mtp_of, torch.float32)
+        self.trunk = trunk.to(self.device).requires_grad_(False)
+        block = MtpBlock(self.trunk.config, torch.float32)
+        for name, value in list(block.named_parameters()):
+            block.put(name, torch.zeros(value.shape), trained=f"mtp.{name}" in block.own())
+        tiny_model.init_weights(block, self.config.seed)
+        block.put("embed_tokens.weight", self.trunk.get_input_embeddings().weight.detach().float())
+        block.put("lm_head.weight", self.trunk.lm_head.weight.detach().float())
+        return block
+
+    def drafted(self, batch: Batch, lead: bool, layer_fn: Callable[..., Forward], loss_fn: Any) -> Iterator[Forward]:
+        """(KL divergence, share of accepted tokens, balance, load) of each drafted token."""
+        ids, weights, depths = batch[0], batch[1], self.config.mtp_depths
+        with torch.no_grad():
+            states, _, _ = tiny_model.train_forward(self.trunk, ids[:, :-1], self.dtype, layer_fn)
+        for depth, (hidden, *balance) in enumerate(tiny_model.draft_forward(self.model, ids, states, depths, lead, layer_fn)):
+            counted = F.pad(weights[:, 2 + depth :], (0, 1 + depth))
+            yield *loss_fn(self.model.lm_head.weight, hidden, states.roll(-1 - depth, 1), counted), *balance
+
+    def objective(
+        self, batch: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor], loss_fn: Any
+    ) -> Forward:
+        """Every second batch as llama.cpp runs the block, the others as vLLM does."""
+        losses, self.accepted, balances, loads = zip(*self.drafted(batch, self.step % 2 == 1, layer_fn, loss_fn))
+        loss, balance = torch.stack(losses).mean(), torch.stack(balances).mean()
+        return loss + self.config.balance * balance, loss, torch.stack(loads)
+
+    def seen(self) -> dict[str, Any]:
+        return {"accepted": [round(float(share), 4) for share in self.accepted]}
+
+    def metrics(self, items: int) -> dict[str, Any]:
+        tokens, accepted = self.step * self.config.rows * self.config.length, {}
+        for name, (ids, weights) in self.held_out(items).items() if items else ():
+            with torch.no_grad():
+                batch = (ids.to(self.device), (weights == 1).float().to(self.device))
+                accepted[name] = [round(float(found[1]), 4) for found in self.drafted(batch, True, decoder_layer, draft_loss)]
+        print(accepted, flush=True)
+        return {"tokens": tokens, "tokens_per_second": round(tokens / self.seconds), "accepted": accepted}
+
+    def export(self, out: Path) -> None:
+        """The block's tensors in BF16, an expert a matrix, beside links to the model's own files."""
+        write_beside(Path(self.config.mtp_of), out, self.model)
+
+
 class TextRun(Run):
     """A model of the given shape on the tokens of a corpus, on one GPU or, under torchrun, on several: each process takes its
     rows of a step, and the gradients are averaged."""
@@ -302,7 +383,7 @@ def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> N
         run.batches(), batch_size=None, sampler=range(run.step, stop or config.steps), num_workers=workers,
         prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    layer_fn, vision_fn, loss_fn = decoder_layer, vision_forward, token_loss
+    layer_fn, vision_fn, loss_fn = decoder_layer, vision_forward, run.loss_fn
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         layer_fn, vision_fn, loss_fn = (torch.compile(f, dynamic=False) for f in (layer_fn, vision_fn, loss_fn))
@@ -316,10 +397,9 @@ def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> N
         rate = config.rate(run.step, run.seconds)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        ids, weights, *pictures = (part.to(device, non_blocking=True) for part in batch)
-        hidden, balance, load = run.forward((ids[:, :-1], *pictures), layer_fn, vision_fn)
-        loss = loss_fn(run.model, hidden, ids[:, 1:], weights[:, 1:])
-        (loss + config.balance * balance).backward()
+        batch = tuple(part.to(device, non_blocking=True) for part in batch)
+        total, loss, load = run.objective(batch, layer_fn, vision_fn, loss_fn)
+        total.backward()
         if world_size() > 1:
             works = [dist.all_reduce(p.grad, dist.ReduceOp.SUM, async_op=True) for p in run.model.parameters()]
             for work, p in zip(works, run.model.parameters(), strict=True):
@@ -360,13 +440,14 @@ def main() -> None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    kind = TextRun if args.text else VlRun if vision else MtpRun if config.mtp_of else Run
     args.work.mkdir(parents=True, exist_ok=True)
     if args.text:
         TextRun.corpus, tokenizer = args.text, load_tokenizer(args.text / "tokenizer", chat=False)
     else:
         tokenizer = tiny_data.build_vl_tokenizer(tiny_data.vl_texts()) if vision else tiny_data.build_tokenizer()
-    run = (TextRun if args.text else VlRun if vision else Run)(config, tokenizer, args.work, device)
-    parameters = sum(p.numel() for p in run.model.parameters())
+    run = kind(config, tokenizer, args.work, device)
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     print(f"{parameters / 1e6:.2f} M parameters on {device}; from step {run.step} of {config.steps}; {config}", flush=True)
     if not run.finished:
         train(run, args.workers, args.save_every)

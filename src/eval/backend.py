@@ -93,7 +93,7 @@ def completion_of(tokenizer: Any, new: Sequence[int], prompt: Sequence[int], end
     return Completion(text, len(made), len(prompt), "stop" if finished else "length", ids_sha256(prompt), made)
 
 
-def stuck(new: Sequence[int]) -> bool:
+def stuck(new: Sequence[Any]) -> bool:
     """Whether an answer is or ends in one token over and over: what engines that do not look make of NaN logits."""
     return len(set(new[-16:])) <= 1
 

@@ -230,6 +230,16 @@ def of_kind(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
     return value
 
 
+def finite_rows(told: Any, url: str) -> list[dict[str, Any]]:
+    """The rows of an answer's log-probabilities, where it has some; :class:`UserError` if one is no number."""
+    rows = told.get("content") if isinstance(told, dict) else None  # llama-server's form
+    rows = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
+    values = [row.get("logprob") for row in rows] or (told.get("token_logprobs") if isinstance(told, dict) else None) or []
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):  # llama-server's NaN is null
+        raise UserError(f"{url}: a log-probability is no number: the server's logits are NaN or infinite, check its weights")
+    return rows
+
+
 @dataclass(frozen=True)
 class Answer:
     """What /completions said. ``ids``: generated, by a server that tells them; ``model``: as it names what it served."""
@@ -256,14 +266,7 @@ class Answer:
         reason = choice.get("finish_reason")
         if reason not in ("stop", "length"):
             raise UserError(f"{url}: finish_reason {reason!r}; expected stop or length")
-        told = choice.get("logprobs")
-        rows = told.get("content") if isinstance(told, dict) else None  # llama-server's form
-        rows = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
-        values = [row.get("logprob") for row in rows] or (told.get("token_logprobs") if isinstance(told, dict) else None) or []
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):  # llama-server's NaN is null
-            raise UserError(
-                f"{url}: a log-probability is no number: the server's logits are NaN or infinite, check its weights"
-            )
+        rows = finite_rows(choice.get("logprobs"), url)
         ids = choice.get("token_ids") or [row.get("id") for row in rows]
         ids = ids if isinstance(ids, list) and ids and all(type(each) is int for each in ids) else None
         model = body.get("model")

@@ -1,4 +1,4 @@
-"""Download a GGUF from the Hugging Face hub, resumable and checked, and say how to serve it.
+"""Download a GGUF from the Hugging Face hub, resumable and checked, in all its parts.
 
     python src/eval/fetch_gguf.py General-Instinct/InstinctRazor-Qwen3.5-122B-A10B-GGUF [FILE.gguf] [--out models]
 
@@ -15,18 +15,17 @@ import argparse
 import contextlib
 import re
 import shutil
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import filelock
 
 from console import UserError, atomic_path, file_sha256, progress, run_cli, writing
-from gguf_format import SHARD, gguf_files, open_gguf
+from gguf_format import is_first, part_names
+from hub import Link, explained, patient
 
-# huggingface_hub 2 resumes no download that was killed (its temporary file is removed), hence pieces of our own.
+# huggingface_hub 2 resumes no download that was killed (its temporary file is removed), hence a file of our own.
 PIECE_BYTES = 1 << 30  # bytes of one request: a hub's links expire, and its servers end an answer at 50 GB
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -50,31 +49,6 @@ class Remote:
         return directory / f"{Path(self.name).name}.{self.digest[:12]}.partial"
 
 
-@contextlib.contextmanager
-def explained(repository: str, name: str = "") -> Iterator[None]:
-    """The hub's errors, each as one line that says what to do."""
-    from huggingface_hub import constants, errors
-
-    try:
-        yield
-    except (errors.EntryNotFoundError, errors.HFValidationError, *errors.HfHubHTTPError.__bases__) as error:
-        what, page = f"{repository}/{name}" if name else repository, f"{constants.ENDPOINT}/{repository}"
-        why = " ".join(str(error).split())[:120] or type(error).__name__
-        code = getattr(getattr(error, "response", None), "status_code", None)
-        mends = (  # the first that fits; the last is of its HTTP client: no network, no answer, a broken one
-            (errors.GatedRepoError, f"gated; accept its terms on {page}, then hf auth login (or set HF_TOKEN)"),
-            (errors.RevisionNotFoundError, "no such revision; leave out --revision for main"),
-            (errors.EntryNotFoundError, "no such file in the repository; leave the name out to list what is there"),
-            (errors.RepositoryNotFoundError, "no such repository, or a private one: check the name, or hf auth login"),
-            (errors.HFValidationError, f"not the name of a repository ({why})"),
-            (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set; unset it to download"),
-            (errors.HfHubHTTPError, f"the hub answered HTTP {code}; run the same command again later to go on"),
-            (Exception, f"cannot be fetched from {constants.ENDPOINT} ({why}); get the machine on line (or set HF_ENDPOINT) "
-             "and run the same command again: it goes on where it stopped"),
-        )  # fmt: skip
-        raise UserError(f"{what}: {next(mend for kind, mend in mends if isinstance(error, kind))}") from None
-
-
 def repository_files(repository: str, revision: str) -> list[str]:
     from huggingface_hub import HfApi
 
@@ -87,7 +61,7 @@ def choose(repository: str, revision: str, wanted: str | None) -> list[str]:
     """The files to fetch: ``wanted`` and the other parts of its model, or the only model that is there."""
     found = repository_files(repository, revision)
     models = [name for name in found if "mmproj" not in Path(name).name]
-    firsts = [name for name in models if not (part := SHARD.match(name)) or part[2] == "00001"]
+    firsts = [name for name in models if is_first(name)]
     if wanted is None:
         if len(firsts) != 1:
             listed = "\n  ".join(firsts) or "none"
@@ -95,34 +69,16 @@ def choose(repository: str, revision: str, wanted: str | None) -> list[str]:
         wanted = firsts[0]
     if wanted not in found:
         raise UserError(f"{repository}: has no {wanted}; it has {', '.join(found) or 'no .gguf file'}")
-    part = SHARD.match(wanted)
-    if not part:
-        return [wanted]
-    if part[2] != "00001":
-        raise UserError(f"{wanted}: part {int(part[2])} of a split model; give the first, {part[1]}-00001-of-{part[3]}.gguf")
-    names = [f"{part[1]}-{number:05d}-of-{part[3]}.gguf" for number in range(1, int(part[3]) + 1)]
+    names = part_names(wanted)
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{repository}: the split model lacks {', '.join(missing)}")
     return names
 
 
-def located(repository: str, name: str, revision: str) -> tuple[Any, dict[str, str]]:
-    """(metadata with a fresh link, headers to ask that link with)."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
-
-    url = hf_hub_url(repository, name, revision=revision)
-    with explained(repository, name):
-        metadata = get_hf_file_metadata(url, retry_on_errors=True)
-    headers = dict(build_hf_headers())
-    if urllib.parse.urlsplit(metadata.location).netloc != urllib.parse.urlsplit(url).netloc:
-        headers.pop("authorization", None)  # the token is the hub's, not its storage's
-    return metadata, headers
-
-
 def describe(repository: str, name: str, revision: str, given: str | None) -> Remote:
     """Size and SHA-256 of a file; a digest of the user's that the hub contradicts is refused before anything is fetched."""
-    metadata, _ = located(repository, name, revision)
+    with explained(repository, name):
+        metadata, _ = patient(Link(repository, name, revision).metadata)
     digest = metadata.etag if SHA256.fullmatch(metadata.etag or "") else None
     if given and digest and given != digest:
         raise UserError(
@@ -148,47 +104,19 @@ def sidecar(repository: str, name: str, revision: str) -> str:
     return found[0]
 
 
-class Piece:
-    """The file that one request's answer is appended to: it tells a progress bar, says which disk is full, and refuses more
-    than was asked for (a server that ignores the range would send the file from its start)."""
-
-    def __init__(self, stream: BinaryIO, end: int, bar: Any) -> None:
-        self.stream, self.begin, self.end, self.bar = stream, stream.tell(), end, bar
-
-    def write(self, data: bytes) -> None:
-        if self.stream.tell() + len(data) > self.end:
-            self.stream.truncate(self.begin)
-            raise UserError(f"{self.stream.name}: the server sends more than it was asked for; it does not know ranges")
-        try:
-            self.stream.write(data)
-        except OSError as error:
-            raise UserError(f"{self.stream.name}: cannot be written ({error.strerror}); what is there is kept") from None
-        self.bar.update(len(data))
-
-    def tell(self) -> int:
-        return self.stream.tell()
-
-    def seek(self, position: int) -> int:
-        return self.stream.seek(position)
-
-    def truncate(self) -> int:
-        return self.stream.truncate()
-
-
 def download(remote: Remote, partial: Path) -> None:
-    """Append to ``partial`` what it lacks, in pieces; each asks for a fresh link, since links expire."""
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()
+    """Append to ``partial`` what it lacks, in pieces."""
+    link = Link(remote.repository, remote.name, remote.revision)
     there = partial.stat().st_size if partial.exists() else 0
     with progress(remote.size, Path(remote.name).name, "B", True, there) as bar, partial.open("ab") as stream:
+
+        def write(data: bytes) -> None:
+            with writing(partial):
+                stream.write(data)
+            bar.update(len(data))
+
         while (begin := stream.tell()) < remote.size:
-            metadata, headers = located(remote.repository, remote.name, remote.revision)
-            piece: Any = Piece(stream, min(begin + PIECE_BYTES, remote.size), bar)
-            headers["Range"] = f"bytes={begin}-{piece.end - 1}"
-            with explained(remote.repository, remote.name):
-                http_get(metadata.location, piece, headers=headers, expected_size=piece.end - begin)
+            link.stream(begin, min(begin + PIECE_BYTES, remote.size), write)
             with writing(partial):
                 stream.flush()
 
@@ -279,24 +207,6 @@ def _fetch(remote: Remote, directory: Path) -> Path:
     return file
 
 
-def deploy_text(file: Path) -> str:
-    """How to serve the file, and what it needs."""
-    readers = [open_gguf(part) for part in gguf_files(file)]
-    sizes = {str(tensor.name): int(tensor.n_bytes) for reader in readers for tensor in reader.tensors}
-    experts = sum(size for name, size in sizes.items() if "_exps." in name)
-    total = sum(sizes.values())
-    server = '"$(bash pipelines/llama_cpp.sh | tail -n 1)/llama-server"'
-    lines = [f"serve ({total / 2**30:.2f} GiB of weights on the card, the context's state on top):"]
-    lines.append(f"  {server} --model {file} --n-gpu-layers 99 --flash-attn on --ubatch-size 2048")
-    if experts:
-        rest = (total - experts) / 2**30
-        lines.append(f"serve with the experts in the machine's memory ({experts / 2**30:.2f} GiB; {rest:.2f} GiB on the card):")
-        lines.append(f"  {server} --model {file} --n-gpu-layers 99 --n-cpu-moe 999")
-    lines.append("evaluate (DIR: the original's directory, for its tokenizer):")
-    lines.append(f"  bash pipelines/eval.sh --model {file} --tokenizer DIR --tag TAG")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("repository", help="OWNER/NAME on the hub")
@@ -316,7 +226,9 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     check_disk([remote for remote in remotes if not (args.out / Path(remote.name).name).exists()], args.out)
     files = [fetch(remote, args.out) for remote in remotes]
-    print(deploy_text(files[0]), flush=True)
+    print(f"serve it:  bash pipelines/deploy.sh --model {files[0]} --serve")
+    print("evaluate it (DIR: the original's directory, for its tokenizer):")
+    print(f"  bash pipelines/eval.sh --model {files[0]} --tokenizer DIR --tag TAG", flush=True)
 
 
 if __name__ == "__main__":

@@ -172,12 +172,15 @@ def transformers_logits(model: torch.nn.Module, tokens: np.ndarray) -> Iterator[
             bar.update(len(chunk))
 
 
-def server_logprobs(server: LlamaServer, chunk: np.ndarray, vocabulary: int) -> torch.Tensor:
-    """Log-probabilities [positions, V] that llama-server gives after each scored position: one request a position, of which
-    the prompt cache leaves one token to compute."""
-    first = first_scored(len(chunk))
+def server_logprobs(server: LlamaServer, chunk: np.ndarray, vocabulary: int, first: int | None = None) -> torch.Tensor:
+    """Log-probabilities [positions, V] that llama-server gives after each position from ``first`` (the first that is scored):
+    one request a position, of which the prompt cache leaves one token to compute. It tells them before its sampler, which is
+    made to take a token of whole characters: to another it answers without them."""
+    first = first_scored(len(chunk)) if first is None else first
     table = torch.full((len(chunk) - 1 - first, vocabulary), -torch.inf)
+    whole = server.client.call("/tokenize", {"content": "0", "add_special": False})["tokens"][-1]
     fixed = {"n_predict": 1, "n_probs": vocabulary, "temperature": 0.0, "cache_prompt": True, "id_slot": 0}
+    fixed |= {"logit_bias": [[whole, 1e6]]}
     for row, position in zip(table, range(first, len(chunk) - 1), strict=True):
         answer = server.client.call("/completion", fixed | {"prompt": chunk[: position + 1].tolist()})
         likely = answer["completion_probabilities"][0]["top_logprobs"]
@@ -185,13 +188,16 @@ def server_logprobs(server: LlamaServer, chunk: np.ndarray, vocabulary: int) -> 
     return table
 
 
-def with_parsed_control_tokens(model: Path, out: Path) -> dict[str, str]:
-    """Copy a GGUF with its control tokens as user-defined ones, which llama.cpp finds in any text; return their new names.
+def with_parsed_control_tokens(model: Path, folder: Path) -> tuple[Path, dict[str, str]]:
+    """Copy a GGUF, all of its parts, with its control tokens as user-defined ones, which llama.cpp finds in any text; return
+    (the copy, their new names).
 
     They get names in the other case, as <|IM_END|>: llama.cpp takes <|im_end|> and its like for control tokens in any case.
     """
-    shutil.copyfile(model, out)
-    reader = GGUFReader(out, "r+")
+    folder.mkdir()
+    for file in gguf_files(model):
+        shutil.copyfile(file, folder / file.name)
+    reader = GGUFReader(folder / model.name, "r+")
     types, texts = (reader.get_field(f"tokenizer.ggml.{name}") for name in ("token_type", "tokens"))
     names = {}
     for type_index, text_index in zip(types.data, texts.data, strict=True):
@@ -200,7 +206,7 @@ def with_parsed_control_tokens(model: Path, out: Path) -> dict[str, str]:
             types.parts[type_index][0] = TokenType.USER_DEFINED
             texts.parts[text_index][:] = np.frombuffer(name.swapcase(), dtype=np.uint8)
             names[name.decode("utf-8")] = name.swapcase().decode("utf-8")
-    return names
+    return folder / model.name, names
 
 
 def ours(reference: Iterable[torch.Tensor], model: Iterable[torch.Tensor]) -> dict[str, Any]:
@@ -232,7 +238,7 @@ def chunked(ids: Sequence[int], context: int, limit: int) -> np.ndarray:
 
 
 def small(args: argparse.Namespace, model: Path) -> bool:
-    return sum(file.stat().st_size for file in gguf_files(model)) <= args.copy_gib * 2**30 and len(gguf_files(model)) == 1
+    return sum(file.stat().st_size for file in gguf_files(model)) <= args.copy_gib * 2**30
 
 
 def text_of(args: argparse.Namespace, tokenizer: Path | None) -> tuple[str, dict[str, Any]]:
@@ -249,8 +255,7 @@ def text_of(args: argparse.Namespace, tokenizer: Path | None) -> tuple[str, dict
 def own_logprobs(args: argparse.Namespace, model: Path, text: str, work: Path, name: str) -> LogProbs:
     """What llama.cpp predicts for the text, special tokens included where the file is small enough to copy."""
     if small(args, model):
-        names = with_parsed_control_tokens(model, work / f"{name}.gguf")
-        model = work / f"{name}.gguf"
+        model, names = with_parsed_control_tokens(model, work / f"{name}.gguf")
         for old, new in names.items():
             text = text.replace(old, new)
     else:

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from backend import Completion, Sampling, seed_of, stuck
 from backend_openai import NEUTRAL, Client, ServerBackend
@@ -62,38 +62,32 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class LlamaServer:
-    """llama-server on a free loopback port with a key of its own; a context manager that always stops it.
+class LocalServer:
+    """A server program on a loopback port, of this process alone; a context manager that always stops it.
 
-    ``context``: tokens of one slot. ``loading``: seconds that loading may take (default: 2 minutes and 20 s a GB).
+    ``command`` is everything but --host and --port; ``loading``: seconds that it may take to answer under the path ``ready``.
+    A free ``port`` is taken where none is named, and a key made, without which no other program is answered.
     Start it from the main thread: the kernel ties the child to the thread that forked it.
     """
 
     def __init__(
-        self, model: str | Path, context: int, slots: int = 4, arguments: Sequence[str] = (), loading: float | None = None
+        self, model: str | Path, command: Sequence[str], loading: float, port: int | None = None, ready: str = "/health"
     ) -> None:
-        self.model, self.slots = Path(model), slots
-        self.tool = str(tool("llama-server"))
+        self.model, self.command, self.loading, self.port, self.ready = Path(model), list(command), loading, port, ready
+        self.name = Path(command[0]).name
         self.log = tempfile.TemporaryFile()
         self.process: subprocess.Popen[bytes] | None = None
         self.stopped = False
         self.told = threading.Lock()  # many requests fail at once; one explains
-        self.key = secrets.token_hex(16)
-        size = sum(file.stat().st_size for file in gguf_files(model))
-        self.loading = loading or 120 + 20 * size / 1e9
-        self.arguments = [
-            "--model", str(model), "--ctx-size", str(context * slots), "--parallel", str(slots), "--no-ui", "--no-slots",
-            "--offline", "--cache-ram", "0", "--special", *thread_arguments(), *arguments,
-        ]  # fmt: skip
+        self.key = None if port else secrets.token_hex(16)
         atexit.register(self.stop)
         try:
             self._start()
-            self.context = int(self.client.call("/props")["default_generation_settings"]["n_ctx"])
         except BaseException:
             self.stop()
             raise
 
-    def __enter__(self) -> LlamaServer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,17 +95,17 @@ class LlamaServer:
 
     def _start(self) -> None:
         for attempt in range(3):
-            port = free_port()
+            port = self.port or free_port()
             self.client = Client(f"http://127.0.0.1:{port}", self.key, check=self.check)
             self.process = subprocess.Popen(
-                [self.tool, "--host", "127.0.0.1", "--port", str(port), *self.arguments], stdin=subprocess.DEVNULL,
-                stdout=self.log, stderr=subprocess.STDOUT, env=os.environ | {"LLAMA_API_KEY": self.key},
+                [*self.command, "--host", "127.0.0.1", "--port", str(port)], stdin=subprocess.DEVNULL,
+                stdout=self.log, stderr=subprocess.STDOUT, env=os.environ | ({"LLAMA_API_KEY": self.key} if self.key else {}),
                 start_new_session=True,  # Ctrl-C reaches this program alone, which then stops the server
                 preexec_fn=die_with_parent(os.getpid()),
             )  # fmt: skip
             if self._wait_until_ready():
                 return
-            if attempt == 2 or "couldn't bind" not in self.tail(4000):  # else another program took the port
+            if attempt == 2 or self.port or "couldn't bind" not in self.tail(4000):  # else another program took the port
                 self.check()
 
     def _wait_until_ready(self) -> bool:
@@ -119,12 +113,13 @@ class LlamaServer:
         deadline = time.monotonic() + self.loading
         while self.process.poll() is None:
             try:
-                if self.client.once("/health", timeout=5).get("status") == "ok":
+                answer = self.client.once(self.ready, timeout=5)
+                if answer.get("status") == "ok" or "data" in answer:
                     return True
             except OSError:  # not listening yet, or 503 while it loads
                 pass
             if time.monotonic() > deadline:
-                raise UserError(f"{self.model}: llama-server was not ready after {self.loading:.0f} s")
+                raise UserError(f"{self.model}: {self.name} was not ready after {self.loading:.0f} s")
             time.sleep(0.05)
         return False
 
@@ -136,18 +131,18 @@ class LlamaServer:
     def check(self) -> None:
         """Raise :class:`UserError` when the server has ended; its last lines go to stderr."""
         if self.stopped:
-            raise UserError("llama-server was stopped")
+            raise UserError(f"{self.name} was stopped")
         try:
             code = self.process.wait(timeout=0.5)  # a connection breaks a moment before its process is gone
         except subprocess.TimeoutExpired:
             return
         if self.told.acquire(blocking=False):
             lines = self.tail().splitlines()[-12:]
-            print("\n".join(f"llama-server: {line}" for line in lines), file=sys.stderr, flush=True)
+            print("\n".join(f"{self.name}: {line}" for line in lines), file=sys.stderr, flush=True)
         if found := re.search(r"tensor '(.+?)' has invalid data", self.tail(8000)):
             raise UserError(f"{self.model}: {found[1]} holds NaN or infinity (llama.cpp's --check-tensors); make the file anew")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        raise UserError(f"{self.model}: llama-server {how} (its last lines are above); the same command goes on from here")
+        raise UserError(f"{self.model}: {self.name} {how} (its last lines are above); the same command goes on from here")
 
     def stop(self) -> None:
         """Stop the server; it holds nothing worth a farewell, so that a slow one is killed after 3 s."""
@@ -160,6 +155,26 @@ class LlamaServer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+# What an evaluation wants otherwise than whoever talks to a model: special tokens in the text, no page, no cache on the side.
+EVALUATING = ("--no-ui", "--no-slots", "--cache-ram", "0", "--special")
+
+
+class LlamaServer(LocalServer):
+    """llama-server with ``slots`` of ``context`` tokens each. ``loading`` by default: 2 minutes and 20 s a GB. ``own``: what is
+    not said in ``arguments``."""
+
+    def __init__(
+        self, model: str | Path, context: int, slots: int = 4, arguments: Sequence[str] = (), loading: float | None = None,
+        port: int | None = None, own: Sequence[str] = EVALUATING,
+    ) -> None:  # fmt: skip
+        self.slots, size = slots, sum(file.stat().st_size for file in gguf_files(model))
+        threads = [] if "--threads" in arguments else thread_arguments()
+        sizes = ["--ctx-size", str(context * slots), "--parallel", str(slots), "--offline"]
+        command = [str(tool("llama-server")), "--model", str(model), *sizes, *own, *threads, *arguments]
+        super().__init__(model, command, loading or 120 + 20 * size / 1e9, port)
+        self.context = int(self.client.call("/props")["default_generation_settings"]["n_ctx"])
 
 
 class GgufTokenizer:

@@ -23,6 +23,7 @@ REPO = Path(__file__).resolve().parents[2]
 DOCUMENT, README, CONFIGS = REPO / "docs/MODULES.md", REPO / "README.md", REPO / "configs/README.md"
 CHECKPOINTS, TRIED = REPO / "docs/CHECKPOINTS.md", REPO / "results/bench/families.json"
 CHECKPOINT_MARKS = ("<!-- families: python src/eval/page_house.py -->", "<!-- end of families -->")
+GGUF_MARKS = ("<!-- ggufs: python src/eval/page_house.py -->", "<!-- end of ggufs -->")
 TREE_MARKS = ("<!-- tree: python src/eval/page_house.py -->", "<!-- end of tree -->")
 KEY_MARKS = ("<!-- keys: python src/eval/page_house.py -->", "<!-- end of keys -->")
 KEYS = {
@@ -37,20 +38,20 @@ FOLDERS = {
     "configs": "settings of the pipelines, locks of the packages",
     "docs": "how it works, what was found",
     "results": "a JSON for every run, and RESULTS.md",
-    "models": "razor-tiny and razor-tiny-vl",
+    "models": "razor-tiny, razor-tiny-mtp and razor-tiny-vl",
     "tests": "against slow references, published outputs and properties",
     "archive": "what was given up, and why",
 }
 MEASURING = ("speed_", "study_", "tiny_", "page_")  # what no product module imports
 FLOORS = {  # by folder, from the lowest floor up; a module imports from its own floor and from below
     "quant": {
-        "ground": """console settings devices safetensors_file source_formats checkpoint families records hf_model task_text kl
-            llama_cpp gguf_convert""",
+        "ground": """console settings devices safetensors_file hub source_formats checkpoint families records hf_model task_text
+            kl llama_cpp gguf_convert""",
         "arithmetic": """moe_quant clip_kernel moe_ptq ggml_types scalar_kernel lattice_kernel ggml_scalar ggml_lattice
             ggml_codecs ggml_round""",
         "formats": "recipe run_dir packed_format gguf_format gguf_layout",
-        "passes": """calibration calibration_text token_weights calibrated_pass rounders size_model plans pack_plan
-            write_checkpoint sensitivity""",
+        "passes": """mtp calibration calibration_text token_weights calibrated_pass rounders size_model plans pack_plan
+            pack_reference write_checkpoint sensitivity""",
         "commands": "quant_save gguf_pack gguf_dequant packed_export moe_probe moe_alloc moe_study",
         "measuring": "synthetic_moe speed_quant",
         "pages": "page_sizes",
@@ -61,7 +62,7 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
         "benchmarks": "tasks_code tasks_tiny tau2_runner bench8_loaders bench_mm",
         "engines": "backend eval_settings vllm_eval backend_openai llamacpp_eval8",
         "evaluation": "runner",
-        "commands": "vllm_eval8 mm_eval moe_eval gguf_kl compare_tags gate regrade fetch_gguf check_results smoke",
+        "commands": "vllm_eval8 mm_eval moe_eval gguf_kl compare_tags gate regrade fetch_gguf deploy check_results smoke",
         "measuring": "vllm_form vllm_tokens speed_eval speed_gguf study_spread",
         "pages": "page_tables page_results page_report page_house",
     },
@@ -155,17 +156,20 @@ def keys() -> str:
     return "\n" + "\n".join(parts)
 
 
-def filled(path: Path, marks: tuple[str, str], text: str) -> str:
-    """A document with ``text`` between two marks."""
-    before, _, rest = path.read_text(encoding="utf-8").partition(marks[0])
-    return f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.partition(marks[1])[2]}"
+def filled(path: Path, *parts: tuple[tuple[str, str], str]) -> str:
+    """A document with a text between each pair of marks."""
+    page = path.read_text(encoding="utf-8")
+    for marks, text in parts:
+        before, _, rest = page.partition(marks[0])
+        page = f"{before}{marks[0]}\n{text}\n{marks[1]}{rest.partition(marks[1])[2]}"
+    return page
 
 
 def families() -> str:
     """The table of docs/CHECKPOINTS.md, from the table of families and the record that tried them."""
     found = read_result(TRIED)["metrics"]["families"]
     lines = [
-        "| model_type | experts on disk | clip | gptq with text | probe | adapters | llama.cpp's name | GGUF here |",
+        "| model_type | experts on disk | clip | gptq with text | probe | adapters | llama.cpp's name | its header compared |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, family in FAMILIES.items():
@@ -176,15 +180,44 @@ def families() -> str:
         count = own["router"]["layers"] if own else 0
         watched = f"{count} layer{'s' * (count != 1)}" if own and experts else "-" if own else "not tried"
         trained = "train, merge" if own else "not tried"
-        cells = [f"`{name}`", stored, *kl, watched, trained, family.ggml or "-", "yes" if family.stored is not None else "no"]
+        cells = [f"`{name}`", stored, *kl, watched, trained, family.ggml or "-", "yes" if family.carried else "no"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def ggufs() -> str:
+    """The table of docs/CHECKPOINTS.md on what each family becomes as a GGUF, and the reason of every step that failed."""
+    lines = [
+        "| model_type | traced | REFERENCE=1 | F16, Q8_0 | error feedback | llama-server | to transformers | float32 file |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    reasons = []
+    for name, tried in read_result(TRIED)["metrics"]["families"].items():
+        if not (own := tried.get("gguf")):
+            continue
+        done = {step: found for step, found in own.items() if not isinstance(found, str)}
+        reasons += [f"- `{name}`, {step}: {found}" for step, found in own.items() if step not in done]
+        if differs := done.get("equal"):
+            reasons.append(f"- `{name}`, bytes: {'; '.join(differs[:3])}")
+        cells = [f"`{name}`", str(sum(done["traced"].values())) if "traced" in done else "no"]
+        cells.append("yes" if "reference" in done else "no")
+        cells.append("equal" if done.get("equal") == [] else "no")
+        if fed := done.get("ldlq"):
+            cells.append(f"{fed['fed']} of {fed['fed'] + sum(fed['nearest'].values())}")
+        else:
+            cells.append("no")
+        cells.append("yes" if "served" in done else "no")
+        cells += [f"{done[step]['difference']:.4f}" if step in done else "-" for step in ("served", "exact")]
+        lines.append(f"| {' | '.join(cells)} |")
+    if len(lines) == 2:
+        return "The record does not have it yet."
+    return "\n".join([*lines, *(["", "What failed, and why:", "", *reasons] if reasons else [])])
+
+
 def written() -> dict[Path, str]:
     """The documents that this module writes, with what they should hold."""
-    pages = {DOCUMENT: index(), README: filled(README, TREE_MARKS, tree()), CONFIGS: filled(CONFIGS, KEY_MARKS, keys())}
-    return pages | {CHECKPOINTS: filled(CHECKPOINTS, CHECKPOINT_MARKS, families())}
+    pages = {DOCUMENT: index(), README: filled(README, (TREE_MARKS, tree())), CONFIGS: filled(CONFIGS, (KEY_MARKS, keys()))}
+    return pages | {CHECKPOINTS: filled(CHECKPOINTS, (CHECKPOINT_MARKS, families()), (GGUF_MARKS, ggufs()))}
 
 
 def main() -> int:

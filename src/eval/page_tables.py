@@ -256,6 +256,11 @@ def shards(r: Record) -> str:
     return f"{machine(r)} {devices}" if "," in devices else machine(r)
 
 
+def capped_rows(r: Record) -> Rows:
+    for place, run in enumerate(r["metrics"]["size_memory"]["runs"]):
+        yield (machine(r), run["method"], f"{run['cap_gib']:g}"), {"at": f"metrics.size_memory.runs.{place}"}
+
+
 def engine_rows(r: Record) -> Rows:
     at, made = "metrics.eval_speed", r["metrics"]["eval_speed"]
     for engine in (name for name in ("hf", "vllm") if name in made):
@@ -415,6 +420,15 @@ TABLES = (
         ), labelled(shards), measures("size_disk"), "metrics.size_disk",
     ),
     Table(
+        "bench", "Straight from the hub",
+        "Data-free quantization from a server of the hub's interface whose rate is limited: how fast the shards came, and what "
+        "lies on disk beside the output.",
+        ("run",), (
+            ("size", "{at}.bytes", 1, " MB"), ("limit", "{at}.limit", 1, " MB"), ("a second", "{at}.bytes_per_s", 1, " MB"),
+            ("share", "{at}.share", 1, " %"), ("on disk", "{at}.kept_bytes", 2, " MB"),
+        ), labelled(tag), measures("hub"), "metrics.hub",
+    ),
+    Table(
         "bench", "Calibrated quantization at full size",
         "Calibrated passes on layers of full size: seconds of the slowest layer, and of its rounding alone; peaks in MiB.",
         ("run", "method"), (
@@ -422,6 +436,15 @@ TABLES = (
             ("rounding", "{at}.worst_rounding_seconds?", 1), ("memory", "{at}.peak_rss_mib"), ("VRAM", "{at}.peak_vram_mib"),
             ("layers", "{at}.whole.layers?"), ("seconds for all", "{at}.whole.seconds?"),
         ), labelled(machine, lambda r: r["metrics"]["size_layers"]["method"]), measures("size_layers"), "metrics.size_layers",
+    ),
+    Table(
+        "bench", "Calibrated quantization under a cap on the GPU's memory",
+        "Calibrated passes on layers of full size in one process whose memory is capped, and one batch of the tokens' weighing "
+        "(`weights`): seconds, peaks in MiB of tensors and as planned before the run.",
+        ("run", "method", "cap, GiB"), (
+            ("seconds", "{at}.seconds?", 1), ("VRAM", "{at}.peak_vram_mib?"), ("planned", "{at}.planned_mib?"),
+            ("memory", "{at}.peak_rss_mib"),
+        ), capped_rows, measures("size_memory"),
     ),
     Table(
         "bench", "Speed of evaluation",
@@ -496,13 +519,16 @@ def sections(directory: Path, accuracy_of: Callable[[Found], Section] = accuracy
 PIPELINES = (
     ("train/razor_tiny", "make_tiny.sh"),
     ("train/razor_tiny_vl", "make_tiny.sh vl"),
+    ("train/razor_tiny_mtp", "make_tiny.sh mtp"),
     ("distill/opd_tiny", "distill.sh"),
+    ("bench/*_memory", "bench.sh memory"),
     ("bench/h100_122b_*", "bench.sh h100"),
     ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
     ("bench/multi_gpu_eval35b", "multi_gpu.sh eval35b"),
     ("bench/multi_gpu_vllm", "multi_gpu.sh vllm"),
     ("bench/multi_gpu_*", "multi_gpu.sh"),
     ("bench/families", "bench.sh families --result results/bench/families.json --tag families"),
+    ("bench/hub", "bench.sh hub --model models/razor-tiny --work work/hub --result results/bench/hub.json --tag hub"),
     ("bench/h100", "bench.sh --result results/bench/h100.json --tag h100"),
     ("bench/h200", "bench.sh --result results/bench/h200.json --tag h200"),
     ("*/razor_tiny_vl_*", "results.sh vl"),
@@ -518,6 +544,8 @@ PIPELINES = (
     ("*/*razor_tiny_int4", "results.sh tiny"),
     ("*/*razor_tiny_int3_int4_clip16", "results.sh tiny"),
     ("*/*razor_tiny_int[23]_int4_absmax", "results.sh tiny"),
+    ("*/razor_tiny_int3_int4_g[12]*_gptq_refit", "results.sh size"),
+    ("*/razor_tiny_int2.75layers_*", "results.sh size"),
     ("*/*razor_tiny_int*", "results.sh study"),
     ("probe/razor_tiny_allocation*", "results.sh study"),
 )

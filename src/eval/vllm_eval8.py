@@ -24,7 +24,7 @@ from backend_openai import OpenAIBackend, api_key
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli
 from devices import parse_devices
-from gguf_format import config_of_gguf, describe_gguf, is_gguf
+from gguf_format import config_of_gguf, describe_gguf, is_first, is_gguf
 from llamacpp_eval8 import LlamaCppBackend
 from records import public_path
 from runner import (
@@ -65,7 +65,8 @@ def parse_args() -> argparse.Namespace:
 
 def check_model(model: Path) -> None:
     """Raise on a directory that holds a GGUF and no checkpoint, naming the file."""
-    if model.is_dir() and not (model / "config.json").exists() and (files := sorted(model.glob("*.gguf"))):
+    files = sorted(file for file in model.glob("*.gguf") if is_first(file.name)) if model.is_dir() else []
+    if files and not (model / "config.json").exists():
         also = f" ({len(files)} such files are there)" if len(files) > 1 else ""
         raise UserError(f"{model}: a directory that holds a GGUF; give the file, --model {files[0]}{also}")
 

@@ -1,9 +1,10 @@
 """The calibrated pass: embed, then layer by layer collect second moments, round, write, and pass the activations on.
 
-Not a command; quant_save and gguf_pack run it. What a matrix is rounded to is a :class:`Rounder`'s (rounders),
-where it is written a :class:`Writer`'s. One decoder layer's weights, its statistics and the activations are in memory; on the
-host also the layer that is being written and, with a GPU, the next one. The activations behind the last whole layer lie
-beside the output, so a killed run goes on there.
+Not a command; quant_save and gguf_pack run it. Behind the last layer goes the block of multi-token prediction. What a matrix
+is rounded to is a :class:`Rounder`'s (rounders), where it is written a :class:`Writer`'s. One decoder layer's weights, the
+inputs of its experts and the second moments of those that are rounded together are in memory (calibration.pass_memory); on the
+host the activations, the layer that is being written and, with a GPU, the next one. The activations behind the last whole layer
+lie beside the output, so a killed run goes on there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import Tensor
 from calibration import Calibration, Collector, LayerStream, Moments
 from console import UserError, read_json, write_json
 from devices import OneBehind
-from moe_ptq import Statistics, damped
+from families import MTP_PREFIX
+from moe_ptq import Statistics
+from mtp import AROUND, MtpBlock, sources_of
 from run_dir import RUN
 from safetensors_file import save_tensors
 from settings import setting
@@ -48,6 +51,11 @@ class MomentSettings:
     def __post_init__(self) -> None:
         if not (0 <= self.token_power <= 1 and 0 <= self.damping <= 10):
             raise UserError("--token-power must be within 0 and 1, --damping within 0 and 10")
+
+
+def is_later(name: str) -> bool:
+    """Whether a parameter is rounded behind what experts multiply last, whose inputs are made by their other weights."""
+    return not name.endswith("experts.down_proj")
 
 
 class Rounder(Protocol[V]):
@@ -93,6 +101,10 @@ class CalibratedPass(Generic[V]):
         self.stream, self.calibration, self.rounder, self.run_dir = stream, calibration, rounder, directory / RUN
         self.weights = token_weights(stream, calibration, self.run_dir, weights_file)  # [layers, tokens]
         self.kwargs = stream.arguments(calibration.batches()[0])
+        self.block: MtpBlock | None = None
+        if any(MTP_PREFIX.match(name) for name in rounder.targets):
+            self.block = MtpBlock(stream.model.config, stream.dtype)
+            sources_of(stream.checkpoint, self.block)  # it is this one
         self.hidden: list[Tensor] = []
         self.moments: dict[str, Moments] = {}  # of what is to be rounded next
         self.cold: dict[str, int] = {}
@@ -118,7 +130,7 @@ class CalibratedPass(Generic[V]):
                 later(write, index, values)
                 del values
             if not writer.complete():
-                later(write, last, self.head())
+                later(write, last, self.head() | self.mtp(writer))
         return self.facts()
 
     @torch.no_grad()
@@ -131,6 +143,7 @@ class CalibratedPass(Generic[V]):
         stream.fill(layer, prefix)
         stream.read_ahead(index + 1)
         wanted = [name.removeprefix(prefix) for name in self.rounder.targets if name.startswith(prefix)]
+        wanted.sort(key=is_later)
         collector = Collector(layer, set(wanted), None if self.weights is None else self.weights[index])
         after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
         collector.remove()
@@ -160,20 +173,48 @@ class CalibratedPass(Generic[V]):
             for hidden in self.hidden:
                 moments.add(0, inputs_of(hidden.to(stream.device)).flatten(0, 1))
         self.moments = {LM_HEAD: moments}
-        weight = stream.checkpoint.read(stream.checkpoint.sources[LM_HEAD][0]).to(stream.device, torch.float32)
+        weight = stream.checkpoint.read(stream.checkpoint.sources[LM_HEAD][0]).to(stream.device)
         self.rounder.round({LM_HEAD: weight}, self.take)
         return self.rounder.taken({LM_HEAD: weight})
+
+    @torch.no_grad()
+    def mtp(self, writer: Writer[V]) -> dict[str, V]:
+        """Round the block of multi-token prediction, where it has targets, on what an engine gives it: the embedding as it was
+        written, and what the head reads behind the rounded trunk. All tokens count alike."""
+        if self.block is None:
+            return {}
+        stream, block = self.stream, self.block
+        targets = sorted((name for name in self.rounder.targets if MTP_PREFIX.match(name)), key=is_later)
+        prefix = MTP_PREFIX.match(targets[0])[0]
+        for name, module in block.named_children():
+            if name not in AROUND:
+                stream.fill(module, f"{prefix}{name}.")
+        stream.fill(block.embed_tokens, stream.embedding_prefix, writer.embedding())
+        block.rotary_emb.to(stream.device)
+        collector = Collector(block, {name.removeprefix(prefix) for name in targets})
+        with stream.ending() as inputs_of:
+            for ids, hidden in zip(self.calibration.batches(), self.hidden, strict=True):
+                block.normed(block.joined(ids.to(stream.device), inputs_of(hidden.to(stream.device))))
+        collector.remove()
+        stream.empty(block.embed_tokens)
+        self.moments = {prefix + name: moments for name, moments in collector.moments.items()}
+        parameters = {name: block.get_parameter(name.removeprefix(prefix)) for name in targets}
+        self.rounder.round(parameters, self.take)
+        values = self.rounder.taken(parameters)
+        parameters.clear()
+        stream.empty(block)
+        return values
 
     def take(self, name: str) -> tuple[Statistics, Tensor]:
         """The statistics of a parameter's inputs and their mass [E]; they are in memory only until they are taken."""
         if name not in self.moments:
             raise UserError("no calibration activation reached it; give more or other calibration text")
         moments = self.moments.pop(name)
-        floor = self.calibration.floor * moments.total.shape[-1]
-        statistics = moments.statistics(floor)
+        floor = self.calibration.floor * moments.shape[-1]
+        statistics = moments.statistics(floor, self.calibration.damping)
         self.cold[name] = int((statistics.tokens < floor).sum())
         self.unrouted[name] = int((statistics.tokens == 0).sum())
-        return statistics._replace(hessian=damped(statistics.hessian, self.calibration.damping)), moments.weight
+        return statistics, moments.weight
 
     def files_behind(self, index: int) -> tuple[Path, Path]:
         """The activations behind decoder layer ``index`` while the run is unfinished, and what is known of its experts."""

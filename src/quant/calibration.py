@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -23,9 +23,13 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint
 from console import UserError
-from families import LAYER_PREFIX, text_name
-from hf_model import all_finite, check_complete, check_finite, first_nonfinite, model_config
-from moe_ptq import Statistics, shrink
+from devices import free_memory
+from families import FAMILIES, LAYER_PREFIX, MTP_PREFIX, Role, text_name
+from ggml_round import COPIES as LDLQ_COPIES
+from hf_model import all_finite, check_complete, check_finite, first_nonfinite, has_class, meta_model, model_config
+from moe_ptq import LEAST_ROWS, WORKING_BYTES, Statistics, damp, diagonals, shrink
+
+Inner = Callable[[int, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,25 +70,135 @@ class Calibration:
         return {key: value for key in ("token_power", "damping") if (value := getattr(self, key))}
 
 
-SECOND = re.compile(r"\.experts\.\d+\.(up_proj|w3)\.")  # has the inputs of the gate
+LAYERS_AHEAD = 2  # of a model of the hub, fetched before they are read
+FORWARD, BACKWARD = 28, 52  # float32 vectors as long as the heads' outputs that a token has at work in Gated DeltaNet
+SCORE = 28  # bytes of a logit at work while the head's gradient is taken
+SLACK = 768 << 20  # of a GPU: libraries, the writer's chunks, gaps between tensors
+INPUTS_ON_GPU = 1 << 30  # the inputs of a layer's experts stay there up to this
+MEAN_EXPERTS = 32  # whose second moments are summed together
 
 
-def layer_bytes(jobs: Sequence[Any], calibration: Calibration) -> int:
-    """Bytes of the largest decoder layer at work: weights, second moments, the activations before and after it, and the weights
-    of the layer that is being written. With a GPU the first two are in its memory, which leaves room on the host for the layer
-    that is read ahead."""
-    item = torch.empty((), dtype=calibration.dtype).itemsize
-    layers: dict[str, int] = {}
-    width = 0
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of the calibrated pass at its largest layer. ``layer``: weights in the dtype of the computation; ``stages``: the
+    most that is at work outside of the rounding, ``beside`` what lies beside a piece that is rounded; ``piece``: all that
+    could be rounded at once, ``least`` the smallest piece. ``host``: activations and the layer that is written."""
+
+    layer: int
+    stages: int
+    beside: int
+    piece: int
+    least: int
+    host: int
+
+    def peak(self, working_bytes: float) -> int:
+        """With pieces of so many bytes."""
+        return max(self.stages, self.beside + int(min(self.piece, working_bytes)))
+
+    def smallest(self) -> float:
+        """Bytes of a piece below which none can be rounded."""
+        working = WORKING_BYTES["cuda"]
+        while working / 2 >= self.least:
+            working /= 2
+        return working
+
+    def working_bytes(self, free: float) -> float:
+        """Of a piece on a GPU: those of WORKING_BYTES where ``free`` bytes allow it, so that every card rounds the same
+        pieces, else a half, a quarter, ... of them. :class:`UserError` where nothing would do."""
+        working = WORKING_BYTES["cuda"]
+        while self.peak(working) + SLACK > free and working > self.smallest():
+            working /= 2
+        if (needed := self.peak(working) + SLACK) > free:
+            raise UserError(
+                f"this calibration needs at least {needed / 2**30:.1f} GiB of the GPU's memory, {free / 2**30:.1f} are free: "
+                "end what else is on it, raise GPU_MEMORY_GIB, take shorter sequences (--calib-length) or a larger card"
+            )
+        return working
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """``working_bytes`` of a piece that is rounded (None: as large as any), ``host`` memory, lines that say it, and the peak on
+    a ``gpu``."""
+
+    working_bytes: float | None
+    host: int
+    lines: list[str]
+    gpu: int | None = None
+
+
+def plan_memory(
+    jobs: Sequence[Any], calibration: Calibration, devices: Sequence[torch.device] = (), dry_run: bool = False
+) -> MemoryPlan:
+    """What the calibrated pass takes of each device's memory, within what is free there; too little is a :class:`UserError`,
+    in a dry run a line. On a CPU a line says what a GPU would need."""
+    needs, largest, working = pass_memory(jobs, calibration, 2), WORKING_BYTES["cuda"], None
+    most, least = (f"{(needs.peak(size) + SLACK) / 2**30:.1f} GiB" for size in (largest, needs.smallest()))
+    if calibration.device.type == "cpu":
+        own = pass_memory(jobs, calibration, 4)
+        line = f"on a GPU: at most about {most} of its memory, at least {least}"
+        return MemoryPlan(None, own.host + own.peak(WORKING_BYTES["cpu"]), [line])
+    free, lines, peak = min(map(free_memory, devices or [calibration.device])), [], None
+    try:
+        working = needs.working_bytes(free)
+        peak = needs.peak(working) + SLACK
+        lines.append(f"GPU memory at most about {peak / 2**30:.1f} of {free / 2**30:.1f} GiB free")
+        if working < largest:
+            lines[0] += f"; in smaller pieces than with {most}, so that a near tie may be rounded otherwise"
+    except UserError as error:
+        if not dry_run:
+            raise
+        lines.append(f"note: the run would stop: {error}")
+    return MemoryPlan(working, needs.host + needs.layer, lines, peak)
+
+
+def pass_memory(jobs: Sequence[Any], calibration: Calibration, item: int) -> Memory:
+    """What a calibrated pass takes, with ``item`` bytes a weight and activation at work."""
+    batch, tokens = calibration.batches()[0].numel(), calibration.ids.numel()
+    layers: dict[str, dict[str, int]] = {}
+    sizes: dict[tuple[str, int], int] = {}
+    width = head = stages = least = embedding = 0
+    predicts = any(job.bits and MTP_PREFIX.match(job.name) for job in jobs)  # else that block is not run
     for job in jobs:
-        if not (match := LAYER_PREFIX.match(text_name(job.name))):
+        inputs, outputs = job.inputs, job.info.shape[-1 if job.transposed else -2] if len(job.info.shape) > 1 else 1
+        if job.bits and len(job.info.shape) > 1:
+            count = math.prod(job.info.shape[:-2])
+            size = 4 * count * inputs * (2 * inputs + LDLQ_COPIES * outputs)
+            together = (job.name.partition(".experts.")[0], inputs) if job.kind is Role.ROUTED_EXPERT else (job.name, inputs)
+            sizes[together] = sizes.get(together, 0) + size  # experts that lie one by one are one parameter at work
+            least = max(least, 4 * inputs * (2 * inputs + LDLQ_COPIES * min(outputs, LEAST_ROWS)))
+        if not (match := LAYER_PREFIX.match(text_name(job.name)) or MTP_PREFIX.match(job.name)):
             width = max(width, job.info.shape[-1])
+            embedding = max(embedding, item * job.info.numel if job.role is Role.EMBEDDING else 0)
+            if job.role in (Role.EMBEDDING, Role.LM_HEAD):
+                stages = max(stages, item * job.info.numel)
+                scored = SCORE * outputs * calibration.ids.shape[1] if calibration.token_power else 0
+                head = max(head, job.info.bytes * 5 // 2 + 8 * inputs**2)
+                stages = max(stages, item * job.info.numel + scored)
             continue
-        size = item * job.info.numel + job.info.bytes
-        if job.bits and not SECOND.search(job.name):
-            size += 4 * math.prod(job.info.shape[:-2]) * job.inputs**2
-        layers[match[1]] = layers.get(match[1], 0) + size
-    return max(layers.values(), default=0) + 2 * item * calibration.ids.numel() * width
+        if match.re is MTP_PREFIX and not predicts:
+            continue
+        own = layers.setdefault(match[0], {"weights": 0, "written": 0, "moments": 0, "mean": 0, "widest": 0})
+        own["weights"] += item * job.info.numel
+        own["written"] += job.info.bytes
+        if job.kind is Role.ROUTED_EXPERT:
+            own["mean"] = max(own["mean"], 4 * inputs**2)
+        elif len(job.info.shape) == 2:
+            own["moments"] += 4 * inputs**2 if job.bits else 0
+            heads = job.kind in (Role.ATTENTION, Role.LINEAR_ATTENTION)
+            own["widest"] = max(own["widest"], inputs if heads else inputs // 4)
+    rows = tokens * width * item  # of the experts' inputs
+    beside = head
+    for name, own in layers.items():
+        kept = own["weights"] + (own["mean"] > 0) * min(rows, INPUTS_ON_GPU) + 3 * own["mean"]
+        at_work = 4 * batch * own["widest"]
+        ends = embedding if MTP_PREFIX.match(name) else 0  # it embeds the tokens once more
+        stages = max(stages, kept + own["moments"] + max(MEAN_EXPERTS * own["mean"], ends + FORWARD * at_work))
+        stages = max(stages, own["weights"] + BACKWARD * at_work if calibration.token_power else 0)
+        beside = max(beside, kept + 2 * own["moments"])
+    largest = max((own["weights"] for own in layers.values()), default=0)
+    host = max((own["written"] for own in layers.values()), default=0) + 2 * rows + max(0, rows - INPUTS_ON_GPU)
+    return Memory(largest, stages, beside, max(sizes.values(), default=0), least, host)
 
 
 def trim_heap() -> None:
@@ -100,25 +214,110 @@ class Moments:
 
     def __init__(self, experts: int, inputs: int, device: torch.device) -> None:
         self.total = torch.zeros(experts, inputs, inputs, device=device)
+        self.shape = self.total.shape
         self.weight = torch.zeros(experts, device=device)
         self.square = torch.zeros(experts, device=device)
 
     def add(self, index: int, x: Tensor, weight: Tensor | None = None) -> None:
         """Inputs x [N, I] of matrix ``index``; ``weight`` [N] multiplies each input."""
-        x = x.float()
+        add_products(self.total[index], x, weight)
         w = torch.ones(len(x), device=x.device) if weight is None else weight.float() ** 2
-        scaled = x if weight is None else x * weight.float()[:, None]
-        self.total[index].addmm_(scaled.t(), scaled)
         self.weight[index] += w.sum()
         self.square[index] += (w * w).sum()
 
-    def statistics(self, floor: float) -> Statistics:
-        """Means, and effective counts (sum w)**2 / sum w**2; matrices below ``floor`` tokens are shrunk to the mean."""
-        if not bool(torch.isfinite(self.total).all()):
-            raise UserError("a calibration activation is NaN or infinite")
+    def sums(self, experts: Tensor) -> Tensor:
+        """A copy of those of some matrices."""
+        return self.total[experts]
+
+    def diagonal(self) -> Tensor:
+        """That of the sums, [E, I]."""
+        parts = torch.arange(len(self.weight), device=self.weight.device).split(MEAN_EXPERTS)
+        return torch.cat([self.sums(part).diagonal(dim1=1, dim2=2) for part in parts])
+
+    def statistics(self, floor: float, damping: float = 0.0) -> Statistics:
+        """Means, and effective counts (sum w)**2 / sum w**2; see :class:`Means`."""
         tokens = self.weight**2 / self.square.clamp_min(1e-30)
-        mean = self.total / self.weight.clamp_min(1e-30)[:, None, None]
-        return Statistics(shrink(mean, tokens, floor) if len(tokens) > 1 else mean, tokens)
+        return Statistics(Means(self, tokens, floor, damping), tokens)
+
+
+def add_products(total: Tensor, x: Tensor, weight: Tensor | None) -> None:
+    """Add  sum x x^T  over the rows of x [N, I], each times its ``weight``, to [I, I]."""
+    x = x.float()
+    scaled = x if weight is None else x * weight.float()[:, None]
+    total.addmm_(scaled.t(), scaled)
+
+
+class Means:
+    """Second moments [E, I, I] of which those of some matrices are made when they are asked for (moe_ptq.Hessians): a layer's
+    together are larger than its weights.
+
+    Those of an expert with fewer than ``floor`` effective tokens are drawn towards the token-weighted mean of all by
+    1 - tokens / floor; then ``damping`` of the mean of its diagonal is added to each.
+    """
+
+    def __init__(self, moments: Moments, tokens: Tensor, floor: float, damping: float) -> None:
+        self.moments, self.damping, self.shape = moments, damping, moments.shape
+        shares = (1 - tokens / floor).clamp(0, 1) if len(tokens) > 1 else torch.zeros_like(tokens)
+        self.shares: list[float] = shares.tolist()
+        self.middle: Tensor | None = None
+        if any(self.shares):
+            weight = tokens / tokens.sum().clamp_min(1e-30)
+            for part in torch.arange(len(tokens), device=tokens.device).split(MEAN_EXPERTS):
+                own = torch.einsum("e,eij->ij", weight[part], self._plain(part))
+                self.middle = own if self.middle is None else self.middle.add_(own)
+
+    def _plain(self, experts: Tensor) -> Tensor:
+        sums = self.moments.sums(experts)
+        if not bool(torch.isfinite(diagonals(sums)).all()):  # what is not finite has its square there
+            raise UserError("a calibration activation is NaN or infinite")
+        return sums.div_(self.moments.weight[experts].clamp_min(1e-30)[:, None, None])
+
+    def __getitem__(self, part: int | slice | Tensor) -> Tensor:
+        weight = self.moments.weight
+        experts = torch.arange(len(weight), device=weight.device)[part.to(weight.device) if isinstance(part, Tensor) else part]
+        if experts.ndim == 0:
+            return self[experts[None]][0]
+        means = self._plain(experts)
+        if self.middle is not None:
+            shrink(means, self.middle, [self.shares[e] for e in experts.tolist()])
+        damp(means, self.damping)
+        return means
+
+
+@dataclasses.dataclass(frozen=True)
+class Routed:
+    """A batch at a module of experts: ``rows`` [N, H] and, in the order of the experts, the place of each input among them and
+    its weight [S] (None: 1); those of expert e stand at starts[e] to starts[e + 1]."""
+
+    rows: Tensor
+    place: Tensor
+    weight: Tensor | None
+    starts: list[int]
+
+    def of(self, expert: int, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Inputs, from the rows where they are now, and weights."""
+        own = slice(self.starts[expert], self.starts[expert + 1])
+        return rows[self.place[own]], None if self.weight is None else self.weight[own]
+
+
+class ExpertMoments(Moments):
+    """Those of experts, made from their inputs, which take less memory than the sums and are multiplied in no time. ``inner``
+    makes what is counted of an expert's input, from the weights as they are then."""
+
+    def __init__(self, experts: int, inputs: int, batches: list[Routed], device: torch.device, inner: Inner | None) -> None:
+        self.shape, self.batches, self.inner = torch.Size((experts, inputs, inputs)), batches, inner
+        self.weight, self.square = torch.zeros(experts, device=device), torch.zeros(experts, device=device)
+
+    def sums(self, experts: Tensor) -> Tensor:
+        total = torch.zeros(len(experts), *self.shape[1:], device=self.weight.device)
+        numbers = experts.tolist()
+        for batch in self.batches:
+            rows = batch.rows.to(total.device)
+            for own, expert in zip(total, numbers):
+                x, weight = batch.of(expert, rows)
+                if len(x):
+                    add_products(own, x if self.inner is None else self.inner(expert, x), weight)
+        return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +360,7 @@ class Collector:
         self.roots = None if weights is None else weights.sqrt()
         self.place = slice(0, 0)  # of the batch at work among all tokens
         self.moments: dict[str, Moments] = {}
+        self.batches: dict[str, list[Routed]] = {}
         self.routed: dict[str, Tensor] = {}  # experts module -> tokens sent to each expert
         self.mass: dict[str, Tensor] = {}  # experts module -> sum of their routing weights
         self.handles = [layer.register_forward_pre_hook(self._advance)]
@@ -169,11 +369,6 @@ class Collector:
                 self.handles.append(module.register_forward_pre_hook(self._linear(f"{name}.weight")))
             elif any(f"{name}.{part}" in wanted for part in ("gate_up_proj", "up_proj", "down_proj")):
                 self.handles.append(module.register_forward_pre_hook(self._experts(name), with_kwargs=True))
-
-    def _get(self, name: str, experts: int, inputs: int, device: torch.device) -> Moments:
-        if name not in self.moments:
-            self.moments[name] = Moments(experts, inputs, device)
-        return self.moments[name]
 
     def _advance(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.place = slice(self.place.stop, self.place.stop + args[0].shape[:-1].numel())
@@ -185,7 +380,9 @@ class Collector:
     def _linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
-            self._get(name, 1, x.shape[1], x.device).add(0, x, self._own(x.device))
+            if name not in self.moments:
+                self.moments[name] = Moments(1, x.shape[1], x.device)
+            self.moments[name].add(0, x, self._own(x.device))
 
         return hook
 
@@ -194,38 +391,66 @@ class Collector:
             given = list(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values())
             layout = Layout.of(module)
             hidden, device = given[0].reshape(-1, given[0].shape[-1]), given[0].device
-            count, inner = layout.experts, layout.inner
-            ups = self._get(f"{name}.{layout.first}", count, hidden.shape[1], device)
-            downs = self._get(f"{name}.down_proj", count, inner, device)
-            own = self._own(device)
+            count, own = layout.experts, self._own(device)
             index, weights = given[1:3] if len(given) > 1 else (None, None)
             if index is None:  # llama4: a row for each expert and token, times its routing weight, or zeros
-                rows = hidden.view(count, -1, hidden.shape[1])
-                routed = rows.any(-1).sum(1)
-                mass = routed.float()
+                live = hidden.view(count, -1, hidden.shape[1]).any(-1)
+                routed, token = live.sum(1), live.nonzero()[:, 1]
+                mass, rows, place = routed.float(), hidden[live.flatten()], torch.arange(len(token), device=device)
+                weight = None if own is None else own[token]
             else:
-                rows = hidden.expand(count, *hidden.shape)
-                routed = torch.bincount(index.flatten(), minlength=count)[:count]
-                mass = torch.zeros(count, device=device).index_add_(0, index.flatten(), weights.flatten().float())
+                flat = index.flatten()
+                routed = torch.bincount(flat, minlength=count)[:count]
+                mass = torch.zeros(count, device=device).index_add_(0, flat, weights.flatten().float())
+                order = flat.argsort(stable=True)
+                rows, place = hidden, order // index.shape[1]
+                weight = weights.flatten()[order]
+                weight = weight if own is None else weight * own[place]
             self.routed[name] = self.routed.get(name, 0) + routed
             self.mass[name] = self.mass.get(name, 0) + mass
+            batches = self.batches.setdefault(name, [])
+            starts = [0, *routed.cumsum(0).tolist()]
+            size = (len(batches) + 1) * rows.numel() * rows.element_size()
+            batches.append(Routed(rows if size <= INPUTS_ON_GPU else rows.cpu(), place, weight, starts))
+            if len(batches) == 1:
+                inner = functools.partial(layout.inner_of, module)
+                first = ExpertMoments(count, hidden.shape[1], batches, device, None)
+                last = ExpertMoments(count, layout.inner, batches, device, inner)
+                last.weight, last.square = first.weight, first.square  # the same inputs
+                self.moments |= {f"{name}.{layout.first}": first, f"{name}.down_proj": last}
+            counted = self.moments[f"{name}.down_proj"]
             for expert in routed.nonzero()[:, 0].tolist():
-                if index is None:
-                    token, weight = rows[expert].any(-1).nonzero()[:, 0], None
-                else:
-                    token, place = torch.where(index == expert)
-                    weight = weights[token, place]
-                x = rows[expert][token]
-                if own is not None:
-                    weight = own[token] if weight is None else weight * own[token]
-                ups.add(expert, x, weight)
-                downs.add(expert, layout.inner_of(module, expert, x), weight)
+                part = slice(starts[expert], starts[expert + 1])
+                w = torch.ones(part.stop - part.start, device=device) if weight is None else weight[part].float() ** 2
+                counted.weight[expert] += w.sum()
+                counted.square[expert] += (w * w).sum()
 
         return hook
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def hooked_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The parameters of a module tree that a :class:`Collector` can be asked for, with their shapes."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, own in module.named_modules():
+        if isinstance(own, nn.Linear):
+            found[f"{name}.weight"] = tuple(own.weight.shape)
+        for part in ("gate_up_proj", "up_proj", "down_proj"):
+            if (parameter := own._parameters.get(part)) is not None and parameter.ndim == 3:
+                found[f"{name}.{part}"] = tuple(parameter.shape)
+    return found
+
+
+def calibrated_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The parameters whose inputs a calibrated pass sees, in the decoder's layers and the head, with their shapes, by their
+    names in the module tree; none where transformers has no class of the model."""
+    if checkpoint.model_type.removesuffix("_text") not in FAMILIES or not has_class(checkpoint.model_type):
+        return {}
+    found = hooked_shapes(meta_model(model_config(checkpoint.path).get_text_config()))
+    return {name: shape for name, shape in found.items() if LAYER_PREFIX.match(name) or name == "lm_head.weight"}
 
 
 def output(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -307,12 +532,19 @@ class LayerStream:
         self.ahead = device.type == "cuda" if ahead is None else ahead
         self._reader = ThreadPoolExecutor(1, "ahead")
         self._coming: dict[str, Future[Tensor]] = {}
+        self._last = 0  # the layer that was expected last
+        self.by_layer: dict[int, list[str]] = {index: [] for index in range(len(self.layers))}
+        for parameter, own in checkpoint.sources.items():
+            if (match := LAYER_PREFIX.match(parameter)) and int(match[1]) in self.by_layer:
+                self.by_layer[int(match[1])] += own
 
     def fill(self, module: nn.Module, prefix: str, values: Mapping[str, Tensor] | None = None) -> None:
         """Give ``module`` its parameters and persistent buffers from the checkpoint (or from ``values``, by checkpoint
         name, where they are there). ``prefix`` ends in a dot. :class:`UserError` where the checkpoint lacks one; a parameter
         that is in memory and not in the checkpoint (an adapter's) stays."""
         sources, places = self.checkpoint.sources, self.checkpoint.places
+        if (layer := LAYER_PREFIX.match(prefix)) and not self._coming:
+            self._expect(int(layer[1]))
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             parameter = prefix + name
             if parameter not in sources:
@@ -328,9 +560,17 @@ class LayerStream:
             value = nn.Parameter(full, requires_grad=False) if isinstance(tensor, nn.Parameter) else full
             setattr(module.get_submodule(owner), leaf, value)
 
+    def _expect(self, index: int) -> None:
+        """Layer ``index`` of a model of the hub is read next: fetch it and the two that follow in the order in which layers
+        come, which may be backward."""
+        step, self._last = (1 if index >= self._last else -1), index
+        layers = [index + step * more for more in range(1 + LAYERS_AHEAD)]
+        self.checkpoint.expect(self.by_layer[number] for number in layers if 0 <= number < len(self.layers))
+
     def read_ahead(self, index: int) -> None:
         """Begin to read what :meth:`fill` will ask for decoder layer ``index``, where there is one, while the device works."""
         if self.ahead and index < len(self.layers):
+            self._expect(index)
             layer = self.layers[index]
             for name, _ in [*layer.named_parameters(), *layer.named_buffers()]:
                 for source in self.checkpoint.sources.get(f"model.layers.{index}.{name}", ()):

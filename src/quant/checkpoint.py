@@ -3,12 +3,15 @@
 Not a command. `Checkpoint(directory)` reads and checks headers only; `read(name)` is in memory of its own. packed.json, beside
 packed weights, lists the tensors of the dequantized checkpoint in their order with what else writes it again, byte for byte:
 
-    {"format": 1, "group": G, "shards": [tensors of each file], "config": text of config.json,
-     "tensors": [[name, dtype, shape, whether it is packed], ...]}
+    {"format": 2, "group": G, "shards": [tensors of each file], "config": text of config.json,
+     "tensors": [[name, dtype, shape, bits of its codes or 0 where it is not packed], ...]}
+
+In format 1 the last was whether it is packed, in 4 bits.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -27,16 +30,12 @@ from torch import Tensor
 
 from console import UserError, file_sha256, files_sha256, read_json, read_object, write_json
 from families import FAMILIES, Family, Place, family_of, place_of
+from hub import remote_of, spelled
 from safetensors_file import DTYPES, TensorInfo, open_tensors, read_header
-from source_formats import describe, source_tensors, without_quantization
+from source_formats import ScaledInfo, describe, source_tensors, without_quantization, word_count
 
 PACKED = "packed.json"  # in a packed checkpoint: what it unpacks to
-BITS = 4
-CODES_A_WORD = 32 // BITS
-CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # values worked on at once
-
-
-FORMAT = 1
+FORMAT = 2
 FUSED = re.compile(r"(.*\.experts)\.(gate_up|down)_proj")
 PARTS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 
@@ -53,38 +52,37 @@ def matrices_of(name: str, shape: tuple[int, ...]) -> list[tuple[str, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class PackedInfo(TensorInfo):
-    """A tensor of the dequantized checkpoint that lies in matrices, in the order of its rows: (packed, scale) of each, or
-    (values, None) where it is not packed. ``begin`` and ``end`` only say its size."""
+    """A tensor of the dequantized checkpoint that lies in ``matrices``, in the order of its rows, packed or not. ``begin`` and
+    ``end`` only say its size."""
 
-    matrices: tuple[tuple[TensorInfo, TensorInfo | None], ...] = ()
+    matrices: tuple[TensorInfo, ...] = ()
+
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return tuple(info for matrix in self.matrices for info in matrix.stored())
 
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count
         across = math.prod(self.shape[1:-1])  # rows of matrices in a row of the first axis
         out = torch.empty(count * across, self.shape[-1], dtype=self.dtype)
         place, first, last = 0, start * across, (start + count) * across
-        for packed, scale in self.matrices:
-            low, high = max(first, place), min(last, place + packed.shape[0])
+        for matrix in self.matrices:
+            low, high = max(first, place), min(last, place + matrix.shape[0])
             if low < high:
-                part = (low - place, high - low)
-                words = packed.read(*part)
-                out[low - first : high - first] = (
-                    words if scale is None else unpacked_values(words, scale.read(*part), self.dtype)
-                )
-            place += packed.shape[0]
+                out[low - first : high - first] = matrix.read(low - place, high - low)
+            place += matrix.shape[0]
         return out.view(count, *self.shape[1:])
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
     """packed.json, checked as far as this module relies on it."""
     value = read_json(directory / PACKED)
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise UserError(f"{directory / PACKED}: not of format {FORMAT}; pack the checkpoint again")
+    if not isinstance(value, dict) or value.get("format") not in (1, FORMAT):
+        raise UserError(f"{directory / PACKED}: not of format 1 or {FORMAT}; pack the checkpoint again")
     try:
         for name, dtype, shape, packed in value["tensors"]:
             fits = isinstance(name, str) and dtype in DTYPES and all(type(size) is int and size >= 0 for size in shape)
             known = not packed or len(shape) == 2 or len(shape) == 3 and FUSED.fullmatch(name)
-            if not fits or not known or type(packed) is not bool:
+            if not fits or not known or packed not in (range(9) if value["format"] == FORMAT else (False, True)):
                 raise ValueError(name)
         if not isinstance(value["config"], str) or sum(value["shards"]) != len(value["tensors"]) or value["group"] < 1:
             raise ValueError("config, shards, group")
@@ -106,43 +104,28 @@ def unpacked_tensors(directory: Path, stored: Mapping[str, TensorInfo]) -> dict[
         return info
 
     for name, kind, sizes, packed in manifest["tensors"]:
-        dtype, shape = DTYPES[kind], tuple(sizes)
+        dtype, shape, bits = DTYPES[kind], tuple(sizes), int(packed) if manifest["format"] == FORMAT else 4 * packed
         if not packed and (name in rest or len(shape) < 3 or not FUSED.fullmatch(name)):
             found[name] = take(name, dtype, shape)
             continue
-        matrices: list[tuple[TensorInfo, TensorInfo | None]] = []
-        inputs = shape[-1]
+        matrices: list[TensorInfo] = []
+        inputs, group = shape[-1], manifest["group"]
         for module, rows in matrices_of(name, shape):
             if not packed:
-                matrices.append((take(f"{module}.weight", dtype, (rows, inputs)), None))
+                matrices.append(take(f"{module}.weight", dtype, (rows, inputs)))
                 continue
-            words = take(f"{module}.weight_packed", torch.int32, (rows, inputs // CODES_A_WORD))
-            scale = take(f"{module}.weight_scale", torch.bfloat16, (rows, inputs // manifest["group"]))
+            words = take(f"{module}.weight_packed", torch.int32, (rows, word_count(inputs, bits)))
+            scale = take(f"{module}.weight_scale", torch.bfloat16, (rows, inputs // group))
             take(f"{module}.weight_shape", torch.int64, (2,))
-            matrices.append((words, scale))
+            size = rows * inputs * dtype.itemsize
+            matrices.append(
+                ScaledInfo(dtype, (rows, inputs), words.file, 0, size, codes=words, scale=scale, block=(1, group), bits=bits)
+            )
         size = math.prod(shape) * dtype.itemsize
-        found[name] = PackedInfo(dtype, shape, matrices[0][0].file, 0, size, tuple(matrices))
+        found[name] = PackedInfo(dtype, shape, matrices[0].file, 0, size, tuple(matrices))
     if rest:
         raise UserError(f"{directory}: {min(rest)} is not in {PACKED}; pack the checkpoint again")
     return found
-
-
-def unpack_codes(packed: Tensor) -> Tensor:
-    """int32 [..., I/8] -> int8 [..., I] in -8..7."""
-    pairs = packed.contiguous().view(torch.uint8)
-    return (torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2).view(torch.int8)) - 8
-
-
-def unpacked_values(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The values [O, I] of packed [O, I/8] int32 and scale [O, I/G]: code * scale in float32 (exact), rounded once."""
-    rows, groups = scale.shape
-    out = torch.empty(rows, packed.shape[1] * CODES_A_WORD, dtype=dtype, device=packed.device)
-    count = max(1, CHUNK.get(packed.device.type, CHUNK["cpu"]) // max(1, out.shape[1]))
-    for start in range(0, rows, count):
-        piece = slice(start, start + count)
-        codes = unpack_codes(packed[piece])
-        out[piece] = (codes.view(len(codes), groups, -1) * scale[piece].float()[..., None]).flatten(1)
-    return out
 
 
 SYNTHETIC = "synthetic.json"  # beside the config.json of what synthetic_moe made: its seed, its shape, the shards still empty
@@ -153,20 +136,25 @@ class Checkpoint:
     """A checkpoint directory: ``config`` (config.json), ``tensors`` (name -> :class:`TensorInfo`, in the order of the
     shards and of their bytes), ``files`` (the shards). Opening reads and checks headers only. A packed checkpoint shows the
     tensors that it unpacks to, one published in another format than BF16 (``source_format``, else None) those that it stands
-    for, with the ``config`` of those; what is read is decoded."""
+    for, with the ``config`` of those; what is read is decoded. One of the hub (``remote``) holds headers; what is read is
+    fetched."""
 
     source_format: str | None = None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.exists():
-            raise UserError(f"{self.path}: no such model directory")
+            more = "; quantize.sh, pack_gguf.sh, moe_probe and moe_alloc read from the hub" if spelled(path) else ""
+            raise UserError(f"{self.path}: no such model directory{more}")
         if not self.path.is_dir():
             raise UserError(f"{self.path}: not a directory; give the directory that holds config.json")
         if not (self.path / "config.json").is_file():
             raise UserError(f"{self.path}: no config.json in it; is this a model directory?")
         self.config: dict[str, Any] = read_object(self.path / "config.json")
         self.files, self.tensors = open_tensors(self.path)
+        self.remote = remote_of(self.path)
+        if self.remote:
+            self.tensors = {name: self.remote.tensor(info) for name, info in self.tensors.items()}
         if self.is_packed:
             self.tensors = unpacked_tensors(self.path, self.tensors)
         else:
@@ -182,6 +170,11 @@ class Checkpoint:
         """Size of the weight files on disk."""
         return sum(file.stat().st_size for file in self.files)
 
+    @property
+    def hub(self) -> dict[str, str]:
+        """The entry of a recipe for a model of the hub: its name and commit. Empty for another."""
+        return {"hub": self.remote.uri} if self.remote else {}
+
     @functools.cached_property
     def config_sha256(self) -> str:
         return hashlib.sha256((self.path / "config.json").read_bytes()).hexdigest()
@@ -195,7 +188,10 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """One digest of all weight files: console.files_sha256."""
-        return files_sha256(self.files)
+        if not self.remote:
+            return files_sha256(self.files)
+        told = [self.remote.files[file.name]["digest"] for file in self.files]
+        return told[0] if len(told) == 1 else hashlib.sha256("".join(told).encode()).hexdigest()
 
     @functools.cached_property
     def model_type(self) -> str:
@@ -241,6 +237,15 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """The whole tensor, in memory of its own."""
         return self.info(name).read()
+
+    def on_disk(self, names: Iterable[str]) -> contextlib.AbstractContextManager[None]:
+        """Another program can read these tensors in the directory: those of the hub lie there meanwhile."""
+        return self.remote.filled(self.tensors[name] for name in names) if self.remote else contextlib.nullcontext()
+
+    def expect(self, groups: Iterable[Iterable[str]], budget: int | None = None, whole: bool = False) -> None:
+        """What will be read next, in this order, groups of neighbours (a layer) in that of the files: hub.Remote.expect."""
+        if self.remote:
+            self.remote.expect([[self.tensors[name] for name in names] for names in groups], budget, whole)
 
     def read_chunks(self, name: str, max_bytes: int) -> Iterator[tuple[int, Tensor]]:
         """(start, slice along axis 0) pieces of at most ``max_bytes``, never less than one row of axis 0."""
@@ -321,14 +326,17 @@ def source_identity(path: str | Path) -> dict[str, str]:
     """What makes a model, or any input file, this one and no other, wherever it lies: "SIZE:DIGEST" by file name, of all shards
     and of the files beside them that change what it answers. Seconds for 250 GB: see :func:`file_identity`."""
     path = Path(path)
+    told = {}
     if path.is_dir():
         names = sorted(f.name for f in path.iterdir() if f.is_file() and any(fnmatch.fnmatch(f.name, p) for p in DECIDING))
-        files = [*open_tensors(path)[0], *(path / name for name in names)]
+        remote = remote_of(path)
+        told = remote.identity if remote else {}
+        files = [*(() if remote else open_tensors(path)[0]), *(path / name for name in names)]
     elif parts := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name):
         files = [path.with_name(f"{parts[1]}-{n:05d}-of-{parts[2]}.gguf") for n in range(1, int(parts[2]) + 1)]
     else:
         files = [path]
-    return {file.name: file_identity(file) for file in files}
+    return told | {file.name: file_identity(file) for file in files}
 
 
 def different_file(before: Any, now: Mapping[str, str]) -> str | None:
@@ -342,6 +350,8 @@ def different_file(before: Any, now: Mapping[str, str]) -> str | None:
         if name not in now or name not in before:
             return f"{name} is {'new' if name in now else 'gone'}"
         if before[name] != now[name]:
+            if name == "commit":
+                return f"it was {before[name]}, now it is {now[name]}"
             size, other = str(before[name]).partition(":")[0], now[name].partition(":")[0]
             return f"{name} differs ({f'{size} bytes, now {other}' if size != other else 'same size, other content'})"
     return None

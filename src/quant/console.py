@@ -62,6 +62,10 @@ class WriteError(UserError):
     """A full disk, or one that cannot be written. What a run that can go on has made by then stays."""
 
 
+class SourceError(UserError):
+    """A source that cannot be read for now. What a run that can go on has made by then stays."""
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run ``main`` and turn what a user can mend into one line on stderr and an exit code. Bugs keep their traceback.
     ``--help`` ends with the module's docstring: its example, and what the options mean together."""
@@ -77,6 +81,12 @@ def run_cli(main: Callable[[], int | None]) -> None:
         raise
     except UserError as error:
         print(f"error: {str(error).replace('--force', 'FORCE=1') if as_keys else error}", file=sys.stderr)
+        code = 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's
+            raise
+        what = ". ".join(str(error).split(". ")[:2])
+        print(f"error: the GPU's memory ran out ({what}); end what else is on it, or take smaller batches", file=sys.stderr)
         code = 2
     except OSError as error:
         if error.errno not in UNWRITABLE:

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import re
+import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -25,6 +29,18 @@ GPU_LANES = 4  # shards at work on a GPU, where no --devices are named (results/
 
 class Stopped(Exception):
     """Raised in a thread whose work is of no use any more, because another thread failed or Ctrl-C was pressed."""
+
+
+def nvidia_smi(*fields: str) -> list[list[str]]:
+    """What nvidia-smi says of each GPU that this process may use, by its names of the fields ("memory.free", in MiB); nothing
+    where there is none."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) == "" or not shutil.which(query[0]):
+        return []
+    if re.fullmatch(r"\d+(,\d+)*", chosen or ""):
+        query += ["-i", str(chosen)]
+    done = subprocess.run(query, capture_output=True, text=True)
+    return [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()] if not done.returncode else []
 
 
 def default_device() -> torch.device:
@@ -66,6 +82,24 @@ def device_peaks(devices: Sequence[torch.device]) -> dict[str, int]:
     """MiB that tensors took at most on each GPU, in this process."""
     gpus = {device for device in devices if device.type == "cuda"}
     return {str(gpu): torch.cuda.max_memory_allocated(gpu) >> 20 for gpu in sorted(gpus, key=str)}
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors of this process may still take on a GPU: what others leave, within GPU_MEMORY_GIB of the environment,
+    which becomes the limit of its allocator. Asked for first, it also has the allocator join what it frees."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    free, total = torch.cuda.mem_get_info(device)
+    if text := os.environ.get("GPU_MEMORY_GIB"):
+        try:
+            share = float(text) * 2**30 / total
+        except ValueError:
+            share = 0.0
+        if not 0 < share < float("inf"):
+            raise UserError(f"GPU_MEMORY_GIB={text}: expected a number of GiB above 0")
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    limit = torch.cuda.get_per_process_memory_fraction(device) * total
+    return int(min(free + torch.cuda.memory_reserved(device), limit)) - torch.cuda.memory_allocated(device)
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

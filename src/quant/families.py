@@ -184,20 +184,6 @@ BAILING: Rules = (
 )
 
 QWEN_HYBRID = BLOCK + QK_NORM + DELTA_NET
-# How llama.cpp stores a parameter that ends so, where not as it is; the first that fits (gguf_layout.py says what it means).
-STORED_HYBRID = (
-    ("linear_attn.norm.weight", {}),
-    ("norm.weight", {"function": "plus_one"}),
-    ("linear_attn.A_log", {"function": "negative_exp", "rows": "heads"}),
-    ("linear_attn.dt_bias", {"rows": "heads"}),
-    ("linear_attn.in_proj_a.weight", {"rows": "heads"}),
-    ("linear_attn.in_proj_b.weight", {"rows": "heads"}),
-    ("linear_attn.in_proj_z.weight", {"rows": "values"}),
-    ("linear_attn.in_proj_qkv.weight", {"rows": "keys and values"}),
-    ("linear_attn.conv1d.weight", {"rows": "keys and values"}),
-    ("linear_attn.out_proj.weight", {"columns": "values"}),
-)
-
 # The fields of config.json that llama.cpp computes with, by the key of the file's header that must say the same.
 CARRIED_HYBRID = {
     "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
@@ -224,23 +210,24 @@ FIXED_HYBRID = {
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """``layer``: the rules of a decoder layer's tensors, ``top``: of the others. ``ggml``: llama.cpp's name of the
-    architecture. Where this project writes a GGUF, ``stored``: what is otherwise in it than in the checkpoint; ``carried``: the
-    keys of its header that must have the value of a field of config.json; ``fixed``: the fields that must have this value.
+    architecture. Where every field is accounted for, ``carried``: the keys of a GGUF's header that must have the value of a
+    field of config.json; ``fixed``: the fields that must have this value.
 
     ``renames``: where a tensor lies in transformers' module tree, as (pattern, replacement) pairs on its name, where that is
     another than on disk. ``transposed``: experts lie as [E, I, O]; without ``gated`` an expert has up_proj alone. ``carries``:
     the argument by which a decoder layer gives its second output to the next. ``alias``: the model_type whose classes
-    transformers has, where it knows this one by no name of its own."""
+    transformers has, where it knows this one by no name of its own. ``packed_ends``: which of embedding and head vLLM 0.33
+    reads from packed codes (a quantization config reaches them in its models/)."""
 
     layer: Rules
     ggml: str = ""
-    stored: tuple[tuple[str, Mapping[str, str]], ...] | None = None
     top: Rules = ()
     renames: tuple[tuple[str, str], ...] = ()
     transposed: bool = False
     gated: bool = True
     carries: str = ""
     alias: str = ""
+    packed_ends: tuple[Role, ...] = (Role.LM_HEAD,)
 
     def is_turned(self, shape: Sequence[int]) -> bool:
         """Whether a tensor or parameter of this shape is a stack of experts as [E, I, O]."""
@@ -250,35 +237,35 @@ class Family:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+BOTH_ENDS = (Role.EMBEDDING, Role.LM_HEAD)
 DEEPSEEK = BLOCK + LATENT_ATTENTION + SHARED_EXPERTS + EXPERTS + MLP
 SPARSE_MOE = ((r"\.block_sparse_moe\.", ".mlp."),)
 FAMILIES = {
     "qwen3_5_moe": Family(
         layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT,
         ggml="qwen35moe",
-        stored=STORED_HYBRID,
         carried=CARRIED_MOE,
         fixed=FIXED_HYBRID,
     ),
-    "qwen3_5": Family(layer=QWEN_HYBRID + MLP, ggml="qwen35", stored=STORED_HYBRID, carried=CARRIED_DENSE, fixed=FIXED_HYBRID),
-    "qwen3_next": Family(layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT + MLP, ggml="qwen3next"),
-    "qwen3_moe": Family(layer=BLOCK + QK_NORM + EXPERTS + MLP, ggml="qwen3moe"),
+    "qwen3_5": Family(layer=QWEN_HYBRID + MLP, ggml="qwen35", carried=CARRIED_DENSE, fixed=FIXED_HYBRID),
+    "qwen3_next": Family(layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT + MLP, ggml="qwen3next", packed_ends=()),
+    "qwen3_moe": Family(layer=BLOCK + QK_NORM + EXPERTS + MLP, ggml="qwen3moe", packed_ends=BOTH_ENDS),
     "mixtral": Family(layer=BLOCK + MIXTRAL, ggml="llama", renames=SPARSE_MOE),
-    "olmoe": Family(layer=BLOCK + QK_NORM + EXPERTS, ggml="olmoe"),
-    "deepseek_v3": Family(layer=DEEPSEEK, ggml="deepseek2"),
-    "llama": Family(layer=BLOCK + MLP, ggml="llama"),
-    "qwen2": Family(layer=BLOCK + MLP, ggml="qwen2"),
-    "qwen3": Family(layer=BLOCK + QK_NORM + MLP, ggml="qwen3"),
+    "olmoe": Family(layer=BLOCK + QK_NORM + EXPERTS, ggml="olmoe", packed_ends=BOTH_ENDS),
+    "deepseek_v3": Family(layer=DEEPSEEK, ggml="deepseek2", packed_ends=BOTH_ENDS),
+    "llama": Family(layer=BLOCK + MLP, ggml="llama", packed_ends=BOTH_ENDS),
+    "qwen2": Family(layer=BLOCK + MLP, ggml="qwen2", packed_ends=BOTH_ENDS),
+    "qwen3": Family(layer=BLOCK + QK_NORM + MLP, ggml="qwen3", packed_ends=BOTH_ENDS),
     "gemma2": Family(layer=BLOCK + GEMMA_NORMS + MLP, ggml="gemma2"),
-    "gemma3": Family(layer=BLOCK + QK_NORM + GEMMA_NORMS + MLP, ggml="gemma3"),
-    "kimi_k2": Family(layer=DEEPSEEK, ggml="deepseek2", alias="deepseek_v3"),
-    "deepseek_v2": Family(layer=DEEPSEEK, ggml="deepseek2"),
-    "deepseek_v32": Family(layer=DEEPSEEK + INDEXER, ggml="deepseek2"),
-    "glm_moe_dsa": Family(layer=DEEPSEEK + INDEXER, ggml="glm-dsa", carries="prev_topk_indices"),
+    "gemma3": Family(layer=BLOCK + QK_NORM + GEMMA_NORMS + MLP, ggml="gemma3", packed_ends=BOTH_ENDS),
+    "kimi_k2": Family(layer=DEEPSEEK, ggml="deepseek2", alias="deepseek_v3", packed_ends=BOTH_ENDS),
+    "deepseek_v2": Family(layer=DEEPSEEK, ggml="deepseek2", packed_ends=BOTH_ENDS),
+    "deepseek_v32": Family(layer=DEEPSEEK + INDEXER, ggml="deepseek2", packed_ends=BOTH_ENDS),
+    "glm_moe_dsa": Family(layer=DEEPSEEK + INDEXER, ggml="glm-dsa", carries="prev_topk_indices", packed_ends=BOTH_ENDS),
     "glm4_moe": Family(layer=BLOCK + QK_NORM + EXPERTS + SHARED_EXPERTS + MLP, ggml="glm4moe"),
-    "glm4_moe_lite": Family(layer=DEEPSEEK, ggml="deepseek2"),
-    "qwen2_moe": Family(layer=BLOCK + EXPERTS + SHARED_EXPERT + MLP, ggml="qwen2moe"),
-    "mistral": Family(layer=BLOCK + MLP, ggml="llama"),
+    "glm4_moe_lite": Family(layer=DEEPSEEK, ggml="deepseek2", packed_ends=BOTH_ENDS),
+    "qwen2_moe": Family(layer=BLOCK + EXPERTS + SHARED_EXPERT + MLP, ggml="qwen2moe", packed_ends=BOTH_ENDS),
+    "mistral": Family(layer=BLOCK + MLP, ggml="llama", packed_ends=BOTH_ENDS),
     "hunyuan_v1_moe": Family(
         layer=(
             *BLOCK + EXPERTS + SHARED_EXPERTS + MLP,
@@ -286,12 +273,14 @@ FAMILIES = {
             (r"mlp\.gate\.wg\.weight", Role.ROUTER),
         ),
         ggml="hunyuan-moe",
+        packed_ends=(),
     ),
-    "minimax_m2": Family(layer=BLOCK + QK_NORM + MIXTRAL, ggml="minimax-m2", renames=SPARSE_MOE),
+    "minimax_m2": Family(layer=BLOCK + QK_NORM + MIXTRAL, ggml="minimax-m2", renames=SPARSE_MOE, packed_ends=BOTH_ENDS),
     "ernie4_5_moe": Family(
         layer=BLOCK + EXPERTS + SHARED_EXPERTS + MLP,
         ggml="ernie4_5-moe",
         renames=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),),
+        packed_ends=BOTH_ENDS,
     ),
     "phimoe": Family(
         layer=(*BLOCK + MIXTRAL, (r"(input|post_attention)_layernorm\.bias", Role.BIAS)),
@@ -299,7 +288,7 @@ FAMILIES = {
         top=((r"(lm_head|model\.norm)\.bias", Role.BIAS),),
         renames=((r"\.block_sparse_moe\.gate\.", ".mlp.router."), *SPARSE_MOE),
     ),
-    "gemma4": Family(layer=BLOCK + QK_NORM + GEMMA_NORMS + MLP + GEMMA4, ggml="gemma4"),
+    "gemma4": Family(layer=BLOCK + QK_NORM + GEMMA_NORMS + MLP + GEMMA4, ggml="gemma4", packed_ends=BOTH_ENDS),
     "granitemoehybrid": Family(
         layer=BLOCK + MAMBA + GRANITE,
         ggml="granitehybrid",
@@ -313,8 +302,9 @@ FAMILIES = {
         layer=BLOCK + MAMBA + FEED_FORWARD,
         ggml="jamba",
         top=((r"model\.final_layernorm\.weight", Role.NORM),),
+        packed_ends=(),
     ),
-    "gpt_oss": Family(layer=BLOCK + EXPERTS + GPT_OSS, ggml="gpt-oss", transposed=True),
+    "gpt_oss": Family(layer=BLOCK + EXPERTS + GPT_OSS, ggml="gpt-oss", transposed=True, packed_ends=()),
     "llama4": Family(layer=BLOCK + FEED_FORWARD, ggml="llama4", transposed=True),
     "qwen4_exp": Family(
         layer=QWEN_HYBRID + EXPERTS + SHARED_EXPERT + INDEXER + HYPER,
@@ -322,17 +312,20 @@ FAMILIES = {
             (r"model\.hyper_connection_mixer\.hc_norm\.weight", Role.NORM),
             (r"model\.hyper_connection_mixer\.input_mix_weight_(up|down)\.weight", Role.ROUTER),
         ),
+        packed_ends=(),
     ),
     "nemotron_h": Family(
         layer=MAMBA + NEMOTRON,
         ggml="nemotron_h_moe",
         top=((r"model\.embeddings\.weight", Role.EMBEDDING), (r"model\.norm_f\.weight", Role.NORM)),
         gated=False,
+        packed_ends=BOTH_ENDS,
     ),
     "bailing_moe": Family(  # no class of it in transformers: only what needs no calibration
         layer=BAILING + EXPERTS + SHARED_EXPERTS + MLP,
         ggml="bailingmoe",
         top=((r"model\.word_embeddings\.weight", Role.EMBEDDING),),
+        packed_ends=BOTH_ENDS,
     ),
 }
 # The matrices of an expert by their names on disk, and where they lie among the rows of the fused parameter.
@@ -425,6 +418,16 @@ def role_of(name: str, shape: Sequence[int], model_type: str, num_layers: int | 
     if len(shape) not in DIMENSIONS.get(role, (len(shape),)):
         raise UserError(f"tensor {name}: shape {list(shape)} is not that of a {role} (families.py)")
     return role
+
+
+def role_in_block(name: str, model_type: str) -> Role | None:
+    """What a tensor of multi-token prediction is within its block: a decoder layer, behind the matrix (MLP) that joins its two
+    inputs. None for the norms around them and for copies of the embedding and the head."""
+    rest = re.sub(r"^(model\.)?layers\.\d+\.", "", MTP_PREFIX.sub("", text_name(name)))
+    if rest in ("fc.weight", "eh_proj.weight"):
+        return Role.MLP
+    rules = _compiled(FAMILIES[family_of(model_type)].layer)
+    return next((role for pattern, role in rules if pattern.fullmatch(rest)), None)
 
 
 def roles_of(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]) -> dict[str, Role]:

@@ -14,7 +14,6 @@ rounded to v has the output error  (w - v) H (w - v)^T, which depends on no othe
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 from console import UserError
 from ggml_codecs import balanced, codec, decode_rows, encode, fit_blocks
 from ggml_types import Codec, Scales, row_bytes
-from moe_ptq import WORKING_BYTES, damped, experts_at_once, inverse_factor
+from moe_ptq import WORKING_BYTES, damped, diagonals, inverse_factor, rounding_parts
 
 SIZES = (1.0, 0.94, 1.06)  # of the fitted scales, that a sweep tries
 PLAIN_SWEEP = ("q8_0",)  # types so fine that a sweep alone leaves no error worth the descents, which take ten times as long
@@ -61,11 +60,6 @@ def row_errors(wt: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
 
 def spans(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, length, size)]
-
-
-def even_rows(length: int, most: int) -> int:
-    """Rows of a span, in sixteens: about ``most``, and none of the spans much smaller than the others."""
-    return 16 * math.ceil(length / math.ceil(length / most) / 16)
 
 
 # ---------------------------------------------------------------- sweep
@@ -313,17 +307,15 @@ def ldlq(
     out = torch.empty(experts, outputs, size, dtype=torch.uint8, device=weight.device)
     memory = working_bytes or WORKING_BYTES[weight.device.type]
     passes, sizes = (0, (1.0,)) if name in PLAIN_SWEEP else (passes, SIZES)
-    for part in spans(experts, experts_at_once(weight.shape, memory)):
+    for part, row in rounding_parts(weight.shape, memory, COPIES):
         h = hessian[part].float()
-        moments = damped(h, damping)
-        factor = inverse_factor(moments, 0.0)
-        rows = even_rows(outputs, max(16, int(memory / (4 * inputs * COPIES * len(h)))))
-        for row in spans(outputs, rows):
-            w = weight[part, row].float()
-            found = encode(w, name, h.diagonal(dim1=1, dim2=2)[:, None])
-            if kind.type.block > 1:
-                _keep_better(found, _ldlq(w, kind, moments, factor, passes, sizes), w, name, h)
-            out[part, row] = found
+        w = weight[part, row].float()
+        found = encode(w, name, diagonals(h)[:, None])
+        if kind.type.block > 1:
+            with damped(h, damping) as moments:
+                data = _ldlq(w, kind, moments, inverse_factor(moments, 0.0), passes, sizes)
+            _keep_better(found, data, w, name, h)
+        out[part, row] = found
     return out
 
 

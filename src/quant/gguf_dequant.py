@@ -2,15 +2,17 @@
 
     python src/quant/gguf_dequant.py --gguf work/iq3/razor-tiny-IQ3_XXS.gguf --model models/razor-tiny --out work/iq3-bf16
 
-Every tensor that the file stores in a lossy type is decoded, put back into transformers' order and rounded to the original's
-dtype; what it stores in float32 or bfloat16, and what is not in the file (vision, multi-token prediction), is copied.
+Every tensor that the file stores in a lossy type is decoded, put back into the original's order and rounded to its dtype; what
+the file holds exactly, and what is not in it (vision), is copied. A function of weights that the file rounds cannot be put
+back: it is named.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,74 +20,132 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, source_identity
 from console import UserError, progress, run_cli, write_json
-from families import FAMILIES, family_of
+from families import FAMILIES
 from ggml_codecs import decode_rows
 from gguf_format import GgufFile
-from gguf_layout import Piece, into_parameter, pieces_of
+from gguf_layout import Piece, into_parameter, pieces_of, read_parameter, traced
+from hf_model import listed
 from plans import copy_sidecars, sidecars
 from records import DECODED_MARK, header_sha256
 from run_dir import check_output, staged_directory
 from safetensors_file import CheckpointWriter
 
-LOSSLESS = ("f32", "bf16")  # what is stored so is as the checkpoint has it
+EXACT = {  # what a type holds exactly
+    "f32": (torch.float32, torch.bfloat16, torch.float16),
+    "bf16": (torch.bfloat16,),
+    "f16": (torch.float16,),
+}
 
 
-def check_match(file: GgufFile, checkpoint: Checkpoint, pieces: list[Piece]) -> None:
+def sides(shape: tuple[int, ...]) -> list[int]:
+    """A shape without the ones in front, which ggml does not keep: llama.cpp's own tools write [1, I] as [I]."""
+    return [side for place, side in enumerate(shape) if side != 1 or any(other != 1 for other in shape[:place])]
+
+
+def check_match(file: GgufFile, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
     """Raise :class:`UserError` unless the file is one of this model."""
-    expected = FAMILIES[family_of(checkpoint.config["model_type"])].ggml
+    expected = traced(checkpoint, "none")["architecture"]
     if file.architecture() != expected:
         raise UserError(f"{file.path}: architecture {file.architecture()}, but {checkpoint.path} is {expected}")
     for piece in pieces:
-        if piece.name not in file.tensors or file.shape(piece.name) != piece.shape:
+        if piece.name not in file.tensors or sides(file.shape(piece.name)) != sides(piece.shape):
             found = list(file.shape(piece.name)) if piece.name in file.tensors else "absent"
             raise UserError(f"{file.path}: {piece.name} is {found}, {checkpoint.path} needs {list(piece.shape)}")
 
 
-def decoded(file: GgufFile, checkpoint: Checkpoint, by_parameter: Mapping[str, Sequence[Piece]]) -> Callable[[str], Tensor]:
-    """What gives a tensor of the checkpoint as the file has it. It keeps two parameters: an expert's matrices alternate."""
-    kept: dict[str, Tensor] = {}
+def is_exact(piece: Piece, kind: str, checkpoint: Checkpoint) -> bool:
+    """Whether a file that stores the piece in this type holds what the checkpoint has."""
+    return all(checkpoint.info(name).dtype in EXACT.get(kind, ()) for name in piece.sources)
 
-    def value(name: str) -> Tensor:
-        info, place = checkpoint.info(name), checkpoint.places[name]
-        if place.parameter not in by_parameter:
-            return checkpoint.read(name)
-        if place.parameter not in kept:
-            pieces = by_parameter[place.parameter]
-            if len(kept) > 1:
-                kept.pop(next(iter(kept)))
-            full = kept[place.parameter] = torch.empty(checkpoint.parameter_shape(place.parameter))
-            for piece in pieces:
-                into_parameter(piece, decode_rows(file.data(piece.name), file.kind(piece.name)).view(piece.shape), full)
-        return place.view(kept[place.parameter]).to(info.dtype).reshape(info.shape)
 
-    return value
+class Decoded:
+    """The tensors of a checkpoint as a GGUF of it has them. ``kept``: the names of the file's tensors that are rounded
+    functions of weights, which cannot be put back: their weights stay as the checkpoint has them."""
+
+    def __init__(self, file: GgufFile, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
+        self.file, self.checkpoint = file, checkpoint
+        rounded = [piece for piece in pieces if not is_exact(piece, file.kind(piece.name), checkpoint)]
+        self.kept = [piece.name for piece in rounded if piece.function != "same"]
+        changed = {piece.parameter for piece in rounded if piece.function == "same"}
+        self.pieces: dict[str, list[Piece]] = {}
+        self.sources: dict[str, tuple[str, ...]] = {}  # the tensors that a parameter, or a row of them, is made of
+        self.parameter_of: dict[str, str] = {}
+        for piece in pieces:
+            if piece.parameter in changed and piece.function == "same":
+                self.pieces.setdefault(piece.parameter, []).append(piece)
+                own = piece.sources if self._is_row(piece) else tuple(checkpoint.sources[piece.parameter])
+                self.sources[piece.parameter] = own
+                self.parameter_of |= dict.fromkeys(own, piece.parameter)
+        self.values: dict[str, Tensor] = {}
+
+    def _is_row(self, piece: Piece) -> bool:
+        """Whether the piece's parameter is none of the module tree, but the rows of its sources, one after the other."""
+        known = self.checkpoint.model_type.removesuffix("_text") in FAMILIES
+        return not (known and piece.parameter in self.checkpoint.sources)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor. Two parameters are kept: an expert's matrices alternate."""
+        info, parameter = self.checkpoint.info(name), self.parameter_of.get(name)
+        if parameter is None:
+            return self.checkpoint.read(name)
+        if parameter not in self.values:
+            if len(self.values) > 1:
+                self.values.pop(next(iter(self.values)))
+            self.values[parameter] = self._parameter(parameter)
+        full, sources = self.values[parameter], self.sources[parameter]
+        if not self._is_row(self.pieces[parameter][0]):
+            full = self.checkpoint.places[name].view(full)
+        elif len(sources) > 1:
+            sizes = [self.checkpoint.info(source).numel // full.shape[-1] for source in sources]
+            full = full.split(sizes)[sources.index(name)]
+        return full.to(info.dtype).reshape(info.shape)
+
+    def _parameter(self, parameter: str) -> Tensor:
+        pieces = self.pieces[parameter]
+        whole = dataclasses.replace(pieces[0], sources=self.sources[parameter])
+        if sum(piece.numel for piece in pieces) < sum(self.checkpoint.info(name).numel for name in whole.sources):
+            full = read_parameter(self.checkpoint, whole).float()  # the file has only a part of it
+        elif self._is_row(whole):
+            full = torch.empty(read_shape(self.checkpoint, whole))
+        else:
+            full = torch.empty(self.checkpoint.parameter_shape(parameter))
+        for piece in pieces:
+            value = decode_rows(self.file.data(piece.name), self.file.kind(piece.name)).view(piece.shape)
+            into_parameter(piece, value, full)
+        return full
+
+
+def read_shape(checkpoint: Checkpoint, piece: Piece) -> tuple[int, ...]:
+    """The shape in which gguf_layout.read_parameter gives a piece whose parameter is none of the module tree."""
+    if len(piece.sources) == 1:
+        return checkpoint.info(piece.sources[0]).shape
+    return sum(checkpoint.info(name).numel for name in piece.sources) // piece.width, piece.width
 
 
 def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_bytes: int = 4 << 30) -> None:
     """Write the checkpoint ``out``; it appears when it is complete."""
     file, checkpoint, out = GgufFile(path), Checkpoint(model), Path(out).resolve()
-    pieces = pieces_of(checkpoint)
+    pieces = pieces_of(checkpoint, "file" if file.fields.get(f"{file.architecture()}.nextn_predict_layers") else "none")
     check_match(file, checkpoint, pieces)
-    by_parameter: dict[str, list[Piece]] = {}
-    for piece in pieces:
-        by_parameter.setdefault(piece.parameter, []).append(piece)
-    by_parameter = {name: ps for name, ps in by_parameter.items() if any(file.kind(p.name) not in LOSSLESS for p in ps)}
     check_output(checkpoint.path, out, force, checkpoint.bytes, DECODED_MARK)
     head = path.open("rb").read(1 << 20)
-    made_from = {"file": path.name, "bytes": path.stat().st_size, "head_sha256": hashlib.sha256(head).hexdigest()}
+    made_from = {"file": path.name, "bytes": file.bytes, "head_sha256": hashlib.sha256(head).hexdigest()}
     mark = {"gguf": made_from, "config_sha256": checkpoint.config_sha256, "header_sha256": header_sha256(checkpoint)}
     job = {"gguf": source_identity(path), "source": checkpoint.identity}
     plan = [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()]
+    decoded = Decoded(file, checkpoint, pieces)
+    if decoded.kept:
+        print(f"{out}: as the original has them, though the file rounds a function of them: {listed(decoded.kept)}", flush=True)
+        mark["not_decoded"] = decoded.kept
     with staged_directory(out, force, job) as partial:
         copy_sidecars(checkpoint, sidecars(checkpoint.path), partial)
         with (
             progress(sum(info.bytes for info in checkpoint.tensors.values()), "dequantize", "B", True) as bar,
             CheckpointWriter(partial, plan, shard_bytes) as writer,
         ):
-            value = decoded(file, checkpoint, by_parameter)
             for name, info in checkpoint.tensors.items():
                 if not writer.is_done(name):
-                    writer.append(name, value(name))
+                    writer.append(name, decoded.read(name))
                 bar.update(info.bytes)
         write_json(partial / DECODED_MARK, mark)
 

@@ -1,7 +1,9 @@
 """A GGUF file written tensor by tensor behind a header made beforehand, and taken up again after a kill; reading one back.
 
 Not a command. Format (llama.cpp, ggml/include/gguf.h): magic, key-values, a table of tensors with offsets, then the tensors,
-each padded to 32 bytes. The offsets are known before the first tensor is, so the file only ever grows.
+each padded to 32 bytes. The offsets are known before the first tensor is, so the file only ever grows. A split model is several
+such files, NAME-00001-of-00003.gguf and so on (llama.cpp, tools/gguf-split): the first has all key-values, each has split.no,
+split.tensors.count and split.count, and tensors of its own; whatever reads a GGUF takes the first one's name for all.
 
 llama.cpp's importance matrix is such a file too (tools/imatrix): for every weight a float32 tensor NAME.in_sum2 [matrices,
 inputs], the summed squared inputs, and NAME.counts [matrices, 1], what they are divided by; keys general.type "imatrix",
@@ -14,11 +16,15 @@ import json
 import math
 import os
 import re
+import struct
+import subprocess
 import sys
+import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import gguf
 import numpy as np
@@ -58,44 +64,164 @@ def make_header(
     tensors: Sequence[tuple[str, Sequence[int], str]],
     file_type: int,
     work: Path,
-    no_mtp: bool = True,
+    mtp: str = "none",
     keys: Mapping[str, float] | None = None,
     ends: Sequence[int] = (),
 ) -> bytes:
     """What stands before the first tensor, with llama.cpp's own key-values for ``model``; ``work``: a directory to use.
-    ``keys``: more of the architecture's own; ``ends``: tokens at which generation ends."""
+    ``keys``: more of the architecture's own; ``ends``: tokens at which generation ends; ``mtp``: of gguf_convert.py."""
     rows = [[name, list(shape), TYPES[kind].ggml.name, tensor_bytes(shape, kind)] for name, shape, kind in tensors]
     plan, header = work / "plan.json", work / "header.bin"
     plan.write_text(
-        json.dumps({"ftype": file_type, "no_mtp": no_mtp, "keys": dict(keys or {}), "ends": list(ends), "tensors": rows}),
+        json.dumps({"ftype": file_type, "mtp": mtp, "keys": dict(keys or {}), "ends": list(ends), "tensors": rows}),
         encoding="utf-8",
     )
     run_converter("header", model, plan, header)
     return header.read_bytes()
 
 
-class GgufWriter:
-    """Appends tensors in the order of ``plan`` [(name, bytes)] behind ``header``. What :meth:`sync` has seen survives a
-    kill: opening again with the same ``state`` file goes on behind it, and ``done`` says how many tensors there are."""
+class ConverterValues:
+    """The values of tensors that only llama.cpp's converter computes, one at a time; its process starts with the first and ends
+    with this object."""
 
-    def __init__(self, path: Path, header: bytes, plan: Sequence[tuple[str, int]], state: Path) -> None:
-        self.path, self.state, self.plan = path, state, list(plan)
-        self.ends = [len(header)]
-        for _, size in self.plan:
-            self.ends.append(self.ends[-1] + padded(size))
+    def __init__(self, model: Path, mtp: str) -> None:
+        self.model, self.mtp = model, mtp
+        self._process: subprocess.Popen[str] | None = None
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._work = tempfile.TemporaryDirectory()
+        self._file, self._said = Path(self._work.name, "values"), Path(self._work.name, "said").open("w+b")
+        command = [sys.executable, DRIVER, llama_cpp.source(), "values", self.model, self.mtp, self._file]
+        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
+        process = subprocess.Popen(list(map(str, command)), text=True, **streams)
+        weakref.finalize(self, process.kill)
+        self._answered(process, "ready")
+        return process
+
+    def _answered(self, process: subprocess.Popen[str], word: str) -> None:
+        if not any(line.strip() == word for line in process.stdout):
+            self._said.seek(0)
+            lines = [line for line in self._said.read().decode("utf-8", "replace").splitlines() if line.strip()]
+            raise UserError(f"llama.cpp's converter failed: {(lines or ['no message'])[-1].strip()[:300]}")
+
+    def __call__(self, name: str, shape: Sequence[int]) -> Tensor:
+        """float32 of this shape."""
+        self._process = process = self._process or self._start()
+        process.stdin.write(f"{name}\n")
+        process.stdin.flush()
+        self._answered(process, "done")
+        return torch.from_numpy(np.fromfile(self._file, np.float32)).view(*shape)
+
+
+class Part(NamedTuple):
+    """One file of a model: what stands before its first tensor, and how many tensors it holds."""
+
+    header: bytes
+    tensors: int
+
+
+def text_bytes(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def split_groups(tensors: Sequence[tuple[str, Sequence[int], str]], limit: int) -> list[list[int]]:
+    """Which of ``tensors`` [(name, shape, type)] stand in each file where one holds at most ``limit`` bytes of them, as
+    `llama-gguf-split --split-max-size` has it: a tensor that is larger has a file of its own, but for the first
+    (:class:`UserError`), at which the tool gives up as well."""
+    groups: list[list[int]] = [[]]
+    held = 0
+    for index, (name, shape, kind) in enumerate(tensors):
+        size = padded(tensor_bytes(shape, kind))
+        if not index and size > limit:
+            given, least = limit / 2**30, size / 2**30
+            raise UserError(f"SPLIT_GIB={given:.4g}: the first tensor, {name}, takes {least:.4g} GiB alone; give that or more")
+        held += size
+        if held > limit:
+            groups.append([])
+            held = size
+        groups[-1].append(index)
+    return groups
+
+
+def split_header(header: bytes, tensors: Sequence[tuple[str, Sequence[int], str]], limit: int) -> list[Part]:
+    """The parts of a model by :func:`split_groups` from the ``header`` of the one file: the tool's, byte for byte."""
+    groups = split_groups(tensors, limit)
+    table = header.rindex(text_bytes(tensors[0][0]))  # behind it stand names of other tensors only
+    (keys,) = struct.unpack_from("<Q", header, 16)
+    parts = []
+    for number, group in enumerate(groups):
+        head = header[24:table] if number == 0 else b""
+        for key, coded, code, value in (  # in the order in which the tool has set them last
+            ("split.no", gguf.GGUFValueType.UINT16, "H", number),
+            ("split.tensors.count", gguf.GGUFValueType.INT32, "i", len(tensors)),
+            ("split.count", gguf.GGUFValueType.UINT16, "H", len(groups)),
+        ):
+            head += text_bytes(key) + struct.pack(f"<I{code}", coded, value)
+        offset = 0
+        for name, shape, kind in (tensors[index] for index in group):
+            sides = list(reversed(shape))
+            while len(sides) > 1 and sides[-1] == 1:  # ggml does not count them, gguf-py does
+                sides.pop()
+            head += text_bytes(name) + struct.pack(f"<I{len(sides)}Q", len(sides), *sides)
+            head += struct.pack("<IQ", TYPES[kind].ggml, offset)
+            offset += padded(tensor_bytes(shape, kind))
+        head = header[:8] + struct.pack("<QQ", len(group), 3 + keys * (number == 0)) + head
+        parts.append(Part(head.ljust(padded(len(head)), b"\0"), len(group)))
+    return parts
+
+
+def part_path(path: Path, number: int, count: int) -> Path:
+    """The file of part ``number`` (from 1) of the model that would be ``path`` were it whole."""
+    return path.with_name(f"{path.name.removesuffix('.gguf')}-{number:05d}-of-{count:05d}.gguf")
+
+
+class GgufWriter:
+    """Appends tensors in the order of ``plan`` [(name, bytes)] behind ``header``, or behind those of the parts of a split
+    model. What :meth:`sync` has seen survives a kill: opening again with the same ``state`` file goes on behind it, and
+    ``done`` says how many tensors there are. ``files``: what is written."""
+
+    def __init__(self, path: Path, header: bytes | Sequence[Part], plan: Sequence[tuple[str, int]], state: Path) -> None:
+        whole = isinstance(header, bytes)
+        self.parts = [Part(header, len(plan))] if isinstance(header, bytes) else list(header)
+        count = len(self.parts)
+        self.files = [path] if whole else [part_path(path, number, count) for number in range(1, count + 1)]
+        self.state, self.plan = state, list(plan)
+        self.places: list[tuple[int, int]] = []  # the file and the offset of each tensor, and of the end
+        self.sizes: list[int] = []  # of the files
+        rest = iter(self.plan)
+        for number, part in enumerate(self.parts):
+            at = len(part.header)
+            for _, (_, size) in zip(range(part.tensors), rest):
+                self.places.append((number, at))
+                at += padded(size)
+            self.sizes.append(at)
+        self.places.append((count - 1, self.sizes[-1]))
         self.facts: dict[str, Any] = {}
         self.done, self._written = 0, 0
         if state.exists():
             saved = read_object(state, "tensors", "facts")
             self.done, self.facts = saved["tensors"], saved["facts"]
+        for file, size in zip(self.files[: self.places[self.done][0]], self.sizes):
+            self._check_kept(file, size)
+        self._open()
+
+    def _check_kept(self, file: Path, size: int) -> None:
+        if not file.exists() or file.stat().st_size < size:
+            raise UserError(f"{file}: shorter than {self.state} says; remove {file.parent} and start again")
+
+    def _open(self) -> None:
+        """The file of the next tensor, cut where that begins."""
+        number, at = self.places[self.done]
+        self.path, header = self.files[number], self.parts[number].header
         with writing(self.path):
-            self._stream = path.open("r+b" if self.done else "wb")
-            if not self.done:
+            if at == len(header):
+                self._stream: BinaryIO = self.path.open("wb")
                 self._stream.write(header)
-            elif path.stat().st_size < self.ends[self.done]:
-                raise UserError(f"{path}: shorter than {state} says; remove {path.parent} and start again")
-            self._stream.truncate(self.ends[self.done])
-            self._stream.seek(self.ends[self.done])
+            else:
+                self._check_kept(self.path, at)
+                self._stream = self.path.open("r+b")
+                self._stream.truncate(at)
+                self._stream.seek(at)
 
     def __enter__(self) -> GgufWriter:
         return self
@@ -119,32 +245,36 @@ class GgufWriter:
             if self._written == size:
                 self._stream.write(bytes(padded(size) - size))
                 self.done, self._written = self.done + 1, 0
+        if self.files[self.places[self.done][0]] != self.path:
+            self._flush()
+            self._stream.close()
+            self._open()
 
-    def sync(self) -> None:
-        """Make what was appended survive a kill."""
+    def _flush(self) -> None:
         with writing(self.path):
             self._stream.flush()
             os.fsync(self._stream.fileno())
+
+    def sync(self) -> None:
+        """Make what was appended survive a kill."""
+        self._flush()
         write_json(self.state, {"tensors": self.done, "facts": self.facts})
 
 
 class GgufFile:
-    """A GGUF on disk: ``fields`` (contents by key) and ``tensors`` by name; nothing is read until :meth:`data` asks."""
+    """A GGUF on disk, all parts of a split one: ``fields`` (contents by key) and ``tensors`` by name; nothing is read until
+    :meth:`data` asks."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: no such GGUF file")
-        try:
-            reader = gguf.GGUFReader(self.path)
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
-            raise UserError(f"{self.path}: truncated, or not a GGUF file ({error}); write it again") from None
-        self.fields = {key: field.contents() for key, field in reader.fields.items()}
-        self.tensors = {tensor.name: tensor for tensor in reader.tensors}
-        size = self.path.stat().st_size
-        for tensor in reader.tensors:
-            if tensor.data_offset + tensor.n_bytes > size:
-                raise UserError(f"{self.path}: truncated inside {tensor.name}; write it again")
+        self.path, parts = Path(path), open_parts(path)
+        self.files = list(parts)
+        self.fields = {key: field.contents() for key, field in parts[self.files[0]].fields.items()}
+        self.tensors = {tensor.name: tensor for reader in parts.values() for tensor in reader.tensors}
+        self._places = {tensor.name: file for file, reader in parts.items() for tensor in reader.tensors}
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
 
     def architecture(self) -> str:
         return str(self.fields.get("general.architecture"))
@@ -164,11 +294,39 @@ class GgufFile:
         """uint8 [..., bytes of a row] of a tensor, in memory of its own."""
         tensor, shape = self.tensors[name], self.shape(name)
         raw = torch.empty(int(tensor.n_bytes), dtype=torch.uint8)
-        with self.path.open("rb") as stream:
+        with self._places[name].open("rb") as stream:
             stream.seek(int(tensor.data_offset))
             if stream.readinto(memoryview(raw.numpy())) != len(raw):
-                raise UserError(f"{self.path}: truncated inside {name}; write it again")
+                raise UserError(f"{self._places[name]}: truncated inside {name}; write it again")
         return raw.view(*shape[:-1], row_bytes(self.kind(name), shape[-1]))
+
+
+MAY_DIFFER = ("general.name", "general.basename", "general.finetune", "general.version", "GGUF.kv_count")
+
+
+def same_file(ours: Path, theirs: Path) -> list[str]:
+    """How a GGUF differs from another, as lines of text: in metadata but for names, in names, types, shapes or bytes of
+    tensors; empty where it does not."""
+    one, other, lines = GgufFile(ours), GgufFile(theirs), []
+    for key in sorted(one.fields.keys() | other.fields.keys()):
+        if key not in MAY_DIFFER and one.fields.get(key) != other.fields.get(key):
+            lines.append(f"{key}: {str(one.fields.get(key))[:60]} instead of {str(other.fields.get(key))[:60]}")
+    for name in sorted(one.tensors.keys() | other.tensors.keys()):
+        made = [
+            (f.tensors[name].tensor_type.name, _without_ones(f.shape(name))) if name in f.tensors else None
+            for f in (one, other)
+        ]
+        if made[0] != made[1]:
+            lines.append(f"{name}: {made[0]} instead of {made[1]}")
+        elif not np.array_equal(one.tensors[name].data.ravel(), other.tensors[name].data.ravel()):
+            lines.append(f"{name}: other bytes")
+    return lines
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape as llama-quantize writes it again, [1, I] as [I]."""
+    first = next((axis for axis, size in enumerate(shape[:-1]) if size != 1), len(shape) - 1)
+    return tuple(shape[first:])
 
 
 class Entry(NamedTuple):
@@ -233,17 +391,27 @@ def is_gguf(path: str | Path) -> bool:
     return str(path).endswith(".gguf")
 
 
+def is_first(name: str) -> bool:
+    """Whether a file of this name is a model or the first part of one."""
+    return not (match := SHARD.match(name)) or match[2] == "00001"
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all parts of a split model from that of the first, or of another file its own; :class:`UserError` on a
+    later part."""
+    if not (match := SHARD.match(name)):
+        return [name]
+    if not is_first(name):
+        first = f"{match[1]}-00001-of-{match[3]}.gguf"
+        raise UserError(f"{name}: part {int(match[2])} of a split model; give the first, {first}")
+    return [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, int(match[3]) + 1)]
+
+
 def gguf_files(path: str | Path) -> list[Path]:
     """The file, or all files of a split model whose first file is given."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    match = SHARD.match(path.name)
-    if not match:
-        return [path]
-    if match[2] != "00001":
-        raise UserError(f"{path}: part {int(match[2])} of a split model; give the first, {match[1]}-00001-of-{match[3]}.gguf")
-    files = [path.with_name(f"{match[1]}-{part:05d}-of-{match[3]}.gguf") for part in range(1, int(match[3]) + 1)]
+    files = [Path(name) for name in part_names(str(path))]
+    if not files[0].is_file():
+        raise UserError(f"{path}: no such GGUF file")
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(f"{path}: the split model lacks {', '.join(missing)}")
@@ -261,12 +429,36 @@ def open_gguf(path: str | Path) -> GGUFReader:
         raise UserError(f"{path}: no such file") from None
     except (ValueError, IndexError, OverflowError, KeyError, UnicodeDecodeError) as error:
         told = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: not a whole GGUF file ({told}); copy or make it again") from None
+        raise UserError(f"{path}: truncated, or not a GGUF file ({told}); copy or make it again") from None
     size = path.stat().st_size
-    needed = max((int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors), default=0)
+    last = max(reader.tensors, key=lambda tensor: int(tensor.data_offset), default=None)
+    needed = int(last.data_offset) + int(last.n_bytes) if last is not None else 0
     if size < needed:
         raise UserError(f"{path}: {size:,} bytes, its tensors need {needed:,}: truncated; copy or make it again")
     return reader
+
+
+def open_parts(path: str | Path) -> dict[Path, GGUFReader]:
+    """Every file of a model whose first is ``path``, opened; a part of another model is a :class:`UserError` that names it."""
+    readers = {file: open_gguf(file) for file in gguf_files(path)}
+    total = metadata(next(iter(readers.values())), "split.tensors.count")
+    seen: set[str] = set()
+    for number, (file, reader) in enumerate(readers.items()):
+        own = [metadata(reader, f"split.{key}") for key in ("no", "count", "tensors.count")]
+        said = "no part of a split model" if own[1] is None else f"part {own[0] + 1} of {own[1]} ({own[2]} tensors in all)"
+        names = {tensor.name for tensor in reader.tensors}
+        if SHARD.match(file.name) and not (len(readers) == 1 and own[1] is None):
+            if own != [number, len(readers), total] or seen & names:
+                twice = f", with {min(seen & names)} once more" if seen & names else ""
+                raise UserError(f"{file}: its header says {said}{twice}: it does not belong to {path}; fetch or make it again")
+        elif (own[1] or 1) > 1:
+            raise UserError(f"{file}: its header says {said}; llama.cpp wants the name NAME-00001-of-{own[1]:05d}.gguf")
+        seen |= names
+    if total is not None and len(seen) != total:
+        raise UserError(
+            f"{path}: the parts hold {len(seen)} tensors of {total}: one is of another model; fetch or make them again"
+        )
+    return readers
 
 
 def metadata(reader: GGUFReader, key: str, default: Any = None) -> Any:
@@ -305,13 +497,13 @@ def token_text(reader: GGUFReader, kind: str) -> str | None:
 
 def describe_gguf(path: str | Path, digest: bool = True) -> dict[str, Any]:
     """The model entry of a record: path, bytes, digest, tensors, architecture, and how many tensors have each type."""
-    files = gguf_files(path)
-    readers = [open_gguf(file) for file in files]
-    types = Counter(tensor.tensor_type.name.lower() for reader in readers for tensor in reader.tensors)
+    readers = open_parts(path)
+    files = list(readers)
+    types = Counter(tensor.tensor_type.name.lower() for reader in readers.values() for tensor in reader.tensors)
     return {
         "path": public_path(str(Path(path).resolve())),
         "format": "gguf",
-        "architecture": metadata(readers[0], "general.architecture"),
+        "architecture": metadata(readers[files[0]], "general.architecture"),
         "bytes": sum(file.stat().st_size for file in files),
         "tensors": sum(types.values()),
         "types": dict(sorted(types.items())),

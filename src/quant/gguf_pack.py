@@ -9,30 +9,29 @@
 Types: the first pattern of --tensor-types that matches a tensor's name, else --base-type; --target-gib measures and chooses
 them. Methods: ldlq (error feedback over the second moments of the inputs) and nearest (their diagonal as importance, or
 --imatrix FILE without any calibration). --blocks takes the experts as merge_adapter packed them, byte for byte, and rounds the
-rest to nearest without calibration. --reference makes the file by llama.cpp's own tools. OUT holds NAME-TYPE.gguf, recipe.json
-and, for a model with a vision tower, NAME-mmproj-f16.gguf. It appears when it is complete; after `kill -9` the same command
+rest to nearest without calibration. --reference makes the file by llama.cpp's own tools. OUT holds NAME-TYPE.gguf (with
+--split-gib N files NAME-TYPE-00001-of-0000N.gguf, of which every reader takes the first), recipe.json and, for a model with a
+vision tower, NAME-mmproj-f16.gguf. It appears when it is complete; after `kill -9` the same command
 goes on where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 from calibrated_pass import CalibratedPass
 from calibration import Calibration, LayerStream
 from calibration_text import CalibrationSettings
-from checkpoint import Checkpoint, different_file, model_name
-from console import UserError, explained, file_sha256, files_sha256, progress, read_json, run_cli, write_json, writing
+from checkpoint import Checkpoint, model_name
+from console import UserError, explained, files_sha256, progress, run_cli, write_json
 from gguf_dequant import dequantize
-from gguf_format import GgufFile, GgufWriter, bos_of, read_imatrix, run_converter
-from gguf_layout import Patterns, check_header, file_name, read_patterns
-from hf_model import check_first, load_tokenizer
+from gguf_format import GgufWriter, read_imatrix
+from gguf_layout import patterns_of, read_patterns
+from hf_model import check_first
+from hub import HubSettings, opened, remote_of
 from moe_alloc import allocate_types
 from pack_plan import (
     Blocks,
@@ -40,135 +39,24 @@ from pack_plan import (
     Pack,
     SizeSettings,
     TypeSettings,
+    fetched_bytes,
     left_out,
-    memory_bytes,
+    pack_memory,
     pack_times,
     plan_pack,
     report,
     table,
     write_mmproj,
 )
-from plans import RecordSettings, dry_run_notes
+from pack_reference import check_loads, make_reference
+from plans import RecordSettings, dry_run_notes, hub_plan, sensed_bytes
 from recipe import RECIPE_FILE, quantized_note
-from records import DECODED_MARK, describe_model, sha256_json, sha256_text, write_result
+from records import DECODED_MARK, describe_model, sha256_json, write_result
 from rounders import GgmlRounder, RoundingSettings
 from run_dir import RUN, alone, check_output, check_resume, staged_directory
 from settings import add_dry_run, parse_settings, part, same, setting
+from size_model import BASE_BYTES
 from token_weights import kept_bytes
-
-STEPS = "steps.json"
-
-
-def run_tool(name: str, arguments: Sequence[object], log: Path) -> None:
-    """Run one of llama.cpp's tools with its output in ``log``."""
-    command = [llama_cpp.tool(name), *arguments]
-    print("+ " + " ".join([name, *map(str, arguments)]), flush=True)
-    log.unlink(missing_ok=True)
-    code, _ = llama_cpp.watched(command, name, "tensor" if name == "llama-quantize" else "chunk", log)
-    if code:
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        raise UserError(f"{name} failed ({lines[-1].strip()[:200] if lines else f'exit code {code}'}); its output is in {log}")
-
-
-class Steps:
-    """The files of an output directory and the settings that each was made with."""
-
-    def __init__(self, out: Path, force: bool) -> None:
-        self.out, self.force = out, force
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-        self.made: dict[str, Any] = read_json(out / STEPS) if (out / STEPS).exists() else {}
-        if not isinstance(self.made, dict) or not all(isinstance(settings, dict) for settings in self.made.values()):
-            raise UserError(f"{out / STEPS}: does not say how the files beside it were made; choose another --out")
-        if not self.made and any(out.iterdir()):
-            raise UserError(f"{out}: not an output of this command (no {STEPS}); choose another")
-
-    def step(self, name: str, settings: dict[str, Any], make: Callable[[Path], object]) -> Path:
-        """The file ``name``, made by ``make(temporary name)`` unless it is there."""
-        path, before = self.out / name, self.made.get(name)
-        if path.exists() and before == settings:
-            print(f"kept {path}", flush=True)
-            return path
-        if path.exists() and not self.force:
-            model = different_file(before.get("source"), settings["source"]) if before and "source" in settings else None
-            what = f"of another model ({model})" if model else "with other settings"
-            raise UserError(f"{path}: made {what}; give another --out, or --force to make it again")
-        started, temporary = time.time(), self.out / f".{name}"
-        make(temporary)
-        temporary.rename(path)
-        self.made[name] = settings
-        write_json(self.out / STEPS, self.made)
-        print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB) in {time.time() - started:.1f} s", flush=True)
-        return path
-
-
-def make_reference(
-    pack: Pack, calibration: Calibration, out: Path, patterns: Patterns = (), force: bool = False
-) -> dict[str, Any]:
-    """Run all steps, on the text of the tokens that the calibrated pass would read; the report of the quantized file."""
-    model, steps = pack.checkpoint.path, Steps(out, force)
-    name, length = model_name(model), calibration.ids.shape[1]
-    source = {"source": pack.checkpoint.identity}
-    # The direct path leaves multi-token prediction out as well; llama-imatrix does not reach it.
-    plain = steps.step(
-        f"{name}-BF16.gguf", source,
-        lambda path: run_converter("convert", model, "--outfile", path, "--outtype", "bf16", "--no-mtp"),
-    )  # fmt: skip
-    ids, prefix = calibration.ids.flatten(), calibration.record.get("prefix")
-    if prefix and bos_of(plain) == prefix[0]:  # llama-imatrix puts it there
-        ids = ids[1:]
-    tokenizer = load_tokenizer(model, chat=False)
-    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    read = {"sha256": sha256_text(text), "length": length}
-    written = steps.step("calibration.txt", read, lambda path: path.write_text(text, encoding="utf-8"))
-    log = out / "llama.log"
-    context = ["-c", length, "-b", length, "--parse-special"]  # its perplexity tells how far it is
-    imatrix = steps.step(
-        "imatrix.gguf", source | read,
-        lambda path: run_tool("llama-imatrix", ["-m", plain, "-f", written, *context, "-o", path], log),
-    )  # fmt: skip
-
-    def quantize(path: Path) -> None:
-        # without --pure llama-quantize mixes types by category and number of experts, and bytes are not equal
-        flags: list[object] = ["--pure", "--imatrix", imatrix]
-        if patterns:
-            stripped = out / "tensor_types.txt"  # llama.cpp knows no comments
-            stripped.write_text("".join(f"{pattern}={kind}\n" for pattern, kind in patterns), encoding="utf-8")
-            flags += ["--tensor-type-file", stripped]
-        run_tool("llama-quantize", [*flags, plain, path, file_name(pack.base)], log)
-
-    file = GgufFile(steps.step(pack.file_name, source | read | {"types": dict(pack.types)}, quantize))
-    write_mmproj(pack.checkpoint, out)
-    check_types(file, pack)
-    check_header(file.fields, pack.checkpoint)
-    check_loads(file.path)
-    made = report(pack, file.path.stat().st_size) | {"file": file.path.name, "sha256": files_sha256([file.path])}
-    print(table(made))
-    return made
-
-
-def check_types(file: GgufFile, pack: Pack) -> None:
-    """The types are those that were planned; anything else would make a comparison at equal bytes void."""
-    for piece in pack.pieces:
-        if file.kind(piece.name) != pack.types[piece.name]:
-            raise UserError(f"{file.path}: {piece.name} is {file.kind(piece.name)}, expected {pack.types[piece.name]}")
-
-
-def check_loads(path: Path) -> None:
-    """Let llama.cpp, where a build of it is at hand, load the file and read one token: :class:`UserError` if it does not."""
-    if (bench := llama_cpp.at_hand("llama-bench")) is None:
-        print(
-            f"{path.name} was not tried in llama.cpp: no build of it here (bash pipelines/llama_cpp.sh makes one)", flush=True
-        )
-        return
-    command = [bench, "-m", path, "-p", "1", "-n", "0", "-r", "1", "-ngl", "0", "--no-warmup", "-o", "json"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.strip().splitlines()[-1:]
-        reason = " | ".join(line.strip() for line in said[:3])[:400] or f"exit code {done.returncode}"
-        raise UserError(f"{path.name}: llama.cpp does not load it ({reason})")
-    print(f"{path.name} was loaded by llama.cpp", flush=True)
-
 
 STATE = "written.json"
 
@@ -182,19 +70,32 @@ class PackSettings:
     types: TypeSettings = part(TypeSettings)
     rounding: RoundingSettings = part(RoundingSettings)
     text: CalibrationSettings = part(CalibrationSettings)
+    hub: HubSettings = part(HubSettings)
     blocks: Path | None = setting(None, "ggml.safetensors of merge_adapter: the experts, as they are there")
     imatrix: Path | None = setting(None, "importance of llama-imatrix or moe_probe, instead of calibration")
     target_gib: float = same(SizeSettings, "target_gib", 0.0)
     protected: Path | None = setting(None, "file of what `TARGET_GIB` does not choose")
+    mtp: bool = setting(True, "the block of multi-token prediction, where the checkpoint has one; 0 leaves it out")
     dequant_out: Path | None = setting(None, "a directory: also write what the file holds as a BF16 checkpoint")
     reference: bool = setting(False, "1: by llama.cpp's own converter, imatrix and llama-quantize")
+    split_gib: float = setting(0.0, "above 0: files NAME-00001-of-0000N.gguf of at most so much (as llama-gguf-split)")
+    strict: bool = setting(False, "1: refuse where a tensor's rows do not fit the type that is asked for it")
     record: RecordSettings = part(RecordSettings)
 
     def __post_init__(self) -> None:
         if not 0 <= self.target_gib < float("inf"):
             raise UserError(f"TARGET_GIB={self.target_gib}: must be above 0 (or 0 for the types of the recipe)")
+        if not 0 <= self.split_gib < float("inf"):
+            raise UserError(f"SPLIT_GIB={self.split_gib}: must be above 0 (or 0 for one file)")
+        if self.reference and self.split_gib:
+            raise UserError("SPLIT_GIB with REFERENCE=1: llama.cpp's own llama-gguf-split splits the reference's file")
         if self.reference and self.dequant_out:
             raise UserError("DEQUANT_OUT with REFERENCE=1: run src/quant/gguf_dequant.py on the reference's file")
+
+    @property
+    def block(self) -> str:
+        """What the file holds of multi-token prediction, as gguf_layout.traced says it."""
+        return "file" if self.mtp else "none"
 
     def calibration(self, method: str, dry_run: bool = False) -> Calibration:
         """What the method is calibrated on; a dry run needs its size alone."""
@@ -223,7 +124,7 @@ def allocated_types(settings: PackSettings) -> PackSettings:
     calibration = settings.calibration(rounding.method)
     method, damping = rounding.method, rounding.moments.damping
     made_of: dict[str, Any] = {"source": checkpoint.identity, "calibration": calibration.settings(), "fixed": patterns}
-    made_of |= {"method": method, "damping": damping, "gib": settings.target_gib}
+    made_of |= {"method": method, "damping": damping, "gib": settings.target_gib} | ({} if settings.mtp else {"mtp": False})
     mark = f"# made of {sha256_json(made_of)}"
     with alone(settings.out.resolve()):
         if types.exists() and mark in types.read_text(encoding="utf-8", errors="replace").splitlines()[:2]:
@@ -233,7 +134,7 @@ def allocated_types(settings: PackSettings) -> PackSettings:
         else:
             allocate_types(
                 checkpoint, calibration, settings.target_gib, types, patterns, method=method, damping=damping,
-                weights_file=rounding.token_weights, mark=f"{mark}\n",
+                weights_file=rounding.token_weights, mark=f"{mark}\n", mtp=settings.block,
             )  # fmt: skip
     return dataclasses.replace(settings, types=dataclasses.replace(settings.types, tensor_types=types), target_gib=0.0)
 
@@ -244,7 +145,11 @@ def prepare(settings: PackSettings, dry_run: bool) -> tuple[Pack, list[str]]:
     importance = read_imatrix(settings.imatrix)[0] if settings.imatrix else None
     blocks = Blocks(settings.blocks) if settings.blocks else None
     method = "nearest" if settings.reference else method
-    pack, notes = plan_pack(checkpoint, types.base, types.patterns(), method, None, importance, blocks)
+    pack, notes = plan_pack(
+        checkpoint, types.base, types.patterns(), method, None, importance, blocks, settings.block, settings.strict
+    )
+    pack = dataclasses.replace(pack, split=round(settings.split_gib * 2**30))
+    pack = pack.seen_whole() if settings.reference else pack
     if not (pack.is_calibrated or settings.reference):
         return pack, notes
     calibration, moments = settings.calibration(method, dry_run), settings.rounding.moments
@@ -270,9 +175,15 @@ def write_pack(
     print(quantized_note(checkpoint.path), end="")
     print(f"{checkpoint.path} -> {out / pack.file_name}{' (resumed)' if resumed else ''}")
     print(f"method {dry_run or pack.method}, base type {pack.base}\n{table(report(pack, pack.data_bytes))}")
+    if pack.split:
+        print(f"split: {pack.split_text()}")
+    if checkpoint.remote:
+        print(hub_plan(checkpoint, *fetched_bytes(pack)))
     if pack.calibration:
         print("calibration: {:,} sequences of {:,} tokens".format(*pack.calibration.ids.shape))
-    print(f"disk {needed / 1e9:.2f} GB; memory at most about {memory_bytes(pack) / 2**30:.1f} GiB", flush=True)
+    memory = pack_memory(pack, dry_run is not None)
+    host = (BASE_BYTES + memory.host) / 2**30
+    print("\n".join([f"disk {needed / 1e9:.2f} GB; memory at most about {host:.1f} GiB", *memory.lines]), flush=True)
     if dequant_out:
         print(f"then {dequant_out}: {checkpoint.bytes / 1e9:.2f} GB in BF16", flush=True)
     if dry_run is not None:
@@ -286,41 +197,51 @@ def write_pack(
         work, facts = None, None
         if pack.calibration:
             stream = LayerStream(checkpoint, pack.calibration.device, pack.calibration.dtype)
-            rounder = GgmlRounder(pack.pieces, pack.types, pack.method, pack.damping)
+            rounder = GgmlRounder(pack.pieces, pack.types, pack.method, pack.damping, pack.fed, memory.working_bytes)
             work = CalibratedPass(stream, pack.calibration, rounder, partial, pack.weights_file)
         with (
             progress(sum(size for _, size in plan), "pack", "B", True) as bar,
-            GgufWriter(path, header, plan, partial / RUN / STATE) as writer,
+            GgufWriter(path, pack.parts(header), plan, partial / RUN / STATE) as writer,
         ):
             sink = GgufSink(pack, writer, bar)
             if work:
                 facts = work.run(sink) | {"relative_output_error": sink.relative_errors()}
             else:
                 sink.write_data_free()
-        made = report(pack, path.stat().st_size) | {"file": pack.file_name, "calibration": facts}
-        with progress(path.stat().st_size, "sha256", "B", True) as bar:
-            made["sha256"] = file_sha256(path, bar.update)
+        path, files = writer.files[0], writer.files
+        made = report(pack, sum(file.stat().st_size for file in files)) | {"file": path.name, "calibration": facts}
+        made |= {"parts": {file.name: file.stat().st_size for file in files}} if pack.split else {}
+        made["sha256"] = files_sha256(files)
         made["mmproj"] = write_mmproj(checkpoint, partial)
         check_loads(path)
-        source = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256}
+        source = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256, **checkpoint.hub}
         recipe = {"recipe": pack.recipe(), "source": source, "calibration": settings["calibration"]}
         write_json(partial / RECIPE_FILE, recipe | {"report": made})
+    if checkpoint.remote:
+        print(checkpoint.remote.report(), flush=True)
     if dequant_out:
-        dequantize(out / pack.file_name, checkpoint.path, dequant_out, force)
+        dequantize(out / made["file"], checkpoint.path, dequant_out, force)
     return made
 
 
 def main() -> None:
     settings, args = parse_settings(PackSettings, __doc__, add_dry_run)
     result, started, force = settings.record.file("pack"), time.time(), settings.record.force
+    settings = opened(settings)
+    if settings.reference and (remote := remote_of(settings.model)):
+        raise UserError(f"REFERENCE=1: llama.cpp's own tools read weights from a disk; download {remote.uri} first")
     if not args.dry_run:
         check_places(settings)
     if settings.target_gib and args.dry_run:
         print(f"TARGET_GIB={settings.target_gib:g}: the types below are the recipe's, the run measures and chooses its own")
+        if (checkpoint := Checkpoint(settings.model)).remote:
+            print(
+                f"which fetches {sensed_bytes(checkpoint, settings.calibration(settings.rounding.method, True)) / 1e9:,.2f} GB"
+            )
     elif settings.target_gib:
         settings = allocated_types(settings)
     pack, notes = prepare(settings, args.dry_run)
-    print("".join(f"{note}\n" for note in notes + left_out(pack.checkpoint)), end="", flush=True)
+    print("".join(f"{note}\n" for note in notes + left_out(pack.checkpoint, pack.pieces)), end="", flush=True)
     source, recipe = describe_model(settings.model) if result else None, pack.recipe()
     if settings.reference:
         recipe["method"] = "llama-quantize"
@@ -329,7 +250,8 @@ def main() -> None:
         return
     if settings.reference and pack.calibration:
         with alone(settings.out.resolve()):
-            made = make_reference(pack, pack.calibration, settings.out, settings.types.patterns(), force)
+            patterns = patterns_of(settings.types.patterns(), pack.pieces)
+            made = make_reference(pack, pack.calibration, settings.out, patterns, force)
     else:
         made = write_pack(pack, settings.out, force, settings.dequant_out)
     if result:
@@ -337,7 +259,7 @@ def main() -> None:
             result, kind="pack", tag=settings.record.tag, started=started, model=source, recipe=recipe,
             data=[pack.calibration.record] if pack.calibration else [], metrics=made,
         )  # fmt: skip
-    print(f"{table(made)}\nwrote {settings.out / pack.file_name} in {time.time() - started:.1f} s", flush=True)
+    print(f"{table(made)}\nwrote {settings.out / made['file']} in {time.time() - started:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

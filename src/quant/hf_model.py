@@ -32,6 +32,7 @@ from families import (
     text_config,
     text_name,
 )
+from hub import AHEAD_BYTES
 from source_formats import without_quantization
 
 NOT_TEXT = re.compile(f"{VISION_PREFIX.pattern}|{MTP_PREFIX.pattern}")
@@ -286,7 +287,7 @@ def load_weights(
     if family:
         check_complete(checkpoint, text_only=auto is AutoModelForCausalLM)
     how = {"dtype": dtype, "device_map": places, "output_loading_info": True}
-    if not (checkpoint.is_packed or checkpoint.source_format or family and family.alias):
+    if not (checkpoint.is_packed or checkpoint.source_format or checkpoint.remote or family and family.alias):
         try:
             model, info = auto.from_pretrained(str(path), local_files_only=True, **how)
         except RuntimeError as error:  # of shapes
@@ -295,7 +296,9 @@ def load_weights(
         with init_empty_weights():
             empty = auto.from_config(model_config(path))
         unread = MTP_PREFIX if hasattr(empty.config, "vision_config") else NOT_TEXT  # a text model has its part of the config
-        values = {name: checkpoint.read(name) for name in checkpoint.tensors if not unread.match(name)}
+        names = [name for name in checkpoint.tensors if not unread.match(name)]
+        checkpoint.expect([names], AHEAD_BYTES)
+        values = {name: checkpoint.read(name) for name in names}
         # No path: transformers 5 refuses one beside a state_dict.
         model, info = type(empty).from_pretrained(None, config=empty.config, state_dict=values, **how)
     if missing := sorted(info["missing_keys"]):
@@ -317,8 +320,9 @@ def check_finite(tensor: torch.Tensor, name: str, path: str | Path) -> None:
 
 def check_first(checkpoint: Checkpoint) -> None:
     """:func:`check_finite` of what can be read at once: all of a small checkpoint, else what stands outside of the decoder
-    layers and their small tensors (routers, norms). The others are checked when they are read."""
-    for name, info in checkpoint.tensors.items():
+    layers and their small tensors (routers, norms). The others, and all of a model of the hub, are checked when they are
+    read."""
+    for name, info in checkpoint.tensors.items() if not checkpoint.remote else ():
         inside = LAYER_PREFIX.match(text_name(name))
         if not inside or info.bytes <= SMALL_TENSOR or checkpoint.bytes <= SMALL_CHECKPOINT:
             for _, chunk in checkpoint.read_chunks(name, 8 << 20):

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from console import UserError, progress
+from console import UserError, files_sha256, progress
 from settings import read_part
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "llama_cpp.env"
@@ -111,6 +111,12 @@ def at_hand(name: str) -> Path | None:
     return tool(name)
 
 
+def sees_gpu() -> bool:
+    """Whether llama.cpp, as it was built, sees a GPU."""
+    listed = subprocess.run([tool("llama-bench"), "--list-devices"], capture_output=True, text=True, check=True)
+    return "(none)" not in listed.stdout and ":" in listed.stdout.split("devices:", 1)[-1]
+
+
 @functools.cache
 def source() -> Path:
     """The directory of convert_hf_to_gguf.py; fetches the pinned source where there is none beside $LLAMA_CPP."""
@@ -125,6 +131,14 @@ def source() -> Path:
             return found
     with _locked(cache_directory()):
         return _fetched(read_part(Pinned, CONFIG), cache_directory())
+
+
+def source_identity() -> str:
+    """What tells one source of the converter from another: the pinned version's name, else a digest. Fetches nothing."""
+    pinned = f"llama.cpp-{read_part(Pinned, CONFIG).llama_cpp_version}-source"
+    if not os.environ.get("LLAMA_CPP_SOURCE") and not os.environ.get("LLAMA_CPP") or source().name == pinned:
+        return pinned
+    return files_sha256(sorted((source() / "conversion").glob("*.py")))
 
 
 @contextlib.contextmanager

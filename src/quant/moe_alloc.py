@@ -24,7 +24,7 @@ import collections
 import dataclasses
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +39,26 @@ from ggml_codecs import decode_rows
 from ggml_types import fallback
 from gguf_format import make_header, padded, tensor_bytes
 from gguf_layout import (
+    MTP_PATTERN,
+    MTP_TYPE,
     Piece,
     chosen_type,
     exact_patterns,
     extra_keys,
     file_type,
-    keeps_float32,
+    patterns_of,
     pieces_of,
     read_patterns,
     type_named,
 )
 from hf_model import context_of, generation_ends, load_model, load_tokenizer
+from hub import HubSettings, opened
 from kl import batches, file_texts, tiny_texts
 from pack_plan import SizeSettings, TypeSettings
 from plans import RecordSettings
 from recipe import Recipe
 from records import describe_model, read_result, write_result
-from rounders import DAMPING, RoundingSettings, encoded, is_quantized
+from rounders import DAMPING, RoundingSettings, encoded, fed_pieces, is_quantized
 from sensitivity import STRATEGIES, bits_by_signal, grid_losses, signals_of, solve, type_losses
 from settings import parse_settings, part, same, setting
 
@@ -63,6 +66,7 @@ CANDIDATES = "iq2_xs,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
 PROBE, PROBE_SEQUENCES = "q3_K", 32
 STEPS = 1_000_000  # of a file's budget in the dynamic program
 OPEN = ""  # the chosen type of a piece that no pattern names
+UNMEASURED = "q8_0"  # that of one whose inputs no calibrated pass sees
 
 
 def options_of(pieces: Sequence[Piece], candidates: Sequence[str]) -> dict[str, list[str]]:
@@ -85,10 +89,14 @@ def choose(pieces: Sequence[Piece], losses: Mapping[str, Mapping[str, float]], b
     return {piece.name: row[index] for piece, row, index in zip(pieces, kinds, picked, strict=True)}
 
 
-def fixed_types(pieces: Sequence[Piece], patterns: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """The types that are not chosen: of what stays float32, and of what ``patterns`` name."""
-    wanted = {p.name: "f32" if keeps_float32(p.name, p.shape) else chosen_type(p.name, OPEN, patterns) for p in pieces}
-    unmeasured = next((p.name for p in pieces if not wanted[p.name] and p.role in (Role.EMBEDDING, Role.LM_HEAD)), None)
+def fixed_types(pieces: Sequence[Piece], patterns: Sequence[tuple[str, str]], fed: Collection[str]) -> dict[str, str]:
+    """The types that are not chosen: of what llama-quantize keeps, of what ``patterns`` name, and of the rest that is not
+    ``fed``: what rounding it costs is not measured."""
+    top = (Role.EMBEDDING, Role.LM_HEAD)
+    wanted = {
+        p.name: p.kept or chosen_type(p.name, OPEN if p.name in fed or p.role in top else UNMEASURED, patterns) for p in pieces
+    }
+    unmeasured = next((p.name for p in pieces if not wanted[p.name] and p.role in top), None)
     if unmeasured:
         raise UserError(f"--tensor-types: {unmeasured} needs a type; its sensitivity is not measured")
     return {p.name: fallback(wanted[p.name], p.shape[-1]) for p in pieces if wanted[p.name]}
@@ -98,23 +106,26 @@ def allocate_types(
     checkpoint: Checkpoint, calibration: Calibration, target_gib: float, out: Path, patterns: Sequence[tuple[str, str]] = (),
     *, method: str = "ldlq", damping: float = DAMPING, weights_file: Path | None = None,
     candidates: Sequence[str] = tuple(CANDIDATES.split(",")), probe: str = PROBE, probe_sequences: int = PROBE_SEQUENCES,
-    mark: str = "",
+    mark: str = "", mtp: str = "file",
 ) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
     """Write the file of types ``out`` for a GGUF of at most ``target_gib``, rounded by ``method``; returns (the type of every
     tensor of the file by its name, metrics). ``patterns``: (pattern, type) of the tensors whose types are fixed; ``mark``:
-    lines for the head of the file."""
+    lines for the head of the file; ``mtp``: of gguf_layout.traced. The block of multi-token prediction changes no prediction
+    of the model: its types are those of ``patterns``, or MTP_TYPE."""
 
     def rounded(value: Tensor, kind: str, hessian: Tensor) -> Tensor:
         return decode_rows(encoded(value.contiguous(), kind, method, hessian, damping), kind)
 
-    started, pieces = time.time(), pieces_of(checkpoint)
-    fixed = fixed_types(pieces, patterns)
+    started, pieces = time.time(), pieces_of(checkpoint, mtp)
+    mtp = mtp if any(piece.role is Role.MTP for piece in pieces) else "none"
+    own = patterns_of([*patterns, (MTP_PATTERN, MTP_TYPE)], pieces)
+    fixed = fixed_types(pieces, own, fed_pieces(checkpoint, pieces))
     open_pieces = [piece for piece in pieces if piece.name not in fixed]
     options = options_of(open_pieces, candidates)
     with tempfile.TemporaryDirectory() as work:  # the size of a header does not depend on the types
         rows = [(p.name, p.shape, fixed.get(p.name, "f16")) for p in pieces]
         more = (extra_keys(checkpoint), generation_ends(checkpoint.path))
-        header = len(make_header(checkpoint.path, rows, file_type("iq3_xxs"), Path(work), True, *more))
+        header = len(make_header(checkpoint.path, rows, file_type("iq3_xxs"), Path(work), mtp, *more))
     taken = header + sum(padded(tensor_bytes(p.shape, fixed[p.name])) for p in pieces if p.name in fixed)
     budget = int(target_gib * 2**30) - taken
     choose(open_pieces, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now
@@ -158,8 +169,10 @@ class AllocSettings:
     items: int = setting(8, "of the experts: training transcripts a task, or paragraphs of --text")
     text: Path | None = setting(None, "of the experts: measure on this text file instead")
     strategy: str = setting("budget", "of the experts: how", ("budget", *STRATEGIES))
+    whole_layers: bool = setting(False, "of the experts, by budget: 1: one width for all of a layer, as packed codes have it")
     share: float = setting(0.25, "of three options: the experts raised, and lowered")
     seed: int = setting(0, "of --strategy random")
+    hub: HubSettings = part(HubSettings)
     measured: Path | None = setting(None, "record of an earlier run: take its sensitivities, another budget")
     tensor_types: Path | None = same(TypeSettings, "tensor_types")
     candidates: str = setting(CANDIDATES, "of a GGUF: types to choose from")
@@ -257,12 +270,16 @@ def bits_for_budget(settings: AllocSettings, expert_bits: float) -> Found:
     sensitivity, entry = measured(settings)
     if not sensitivity:
         raise UserError(f"{settings.model}: has no routed experts to allocate bits to")
-    costs = [[bits * counts[name] for bits in options] for name in sensitivity]
+    together: dict[str, list[str]] = {}  # the parameters of one choice
+    for name in sensitivity:
+        together.setdefault(name.rpartition(".")[0] if settings.whole_layers else name, []).append(name)
+    costs = [[bits * sum(counts[name] for name in names) for bits in options] for names in together.values()]
+    losses = [[sum(sensitivity[name][place] for name in names) for place in range(len(options))] for names in together.values()]
     total = sum(counts[name] for name in sensitivity)
-    picked = solve(costs, list(sensitivity.values()), int(expert_bits * total))
-    overrides = {name: options[index] for name, index in zip(sensitivity, picked, strict=True)}
+    picked = solve(costs, losses, int(expert_bits * total))
+    overrides = {name: options[index] for names, index in zip(together.values(), picked, strict=True) for name in names}
     spent = sum(row[index] for row, index in zip(costs, picked, strict=True)) / total
-    predicted = sum(row[index] for row, index in zip(sensitivity.values(), picked, strict=True))
+    predicted = sum(row[index] for row, index in zip(losses, picked, strict=True))
     print("\n".join(f"{bits} bits  {name}" for name, bits in overrides.items()))
     print(f"{spent:.4f} bits an expert weight, predicted KL {predicted:.5f}", flush=True)
     write_json(settings.out, {"overrides": overrides})
@@ -271,7 +288,7 @@ def bits_for_budget(settings: AllocSettings, expert_bits: float) -> Found:
 
 
 def main() -> None:
-    settings, _ = parse_settings(AllocSettings, __doc__)
+    settings = opened(parse_settings(AllocSettings, __doc__)[0])
     result, started = settings.record.file("probe"), time.time()
     if settings.target_gib is not None:
         metrics, entry = types_for_size(settings, settings.target_gib)

@@ -22,6 +22,7 @@ from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint
 from console import UserError, check_writable, run_cli
 from gguf_format import write_imatrix
+from hub import HubSettings, opened
 from plans import RecordSettings
 from records import describe_model, write_result
 from sensitivity import probe
@@ -57,12 +58,13 @@ class ProbeSettings:
 
     model: Path = setting(help="checkpoint directory")
     text: CalibrationSettings = part(CalibrationSettings)
+    hub: HubSettings = part(HubSettings)
     imatrix: Path | None = setting(None, "write llama.cpp's importance matrix here")
     record: RecordSettings = part(RecordSettings)
 
 
 def main() -> None:
-    settings, _ = parse_settings(ProbeSettings, __doc__)
+    settings = opened(parse_settings(ProbeSettings, __doc__)[0])
     result, started = settings.record.file("probe"), time.time()
     if settings.imatrix:
         check_writable(settings.imatrix)

@@ -15,10 +15,12 @@ D = weight - rounded and H [I, I]; every calibrated method lowers that.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import threading
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,10 +29,13 @@ from console import UserError
 from devices import Stopped, each_device
 from moe_quant import MIN_SCALE, check_grid, clip_factors, fake_quant, inverse_scale
 
+AWQ_ROWS = 1 << 15  # tried together
 HUGE_BITS = 40
 HUGE = 2.0**HUGE_BITS
 DAMPINGS = (0.01, 0.1, 1.0, 10.0)  # of the mean of diag(H); the next is taken where a Cholesky factorization fails
-WORKING_BYTES = {"cpu": 1e9, "cuda": 24e9}  # few experts at once leave a GPU waiting for launches
+COPIES = 8  # of the weights, as float32, that are at work together
+LEAST_ROWS = 256
+WORKING_BYTES = {"cpu": 1e9, "cuda": 8e9}  # few experts at once leave a GPU waiting for launches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +52,19 @@ class Grid:
         return 2 ** (self.bits - 1) - 1
 
 
+class Hessians(Protocol):
+    """Second moments [E, I, I] of which those of some experts are made when they are asked for."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __getitem__(self, part: slice | Tensor) -> Tensor: ...
+
+
 class Statistics(NamedTuple):
     """``hessian`` [E, I, I]: mean of x x^T over the (weighted) inputs x of each matrix; ``tokens`` [E]: effective counts."""
 
-    hessian: Tensor
+    hessian: Tensor | Hessians
     tokens: Tensor
 
 
@@ -59,69 +73,73 @@ def diagonals(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=1, dim2=2)
 
 
-def shrink(hessian: Tensor, tokens: Tensor, floor: float) -> Tensor:
-    """Second moments of matrices with fewer than ``floor`` effective tokens, drawn towards their mean.
-
-    H_e <- (1 - s) H_e + s H_mean with s = 1 - tokens_e / floor where that is positive, H_mean the token-weighted mean of
-    all matrices, scaled to the trace of H_e (or as it is where H_e is zero). [E, I, I], [E] -> [E, I, I].
-    """
-    share = (1 - tokens / floor).clamp(0, 1).to(hessian)
-    if not bool(share.any()):
-        return hessian
-    weight = tokens.to(hessian) / tokens.sum().clamp_min(1e-30)
-    mean = torch.einsum("e,eij->ij", weight, hessian)
+def shrink(hessian: Tensor, mean: Tensor, shares: Sequence[float]) -> Tensor:
+    """H_e <- (1 - s) H_e + s H_mean in place, H_mean scaled to the trace of H_e (or as it is where H_e is zero), for each
+    matrix of ``hessian`` [E, I, I] with a share s above 0."""
     trace = diagonals(hessian).sum(-1)
     scale = torch.where(trace > 0, trace / mean.trace().clamp_min(1e-30), 1.0)
-    out = hessian.clone()
-    for e in share.nonzero()[:, 0].tolist():
-        out[e].lerp_(mean * scale[e], share[e].item())
-    return out
+    for e, share in enumerate(shares):
+        if share:
+            hessian[e].lerp_(mean * scale[e], share)
+    return hessian
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """H + damping * mean(diag H) * 1 of each matrix [E, I, I]; itself where ``damping`` is 0. A mean of 0 counts as 1."""
-    if not damping:
-        return hessian
-    out = hessian.clone()
-    mean = diagonals(out).mean(-1, keepdim=True)
-    diagonals(out).add_(damping * torch.where(mean > 0, mean, 1.0))
-    return out
+def damp(hessian: Tensor, damping: float) -> None:
+    """Add the damping of :func:`damped`."""
+    if damping:
+        mean = diagonals(hessian).mean(-1, keepdim=True)
+        diagonals(hessian).add_(damping * torch.where(mean > 0, mean, 1.0))
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular U [E, I, I] with (H + damping * mean(diag H) * 1)^-1 = U^T U; one Cholesky and one solve.
+@contextlib.contextmanager
+def damped(hessian: Tensor, damping: float) -> Iterator[Tensor]:
+    """H + damping * mean(diag H) * 1 of each matrix [E, I, I], which is as it was afterwards. A mean of 0 counts as 1."""
+    diagonal = diagonals(hessian)
+    kept = diagonal.clone()
+    damp(hessian, damping)
+    try:
+        yield hessian
+    finally:
+        diagonal.copy_(kept)
+
+
+def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
+    """Upper triangular U [E, I, I] with (H + damping * mean(diag H) * 1)^-1 = U^T U; one Cholesky and one solve, matrix by
+    matrix. ``order`` [E, I] of the inputs, where it is not their own.
 
     Inputs that are never active (zero diagonal) get the mean diagonal. A matrix that cannot be factorized takes the next of
     DAMPINGS; :class:`UserError` when none helps (NaN in an activation).
     """
-    if not bool(torch.isfinite(hessian).all()):
-        raise UserError("the calibration statistics contain NaN or infinity")
-    diagonal = diagonals(hessian)
+    diagonal = diagonals(hessian) if order is None else diagonals(hessian).gather(1, order)
     mean = diagonal.mean(-1, keepdim=True)
     mean = torch.where(mean > 0, mean, 1.0)
     dead = torch.where(diagonal > 0, 0.0, mean)
-    flipped = torch.empty_like(hessian)
-    pending = torch.ones(len(hessian), dtype=torch.bool, device=hessian.device)
+    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    factors, pending, finite = torch.empty_like(hessian), list(range(len(hessian))), []
     for factor in (damping, *(d for d in DAMPINGS if d > damping)):
-        damped = hessian[pending].clone()
-        diagonals(damped).add_(dead[pending] + factor * mean[pending])
-        lower, info = torch.linalg.cholesky_ex(damped.flip(1, 2))
-        index = pending.nonzero()[:, 0]
-        flipped[index] = lower
-        pending[index] = info > 0
-        if not bool(pending.any()):
-            break
-    else:
-        raise UserError("the calibration statistics are not positive definite at any damping")
-    upper = flipped.flip(1, 2)  # H = R R^T with R upper triangular, so U = R^-1
-    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device).expand_as(upper)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
+        infos = []
+        for e in pending:
+            matrix = hessian[e].clone() if order is None else hessian[e][order[e]][:, order[e]]
+            if factor == damping:
+                finite.append(torch.isfinite(matrix).all())
+            matrix.diagonal().add_(dead[e] + factor * mean[e])
+            lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+            # H = R R^T with R = lower flipped upper triangular, so U = R^-1
+            factors[e] = torch.linalg.solve_triangular(lower.contiguous().flip(0, 1), identity, upper=True)
+            infos.append(info)
+        if finite and not bool(torch.stack(finite).all()):
+            raise UserError("the calibration statistics contain NaN or infinity")
+        finite, failed = [], torch.stack(infos).tolist()  # one wait for a GPU
+        pending = [e for e, info in zip(pending, failed, strict=True) if info > 0]
+        if not pending:
+            return factors
+    raise UserError("the calibration statistics are not positive definite at any damping")
 
 
 def shrunk(values: Tensor, dim: int) -> tuple[Tensor, Tensor | float]:
     """(values, factor): as they are and 1; or where magnitudes are above HUGE, times the powers of two that bring the largest
     over ``dim`` (kept as an axis of 1) to it. Squares and sums then stay within float32, and such a product is exact."""
-    top = values.abs().amax(dim, keepdim=True)
+    top = torch.linalg.vector_norm(values, torch.inf, dim, keepdim=True)  # without a copy of the magnitudes
     if not bool((top > HUGE).any()):
         return values, 1.0
     factor = torch.where(top > HUGE, torch.exp2(HUGE_BITS - torch.frexp(top).exponent), 1.0)
@@ -171,7 +189,8 @@ class Codes(NamedTuple):
 
     def values(self, group: int) -> Tensor:
         """bfloat16(code * scale) as float32, [E, I, O]."""
-        return _bf16(self.codes * self.scale.repeat_interleave(group, 1))
+        grouped = self.codes.unflatten(1, (-1, group))
+        return (grouped * self.scale[:, :, None]).bfloat16().float().view_as(self.codes)
 
 
 def gptq_codes(wt: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, act_order: bool = False) -> Codes:
@@ -181,29 +200,26 @@ def gptq_codes(wt: Tensor, hessian: Tensor, grid: Grid, damping: float = 0.01, a
     input j weighted by 1 / U_jj**2: that is the loss which remains when later inputs compensate. ``act_order`` sweeps
     each group from its largest second moment to its smallest.
     """
-    order = None
-    if act_order:
-        order = group_order(hessian, grid.group)
-        wt = wt.gather(1, order[..., None].expand_as(wt))
-        hessian = permuted(hessian, order)
-    factor = inverse_factor(hessian, damping)
+    order = group_order(hessian, grid.group) if act_order else None
+    factor = inverse_factor(hessian, damping, order)
     diagonal = diagonals(factor)
-    work = wt.clone()
+    work = wt.clone() if order is None else wt.gather(1, order[..., None].expand_as(wt))
     codes = torch.empty_like(work)
     scales = torch.empty(len(work), work.shape[1] // grid.group, work.shape[2], device=work.device)
     for index, start in enumerate(range(0, work.shape[1], grid.group)):
         part = slice(start, start + grid.group)
         block, own = work[:, part], factor[:, part, part]
         scale = search_scale(block, diagonal[:, part] ** -2, grid)
-        errors = torch.empty_like(block)
-        for j in range(grid.group):
-            column = block[:, j]
-            code = snap(column, scale, grid.qmax)
-            codes[:, start + j] = code
-            errors[:, j] = (column - _bf16(code * scale)) / own[:, j, j, None]
-            block[:, j + 1 :].baddbmm_(own[:, j, j + 1 :, None], errors[:, j, None], alpha=-1)
+        errors, inverse, value = torch.empty_like(block), inverse_scale(scale), torch.empty_like(scale, dtype=torch.bfloat16)
+        columns = (block.unbind(1), codes[:, part].unbind(1), errors.unbind(1), diagonal[:, part, None].unbind(1))
+        rows = own[..., None].unbind(1)
+        for j, (column, code, error, pivot) in enumerate(zip(*columns, strict=True), 1):  # a GPU waits for launches and views
+            torch.mul(column, inverse, out=code).round_().clamp_(-grid.qmax, grid.qmax)
+            torch.sub(column, torch.mul(code, scale, out=value), out=error).div_(pivot)
+            block[:, j:].baddbmm_(rows[j - 1][:, j:], error[:, None], alpha=-1)
         work[:, part.stop :].baddbmm_(factor[:, part, part.stop :].transpose(1, 2), errors, alpha=-1)
         scales[:, index] = scale
+    del work, factor
     if order is not None:
         codes = torch.empty_like(codes).scatter_(1, order[..., None].expand_as(codes), codes)
     return Codes(codes, scales)
@@ -217,16 +233,10 @@ def group_order(hessian: Tensor, group: int) -> Tensor:
     return (inside + starts).flatten(1)
 
 
-def permuted(hessian: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns of each matrix in the given order."""
-    rows = hessian.gather(1, order[..., None].expand_as(hessian))
-    return rows.gather(2, order[:, None].expand_as(hessian))
-
-
 def output_error(wt: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
     """tr(D H D^T) of each matrix [E] for weights and rounded values [E, I, O]."""
     difference = wt - values
-    return (torch.bmm(hessian, difference) * difference).flatten(1).sum(-1)
+    return torch.bmm(hessian, difference).mul_(difference).flatten(1).sum(-1)
 
 
 def refit_scales(wt: Tensor, codes: Codes, hessian: Tensor, group: int) -> Codes:
@@ -236,13 +246,12 @@ def refit_scales(wt: Tensor, codes: Codes, hessian: Tensor, group: int) -> Codes
     """
     experts, inputs, outputs = wt.shape
     count = inputs // group
-    right = torch.bmm(hessian, wt)
-    linear = (codes.codes * right).view(experts, count, group, outputs).sum(2).permute(0, 2, 1)
+    linear = torch.bmm(hessian, wt).mul_(codes.codes).view(experts, count, group, outputs).sum(2).permute(0, 2, 1)
     matrix = torch.empty(experts, outputs, count, count, device=wt.device)
     for g in range(count):
         part = slice(g * group, (g + 1) * group)
-        image = torch.bmm(hessian[:, :, part], codes.codes[:, part])
-        matrix[:, :, :, g] = (codes.codes * image).view(experts, count, group, outputs).sum(2).permute(0, 2, 1)
+        image = torch.bmm(hessian[:, :, part], codes.codes[:, part]).mul_(codes.codes)
+        matrix[:, :, :, g] = image.view(experts, count, group, outputs).sum(2).permute(0, 2, 1)
     ridge = 1e-6 * matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None]
     matrix.diagonal(dim1=-2, dim2=-1).add_(ridge + 1e-30)
     solved, info = torch.linalg.solve_ex(matrix, linear[..., None])
@@ -254,18 +263,22 @@ def refit_scales(wt: Tensor, codes: Codes, hessian: Tensor, group: int) -> Codes
 def descend(wt: Tensor, codes: Codes, hessian: Tensor, grid: Grid) -> Codes:
     """One pass of coordinate descent: each code in turn takes the value of least output error, all others fixed."""
     values = codes.values(grid.group)
-    new = codes.codes.clone()
+    new, difference = codes.codes.clone(), wt - values
     diagonal = diagonals(hessian).clamp_min(1e-30)
     for start in range(0, wt.shape[1], grid.group):
         part = slice(start, start + grid.group)
         own, scale = hessian[:, part, part], codes.scale[:, start // grid.group]
-        residual = torch.bmm(hessian[:, part], wt - values)  # H D on this group, [E, G, O]
-        for j in range(grid.group):
-            target = values[:, start + j] + residual[:, j] / diagonal[:, start + j, None]
-            code = snap(target, scale, grid.qmax)
-            value = _bf16(code * scale)
-            residual[:, j + 1 :].baddbmm_(own[:, j + 1 :, j, None], (values[:, start + j] - value)[:, None])
-            new[:, start + j], values[:, start + j] = code, value
+        residual, inverse = torch.bmm(hessian[:, part], difference), inverse_scale(scale)  # H D on this group, [E, G, O]
+        rounded = torch.empty_like(residual, dtype=torch.bfloat16)
+        change = torch.empty_like(scale)[:, None]
+        columns = (values[:, part], new[:, part], residual, diagonal[:, part, None], rounded)
+        below = own[..., None].unbind(2)
+        for j, (old, code, rest, curve, value) in enumerate(zip(*(c.unbind(1) for c in columns), strict=True), 1):
+            torch.mul(torch.addcdiv(old, rest, curve), inverse, out=code).round_().clamp_(-grid.qmax, grid.qmax)
+            torch.sub(old[:, None], torch.mul(code, scale, out=value)[:, None], out=change)
+            residual[:, j:].baddbmm_(below[j - 1][:, j:], change)
+        values[:, part] = rounded
+        difference[:, part] = wt[:, part] - values[:, part]
     return Codes(new, codes.scale)
 
 
@@ -281,17 +294,18 @@ def gptq_refit(
     """GPTQ, then ``passes`` times: scales by least squares, codes by coordinate descent. A matrix keeps what lowered its
     output error under the damped moments, so no pass can make it worse."""
     wt = weight.transpose(1, 2).contiguous()
-    hessian = damped(statistics.hessian, damping)
-    codes = gptq_codes(wt, hessian, grid, 0.0, act_order)
-    best = codes.values(grid.group)
-    least = output_error(wt, best, hessian)
-    for _ in range(passes):
-        for step in (lambda c: refit_scales(wt, c, hessian, grid.group), lambda c: descend(wt, c, hessian, grid)):
-            codes = step(codes)
-            values = codes.values(grid.group)
-            error = output_error(wt, values, hessian)
-            better = error < least
-            least, best = torch.where(better, error, least), torch.where(better[:, None, None], values, best)
+    with damped(statistics.hessian[:], damping) as hessian:
+        codes = gptq_codes(wt, hessian, grid, 0.0, act_order)
+        best = codes.values(grid.group)
+        least = output_error(wt, best, hessian)
+        for _ in range(passes):
+            for step in (lambda c: refit_scales(wt, c, hessian, grid.group), lambda c: descend(wt, c, hessian, grid)):
+                codes = step(codes)
+                values = codes.values(grid.group)
+                error = output_error(wt, values, hessian)
+                better = error < least
+                least, best = torch.where(better, error, least), torch.where(better[:, None, None], values, best)
+                del values
     return best.transpose(1, 2)
 
 
@@ -334,27 +348,36 @@ def hqq(weight: Tensor, grid: Grid, norm: float = 0.7, beta: float = 10.0, growt
 def awq(weight: Tensor, grid: Grid, statistics: Statistics, steps: int = 20) -> Tensor:
     """Per matrix, inputs scaled by (their root second moment) ** alpha before a clip search; alpha by least output error."""
     root = diagonals(statistics.hessian).clamp_min(1e-12).sqrt()
-    wt = weight.transpose(1, 2)
-    best, least = weight, torch.full((len(weight),), torch.inf, device=weight.device)
-    for step in range(steps):
+
+    def values_at(step: int, rows: Tensor, root: Tensor) -> Tensor:
         scale = root ** (step / steps)
         scale = (scale / (scale.amax(-1, keepdim=True) * scale.amin(-1, keepdim=True)).sqrt())[:, None]
-        values = fake_quant((weight * scale).contiguous(), grid.bits, grid.group, grid.clip_steps, grid.clip_low) / scale
-        error = output_error(wt, values.transpose(1, 2), statistics.hessian)
-        best = torch.where((error < least)[:, None, None], values, best)
-        least = torch.minimum(least, error)
+        return fake_quant((rows * scale).contiguous(), grid.bits, grid.group, grid.clip_steps, grid.clip_low) / scale
+
+    parts = weight.split(AWQ_ROWS, 1)
+    chosen, least = torch.full_like(root[:, 0], -1), torch.full_like(root[:, 0], torch.inf)
+    for step in range(steps):
+        errors = [output_error(rows.mT, values_at(step, rows, root).mT, statistics.hessian) for rows in parts]
+        error = torch.stack(errors).sum(0)
+        chosen, least = torch.where(error < least, step, chosen), torch.minimum(error, least)
+    best = weight.clone()
+    for step in range(steps):
+        if len(own := (chosen == step).nonzero()[:, 0]):
+            for rows, into in zip(parts, best.split(AWQ_ROWS, 1), strict=True):
+                into[own] = values_at(step, rows[own], root[own])
     return best
 
 
 class Method(NamedTuple):
     """``round``: (weight [E, O, I], grid), and the statistics where it is ``calibrated``, to the dequantized weight.
     ``symmetric``: values are code * scale, which can lie packed; else groups have a zero point of ``zero_bits`` (None: as many
-    as a code), or inputs a scale."""
+    as a code), or inputs a scale. ``whole``: what a row becomes depends on the others."""
 
     round: Callable[..., Tensor]
     calibrated: bool = False
     symmetric: bool = True
     zero_bits: int | None = 0
+    whole: bool = False
 
 
 METHODS = {
@@ -363,7 +386,7 @@ METHODS = {
     "rtn_asym": Method(rtn_asym, symmetric=False, zero_bits=None),
     "hqq": Method(hqq, symmetric=False, zero_bits=16),
     "wclip": Method(wclip, calibrated=True),
-    "awq": Method(awq, calibrated=True, symmetric=False),
+    "awq": Method(awq, calibrated=True, symmetric=False, whole=True),
     "gptq": Method(gptq, calibrated=True),
     "gptq_refit": Method(gptq_refit, calibrated=True),
 }
@@ -379,47 +402,86 @@ def zero_point_bits(method: str, bits: int) -> int:
 
 
 def round_weight(
-    weight: Tensor, grid: Grid, statistics: Statistics | None, method: str, devices: Sequence[torch.device] = ()
-) -> Tensor:
+    weight: Tensor, grid: Grid, statistics: Statistics | None, method: str, devices: Sequence[torch.device] = (),
+    working_bytes: float | None = None, out: Tensor | None = None, chosen: Tensor | None = None, errors: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The dequantized weight (values that bfloat16 nearly or exactly holds), float32, of ``weight`` [E, O, I] or [O, I].
 
     ``devices`` (of one kind, equal ones) share the experts of a calibrated method, in the pieces in which one device would
-    work through them, so that the result is the same to the bit. Raises :class:`UserError` on an unknown method, a calibrated
-    one without statistics, a grid that does not fit, NaN.
+    work through them, so that the result is the same to the bit. A calibrated one can write it into ``out`` of any dtype,
+    which may be the weight itself, for the experts ``chosen`` [N] alone; ``errors`` [E] then takes their output errors.
+    ``working_bytes``: of a device, for a piece. Raises :class:`UserError` on an unknown method, a calibrated one without
+    statistics, a grid that does not fit, NaN.
     """
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
     check_grid(weight.shape, grid.bits, grid.group)
-    if not bool(torch.isfinite(weight).all()):
-        raise UserError("the weight contains NaN or infinity")
-    batched = weight.float() if weight.ndim == 3 else weight.float()[None]
     if method in DATA_FREE:
-        batched, factor = shrunk(batched.contiguous(), 2)
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError("the weight contains NaN or infinity")
+        batched, factor = shrunk((weight.float() if weight.ndim == 3 else weight.float()[None]).contiguous(), 2)
         rounded = METHODS[method].round(batched, grid)
         return (rounded if isinstance(factor, float) else rounded / factor).view(weight.shape)
     if statistics is None:
         raise UserError(f"method {method} needs calibration statistics")
-    out = torch.empty_like(batched)
-    count = experts_at_once(batched.shape, WORKING_BYTES[batched.device.type])
+    out = torch.empty(weight.shape, device=weight.device) if out is None else out
+    batched, into = (value if value.ndim == 3 else value[None] for value in (weight, out))
+    numbers = torch.arange(len(batched), device=weight.device) if chosen is None else chosen
+    memory = working_bytes or WORKING_BYTES[(*devices, weight.device)[0].type]
     # pieces are dealt out whole: a batched product of another size may round otherwise
-    parts = [slice(start, start + count) for start in range(0, len(batched), count)]
-    shares = (devices or (batched.device,))[: len(parts)]
+    parts = rounding_parts((len(numbers), *batched.shape[1:]), memory, whole=METHODS[method].whole)
+    shares = (devices or (weight.device,))[: len(parts)]
 
     def share(number: int, device: torch.device, stop: threading.Event) -> None:
-        for part in parts[number :: len(shares)]:
+        for part, rows in parts[number :: len(shares)]:
             if stop.is_set():
                 raise Stopped
-            weights, factor = shrunk(batched[part].to(device), 2)  # by outputs, which know nothing of each other
-            moments = shrunk(statistics.hessian[part].to(device).flatten(1), 1)[0].view(-1, *statistics.hessian.shape[1:])
-            own = Statistics(moments, statistics.tokens[part].to(device))
-            rounded = METHODS[method].round(weights, grid, own)
-            out[part] = (rounded if isinstance(factor, float) else rounded / factor).to(out.device)
+            experts = numbers[part]
+            given = batched[experts, rows].to(device, torch.float32).contiguous()
+            if not bool(torch.isfinite(given).all()):
+                raise UserError("the weight contains NaN or infinity")
+            hessian = statistics.hessian[experts].to(device)
+            weights, factor = shrunk(given, 2)  # by outputs, which know nothing of each other
+            moments = shrunk(hessian.flatten(1), 1)[0].view_as(hessian)
+            rounded = METHODS[method].round(weights, grid, Statistics(moments, statistics.tokens[experts].to(device)))
+            rounded = rounded if isinstance(factor, float) else rounded / factor
+            if errors is not None:
+                errors[experts] += finite_error(given, rounded, hessian).to(errors)
+            # a zero has no sign: integers, into which it may be packed, have none
+            into[experts, rows] = (rounded + 0.0).to(into.device, into.dtype)
 
     each_device(shares, share)
-    return out.add_(0.0).reshape(weight.shape)  # a zero has no sign: integers, into which it may be packed, have none
+    return out
 
 
-def experts_at_once(shape: tuple[int, ...], working_bytes: float) -> int:
-    """How many matrices [O, I] are rounded together: as many as keep the copies of weights and moments in that memory."""
-    _, outputs, inputs = shape
-    return max(1, int(working_bytes / (4 * inputs * (6 * inputs + 8 * outputs))))
+def finite_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> Tensor:
+    """:func:`output_error` of [E, O, I], in float64 where weights are so large that squares leave float32."""
+    error = output_error(weight.mT, rounded.mT, hessian)
+    if bool(torch.isfinite(error).all()):
+        return error
+    return output_error(weight.mT.double(), rounded.mT.double(), hessian.double()).float()
+
+
+def experts_at_once(shape: Sequence[int], working_bytes: float, copies: int = COPIES) -> int:
+    """How many matrices [O, I] are rounded together: as many as keep two copies of their moments and ``copies`` of their
+    weights in that memory; 0 where it is too small for one."""
+    outputs, inputs = shape
+    return int(working_bytes / (4 * inputs * (2 * inputs + copies * outputs)))
+
+
+def rounding_parts(
+    shape: Sequence[int], working_bytes: float, copies: int = COPIES, whole: bool = False
+) -> list[tuple[slice, slice]]:
+    """(experts, outputs) of a weight [E, O, I] that are rounded together: :func:`experts_at_once`, or rows of one expert where
+    it is too large, unless it must stay ``whole``."""
+    experts, outputs, inputs = shape
+    count, rows = experts_at_once(shape[1:], working_bytes, copies), outputs
+    if not count and not whole:
+        rows = max(LEAST_ROWS, int((working_bytes / (4 * inputs) - 2 * inputs) / copies))
+    return [(e, o) for e in even_spans(experts, max(1, count)) for o in even_spans(outputs, rows)]
+
+
+def even_spans(length: int, most: int) -> list[slice]:
+    """Spans of at most ``most``, none much smaller than the others."""
+    size = math.ceil(length / math.ceil(length / most))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]

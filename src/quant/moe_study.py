@@ -30,7 +30,7 @@ from hf_model import context_of, finite_logits, load_model, load_tokenizer
 from kl import batches, measured, tiny_texts
 from moe_ptq import CALIBRATED, METHODS
 from quant_save import quantize_checkpoint
-from recipe import RECIPE_FILE, Recipe
+from recipe import RECIPE_FILE, Recipe, read_recipe
 from records import describe_model, read_result, write_result
 from sensitivity import STRATEGIES, bits_by_signal, signals_of
 from settings import parse_settings, part, same, setting
@@ -54,7 +54,8 @@ def quantized(settings: StudySettings, tag: str, recipe: Recipe, calibration: Ca
     given, device = calibration if recipe.method in CALIBRATED else None, default_device()
     report = quantize_checkpoint(settings.model, out, recipe, force=True, calibration=given, devices=(device,))
     write_result(
-        record, kind="quantize", tag=tag, started=started, model=describe_model(settings.model), recipe=recipe.to_json(),
+        record, kind="quantize", tag=tag, started=started, model=describe_model(settings.model),
+        recipe=read_recipe(out).to_json(),
         data=[given.record] if given else [], metrics=report.to_json(),
         extra={"output": describe_model(out), "devices": [str(device)], "device_peak_mib": device_peaks([device])},
     )  # fmt: skip
@@ -81,7 +82,8 @@ def judged(settings: StudySettings, tag: str, recipe: Recipe, made: Path, refere
 
     return write_result(
         settings.results / "kl" / f"{tag}.json", kind="kl", tag=tag, started=started, model=describe_model(made),
-        recipe=recipe.to_json(), data=[entry], metrics=measured(parts()), extra={"reference": describe_model(settings.model)},
+        recipe=read_recipe(made).to_json(), data=[entry], metrics=measured(parts()),
+        extra={"reference": describe_model(settings.model)},
     )  # fmt: skip
 
 

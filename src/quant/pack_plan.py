@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,32 +20,54 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from calibration import Calibration, layer_bytes
+from calibrated_pass import LM_HEAD
+from calibration import Calibration, MemoryPlan, plan_memory
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
-from families import Role, roles_of
+from families import VISION_PREFIX, Role, layer_count, role_in_block, roles_of
 from ggml_codecs import CastCodec, decode_rows, encode
 from ggml_types import TYPES, row_bytes
-from gguf_format import Entry, GgufFile, GgufWriter, make_header, padded, run_converter, tensor_bytes
+from gguf_format import (
+    ConverterValues,
+    Entry,
+    GgufFile,
+    GgufWriter,
+    Part,
+    make_header,
+    padded,
+    run_converter,
+    split_groups,
+    split_header,
+    tensor_bytes,
+)
 from gguf_layout import (
     NEED_IMPORTANCE,
     Patterns,
     Piece,
     check_header,
+    check_strict,
     extra_keys,
+    fallback_notes,
     file_type,
+    into_parameter,
+    is_mtp,
+    patterns_of,
     pieces_of,
+    read_for,
     read_parameter,
     read_patterns,
     to_gguf,
     type_named,
     types_of,
+    unchecked,
 )
-from hf_model import generation_ends
+from hf_model import generation_ends, listed
+from hub import AHEAD_BYTES
+from plans import layers_fetched, stored_bytes
 from recipe import LINEAR_ROLES, Job
-from rounders import DAMPING, METHODS, Encoded, is_quantized
+from rounders import DAMPING, METHODS, Encoded, fed_pieces, is_quantized
 from settings import setting
-from size_model import BASE_BYTES, RESULTS, recorded_rates, times
+from size_model import RESULTS, recorded_rates, times
 
 PROTECTED_BITS = 5  # below which embedding, head and the gates of linear attention lose more than they save
 HEADER = "header.bin"  # what make_header writes
@@ -87,22 +110,22 @@ class Blocks:
             raise UserError(f"--blocks {path}: not the ggml.safetensors of merge_adapter ({error})") from None
         self.kind, self.sha256 = type_named(kind, f"--blocks {path}"), file_sha256(path)
 
-    def check(self, pieces: Sequence[Piece]) -> None:
+    def check(self, pieces: Sequence[Piece], checkpoint: Checkpoint) -> None:
         """Raise :class:`UserError` unless every packed parameter is one of ``pieces`` in its shape."""
         known: dict[str, tuple[int, ...]] = {}
         for piece in pieces:
-            rows = piece.shape[-2] * (1 if piece.half is None else 2) if len(piece.shape) > 1 else 0
-            known[piece.parameter] = (*piece.shape[:-2], rows, piece.shape[-1])
+            if piece.parameter in checkpoint.sources:
+                known[piece.parameter] = checkpoint.parameter_shape(piece.parameter)
         for name, shape in self.shapes.items():
             own = known.get(name)
-            if own is None or (*own[:-1], row_bytes(self.kind, own[-1])) != shape:
+            if not own or (*own[:-1], row_bytes(self.kind, own[-1])) != shape:
                 raise UserError(f"--blocks {self.path}: {name} {list(shape)} does not fit the checkpoint; pack its own one")
 
     def data(self, piece: Piece) -> Tensor:
         """The bytes of a piece."""
         with safe_open(self.path, "pt") as file:
             whole = file.get_tensor(piece.parameter)
-        return (whole if piece.half is None else whole.chunk(2, -2)[piece.half == "up"]).contiguous()
+        return (whole if piece.span is None else whole[..., slice(*piece.span), :]).contiguous()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +142,10 @@ class Pack:
     blocks: Blocks | None = None
     damping: float = DAMPING
     weights_file: Path | None = None
+    fed: frozenset[str] = frozenset()  # the pieces that can be rounded on what multiplies them
+    mtp: str = "none"
+    values: ConverterValues | None = None
+    split: int = 0  # bytes of tensors that a file holds at most; 0: all in one
 
     @property
     def file_name(self) -> str:
@@ -142,7 +169,9 @@ class Pack:
         return sum(padded(self.bytes_of(piece)) for piece in self.pieces)
 
     def recipe(self) -> dict[str, Any]:
-        more = {"damping": self.damping} if self.method == "ldlq" else {}
+        more: dict[str, Any] = {"damping": self.damping} if self.method == "ldlq" else {}
+        if self.unfed:
+            more["uncalibrated"] = [piece.name for piece in self.unfed]
         return {"format": "gguf", "base_type": self.base, "method": self.method, **more, "types": dict(self.types)}
 
     def settings(self) -> dict[str, Any]:
@@ -152,15 +181,37 @@ class Pack:
         for name, entry in sorted((self.importance or {}).items()):
             digest.update(name.encode() + entry.sums.tobytes() + entry.counts.tobytes())
         source = self.checkpoint.identity
-        made = {"name": model_name(self.checkpoint.path), "recipe": self.recipe(), "source": source}
+        made: dict[str, Any] = {"name": model_name(self.checkpoint.path), "recipe": self.recipe(), "source": source}
         made |= {"calibration": calibration, "importance": digest.hexdigest()}
+        made |= {"mtp": self.mtp} if self.mtp != "none" else {}
+        if self.split:
+            made["split"] = self.split
         return made | ({"blocks": self.blocks.sha256} if self.blocks else {})
+
+    @property
+    def tensors(self) -> list[tuple[str, tuple[int, ...], str]]:
+        return [(piece.name, piece.shape, self.types[piece.name]) for piece in self.pieces]
+
+    def parts(self, header: bytes) -> bytes | list[Part]:
+        """What :class:`GgufWriter` writes behind: the header of the one file, or those of all parts."""
+        return split_header(header, self.tensors, self.split) if self.split else header
+
+    def split_text(self) -> str:
+        """How many files there will be; :class:`UserError` where they cannot be so small."""
+        sizes = [padded(self.bytes_of(piece)) for piece in self.pieces]
+        groups = [sum(sizes[index] for index in group) for group in split_groups(self.tensors, self.split)]
+        return f"{len(groups)} files, the largest of {max(groups) / 2**30:.3f} GiB"
 
     def data(self, piece: Piece, device: torch.device) -> Tensor:
         """The bytes of a piece without calibration: those that are packed already, or its values encoded on the device."""
         if self.blocks is not None and piece.parameter in self.blocks.shapes:
             return self.blocks.data(piece)
-        kind, value = self.types[piece.name], to_gguf(piece, read_parameter(self.checkpoint, piece)).to(device)
+        kind = self.types[piece.name]
+        if piece.function == "converter":
+            with self.checkpoint.on_disk(piece.sources):
+                value = self.values(piece.name, piece.shape).to(device)
+        else:
+            value = to_gguf(piece, read_parameter(self.checkpoint, piece)).to(device)
         importance = mean_square((self.importance or {}).get(piece.name), piece)
         with explained(f"tensor {piece.name}"):
             if not is_quantized(kind):
@@ -171,10 +222,9 @@ class Pack:
         """The file's header; a resumed run takes the one it began with."""
         kept = run / "header.kept"
         if not kept.exists():
-            tensors = [(p.name, p.shape, self.types[p.name]) for p in self.pieces]
             keys, ends = extra_keys(self.checkpoint), generation_ends(self.checkpoint.path)
             header, empty = (
-                make_header(self.checkpoint.path, tensors, file_type(self.named_type), run, True, keys, ends),
+                make_header(self.checkpoint.path, self.tensors, file_type(self.named_type), run, self.mtp, keys, ends),
                 run / "empty",
             )
             empty.write_bytes(header)
@@ -188,29 +238,53 @@ class Pack:
     def is_calibrated(self) -> bool:
         """Whether its method reads text: anything but the embedding gets a block type, and nothing else says how."""
         given = self.importance is not None or self.blocks is not None
-        return not given and any(is_quantized(self.types[p.name]) and p.role is not Role.EMBEDDING for p in self.pieces)
+        return not given and any(is_quantized(self.types[p.name]) and p.name in self.fed for p in self.pieces)
+
+    def seen_whole(self) -> Pack:
+        """The pack for llama-imatrix, which sees the inputs of all."""
+        return dataclasses.replace(self, fed=frozenset(piece.name for piece in self.pieces))
+
+    @property
+    def unfed(self) -> list[Piece]:
+        """The quantized pieces that go to nearest without calibration though the rest is calibrated, but for the embedding,
+        which has no inputs."""
+        if self.importance is not None or self.blocks is not None:
+            return []
+        return [
+            piece for piece in self.pieces
+            if is_quantized(self.types[piece.name]) and piece.name not in self.fed and piece.role is not Role.EMBEDDING
+        ]  # fmt: skip
 
 
 def plan_pack(
     checkpoint: Checkpoint, base: str, patterns: Sequence[tuple[str, str]], method: str,
     calibration: Calibration | None = None, importance: Mapping[str, Entry] | None = None, blocks: Blocks | None = None,
+    mtp: str = "none", strict: bool = False,
 ) -> tuple[Pack, list[str]]:  # fmt: skip
-    """(the pack, notes on substituted types); raises :class:`UserError` on whatever cannot be done."""
+    """(the pack, notes on substituted types, which ``strict`` refuses, and on what is not checked); :class:`UserError` on
+    whatever cannot be done. ``mtp``: of gguf_layout.traced."""
     if method not in METHODS:
         raise UserError(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
     if importance is not None and method != "nearest":
         raise UserError(f"--imatrix holds no second moments; use --method nearest, or {method} without it")
     if checkpoint.config.get("quantization_config"):
         raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
-    pieces = pieces_of(checkpoint)
-    types, notes = types_of({piece.name: piece.shape for piece in pieces}, base, patterns)
+    pieces = pieces_of(checkpoint, mtp)
+    mtp = mtp if any(piece.role is Role.MTP for piece in pieces) else "none"
+    patterns = patterns_of(patterns, pieces)
+    types, fallbacks = types_of({piece.name: piece.shape for piece in pieces if not piece.kept}, base, patterns)
+    if strict:
+        check_strict(fallbacks)
+    types |= {piece.name: piece.kept for piece in pieces if piece.kept}
+    notes = fallback_notes(fallbacks) + unchecked(checkpoint)
     if blocks is not None:
         if method != "nearest" or importance is not None:
             raise UserError("--blocks holds rounded weights; the rest goes to nearest: --method nearest and no --imatrix")
-        blocks.check(pieces)
+        blocks.check(pieces, checkpoint)
         types |= {piece.name: blocks.kind for piece in pieces if piece.parameter in blocks.shapes}
     notes += unprotected(pieces, types, patterns)
-    pack = Pack(checkpoint, base, method, pieces, types, calibration, importance, blocks)
+    more: dict[str, Any] = {"fed": fed_pieces(checkpoint, pieces), "mtp": mtp, "values": ConverterValues(checkpoint.path, mtp)}
+    pack = Pack(checkpoint, base, method, pieces, types, calibration, importance, blocks, **more)
     if importance is not None:
         _check_importance(pack, importance)
     return pack, notes
@@ -292,24 +366,36 @@ class GgufSink:
             after += len(part)
             whole += after <= self.ready
         if not whole:  # killed before the first layer: encoding again gives the same bytes
-            self.embedded = {piece.name: self.pack.data(piece, self.device) for piece in self.before}
+            self.embedded = self._encoded_before()
             if self.ready < len(self.before):
                 self._append(self.before, self.embedded)
         return whole
 
+    def _encoded_before(self) -> dict[str, Tensor]:
+        return {piece.name: self.pack.data(piece, self.device) for piece in self.before}
+
     def embedding(self) -> dict[str, Tensor]:
-        encoded, self.embedded = self.embedded, {}
-        types = self.pack.types
-        return {p.sources[0]: decode_rows(encoded[p.name], types[p.name]).view(p.shape).cpu() for p in self.before}
+        encoded, self.embedded = self.embedded or self._encoded_before(), {}
+        found: dict[str, Tensor] = {}
+        for piece in self.before:
+            if piece.function == "same":
+                full = read_parameter(self.pack.checkpoint, piece).float()
+                value = decode_rows(encoded[piece.name], self.pack.types[piece.name]).view(piece.shape)
+                into_parameter(piece, value.cpu(), full)
+                found[piece.sources[0]] = full
+        return found
 
     def write(self, part: int, values: Mapping[str, Encoded]) -> None:
-        self.errors |= {name: value.errors for name, value in values.items()}
+        self.errors |= {name: value.errors for name, value in values.items() if value.errors}
         self.writer.facts = {"errors": self.errors}
         self._append(self.parts[part], {name: value.data for name, value in values.items()})
 
     def write_data_free(self) -> None:
         """All pieces, without calibration."""
-        end = 0
+        end, checkpoint = 0, self.pack.checkpoint
+        given = self.pack.blocks.shapes if self.pack.blocks else {}
+        left = [piece for piece in self.pack.pieces[self.ready :] if piece.parameter not in given]
+        checkpoint.expect((read_for(checkpoint, piece) for piece in left), AHEAD_BYTES)
         for part in (self.before, *self.parts):
             end += len(part)
             if end > self.ready:
@@ -354,9 +440,11 @@ def report(pack: Pack, file_bytes: int) -> dict[str, Any]:
         kinds, kind = entry["types"], pack.types[piece.name]
         kinds[kind] = kinds.get(kind, 0) + 1
     parameters = sum(piece.numel for piece in pack.pieces)
-    bits = {"bits_per_weight": round(8 * file_bytes / parameters, 4)}
+    bits: dict[str, Any] = {"bits_per_weight": round(8 * file_bytes / parameters, 4)}
     if experts := roles.get(str(Role.ROUTED_EXPERT)):
         bits["expert_bits_per_weight"] = round(8 * experts["bytes"] / experts["parameters"], 4)
+    if pack.unfed:
+        bits["uncalibrated"] = dict(Counter(str(piece.role) for piece in pack.unfed))
     return {"file_bytes": file_bytes, "gib": round(file_bytes / 2**30, 6), "parameters": parameters, **bits, "roles": roles}
 
 
@@ -369,19 +457,23 @@ def table(made: Mapping[str, Any]) -> str:
             f"{role:<17}{entry['tensors']:>8,}{entry['parameters']:>17,}{bits:>8}{entry['bytes'] / 1e6:>11.2f}  {kinds}"
         )
     size = f"{made['file_bytes'] / 1e6:,.2f} MB ({made['gib']:.3f} GiB)"
+    if unfed := made.get("uncalibrated"):
+        roles = ", ".join(f"{count} {role}" for role, count in unfed.items())
+        lines.append(f"to nearest without calibration (what multiplies their columns is not known): {roles}")
     return "\n".join([*lines, f"{size}, {made['bits_per_weight']:.4f} bits a weight over all"])
 
 
 def write_mmproj(checkpoint: Checkpoint, directory: Path) -> str | None:
     """The vision tower as NAME-mmproj-f16.gguf, by llama.cpp's converter; None for a model without one."""
-    roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
-    if Role.VISION not in roles.values():
+    seeing = [name for name in checkpoint.tensors if VISION_PREFIX.match(name)]
+    if not seeing:
         return None
     name = f"{model_name(checkpoint.path)}-mmproj-f16.gguf"
     if not (directory / name).exists():
         temporary = directory / f".{name}"
-        run_converter("convert", checkpoint.path, "--outfile", temporary, "--outtype", "f16", "--mmproj")
-        wanted = sum(checkpoint.tensors[tensor].numel for tensor, role in roles.items() if role is Role.VISION)
+        with checkpoint.on_disk(seeing):
+            run_converter("convert", checkpoint.path, "--outfile", temporary, "--outtype", "f16", "--mmproj")
+        wanted = sum(checkpoint.tensors[tensor].numel for tensor in seeing)
         tensors = GgufFile(temporary).tensors
         held = sum(int(tensor.n_elements) for tensor in tensors.values())
         odd = next((t.name for t in tensors.values() if t.data.dtype.kind == "f" and not np.isfinite(t.data).all()), None)
@@ -398,15 +490,21 @@ def write_mmproj(checkpoint: Checkpoint, directory: Path) -> str | None:
     return name
 
 
-def left_out(checkpoint: Checkpoint) -> list[str]:
-    """What of the checkpoint the file does not hold, as lines of text."""
-    roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
+def left_out(checkpoint: Checkpoint, pieces: Sequence[Piece] = ()) -> list[str]:
+    """What of the checkpoint the file of these pieces does not hold, as lines of text."""
+    layers, held = layer_count(checkpoint.config) or 0, {source for piece in pieces for source in piece.sources}
+    rest: dict[str, list[str]] = {"mtp": [], "vision": [], "other": []}
+    for name in checkpoint.tensors:
+        if name not in held:
+            rest["vision" if VISION_PREFIX.match(name) else "mtp" if is_mtp(name, layers) else "other"].append(name)
+    others = f"left out by llama.cpp's converter: {{}} of {listed(rest['other'])}"
     lines = []
-    for role, where in (
-        (Role.MTP, "left out: {} of multi-token prediction (llama.cpp decodes without them)"),
-        (Role.VISION, "in a file of their own (mmproj): {} of the vision tower"),
+    for kind, where in (
+        ("mtp", "left out: {} of multi-token prediction (MTP=0, or llama.cpp has no place for them)"),
+        ("vision", "in a file of their own (mmproj): {} of the vision tower"),
+        *([("other", others)] if pieces else []),
     ):
-        own = [checkpoint.tensors[name] for name, found in roles.items() if found is role]
+        own = [checkpoint.tensors[name] for name in rest[kind]]
         if own:
             lines.append(
                 where.format(f"{len(own)} tensors, {sum(info.bytes for info in own) / 1e6:,.2f} MB in the checkpoint,")
@@ -414,15 +512,37 @@ def left_out(checkpoint: Checkpoint) -> list[str]:
     return lines
 
 
-def memory_bytes(pack: Pack) -> int:
+def pack_memory(pack: Pack, dry_run: bool) -> MemoryPlan:
     """What the calibrated pass has in memory at most, about."""
     if pack.calibration is None:
-        return BASE_BYTES
+        return MemoryPlan(None, 0, [])
     tensors = pack.checkpoint.tensors
     roles = roles_of({name: info.shape for name, info in tensors.items()}, pack.checkpoint.config)
     encoded = (*LINEAR_ROLES, Role.ROUTED_EXPERT)
-    jobs = [Job(name, info, roles[name], 4 if roles[name] in encoded else None) for name, info in tensors.items()]
-    return BASE_BYTES + layer_bytes(jobs, pack.calibration)
+    inner = {name: role_in_block(name, pack.checkpoint.model_type) for name in tensors if roles[name] is Role.MTP}
+    if pack.mtp == "none":
+        roles = {name: role for name, role in roles.items() if role is not Role.MTP}
+    jobs = [
+        Job(name, tensors[name], role, 4 if inner.get(name, role) in encoded else None, inner=inner.get(name))
+        for name, role in roles.items()
+    ]
+    return plan_memory(jobs, pack.calibration, dry_run=dry_run)
+
+
+def fetched_bytes(pack: Pack) -> tuple[int, int]:
+    """(bytes, bytes at a time) that :func:`write_pack` reads of the checkpoint: to run its layers, for every piece that is
+    not rounded there, and for the vision tower."""
+    tensors, ahead, rounded = pack.checkpoint.tensors, AHEAD_BYTES, set()
+    total = stored_bytes(info for name, info in tensors.items() if VISION_PREFIX.match(name))
+    if pack.calibration:
+        kept = bool(pack.weights_file and pack.weights_file.exists())
+        layers, ahead = layers_fetched(pack.checkpoint, pack.calibration, kept)
+        rounded = {p.parameter for p in pack.pieces if p.role is not Role.EMBEDDING and is_quantized(pack.types[p.name])}
+        total += layers + (stored_bytes(tensors[n] for n in pack.checkpoint.sources[LM_HEAD]) if LM_HEAD in rounded else 0)
+    for piece in pack.pieces:
+        if piece.parameter not in rounded and not (pack.blocks and piece.parameter in pack.blocks.shapes):
+            total += stored_bytes(tensors[name] for name in read_for(pack.checkpoint, piece))
+    return total, ahead
 
 
 def pack_times(pack: Pack, method: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A quantized checkpoint in 4 bits a weight for vLLM and transformers, and back, bit for bit (docs/PACKED.md).
+"""A quantized checkpoint as codes of its own bits for vLLM and transformers, and back, bit for bit (docs/PACKED.md).
 
     python src/quant/packed_export.py --model work/w3 --out work/w3-packed [--result results/quantize/T.json --tag T]
     python src/quant/packed_export.py --unpack work/w3-packed --out work/w3-again
@@ -12,9 +12,10 @@ tensor and prints the size. --sizes counts bytes from a config alone. Everything
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ from torch import Tensor
 from checkpoint import PACKED, Checkpoint, read_manifest
 from console import UserError, progress, read_object, run_cli, write_json
 from devices import OneBehind, one_ahead
-from families import roles_of
-from packed_format import PackedWriter, describe, plan_container, summary
+from families import FAMILIES, Role, family_of, roles_of, text_config
+from packed_format import PackedWriter, PackingSettings, describe, plan_container, summary
 from plans import CHUNK_BYTES, RecordSettings, ShardSettings, plan_jobs, sidecars
 from recipe import RECIPE_FILE, Job, Recipe, read_recipe
 from records import describe_model, write_result
 from run_dir import check_output, staged_directory
 from safetensors_file import CheckpointWriter, TensorInfo
 from settings import parse_settings, part, same, setting
+from size_model import Shape, mtp_plan
 
 
 def copy_tensors(checkpoint: Checkpoint, writer: CheckpointWriter | PackedWriter, label: str) -> None:
@@ -57,18 +59,22 @@ def settings_of(checkpoint: Checkpoint, shard_bytes: int) -> dict[str, Any]:
     return {"source": checkpoint.identity, "shard_bytes": shard_bytes}
 
 
-def pack(model: Path, out: Path, force: bool = False, shard_bytes: int = 4 << 30, experts: bool = True) -> dict[str, Any]:
+def pack(
+    model: Path, out: Path, force: bool = False, shard_bytes: int = 4 << 30, experts: bool = True, least: int = 2
+) -> dict[str, Any]:
     """Write the packed form of the checkpoint that quant_save wrote to ``model``; returns recipe.json's report with the
     container's summary. Raises :class:`UserError` on a tensor whose values are not on the recipe's grid."""
     checkpoint, out = Checkpoint(model), out.resolve()
     jobs, made = plan_jobs(checkpoint, read_recipe(model)), read_object(model / RECIPE_FILE, "report")
-    container, extras = plan_container(jobs, read_recipe(model), experts), sidecars(model)
+    container = plan_container(jobs, read_recipe(model), experts, least, checkpoint.family.packed_ends)
+    extras = sidecars(model)
     facts = summary(jobs, container)
     check_output(model, out, force, facts["bytes"] + sum(file.stat().st_size for file in extras))
     print(f"{model} -> {out}\n{describe(facts)}", flush=True)
     plan = [(job.name, job.info.dtype, job.info.shape) for job in jobs]
     shards = [sum(info.file == file for info in checkpoint.tensors.values()) for file in checkpoint.files]
-    with staged_directory(out, force, settings_of(checkpoint, shard_bytes) | {"experts": experts}) as partial:
+    settings = settings_of(checkpoint, shard_bytes) | {"experts": experts, "least": least}
+    with staged_directory(out, force, settings) as partial:
         for file in extras:
             shutil.copyfile(file, partial / file.name)
         with PackedWriter(partial, plan, container, shard_bytes, shards=shards) as writer:
@@ -126,9 +132,28 @@ def check(packed: Path, model: Path) -> dict[str, int]:
     return found
 
 
+def mtp_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The tensors of multi-token prediction that a Qwen3.5 of this config.json has on disk, which transformers does not load;
+    none of another model."""
+    if not str(config.get("model_type")).startswith("qwen3_5_moe"):
+        return {}
+    text = text_config(config)
+    shape = Shape(
+        hidden=text["hidden_size"], experts=text["num_experts"], inner=text["moe_intermediate_size"],
+        shared_inner=text["shared_expert_intermediate_size"], heads=text["num_attention_heads"],
+        kv_heads=text["num_key_value_heads"], head_dim=text["head_dim"],
+    )  # fmt: skip
+    return {name: size for name, _, size in mtp_plan(shape, fused=False)}
+
+
+ENDS = {"as vLLM reads them": None, "in BF16": (), "packed": (Role.EMBEDDING, Role.LM_HEAD)}
+
+
 def sizes(config_file: Path, recipe: Recipe) -> dict[str, Any]:
     """The container's summary for a model of this config.json, from the shapes that transformers gives its parameters; no
-    weights are read or made. What transformers does not load (multi-token prediction) is not counted."""
+    weights are read or made. A fraction of expert_bits is a share of the layers: packed codes have one width in a layer.
+    ``code_bytes``: of the quantized weights without their scales. ``bytes_of``: the container's bytes by what embedding and
+    head are, each [without multi-token prediction, with it packed, with it in BF16]."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -137,13 +162,50 @@ def sizes(config_file: Path, recipe: Recipe) -> dict[str, Any]:
     with init_empty_weights():
         model = auto.from_config(config, dtype=torch.bfloat16)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}  # tied ones once
-    roles = roles_of(shapes, {"model_type": config.model_type, **config.get_text_config().to_dict()})
-    jobs = []
-    for name, shape in shapes.items():
-        info = TensorInfo(torch.bfloat16, shape, Path(), 0, 2 * torch.Size(shape).numel())
-        jobs.append(Job(name, info, roles[name], recipe.bits_of(name, roles[name])))
-    facts = summary(jobs, plan_container(jobs, recipe))
-    return facts | {"parameters": sum(job.info.numel for job in jobs), "dequantized_bytes": sum(j.info.bytes for j in jobs)}
+    text = config.get_text_config()
+    if recipe.expert_bits != (low := int(recipe.expert_bits)):
+        count = round((low + 1 - recipe.expert_bits) * text.num_hidden_layers)
+        overrides = tuple((f"model.*layers.{layer}.*experts.*", low) for layer in range(count))
+        recipe = dataclasses.replace(recipe, expert_bits=low + 1, overrides=overrides)
+    kinds = {"model_type": config.model_type, **text.to_dict()}
+
+    def jobs_of(shapes: Mapping[str, tuple[int, ...]], packed: bool) -> list[Job]:
+        roles, jobs = roles_of(shapes, kinds), []
+        inner = roles_of(
+            {name.replace("mtp.", "model.") if ".layers." in name else name: s for name, s in shapes.items()}, kinds
+        )
+        for (name, shape), role in zip(shapes.items(), inner.values()):
+            info = TensorInfo(torch.bfloat16, shape, Path(), 0, 2 * math.prod(shape))
+            jobs.append(Job(name, info, roles[name], recipe.bits_of(name, role) if packed else None))
+        return jobs
+
+    jobs, predictor = jobs_of(shapes, True), mtp_shapes(read_object(config_file))
+    takes = FAMILIES[family_of(config.model_type)].packed_ends
+    heads: list[list[Job]] = [[], jobs_of(predictor, True), jobs_of(predictor, False)] if predictor else [[]]
+
+    def container(more: list[Job], ends: Collection[Role]) -> dict[str, Any]:
+        return summary(jobs + more, plan_container(jobs + more, recipe, ends=ends))
+
+    table = {
+        label: [container(more, takes if ends is None else ends)["bytes"] for more in heads] for label, ends in ENDS.items()
+    }
+    return container([], takes) | {
+        "parameters": sum(job.info.numel for job in jobs), "dequantized_bytes": sum(j.info.bytes for j in jobs),
+        "code_bytes": math.ceil(sum(job.info.numel * job.bits for job in jobs if job.bits) / 8), "bytes_of": table,
+    }  # fmt: skip
+
+
+def show_sizes(facts: dict[str, Any]) -> str:
+    lines = [
+        f"{facts['parameters']:,} parameters, {facts['dequantized_bytes'] / 1e9:,.2f} GB in BF16; codes without scales "
+        f"{facts['code_bytes'] / 1e9:,.2f} GB",
+        describe(facts),
+        f"{'GB with embedding, head':<26}{'without mtp':>13}" + f"{'mtp packed':>13}{'mtp in BF16':>13}" * (
+            len(facts["bytes_of"]["packed"]) > 1),
+    ]  # fmt: skip
+    for label, row in facts["bytes_of"].items():
+        lines.append(f"{label:<26}" + "".join(f"{size / 1e9:>13,.2f}" for size in row))
+    return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +223,7 @@ class ExportSettings:
     keep_experts: bool = setting(
         False, "leave the routed experts in BF16: vLLM on a CPU without AMX has no kernel for packed ones"
     )
+    packing: PackingSettings = part(PackingSettings)
     shards: ShardSettings = part(ShardSettings)
     record: RecordSettings = part(RecordSettings)
 
@@ -182,7 +245,9 @@ def show_check(found: dict[str, int]) -> str:
 def pack_and_check(model: Path, out: Path, settings: ExportSettings) -> int:
     """Pack, compare with what was packed, record; 1 if a value differs."""
     result, started = settings.record.file("quantize"), time.time()
-    report = pack(model, out, settings.record.force, settings.shards.bytes, not settings.keep_experts)
+    report = pack(
+        model, out, settings.record.force, settings.shards.bytes, not settings.keep_experts, settings.packing.packed_bits
+    )
     found = check(out, model)
     output = describe_model(out)
     print(f"{show_check(found)}\nwrote {out}: {output['bytes'] / 1e6:,.2f} MB of weights, "
@@ -201,7 +266,7 @@ def main() -> int:
     settings, _ = parse_settings(ExportSettings, __doc__)
     if settings.sizes:
         facts = sizes(settings.sizes, Recipe(settings.expert_bits, settings.linear_bits, settings.group, 16))
-        print(f"{facts['parameters']:,} parameters, {facts['dequantized_bytes'] / 1e9:,.2f} GB in BF16\n{describe(facts)}")
+        print(show_sizes(facts))
     elif settings.unpack and settings.out:
         unpack(settings.unpack, settings.out, settings.record.force)
         print(f"wrote {settings.out}", flush=True)

@@ -10,30 +10,30 @@ import dataclasses
 import fnmatch
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from calibration import Calibration, layer_bytes
+from calibration import LAYERS_AHEAD, Calibration, MemoryPlan
 from checkpoint import CONSUMED, PACKED, Checkpoint
 from console import UserError, check_writable, write_json
-from families import Role, roles_of
+from families import LAYER_PREFIX, Role, role_in_block, roles_of
 from hf_model import check_complete
+from hub import AHEAD_BYTES, MAX_SIDECAR_BYTES, WEIGHT_SUFFIXES
 from moe_ptq import CALIBRATED, zero_point_bits
 from moe_quant import average_bits
 from packed_format import describe
 from recipe import RECIPE_FILE, Job, Recipe
 from run_dir import check_output, partial_of
-from safetensors_file import INDEX
+from safetensors_file import INDEX, TensorInfo
 from settings import setting
 from size_model import BASE_BYTES, RESULTS, Rates, machine, recorded_rates, records_of, times
 
+ENDS = (Role.EMBEDDING, Role.LM_HEAD)
 CHUNK_BYTES = 64 << 20  # quantized at once, while the next is read and the last written
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
-MAX_SIDECAR_BYTES = 64 << 20  # the largest tokenizers are about half of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,8 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
     allocated = _allocated(checkpoint, recipe)
     jobs = []
     for name, info in checkpoint.tensors.items():
-        bits = recipe.bits_of(parameters[name], roles[name]) if info.numel else None
+        inner = role_in_block(name, checkpoint.model_type) if roles[name] is Role.MTP else None
+        bits = recipe.bits_of(parameters[name], roles[name], inner) if info.numel else None
         by_expert = allocated.get(name, ())
         if by_expert:
             bits = sum(by_expert) / len(by_expert)
@@ -130,7 +131,7 @@ def plan_jobs(checkpoint: Checkpoint, recipe: Recipe) -> list[Job]:
             known = ", ".join(CALIBRATED)
             raise UserError(f"tensor {name}: {bits} bits: a mix of two grids needs a calibrated method: {known}")
         each = by_expert if len(by_expert) > 1 else ()
-        jobs.append(Job(name, info, roles[name], bits, each, checkpoint.family.is_turned(info.shape)))
+        jobs.append(Job(name, info, roles[name], bits, each, checkpoint.family.is_turned(info.shape), inner))
     inputs = [job.inputs for job in jobs if job.bits]
     if odd := [job for job in jobs if job.bits and job.inputs % recipe.group]:
         raise UserError(
@@ -235,17 +236,72 @@ def copy_sidecars(checkpoint: Checkpoint, files: Sequence[Path], out: Path) -> N
         write_json(out / "config.json", checkpoint.config)
 
 
+def stored_bytes(infos: Iterable[TensorInfo]) -> int:
+    """Bytes that are read for tensors once."""
+    return sum(stored.bytes for info in infos for stored in info.stored())
+
+
+def ends_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the embedding and of the head, which may be the embedding once more."""
+    roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
+    sizes = [stored_bytes(checkpoint.tensors[name] for name, own in roles.items() if own is role) for role in ENDS]
+    return sizes[0] + (sizes[1] or sizes[0])
+
+
+def layers_fetched(checkpoint: Checkpoint, calibration: Calibration, kept: bool = False) -> tuple[int, int]:
+    """(bytes, bytes at a time) that the calibrated pass reads to run the decoder layers. A token power above 0 reads them
+    twice more, forward and back to the second, with both ends, unless the tokens' weights are ``kept`` in a file."""
+    sizes: dict[int, int] = {}
+    for name, place in checkpoint.places.items():
+        if match := LAYER_PREFIX.match(place.parameter):
+            sizes[int(match[1])] = sizes.get(int(match[1]), 0) + stored_bytes([checkpoint.tensors[name]])
+    total = sum(sizes.values())
+    if calibration.token_power and not kept:
+        total += 2 * total - sizes.get(0, 0) + ends_bytes(checkpoint)
+    return total, (1 + LAYERS_AHEAD) * max(sizes.values(), default=0)
+
+
+def sensed_bytes(checkpoint: Checkpoint, calibration: Calibration) -> int:
+    """Bytes that sensitivity.type_losses reads: the layers, and both ends."""
+    return layers_fetched(checkpoint, calibration)[0] + ends_bytes(checkpoint)
+
+
+def fetched_bytes(checkpoint: Checkpoint, jobs: Sequence[Job], calibration: Calibration | None) -> tuple[int, int]:
+    """(bytes, bytes at a time) that quantize_checkpoint reads: with ``calibration`` what it rounds also for its error."""
+    total = stored_bytes(job.info for job in jobs)
+    if not calibration:
+        return total, AHEAD_BYTES
+    layers, ahead = layers_fetched(checkpoint, calibration)
+    return total + layers + stored_bytes(job.info for job in jobs if job.bits and job.role is Role.LM_HEAD), ahead
+
+
+def hub_plan(checkpoint: Checkpoint, fetched: int, ahead: int, whole: bool = False) -> str:
+    """What a run fetches of a model of the hub, ``ahead`` bytes of it at a time, as lines of text. ``whole``: every shard
+    passes whole and in order."""
+    assert checkpoint.remote
+    size, limit = checkpoint.bytes, checkpoint.remote.cache.limit
+    text = f"{checkpoint.remote.uri}: {len(checkpoint.files)} shards, {size / 1e9:,.2f} GB; {fetched / 1e9:,.3f} GB to fetch"
+    if fetched > 1.01 * size:
+        kept = f"HUB_CACHE_GIB={limit / 2**30:g} may save some" if limit else "HUB_CACHE_GIB=X keeps X GiB of them on disk"
+        text += f", since some weights are read several times ({kept})"
+    checked = "the SHA-256 of every shard is checked as it passes"
+    if not whole or checkpoint.source_format:
+        checked = "no shard passes whole and in order: its SHA-256 is not checked; headers, lengths and the commit are"
+    return f"{text}\nat most {ahead / 2**30:.1f} GiB of it wait in memory; {checked}"
+
+
 def preflight(
-    jobs: list[Job], out: Path, needed: int, chunk_bytes: int, calibration: Calibration | None, devices: int = 1
+    jobs: list[Job], out: Path, needed: int, chunk_bytes: int, calibrated: MemoryPlan | None, devices: int = 1
 ) -> str:
     """What the run will need, said before it starts: disk, and the bound on memory."""
     ancestor = next(parent for parent in out.parents if parent.exists())
     largest = max((job.info.bytes // job.info.shape[0] for job in jobs if job.info.shape and job.info.numel), default=0)
-    memory = BASE_BYTES + 4 * max(chunk_bytes, largest) * (1 if calibration else devices)
-    if calibration:
-        memory += layer_bytes(jobs, calibration)
+    memory = BASE_BYTES + 4 * max(chunk_bytes, largest) * (1 if calibrated else devices)
+    if calibrated:
+        memory += calibrated.host
     free = shutil.disk_usage(ancestor).free
-    return f"disk {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free; memory at most about {memory / 2**30:.1f} GiB"
+    line = f"disk {needed / 1e9:.2f} GB of {free / 1e9:.2f} GB free; memory at most about {memory / 2**30:.1f} GiB"
+    return "\n".join([line, *(calibrated.lines if calibrated else ())])
 
 
 def bench_rates(results: Path, recipe: Recipe) -> Rates:

@@ -5,13 +5,13 @@
         [--devices cuda:0,cuda:1 | all] [--result results/quantize/w3.json --tag w3]
     METHOD=gptq_refit OUT=work/w3 python src/quant/quant_save.py --config configs/clip_122b.env     # pipelines/quantize.sh
 
-Routed experts get --expert-bits; every other linear, the embedding and the head --linear-bits; router, norms, ssm state,
-biases, vision and mtp are copied byte for byte. Methods that need no inputs (clip, absmax, ...) stream tensor by tensor;
-the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks' training split. Several --devices
-round shards (or, calibrated, the experts of a layer) at the same time, to the same bytes. recipe.json is written beside the
-weights. --packed writes the same values in 4 bits a weight, as vLLM reads them (docs/PACKED.md). The output appears under its
-name only when it is complete; Ctrl-C or an error leaves nothing behind, and after `kill -9` the same command goes on where it
-stopped.
+Routed experts get --expert-bits; every other linear, the embedding and the head --linear-bits; the matrices of multi-token
+prediction --mtp-bits; router, norms, ssm state, biases and vision are copied byte for byte. Methods that need no inputs (clip,
+absmax, ...) stream tensor by tensor; the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks'
+training split. Several --devices round shards (or, calibrated, the experts of a layer) at the same time, to the same bytes.
+recipe.json is written beside the weights. --packed writes the same values in the recipe's own bits, as vLLM reads them
+(docs/PACKED.md). The output appears under its name only when it is complete; Ctrl-C or an error leaves nothing behind, and
+after `kill -9` the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from typing import Any
 import torch
 
 from calibrated_pass import CalibratedPass, MomentSettings
-from calibration import Calibration, LayerStream
+from calibration import Calibration, LayerStream, plan_memory
 from calibration_text import CalibrationSettings
 from checkpoint import CONSUMED, Checkpoint, SourceShards, is_synthetic, model_name
 from console import UserError, progress, run_cli, write_json
 from devices import default_device, device_peaks, lanes, parse_devices
 from hf_model import check_first
+from hub import HubSettings, opened, remote_of
 from moe_probe import probe_model
 from moe_ptq import CALIBRATED
-from packed_format import Container, open_writer, plan_container, summary
+from packed_format import Container, PackingSettings, open_writer, plan_container, summary
 from plans import (
     CHUNK_BYTES,
     QuantizeReport,
@@ -41,6 +42,8 @@ from plans import (
     ShardSettings,
     copy_sidecars,
     dry_run_notes,
+    fetched_bytes,
+    hub_plan,
     plan_jobs,
     preflight,
     quantize_times,
@@ -48,9 +51,9 @@ from plans import (
     summarize,
     table,
 )  # fmt: skip
-from recipe import KEEP, NOT_GIVEN, RECIPE_FILE, Job, Recipe, quantized_note, read_allocation
+from recipe import NOT_GIVEN, RECIPE_FILE, Job, Recipe, quantized_note, read_allocation
 from records import describe_model, write_result
-from rounders import GridRounder
+from rounders import GridRounder, is_uncalibrated
 from run_dir import check_output, check_resume, staged_directory
 from settings import add_dry_run, parse_settings, part, setting
 from token_weights import kept_bytes
@@ -68,7 +71,9 @@ class QuantizeSettings:
     text: CalibrationSettings = part(CalibrationSettings)
     moments: MomentSettings = part(MomentSettings)
     propagate: str = setting("quantized", "with text: whose activations go on, `quantized` or `bf16`", ("quantized", "bf16"))
-    packed: bool = setting(False, "1: 4 bits a weight for vLLM ([docs/PACKED.md](../docs/PACKED.md)) instead of BF16")
+    packed: bool = setting(False, "1: the codes, for vLLM ([docs/PACKED.md](../docs/PACKED.md)), instead of BF16")
+    packing: PackingSettings = part(PackingSettings)
+    hub: HubSettings = part(HubSettings)
     devices: str = setting("", "`cuda:0,cuda:1` or `all`: several GPUs, to the same bytes; empty: the first one, or the CPU")
     shards: ShardSettings = part(ShardSettings)
     consume_source: bool = setting(
@@ -99,7 +104,8 @@ class QuantizeSettings:
     def workers(self) -> tuple[torch.device, ...]:
         """The devices at work, one of them as often as shards should be on it."""
         devices = parse_devices(self.devices)
-        return devices if self.devices or self.calibrated or self.consume else lanes(devices[0])
+        alone = self.devices or self.calibrated or self.consume or remote_of(self.model)  # a network is no faster for more
+        return devices if alone else lanes(devices[0])
 
     def calibration(self, device: torch.device, dry_run: bool) -> Calibration | None:
         """What the method is calibrated on; a dry run needs its size alone."""
@@ -114,11 +120,12 @@ class QuantizeSettings:
 def write_calibrated(
     checkpoint: Checkpoint, jobs: list[Job], recipe: Recipe, calibration: Calibration, out: Path, shard_bytes: int,
     chunk_bytes: int, source: SourceShards | None, devices: Sequence[torch.device], container: Container | None,
+    working_bytes: float | None,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
     """Write every tensor to ``out``, layer by layer, each layer shards of its own; several ``devices`` share the experts of a
     layer. Returns the relative squared error of each quantized role and the facts of the calibration."""
     layers = LayerStream(checkpoint, calibration.device, calibration.dtype)
-    work = CalibratedPass(layers, calibration, GridRounder(layers, jobs, recipe, devices), out)
+    work = CalibratedPass(layers, calibration, GridRounder(layers, jobs, recipe, devices, working_bytes), out)
     parts = in_layers(jobs, len(layers.layers))
     plan = [(job.name, job.info.dtype, job.info.shape) for part in parts for job in part]
     breaks = {part[0].name for part in parts if part}
@@ -135,16 +142,16 @@ def write_calibrated(
 def quantize_checkpoint(
     model: str | Path, out: str | Path, recipe: Recipe, force: bool = False, shard_bytes: int = 4 << 30,
     chunk_bytes: int = CHUNK_BYTES, calibration: Calibration | None = None, devices: Sequence[torch.device] = (),
-    consume: bool = False, packed: bool = False, dry_run: bool = False,
+    consume: bool = False, packed: bool = False, dry_run: bool = False, packed_bits: int = 2,
 ) -> QuantizeReport:  # fmt: skip
     """Quantize the checkpoint in directory ``model`` into ``out`` and return what was done, printing the plan first.
 
-    Memory is a few times ``chunk_bytes``; with ``calibration``, which the calibrated methods need, it is a decoder layer
-    with its statistics and the activations. The result does not depend on ``chunk_bytes``, nor on how many ``devices`` of
+    Memory is a few times ``chunk_bytes``; with ``calibration``, which the calibrated methods need, it is that of
+    calibration.plan_memory. The result does not depend on ``chunk_bytes``, nor on how many ``devices`` of
     one kind there are (default: one). Everything that can be checked is checked before ``out`` is touched; bad input is a
     :class:`UserError`. A killed run resumes to the same bytes, on as many devices as you like.
     ``consume`` gives the disk of each shard of ``model`` back once ``out`` has it, and deletes the weights at the end.
-    ``packed`` stores the result in 4 bits a weight. ``dry_run`` ends after the plan.
+    ``packed`` stores the result as codes of ``packed_bits`` or more. ``dry_run`` ends after the plan.
     """
     devices = tuple(devices) or (calibration.device if calibration else default_device(),)
     if (recipe.method in CALIBRATED) != (calibration is not None):
@@ -152,9 +159,8 @@ def quantize_checkpoint(
     checkpoint = Checkpoint(model)
     out = Path(out).resolve()
     jobs = plan_jobs(checkpoint, recipe)
-    if recipe.expert_bits == NOT_GIVEN:  # and none were needed
-        recipe = dataclasses.replace(recipe, expert_bits=KEEP)
-    container = plan_container(jobs, recipe) if packed else None
+    recipe = recipe.fitting(job.role for job in jobs)
+    container = plan_container(jobs, recipe, least=packed_bits, ends=checkpoint.family.packed_ends) if packed else None
     if container:  # what it stores in BF16 gains nothing by being rounded
         jobs = [dataclasses.replace(job, bits=None, by_expert=()) if job.name in container.kept else job for job in jobs]
     report = summarize(jobs, recipe)
@@ -163,6 +169,8 @@ def quantize_checkpoint(
     written = report.container["bytes"] if report.container else report.output_bytes
     if consume and checkpoint.source_format:
         raise UserError(f"{checkpoint.path}: {checkpoint.source_format} weights are not consumed; leave out --consume-source")
+    if consume and checkpoint.remote:
+        raise UserError(f"{checkpoint.remote.uri}: there is no disk to give back; leave out --consume-source")
     source = SourceShards(checkpoint, out) if consume else None
     if not consume and (checkpoint.path / CONSUMED).exists():
         raise UserError(f"{checkpoint.path}: its weights were consumed by another run; make or download it again")
@@ -173,7 +181,7 @@ def quantize_checkpoint(
     if not dry_run:
         check_output(checkpoint.path, out, force, needed)
     settings = {
-        "packed": packed,
+        "packed": packed and packed_bits,
         "recipe": recipe.to_json(),
         "source": {} if dry_run else checkpoint.identity,
         "shard_bytes": shard_bytes,
@@ -185,7 +193,12 @@ def quantize_checkpoint(
     if calibration:
         sequences, length = calibration.ids.shape
         print(f"calibration: {sequences:,} sequences of {length:,} tokens, layer by layer")
-    print(preflight(jobs, out, needed, chunk_bytes, calibration, len(devices)))
+        if any(job.bits and is_uncalibrated(job) for job in jobs):
+            print("note: this family's block of multi-token prediction is not run; it is rounded without calibration (clip)")
+    if checkpoint.remote:
+        print(hub_plan(checkpoint, *fetched_bytes(checkpoint, jobs, calibration), len(devices) == 1 and not calibration))
+    memory = plan_memory(jobs, calibration, devices, dry_run) if calibration else None
+    print(preflight(jobs, out, needed, chunk_bytes, memory, len(devices)))
     print("\n".join(quantize_times(jobs, recipe)), flush=True)
     if dry_run:
         print("\n".join(dry_run_notes(checkpoint.path, out, force, needed)), flush=True)
@@ -199,26 +212,29 @@ def quantize_checkpoint(
         if source:
             source.begin(resumed)
         copy_sidecars(checkpoint, extras, partial)
-        if calibration:
+        if calibration and memory:
             errors, facts = write_calibrated(
-                checkpoint, jobs, recipe, calibration, partial, shard_bytes, chunk_bytes, source, devices, container
-            )
+                checkpoint, jobs, recipe, calibration, partial, shard_bytes, chunk_bytes, source, devices, container,
+                memory.working_bytes,
+            )  # fmt: skip
             report = dataclasses.replace(report, calibration=facts)
         else:
             errors = stream(checkpoint, jobs, recipe, partial, shard_bytes, chunk_bytes, source, devices, container)
         for role, error in errors.items():
             report.roles[role].relative_error = error
-        origin = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256}
+        origin = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256, **checkpoint.hub}
         made = {"recipe": recipe.to_json(), "source": origin, "calibration": settings["calibration"]}
         write_json(partial / RECIPE_FILE, made | {"report": report.to_json()})
     if source:
         source.remove()
+    if checkpoint.remote:
+        print(checkpoint.remote.report(), flush=True)
     return report
 
 
 def main() -> None:
     settings, args = parse_settings(QuantizeSettings, __doc__, add_dry_run)
-    result = settings.record.file("quantize")
+    result, settings = settings.record.file("quantize"), opened(settings)
     allocation: dict[str, Any] = read_allocation(settings.allocation) if settings.allocation else {}
     recipe, devices = dataclasses.replace(settings.recipe, **allocation), settings.workers()
     if settings.probe and not args.dry_run:
@@ -229,14 +245,16 @@ def main() -> None:
     report = quantize_checkpoint(
         settings.model, settings.out, recipe, settings.record.force, settings.shards.bytes, calibration=calibration,
         devices=devices, consume=settings.consume, packed=settings.packed, dry_run=args.dry_run,
+        packed_bits=settings.packing.packed_bits,
     )  # fmt: skip
     if args.dry_run:
         return
     seconds = time.time() - started
     if result:
         write_result(
-            result, kind="quantize", tag=settings.record.tag, started=started, model=described, recipe=recipe.to_json(),
-            data=[calibration.record] if calibration else [], metrics=report.to_json(),
+            result, kind="quantize", tag=settings.record.tag, started=started, model=described,
+            recipe=recipe.fitting(report.roles).to_json(), data=[calibration.record] if calibration else [],
+            metrics=report.to_json(),
             extra={"output": describe_model(settings.out), "devices": [str(device) for device in devices],
                    "device_peak_mib": device_peaks(devices)},
         )  # fmt: skip

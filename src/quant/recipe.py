@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from settings import setting
 
 RECIPE_FILE = "recipe.json"
 KEEP = 16  # bits that mean "leave as it is"
+MTP_BITS = 4  # of the block of multi-token prediction: what it guesses is as often right as in BF16
 NOT_GIVEN = 0  # bits of the experts, of which a dense model has none
 LINEAR_ROLES = (
     Role.SHARED_EXPERT,
@@ -52,19 +53,22 @@ class Recipe:
     clip_steps: int = setting(16, f"ratios of the clip search, from 1.0 down to {CLIP_LOW}; 1 is absmax")
     clip_low: float = CLIP_LOW
     method: str = setting("clip", f"{_listed(DATA_FREE)}; with text {_listed(CALIBRATED)}")
+    mtp_bits: int = setting(
+        MTP_BITS, "bits of the matrices of multi-token prediction (mtp), where a model has it: 2 to 8, or 16 to leave them"
+    )
     scale_dtype: str = "bfloat16"
     overrides: tuple[tuple[str, float], ...] = ()
     experts: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("linear_bits", "group", "clip_steps"):
+        for field in ("linear_bits", "group", "clip_steps", "mtp_bits"):
             if type(getattr(self, field)) is not int:
                 raise UserError(f"{field} {getattr(self, field)!r} is not a whole number")
         if type(self.expert_bits) not in (int, float) or not math.isfinite(self.expert_bits):
             raise UserError(f"expert_bits {self.expert_bits!r} is not a number")
         if self.expert_bits == int(self.expert_bits):
             object.__setattr__(self, "expert_bits", int(self.expert_bits))
-        for field in ("expert_bits", "linear_bits"):
+        for field in ("expert_bits", "linear_bits", "mtp_bits"):
             bits = getattr(self, field)
             if field == "expert_bits" and bits == NOT_GIVEN:
                 continue
@@ -96,9 +100,12 @@ class Recipe:
         bits = self.expert_bits if role is Role.ROUTED_EXPERT else self.linear_bits if role in LINEAR_ROLES else KEEP
         return None if bits == KEEP else bits
 
-    def bits_of(self, parameter: str, role: Role) -> float | None:
-        """Bits of a parameter by its name, overrides included; None leaves it as it is."""
+    def bits_of(self, parameter: str, role: Role, inner: Role | None = None) -> float | None:
+        """Bits of a parameter by its name, overrides included; None leaves it as it is. ``inner``: its role within the block
+        of multi-token prediction (families.role_in_block), where it is of one."""
         bits = self.bits_for(role)
+        if role is Role.MTP and inner in (Role.ROUTED_EXPERT, *LINEAR_ROLES):
+            bits, role = None if self.mtp_bits == KEEP else self.mtp_bits, inner
         for pattern, own in self.overrides:
             if fnmatch.fnmatchcase(parameter, pattern):
                 if role not in (Role.ROUTED_EXPERT, *LINEAR_ROLES):
@@ -107,17 +114,27 @@ class Recipe:
         return bits
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field, equal to itself after a round trip through a file."""
+        """A JSON object with every field, mtp_bits unless KEEP; equal to itself after a round trip through a file."""
         experts = [[name, list(bits)] for name, bits in self.experts]
-        return dataclasses.asdict(self) | {"overrides": [list(pair) for pair in self.overrides], "experts": experts}
+        made = dataclasses.asdict(self) | {"overrides": [list(pair) for pair in self.overrides], "experts": experts}
+        if self.mtp_bits == KEEP:
+            del made["mtp_bits"]
+        return made
+
+    def fitting(self, roles: Iterable[str]) -> Recipe:
+        """Itself for a checkpoint of these roles, without what it says of others."""
+        given = set(roles)
+        routed = self.expert_bits != NOT_GIVEN or Role.ROUTED_EXPERT in given
+        expert_bits, mtp_bits = self.expert_bits if routed else KEEP, self.mtp_bits if Role.MTP in given else KEEP
+        return dataclasses.replace(self, expert_bits=expert_bits, mtp_bits=mtp_bits)
 
 
 def from_json(value: Any, where: str = "recipe") -> Recipe:
     """The recipe of a JSON object; a field that is missing, unknown or invalid is a :class:`UserError`."""
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    if not isinstance(value, dict) or set(value) != fields:
+    if not isinstance(value, dict) or set(value) | {"mtp_bits"} != fields:
         raise UserError(f"{where}: expected an object with exactly the keys {', '.join(sorted(fields))}")
-    return Recipe(**value)
+    return Recipe(**{"mtp_bits": KEEP, **value})
 
 
 def read_allocation(path: str | Path) -> dict[str, tuple[tuple[str, Any], ...]]:
@@ -160,6 +177,12 @@ class Job:
     bits: float | None  # a fraction mixes two grids among the experts of a layer
     by_expert: tuple[int, ...] = ()  # bits of each expert of a fused tensor, whose mean ``bits`` is
     transposed: bool = False  # experts as [E, I, O]: groups lie along the second axis
+    inner: Role | None = None  # within the block of multi-token prediction (families.role_in_block)
+
+    @property
+    def kind(self) -> Role:
+        """Its role, that of multi-token prediction by what it is there."""
+        return self.inner or self.role
 
     @property
     def inputs(self) -> int:

@@ -106,7 +106,7 @@ def describe_model(path: str | Path) -> dict[str, Any]:
     decoded from a GGUF (gguf_dequant) also {decoded_from: {file, bytes, head_sha256}}."""
     checkpoint = Checkpoint(path)
     described = {
-        "path": public_path(str(checkpoint.path.resolve())),
+        "path": checkpoint.remote.uri if checkpoint.remote else public_path(str(checkpoint.path.resolve())),
         "config_sha256": checkpoint.config_sha256,
         "bytes": checkpoint.bytes,
         "tensors": len(checkpoint.tensors),

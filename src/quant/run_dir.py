@@ -18,7 +18,7 @@ from typing import Any
 import filelock
 
 from checkpoint import different_file
-from console import FULL, UserError, WriteError, read_object, write_json, writing
+from console import FULL, SourceError, UserError, WriteError, read_object, write_json, writing
 from recipe import RECIPE_FILE
 
 JOB, LOCK, RUN = "job.json", "lock", "run"
@@ -134,6 +134,8 @@ def staged_directory(out: Path, force: bool, job: Mapping[str, Any]) -> Iterator
             (partial / RUN).mkdir(exist_ok=True)
             yield partial
             _publish(partial, out, force)
+        except SourceError as error:
+            raise SourceError(f"{error}; what is done is kept in {partial}") from None
         except (WriteError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in FULL:
                 raise

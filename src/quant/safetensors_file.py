@@ -71,14 +71,22 @@ class TensorInfo:
     def bytes(self) -> int:
         return self.end - self.begin
 
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The tensors of the file that are read for it: itself, or the codes and scales that it is decoded from."""
+        return (self,)
+
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         """The tensor, or ``count`` rows of its first axis from ``start``, in memory of its own."""
         offset, shape = self.begin, self.shape
         if count is not None:
             offset, shape = offset + start * (self.bytes // shape[0]), (count, *shape[1:])
-        size = math.prod(shape) * self.dtype.itemsize
-        buffer = torch.empty(size, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        buffer = torch.empty(math.prod(shape) * self.dtype.itemsize, dtype=torch.uint8)
+        self._load(memoryview(buffer.numpy()), offset)
+        return buffer.view(self.dtype).view(shape)
+
+    def _load(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` with the bytes of the file from ``offset`` on."""
+        size = len(view)
         parts = [(first, min(first + SLICE_BYTES, size)) for first in range(0, size, SLICE_BYTES)]
 
         def read(part: tuple[int, int]) -> int:
@@ -97,7 +105,6 @@ class TensorInfo:
                     missing = sum(pool.map(read, parts))
         if missing:
             raise UserError(f"{self.file}: became shorter while it was read")
-        return buffer.view(self.dtype).view(shape)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

@@ -25,12 +25,14 @@ from torch import Tensor
 from calibration import Calibration, Collector, LayerStream, Moments
 from checkpoint import Checkpoint
 from console import UserError, progress, scratch_folder
-from families import FAMILIES, Role, family_of, text_config
+from families import Role
+from ggml_round import COPIES
 from ggml_types import fallback
 from gguf_format import Entry
-from gguf_layout import Piece, ggml_names, head_order, into_parameter, ordered_hessian, to_gguf
+from gguf_layout import Piece, into_parameter, ordered_hessian, pieces_of, to_gguf
 from hf_model import finite_logits
 from kl import Batch, divergence
+from moe_ptq import WORKING_BYTES, rounding_parts
 from moe_quant import fake_quant
 from rounders import squared_error
 from token_weights import token_weights
@@ -66,18 +68,20 @@ def layer_report(routed: Tensor, mass: Tensor, energy: Tensor, tokens: Tensor, i
     }
 
 
-def entries_of(moments: Mapping[str, Moments], model_type: str, layers: int, order: Tensor | None = None) -> dict[str, Entry]:
-    """The entries of calibration statistics, by llama.cpp's names; ``order``: where each input of linear_attn.out_proj lies
-    for ggml (head_order), None for its own place."""
+def entries_of(moments: Mapping[str, Moments], pieces: Sequence[Piece]) -> dict[str, Entry]:
+    """The entries of calibration statistics of the parameters that ``pieces`` are made of, by llama.cpp's names."""
     entries: dict[str, Entry] = {}
-    if not FAMILIES[family_of(model_type)].ggml:
-        return entries
-    for parameter, value in moments.items():
-        sums = value.total.diagonal(dim1=1, dim2=2).float().cpu().numpy()
-        if order is not None and parameter.endswith("linear_attn.out_proj.weight"):
-            sums = sums[:, order.numpy()]
-        for name in ggml_names(parameter, model_type, layers):
-            entries[name] = Entry(sums, value.weight.float().cpu().numpy())
+    sums: dict[str, Tensor] = {}
+    for piece in pieces:
+        own = moments.get(piece.parameter)
+        matrices = piece.shape[0] if len(piece.shape) == 3 else 1
+        if own is None or piece.role is Role.EMBEDDING or own.shape[::2] != (matrices, piece.shape[-1]):
+            continue
+        if piece.parameter not in sums:
+            sums[piece.parameter] = own.diagonal().float().cpu()
+        found = sums[piece.parameter]
+        found = found if piece.columns is None or piece.transposed else found[:, piece.columns]
+        entries[piece.name] = Entry(found.numpy(), own.weight.float().cpu().numpy())
     return entries
 
 
@@ -85,11 +89,10 @@ def entries_of(moments: Mapping[str, Moments], model_type: str, layers: int, ord
 def probe(
     checkpoint: Checkpoint, calibration: Calibration, every_linear: bool = False
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Entry]]:
-    """(report of every decoder layer that has routed experts, by its index; the importance of each weight, by llama.cpp's
-    names: of the experts, or of ``every_linear``)."""
+    """(report of every decoder layer that has routed experts, by its index; with ``every_linear`` the importance of each
+    weight, by llama.cpp's names)."""
     stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
-    config = text_config(checkpoint.config)
-    order = head_order(config, config.get("linear_value_head_dim", 1))
+    pieces = pieces_of(checkpoint) if every_linear else []
     kwargs = stream.arguments(calibration.batches()[0])
     hidden = stream.embed(calibration.batches())
     reports, importance = {}, {}
@@ -104,12 +107,12 @@ def probe(
             collector.remove()
             for name, routed in collector.routed.items():
                 moments = collector.moments[f"{name}.down_proj"]
-                energy = moments.total.diagonal(dim1=1, dim2=2).sum(-1)
+                energy = moments.diagonal().sum(-1)
                 tokens = moments.weight**2 / moments.square.clamp_min(1e-30)
-                inputs = next(own for key, own in collector.moments.items() if key.startswith(f"{name}.")).total.shape[-1]
+                inputs = next(own for key, own in collector.moments.items() if key.startswith(f"{name}.")).shape[-1]
                 reports[str(index)] = layer_report(routed, collector.mass[name], energy, tokens, inputs)
             named = {f"model.layers.{index}.{name}": moments for name, moments in collector.moments.items()}
-            importance |= entries_of(named, checkpoint.config["model_type"], len(stream.layers), order)
+            importance |= entries_of(named, pieces)
             stream.empty(layer)
             bar.update()
     return reports, importance
@@ -268,7 +271,7 @@ def sampled(value: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, float]:
     """Some rows of some matrices of [E, O, I], their second moments, and how many times more rows there are."""
     experts = torch.linspace(0, len(value) - 1, min(SAMPLE_EXPERTS, len(value))).round().long().to(value.device)
     rows = torch.linspace(0, value.shape[1] - 1, min(SAMPLE_ROWS, value.shape[1])).round().long().to(value.device)
-    part = value[experts][:, rows]
+    part = value[experts][:, rows].float()
     return part, hessian[experts], value.shape[0] * value.shape[1] / (part.shape[0] * part.shape[1])
 
 
@@ -278,8 +281,12 @@ def errors_of(
     """(output error of ``value`` [E, O, I] in each type, judged by a sample; that of the probe; the value it gives back)."""
     part, own, share = sampled(value, hessian)
     errors = {kind: share * squared_error(part - rounded(part, kind, own), own) for kind in kinds}
-    decoded = rounded(value.contiguous(), fallback(probe, value.shape[-1]), hessian)
-    return errors, squared_error(value - decoded, hessian), decoded
+    decoded, total = torch.empty_like(value), 0.0
+    for experts, rows in rounding_parts(value.shape, WORKING_BYTES[value.device.type], COPIES):
+        given, moments = value[experts, rows].float(), hessian[experts]
+        found = rounded(given, fallback(probe, value.shape[-1]), moments)
+        total, decoded[experts, rows] = squared_error(given - found, moments, total), found.to(decoded.dtype)
+    return errors, total, decoded
 
 
 @torch.no_grad()
@@ -318,9 +325,9 @@ def type_losses(
                     if name not in collector.moments:
                         raise UserError(f"{piece.parameter}: no calibration activation reached it; give more calibration text")
                     moments = collector.moments[name]
-                    hessian = ordered_hessian(piece, moments.statistics(calibration.floor * moments.total.shape[-1]).hessian)
-                    value = to_gguf(piece, originals[name]).float()
-                    value = value if value.ndim == 3 else value[None]
+                    hessian = ordered_hessian(piece, moments.statistics(calibration.floor * moments.shape[-1]).hessian)
+                    value = to_gguf(piece, originals[name])
+                    value = value.reshape(hessian.shape[0], -1, value.shape[-1])
                     errors[piece.name], error, decoded = errors_of(value, hessian, options[piece.name], probe, rounded)
                     probe_errors[key] += error
                     into_parameter(piece, decoded.view(piece.shape), layer.get_parameter(name))

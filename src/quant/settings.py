@@ -160,7 +160,7 @@ def from_caller(text: str) -> str:
     """A path that a user typed, seen from the repository, where a pipeline has gone: MOE_LOWBIT_CALLER is where it was called.
     One inside the repository stays relative to it."""
     caller, here = os.environ.get("MOE_LOWBIT_CALLER"), os.getcwd()
-    if not caller or not text or os.path.isabs(text) or caller == here:
+    if not caller or not text or os.path.isabs(text) or caller == here or text.startswith("hf:"):
         return text
     found = os.path.normpath(os.path.join(caller, text))
     return os.path.relpath(found, here) if f"{found}{os.sep}".startswith(f"{here}{os.sep}") else found

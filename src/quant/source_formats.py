@@ -6,9 +6,13 @@ memory stays that of the piece. What the owner of each format says, and what the
     fp8                 transformers' finegrained FP8: `weight` F8_E4M3 x `weight_scale_inv`, one for 128 x 128 weights
     mxfp4               transformers' MXFP4 (gpt-oss): `X_blocks` U8 [E, O, I/32, 16] two codes a byte, `X_scales` U8 exponents
                         [E, O, I/32]; the parameter X is [E, I, O]
-    compressed-tensors  pack-quantized: `weight_packed` int32 (INT4 or INT8), `weight_scale`, `weight_shape`, with
+    compressed-tensors  pack-quantized: `weight_packed` int32 (INT2 to INT8), `weight_scale`, `weight_shape`, with
                         `weight_zero_point` and `weight_g_idx` where the scheme has them; int-quantized and float-quantized:
                         `weight` I8 or F8_E4M3 and `weight_scale`
+
+The codes of pack-quantized lie in a row of bits without gaps, the first in the lowest bits of the first word, each as code +
+2**(bits - 1): what compressed-tensors 0.18 and later and vLLM 0.32 and later read. Up to 0.17 that package put whole codes into
+each word, which is the same for 2, 4 and 8 bits and refused here for the others.
 """
 
 from __future__ import annotations
@@ -47,10 +51,10 @@ PACKED_FORMATS, PLAIN_FORMATS = ("pack-quantized",), ("int-quantized", "float-qu
 class ScaledInfo(TensorInfo):
     """A BF16 tensor stored as codes and scales: value = (code - zero point) * scale. ``begin`` and ``end`` only say its size.
 
-    ``codes``: [..., O, I] one a weight, or with ``bits`` int32 [O, words] of 32 // bits codes with offset 2**(bits - 1), the
-    first in the lowest bits. ``scale``: any shape [..., O / block[0], I / block[1]] (rounded up). ``zero``: like ``scale``,
-    packed along its rows where ``bits`` is given. ``index``: the group of each input, where that is not its place. ``exact``:
-    multiply in float32 and round once, not in the dtype of the scale.
+    ``codes``: [..., O, I] one a weight, or with ``bits`` int32 [O, words] (:func:`unpack_words`). ``scale``: any shape
+    [..., O / block[0], I / block[1]] (rounded up). ``zero``: like ``scale``, packed along its rows where ``bits`` is given.
+    ``index``: the group of each input, where that is not its place. ``exact``: multiply in float32 and round once, not in the
+    dtype of the scale.
     """
 
     codes: TensorInfo
@@ -60,6 +64,9 @@ class ScaledInfo(TensorInfo):
     zero: TensorInfo | None = None
     index: TensorInfo | None = None
     exact: bool = False
+
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return tuple(info for info in (self.codes, self.scale, self.zero, self.index) if info is not None)
 
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count
@@ -95,6 +102,9 @@ class ScaledInfo(TensorInfo):
 
     def _values(self, codes: Tensor, scale: Tensor, first: int, zero: Tensor | None) -> Tensor:
         """The values of rows ``first`` and on, [..., rows, I]."""
+        if self.block[0] == 1 and zero is None and self.index is None and codes.shape[-1] % self.block[1] == 0:
+            own = scale.narrow(-2, first, codes.shape[-2])[..., None] if scale.numel() > 1 else scale
+            return (codes.to(scale.dtype).unflatten(-1, (-1, self.block[1])) * own).flatten(-2).to(self.dtype)
         rows = torch.arange(first, first + codes.shape[-2]) // self.block[0]
         columns = torch.arange(codes.shape[-1]) // self.block[1]
         if self.index is not None and bool(((index := self.index.read().long()) >= 0).all()):  # -1: never set
@@ -118,6 +128,9 @@ class Mxfp4Info(TensorInfo):
     blocks: TensorInfo
     scales: TensorInfo
 
+    def stored(self) -> tuple[TensorInfo, ...]:
+        return self.blocks, self.scales
+
     def read(self, start: int = 0, count: int | None = None) -> Tensor:
         count = self.shape[0] if count is None else count
         out = torch.empty(count, *self.shape[1:], dtype=self.dtype)
@@ -134,11 +147,24 @@ def mxfp4_values(blocks: Tensor, scales: Tensor) -> Tensor:
     return torch.ldexp(table[codes.int()], scales.int()[..., None] - 127).bfloat16().flatten(-2)
 
 
+def word_count(inputs: int, bits: int) -> int:
+    """int32 words that ``inputs`` codes of ``bits`` bits take."""
+    return math.ceil(inputs * bits / 32)
+
+
 def unpack_words(words: Tensor, bits: int, inputs: int) -> Tensor:
-    """int8 [O, inputs] in -2**(bits - 1) .. of int32 [O, words], 32 // bits codes a word, the first in the lowest bits."""
-    shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32)
-    codes = (words[..., None] >> shifts) & (2**bits - 1)
-    return (codes.flatten(-2)[..., :inputs] - 2 ** (bits - 1)).to(torch.int8)
+    """int8 [O, inputs] in -2**(bits - 1) .. of int32 [O, word_count(inputs, bits)], as the module's docstring has them."""
+    stored = words.contiguous().view(torch.uint8)
+    stored = torch.nn.functional.pad(stored, (0, -stored.shape[-1] % bits)).unflatten(-1, (-1, bits))  # eight codes each
+    codes = torch.empty(*stored.shape[:-1], 8, dtype=torch.uint8, device=words.device)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        code = stored[..., byte] >> shift
+        if shift + bits > 8:
+            code |= stored[..., byte + 1] << 8 - shift
+        codes[..., place] = code
+    codes &= 2**bits - 1
+    return codes.flatten(-2)[..., :inputs].view(torch.int8) - 2 ** (bits - 1)
 
 
 def _pieces(count: int, row: int) -> Iterator[slice]:
@@ -262,11 +288,13 @@ class Decoder:
             raise UserError(f"{self.where}: {scale} has no {codes}; download it again")
         shape = self.rest[codes].shape
         if packed:
-            if weights["type"] != "int" or bits not in (4, 8):
-                raise _refuse(self.where, f"{weights['type']} of {bits} bits ({module}) is not read here; 4 and 8 are")
+            if weights["type"] != "int" or not 2 <= bits <= 8:
+                raise _refuse(self.where, f"{weights['type']} of {bits} bits ({module}) is not read here; int of 2 to 8 is")
             told = self._take(f"{module}.weight_shape", codes).read().tolist()
-            if len(shape) != 2 or len(told) != 2 or told[0] != shape[0] or math.ceil(told[1] / (32 // bits)) != shape[1]:
-                raise UserError(f"{self.where}: {codes} {list(shape)} does not hold a {bits}-bit matrix of {told}")
+            if len(shape) != 2 or len(told) != 2 or told[0] != shape[0] or word_count(told[1], bits) != shape[1]:
+                old = len(told) == 2 and math.ceil(told[1] / (32 // bits)) == shape[-1]
+                why = " without gaps (compressed-tensors before 0.18 left some); pack it again" if old else ""
+                raise UserError(f"{self.where}: {codes} {list(shape)} does not hold a {bits}-bit matrix of {told}{why}")
             shape, more = (told[0], told[1]), {"bits": bits, "shape": (told[0], told[1])}
         elif (weights["type"], self.rest[codes].dtype) not in (
             ("int", torch.int8),

@@ -2,12 +2,17 @@
 
     python src/quant/speed_quant.py kernels [--layer small|122b] [--result results/bench/T.json --tag T]
     python src/quant/speed_quant.py disk --model work/synthetic-122b-6 --work work/disk [--probe-gib 8] [--result F --tag T]
+    python src/quant/speed_quant.py hub --model models/razor-tiny --work work/hub [--rate 40e6] [--result F --tag T]
     python src/quant/speed_quant.py layers --model work/synthetic-122b-2 --work work/layers --method gptq [--result F --tag T]
+    python src/quant/speed_quant.py memory --model work/synthetic-35b --work work/memory --caps 11,80 [--result F --tag T]
+    python src/quant/speed_quant.py packed --model work/synthetic-122b-1 --work work/packed [--result F --tag T]
 
 kernels: data-free grids on BF16 blocks [8, 2048, 3072] of experts (smaller on a CPU), in parameters a second, beside the rate
 of a copy, which is the limit of anything that reads and writes BF16. On a GPU the fused kernel is compared bit by bit with the
 plain search. Then one MoE layer of calibrated rounding: --layer 122b is that of Qwen3.5-122B-A10B (256 experts), on synthetic
 weights and correlated activations; and the same layer encoded into --ggml block types, nearest and with error feedback.
+hub: the data-free pass (absmax) from a server of the hub's interface on this machine (tests/hub_server.py) with a limited rate:
+what share of it the shards came at, from the first request for one to the end of the last.
 The others take a synthetic checkpoint of a real model's sizes (synthetic_moe.py):
 disk: the seed recipe (experts int3, the rest int4, clip-16) by quant_save in a process of its own, from a disk whose page cache
 was dropped to the same disk, and the rates of that disk, measured just before on the same files: reading, writing, and a plain
@@ -16,6 +21,12 @@ layers: the calibrated pass with gptq, gptq_refit, or ldlq into a GGUF of the pu
 layer to the start of the next, with everything in them. Of four layers or more the first, which nothing is read ahead for, and
 the last, which is written after it, do not count. Both say what all layers of Qwen3.5-122B-A10B's size would take: disk by its
 bytes, layers by their kinds.
+memory: gptq_refit and ldlq with weighted tokens under caps on the process's memory of the GPU: peak, seconds and digest of what
+is written, or the line that refuses. The tokens' weights are found once, under the first cap, and their seconds do not count.
+packed: a checkpoint packed by quant_save, in 2, 3 and 4 bits, multiplied as it lies by the kernels that vLLM 0.33 calls:
+humming-kernels. Single matrices and those of a layer's experts at once, compared with the product of the values that it stands
+for, in seconds beside those values in BF16. Each call reads its weights from memory, not from a cache. Without a GPU the codes
+are multiplied by torch, which shows that they are read aright and says nothing of the speed.
 """
 
 from __future__ import annotations
@@ -23,13 +34,17 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
+import importlib.metadata
 import itertools
+import json
 import math
 import mmap
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -45,9 +60,9 @@ from torch import Tensor
 import ggml_lattice
 import ggml_scalar
 from calibrated_pass import CalibratedPass
-from calibration import Calibration, Moments
+from calibration import SLACK, Calibration, LayerStream, MemoryPlan, Moments, pass_memory, plan_memory
 from checkpoint import SYNTHETIC, Checkpoint, is_synthetic
-from console import UserError, progress, read_json, run_cli
+from console import UserError, files_sha256, progress, read_json, run_cli
 from devices import default_device, lanes
 from ggml_codecs import decode_rows
 from ggml_round import ldlq
@@ -56,12 +71,15 @@ from gguf_pack import write_pack
 from moe_ptq import Grid, output_error, round_weight
 from moe_quant import dequantize, fake_quant, quantize_group
 from pack_plan import plan_pack
+from plans import plan_jobs
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from records import REPO, add_record_arguments, check_record_arguments, describe_model, peak_rss_mib, write_result
-from rounders import GgmlRounder, GridRounder, encoded, is_quantized
-from safetensors_file import release
+from rounders import DAMPING, TOKEN_POWER, GgmlRounder, GridRounder, encoded, is_quantized
+from safetensors_file import open_tensors, release
 from size_model import SHAPES, Shape, plan_of
+from source_formats import unpack_words
+from token_weights import head_gradients, through
 
 LAYERS = {  # experts, [O, I] of the two matrices, tokens an expert sees
     "small": (8, ((512, 256), (256, 256)), 1024),
@@ -72,6 +90,7 @@ GGML_METHODS = ("nearest", "ldlq")
 PASSES = ("gptq", "gptq_refit", "ldlq")
 BLOCK, SMALL_BLOCK = 16 << 20, 1 << 20  # of the disk's measurement; the second for files that the first does not divide well
 THREADS = 4
+HUB_RECIPE = ("--expert-bits", "3", "--linear-bits", "4", "--group", "128", "--method", "absmax")
 SEED_RECIPE = ("--expert-bits", "3", "--linear-bits", "4", "--group", "128", "--clip-steps", "16", "--method", "clip")
 TYPES = REPO / "configs" / "gguf_tensor_types_iq3.txt"
 WHOLE = SHAPES["122b"]  # whose depth the times are said for
@@ -139,6 +158,7 @@ def layers_of(name: str, types: Sequence[str], device: torch.device) -> tuple[di
             weight = (torch.randn(experts, outputs, inputs, device=device) * 0.02).bfloat16()
             started = now()
             moments = moments_of(experts, inputs, tokens, device).statistics(inputs)
+            moments = moments._replace(hessian=moments.hessian[:])
             work["statistics_s"] += now() - started
             clip = error_of(weight, fake_quant(weight, 3, 128, 16), moments.hessian)
             for (kind, method), entry in made.items():
@@ -314,6 +334,45 @@ def disk_table(metrics: dict[str, Any]) -> str:
     )
 
 
+# ---------------------------------------------------------------- from a hub
+
+
+def hub(args: argparse.Namespace) -> dict[str, Any]:
+    """``args.model`` quantized straight from a server that sends ``args.rate`` bytes a second at most."""
+    root, port, log = args.work / "root", args.work / "port", args.work / "log"
+    (root / "bench").mkdir(parents=True)
+    (root / "bench/model").symlink_to(args.model.resolve())
+    server = subprocess.Popen([sys.executable, REPO / "tests/hub_server.py", root, port, log, "--rate", str(args.rate)])
+    try:
+        while not port.exists() or not port.read_text():
+            time.sleep(0.02)
+        more = {"HF_ENDPOINT": f"http://127.0.0.1:{port.read_text()}", "MOE_LOWBIT_CACHE": str(args.work / "cache")}
+        command = [sys.executable, str(REPO / "src/quant/quant_save.py"), "--model", "hf:bench/model", *HUB_RECIPE]
+        started = time.perf_counter()
+        if code := subprocess.run([*command, "--out", str(args.work / "out")], env=os.environ | more).returncode:
+            raise UserError(f"quant_save ended with {code}")
+        whole = time.perf_counter() - started
+        rows = [line.split() for line in log.read_text().splitlines() if "/storage/" in line and ".safetensors" in line]
+    finally:
+        server.kill()
+        server.wait()
+    rows = [row for row in rows if not row[2].startswith("bytes=0-")]  # those are headers, of the plan
+    size = sum(int(row[3]) for row in rows)
+    seconds = max(float(row[5]) for row in rows) - min(float(row[4]) for row in rows)
+    kept = sum(file.stat().st_blocks * 512 for file in (args.work / "cache").rglob("*"))
+    shutil.rmtree(args.work)
+    found = {"limit": args.rate, "bytes": size, "requests": len(rows), "seconds": seconds, "bytes_per_s": size / seconds}
+    return found | {"share": size / seconds / args.rate, "whole_seconds": whole, "kept_bytes": kept}
+
+
+def hub_table(metrics: dict[str, Any]) -> str:
+    return (
+        f"{metrics['bytes'] / 1e6:.1f} MB in {metrics['requests']} requests and {metrics['seconds']:.2f} s: "
+        f"{metrics['bytes_per_s'] / 1e6:.1f} MB/s, {100 * metrics['share']:.1f} % of the limit; "
+        f"{metrics['kept_bytes'] / 1e6:.2f} MB on disk beside the output"
+    )
+
+
 # ---------------------------------------------------------------- calibrated layers
 
 
@@ -404,6 +463,115 @@ def layers(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class TimeOver(Exception):
+    """The seconds for all runs are over."""
+
+
+def weigh(model: Path, calibration: Calibration) -> dict[str, Any]:
+    """One batch back through a layer and its predictions' scores: the memory of token_weights. Bytes of the plan's stages."""
+    jobs = plan_jobs(Checkpoint(model), Recipe(3, 4, 128, 16, method="gptq_refit"))
+    plan_memory(jobs, calibration)
+    batch = calibration.batches()[:1]
+    stream, started = LayerStream(Checkpoint(model), calibration.device, calibration.dtype), now()
+    kwargs, hidden, layer = stream.arguments(batch[0]), stream.embed(batch), stream.layers[0]
+    stream.fill(layer, "model.layers.0.")
+    found = through(layer, hidden[0], torch.randn_like(hidden[0]), kwargs[0], stream.device)
+    stream.empty(layer)
+    through_layer, _ = now() - started, head_gradients(stream, [found], 0)
+    planned = pass_memory(jobs, calibration, calibration.dtype.itemsize).stages + SLACK
+    return {"seconds": now() - started, "layer_seconds": [through_layer], "planned_mib": planned >> 20}
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs under caps on the GPU's memory: those of the first two caps by method, then the others. One that
+    ``args.seconds`` may not allow, or during which they end, is named as left out."""
+    shape, ends = shape_of(args.model), time.perf_counter() + args.seconds
+    calibration = random_calibration(shape.vocab, args.sequences, args.length, 8)
+    calibration = dataclasses.replace(calibration, damping=DAMPING)
+    runs: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    plans: list[MemoryPlan] = []
+    cuda = torch.cuda.is_available()
+
+    def noted(*arguments: Any, **more: Any) -> MemoryPlan:
+        plans.append(plan_memory(*arguments, **more))
+        return plans[-1]
+
+    def one(method: str) -> dict[str, Any]:
+        if method == "weights":
+            return weigh(args.model, dataclasses.replace(calibration, token_power=TOKEN_POWER))
+        out, begun, rounding, started = args.work / method, [], [], now()
+        with layer_clock(begun, rounding):
+            errors = run_method(method, args.model, out, calibration, args.header)
+        run = {"relative_errors": errors, "seconds": now() - started, "rounding_seconds": rounding}
+        files = sorted(file for file in out.iterdir() if file.suffix in (".safetensors", ".gguf"))
+        planned = None if plans[-1].gpu is None else plans[-1].gpu >> 20
+        run |= {"layer_seconds": [after - before for before, after in itertools.pairwise(begun)]}
+        run |= {"sha256": files_sha256(files), "working_bytes": plans[-1].working_bytes, "planned_mib": planned}
+        shutil.rmtree(out)
+        return run
+
+    def over(*_: Any) -> None:
+        raise TimeOver
+
+    def warm(method: str) -> None:
+        """What is compiled or loaded once a process is no part of a run."""
+        if method == "ldlq":
+            return compile_kernels(calibration.device)
+        moments = moments_of(4, 512, 1024, calibration.device).statistics(512)
+        round_weight(torch.randn(4, 256, 512, device=calibration.device), Grid(3, 128), moments, "gptq_refit")
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    caps, methods = args.caps.split(","), args.methods.split(",")
+    order = [(cap, method) for some in (caps[:2], caps[2:]) for method in methods for cap in some]
+    warmed: set[str] = set()
+    before = signal.signal(signal.SIGALRM, over)
+    for cap, method in order:
+        alike = [made["wall_seconds"] for made in runs if made["method"] == method]
+        run: dict[str, Any] = {"cap_gib": float(cap), "method": method}
+        try:
+            if (left := ends - time.perf_counter() - max(alike, default=0.0)) <= 0:
+                raise TimeOver
+            signal.setitimer(signal.ITIMER_REAL, left + max(alike, default=0.0), 1.0)  # again where a callback swallowed it
+            if cuda and method not in warmed:
+                warm(method)
+                torch.cuda.empty_cache()
+            warmed.add(method)
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            started = now()
+            patches = [mock.patch(f"{name}.plan_memory", noted) for name in ("quant_save", "pack_plan")]
+            with patches[0], patches[1], mock.patch.dict(os.environ, {"GPU_MEMORY_GIB": cap}):
+                run |= one(method)
+        except (UserError, torch.OutOfMemoryError) as error:
+            run["refused"] = str(error)
+        except TimeOver:
+            left_out.append(f"{cap} GiB, {method}")
+            continue
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        if cuda:
+            run["peak_vram_mib"] = torch.cuda.max_memory_allocated() >> 20
+            run["peak_vram_reserved_mib"] = torch.cuda.max_memory_reserved() >> 20
+        runs.append(run | {"wall_seconds": now() - started, "peak_rss_mib": peak_rss_mib()})
+        print(json.dumps(runs[-1]), flush=True)
+    signal.signal(signal.SIGALRM, before)
+    if not runs:
+        raise UserError(f"--seconds {args.seconds:g}: too few for one run")
+    counts = {"tokens": calibration.ids.numel(), "layers": shape.layers, "experts": shape.experts}
+    return counts | {"runs": runs, "left_out": left_out}
+
+
+def memory_table(metrics: dict[str, Any]) -> str:
+    lines = [f"{'GiB':>6} {'method':<11}{'seconds':>9}{'MiB':>9}{'planned':>9}  sha256, or the refusal"]
+    for run in metrics["runs"]:
+        figures = f"{run.get('seconds', 0):>9.1f}{run.get('peak_vram_mib', 0):>9,}{run.get('planned_mib') or 0:>9,}"
+        lines.append(f"{run['cap_gib']:>6g} {run['method']:<11}{figures}  {run.get('refused') or run.get('sha256', '')[:16]}")
+    lines += [f"left out: {each}" for each in metrics["left_out"]]
+    return "\n".join(lines)
+
+
 def layers_table(metrics: dict[str, Any]) -> str:
     each = ", ".join(f"{kind} {value:.1f} s" for kind, value in metrics["kind_seconds"].items())
     rounding = ", ".join(f"{value:.1f}" for value in metrics["rounding_seconds"])
@@ -414,7 +582,233 @@ def layers_table(metrics: dict[str, Any]) -> str:
     )
 
 
-PARTS = {"kernels": (kernels, kernels_table), "disk": (disk, disk_table), "layers": (layers, layers_table)}
+# ---------------------------------------------------------------- packed matrices
+
+WIDTHS = ((3, 128), (4, 128), (2, 128), (3, 256))  # bits, group
+ROWS = (1, 16, 64)
+BEYOND_CACHES = 150_000_000  # bytes of copies that a measurement goes round
+DENSE, INDEXED = "dense", "indexed"  # humming's names of a product with one matrix, and with those of the experts that ids name
+
+
+def aligned(ids: Tensor, experts: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places [P] of ids [n] by expert, each expert's filled up with n to whole blocks; the expert of each block; P."""
+    counts = torch.bincount(ids, minlength=experts)
+    filled = (counts + block - 1) // block * block
+    order = torch.argsort(ids, stable=True)
+    first = (filled.cumsum(0) - filled) - (counts.cumsum(0) - counts)
+    places = torch.full((int(filled.sum()),), len(ids), dtype=torch.int32, device=ids.device)
+    places[first[ids[order]] + torch.arange(len(ids), device=ids.device)] = order.int()
+    blocks = torch.arange(experts, dtype=torch.int32, device=ids.device).repeat_interleave(filled // block)
+    return places, blocks, torch.tensor(len(places), dtype=torch.int32, device=ids.device)
+
+
+class PackedProduct:
+    """x @ W.T of matrices as a packed checkpoint stores them: ``words`` int32 [(E,) O, I * bits / 32], ``scale`` bfloat16
+    [(E,) O, I / group]. With experts ``ids`` [m, k] says which multiply row m; the output has m * k rows, as the input has
+    where ``spread``."""
+
+    def __init__(self, words: Tensor, scale: Tensor, bits: int, group: int, top_k: int) -> None:
+        self.words, self.scale, self.bits, self.experts = words, scale, bits, words.shape[0] if words.ndim == 3 else 0
+        self.top_k, self.inputs, self.layer = top_k, words.shape[-1] * 32 // bits, None
+        if words.is_cuda:
+            from humming.layer import HummingLayer
+            from humming.tune import get_heuristics_config
+
+            scheme = {
+                "quant_method": "compressed-tensors", "format": "pack-quantized", "type": "int", "num_bits": bits,
+                "strategy": "group", "group_size": group, "symmetric": True,
+            }  # fmt: skip
+            self.layer = HummingLayer(
+                shape_n=words.shape[-2], shape_k=self.inputs, num_experts=self.experts or None, weight_config=scheme,
+                torch_dtype=torch.bfloat16,
+            ).cuda()  # fmt: skip
+            size = torch.tensor([words.shape[-2], self.inputs], device=words.device).expand(*words.shape[:-2], 2)
+            self.layer.load_from_tensors({"weight_packed": words, "weight_scale": scale, "weight_shape": size})
+            self.layer.transform()
+            kind = INDEXED if self.experts else DENSE
+            bounds = [0, *(rows * top_k for rows in ROWS)]  # from 0: the launcher looks up one row in any case
+            self.tuning = [
+                [low, high, get_heuristics_config(self.layer.humming_config, high, gemm_type=kind)]
+                for low, high in itertools.pairwise(bounds)
+            ]
+            self.compute = json.dumps({"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": kind})
+
+    def values(self) -> Tensor:
+        """What they stand for, bfloat16 [(E,) O, I]."""
+        each = self.words.view(-1, *self.words.shape[-2:]), self.scale.view(-1, *self.scale.shape[-2:])
+        made = [
+            (unpack_words(w, self.bits, self.inputs).unflatten(-1, (s.shape[-1], -1)) * s[..., None]) for w, s in zip(*each)
+        ]
+        return torch.stack(made).view(*self.words.shape[:-1], -1)
+
+    def compile(self) -> None:
+        from humming.kernel.humming import HummingKernel
+
+        config = self.layer.humming_config.to_str()
+        HummingKernel.prepare_kernels(config, self.compute, json.dumps(self.tuning), torch.cuda.current_device())
+
+    def calls(self, x: Tensor, ids: Tensor | None, spread: bool, copies: int) -> list[Callable[[], Tensor]]:
+        """The product with each of so many copies of the weights."""
+        if self.layer is None:
+            return [functools.partial(exact_product, x, self.values(), ids, spread)] * copies
+        more: dict[str, Any] = {"compute_config": self.compute, "tuning_config": json.dumps(self.tuning)}
+        if ids is not None:
+            block = next(entry[2]["block_shape"][0] for entry in self.tuning if entry[0] < ids.numel() <= entry[1])
+            names = ("sorted_ids", "expert_ids", "num_tokens_padded")
+            more |= dict(zip(names, aligned(ids.flatten(), self.experts, block)))
+            more |= {"top_k": 1 if spread else self.top_k, "valid_shape_m": ids.numel()}
+        layers = [self.layer, *(copy.deepcopy(self.layer) for _ in range(copies - 1))]
+        return [functools.partial(layer, x, **more) for layer in layers]
+
+
+def exact_product(x: Tensor, weight: Tensor, ids: Tensor | None, spread: bool) -> Tensor:
+    """x @ W.T in the dtype of ``x``, expert by expert where there are ids."""
+    if ids is None:
+        return x @ weight.to(x.dtype).T
+    x = x if spread else x.repeat_interleave(ids.shape[1], 0)
+    out, flat = x.new_empty(len(x), weight.shape[-2]), ids.flatten()
+    for expert in flat.unique().tolist():
+        own = flat == expert
+        out[own] = x[own] @ weight[expert].to(x.dtype).T
+    return out
+
+
+def bfloat16_calls(x: Tensor, weight: Tensor, ids: Tensor | None, spread: bool, copies: int) -> list[Callable[[], Tensor]]:
+    """The same product with the dequantized weights, by cuBLAS and torch's grouped product; rows in the order of experts."""
+    weights = [weight, *(weight.clone() for _ in range(copies - 1))]
+    if ids is None or not x.is_cuda:
+        return [functools.partial(exact_product, x, w, ids, spread) for w in weights]
+    flat = ids.flatten()
+    rows = (x if spread else x.repeat_interleave(ids.shape[1], 0))[torch.argsort(flat, stable=True)]
+    ends = torch.bincount(flat, minlength=len(weight)).cumsum(0).int()
+    return [functools.partial(torch._grouped_mm, rows, w.mT, offs=ends) for w in weights]
+
+
+def call_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 20) -> float:
+    """Seconds of one of ``calls``, made in turn; on a GPU in a graph, so that nobody waits for the launch."""
+    for call in calls[:2]:
+        call()
+    many = [*calls] * max(1, 20 // len(calls))
+    if not torch.cuda.is_available():
+        return seconds(calls[0], 3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in many]
+    run = seconds(graph.replay, repeats)
+    del kept
+    return run / len(many)
+
+
+def packed_matrices(directory: Path) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, words, scale) of what a layer multiplies at once, from a packed checkpoint."""
+    stored = open_tensors(directory)[1]
+    at = "model.language_model.layers.0"
+    count = sum(name.startswith(f"{at}.mlp.experts.") and name.endswith("down_proj.weight_shape") for name in stored)
+
+    def parts(*modules: str) -> list[Tensor]:
+        return [torch.cat([stored[f"{m}.weight_{part}"].read() for m in modules]) for part in ("packed", "scale")]
+
+    yield "in_proj_qkv", *parts(f"{at}.linear_attn.in_proj_qkv")
+    for label, names in (("gate, up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):
+        yield f"shared {label}", *parts(*(f"{at}.mlp.shared_expert.{name}" for name in names))
+        each = [parts(*(f"{at}.mlp.experts.{expert}.{name}" for name in names)) for expert in range(count)]
+        yield f"experts' {label}", *(torch.stack(own) for own in zip(*each))
+
+
+def packed(args: argparse.Namespace) -> dict[str, Any]:
+    device, checkpoint = default_device(), Checkpoint(args.model)
+    if device.type == "cuda":
+        with contextlib.suppress(ImportError):
+            import humming  # noqa: F401  (it asks the GPU when it is imported)
+        if "humming" not in sys.modules:
+            raise UserError("packed: the kernels are those of humming-kernels: pip install humming-kernels==0.1.19")
+    top_k = checkpoint.config["text_config"]["num_experts_per_tok"]
+    rows_of: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    work: list[tuple[int, int, str, PackedProduct]] = []
+    for bits, group in WIDTHS:
+        out = args.work / f"packed-{bits}-{group}"
+        started = time.time()
+        recipe = Recipe(bits, bits, group, 1, method="absmax")
+        quantize_checkpoint(args.model, out, recipe, force=True, packed=True)
+        written = time.time()
+        for name, words, scale in packed_matrices(out):
+            product = PackedProduct(words.to(device), scale.to(device), bits, group, top_k if words.ndim == 3 else 1)
+            work.append((bits, group, name, product))
+        shutil.rmtree(out)
+        spent = f"packed in {written - started:.0f} s, read and laid out for the kernels in {time.time() - written:.0f} s"
+        print(f"bench: {bits} bits in groups of {group}: {spent}", flush=True)
+    for many in (False, True):  # single matrices first: what is printed stays, should the others fail
+        own = [item for item in work if bool(item[3].experts) is many]
+        started, compiled = time.time(), None
+        if device.type == "cuda":
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                compiled = [pool.submit(item[3].compile) for item in own]
+            print(f"bench: kernels compiled in {time.time() - started:.0f} s", flush=True)
+        for place, (bits, group, name, product) in enumerate(own):
+            try:
+                if compiled:
+                    compiled[place].result()
+                rows_of += measure_product(bits, group, name, product, top_k)
+                print(product_line(rows_of[-len(ROWS) :]), flush=True)
+            except RuntimeError as error:  # of the package's compiler or launcher: the other products count all the same
+                what = f"{bits} bits, groups of {group}, {name}"
+                failed[what] = str(error).strip().splitlines()[-1]
+                print(f"bench: {what}: not measured: {failed[what]}", flush=True)
+    kernels = f"humming-kernels {importlib.metadata.version('humming-kernels')}" if device.type == "cuda" else "torch, no GPU"
+    return {"kernels": kernels, "top_k": top_k, "products": rows_of, "failed": failed}
+
+
+def measure_product(bits: int, group: int, name: str, product: PackedProduct, top_k: int) -> list[dict[str, Any]]:
+    """Errors relative to the product in float64, and seconds, for each number of tokens."""
+    found, values, spread = [], product.values(), "experts" in name and "down" in name
+    size = product.words.nbytes + product.scale.nbytes
+    for rows in ROWS:
+        generator = torch.Generator().manual_seed(rows)
+        ids = None
+        if product.experts:
+            scores = torch.rand(rows, product.experts, generator=generator)
+            ids = scores.topk(min(top_k, product.experts), 1).indices.to(values.device)
+        count = rows * top_k if spread else rows
+        x = torch.randn(count, product.inputs, generator=generator).bfloat16().to(values.device)
+        copies = [min(128, math.ceil(BEYOND_CACHES / each)) if x.is_cuda else 1 for each in (size, values.nbytes)]
+        exact = exact_product(x.double(), values, ids, spread)
+        calls = product.calls(x, ids, spread, copies[0])
+        error, usual = (
+            ((made.double() - exact).norm() / exact.norm()).item()
+            for made in (calls[0](), exact_product(x, values, ids, spread))
+        )
+        mine = call_seconds(calls)
+        del calls
+        plain = call_seconds(bfloat16_calls(x, values, ids, spread, copies[1]))
+        found.append({
+            "bits": bits, "group": group, "matrix": name, "shape": list(values.shape), "bytes": size, "tokens": rows,
+            "relative_error": error, "bf16_relative_error": usual, "within_bf16_rounding": error <= 2 * usual,
+            "seconds": mine, "bf16_seconds": plain,
+        })  # fmt: skip
+    return found
+
+
+def product_line(rows: Sequence[dict[str, Any]]) -> str:
+    first = rows[0]
+    each = "; ".join(
+        f"[{row['tokens']}] {row['seconds'] * 1e6:.1f} us (BF16 {row['bf16_seconds'] * 1e6:.1f}), error "
+        f"{row['relative_error']:.5f} ({row['bf16_relative_error']:.5f})" for row in rows
+    )  # fmt: skip
+    return f"bench: {first['bits']} bits, groups of {first['group']}, {first['matrix']} {first['shape']}: {each}"
+
+
+def packed_table(found: dict[str, Any]) -> str:
+    rows = found["products"]
+    right = sum(row["within_bf16_rounding"] for row in rows)
+    lost = f"; {len(found['failed'])} of the matrices not measured" if found["failed"] else ""
+    return f"{found['kernels']}: {right} of {len(rows)} products within twice the rounding of the same product in BF16{lost}"
+
+
+PARTS = {
+    "kernels": (kernels, kernels_table), "disk": (disk, disk_table), "hub": (hub, hub_table), "layers": (layers, layers_table),
+    "memory": (memory, memory_table), "packed": (packed, packed_table),
+}  # fmt: skip
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -425,23 +819,37 @@ def parse_arguments() -> argparse.Namespace:
     part.add_argument("--ggml", default="iq3_xxs,iq2_xs,q4_K", help="block types to encode the layer into; empty: none")
     part.set_defaults(model=None)
     add_record_arguments(part)
-    for name, help_ in (("disk", "the data-free pass beside the disk"), ("layers", "the calibrated pass, by layer")):
+    measured = {
+        "disk": "the data-free pass beside the disk",
+        "hub": "the data-free pass from a hub",
+        "layers": "the calibrated pass, by layer",
+        "memory": "the calibrated pass under caps on the GPU's memory",
+        "packed": "products with packed matrices",
+    }
+    for name, help_ in measured.items():
         part = commands.add_parser(name, help=help_)
-        part.add_argument("--model", type=Path, required=True, help="a checkpoint of synthetic_moe.py")
+        part.add_argument("--model", type=Path, required=True, help="a checkpoint (of synthetic_moe.py, but for hub)")
         part.add_argument("--work", type=Path, required=True, help="directory for what is written")
         add_record_arguments(part)
         if name == "disk":
             part.add_argument("--probe-gib", type=float, default=8.0, help="bytes of each test of the disk (default 8 GiB)")
             part.add_argument("--shard-gib", type=float, default=4.0, help="largest file of the output (default 4)")
             part.add_argument("--devices", default=",".join(map(str, lanes(default_device()))), help="as quant_save's")
-        else:
-            part.add_argument("--method", choices=PASSES, required=True, help="how the layers are rounded")
+        elif name == "hub":
+            part.add_argument("--rate", type=float, default=40e6, help="bytes a second of the server (default 40e6)")
+        elif name in ("layers", "memory"):
             part.add_argument("--sequences", type=int, default=128, help="of calibration (default 128)")
             part.add_argument("--length", type=int, default=512, help="tokens of one (default 512)")
+            part.add_argument("--header", type=Path, help="ldlq: file of synthetic_moe --header-only for this model")
+        if name == "memory":
+            part.add_argument("--caps", default="80,46,23,11", help="GiB (default 80,46,23,11)")
+            part.add_argument("--methods", default="gptq_refit,weights,ldlq", help="default gptq_refit,weights,ldlq")
+            part.add_argument("--seconds", type=float, default=3600.0, help="for all runs together (default 3600)")
+        elif name == "layers":
+            part.add_argument("--method", choices=PASSES, required=True, help="how the layers are rounded")
             part.add_argument("--batch", type=int, default=8, help="sequences at once (default 8)")
             part.add_argument("--no-group-kernels", dest="group_kernels", action="store_false",
                               help="ldlq on a GPU without the kernels of whole groups")  # fmt: skip
-            part.add_argument("--header", type=Path, help="ldlq: file of synthetic_moe --header-only for this model")
     return parser.parse_args()
 
 
@@ -453,7 +861,7 @@ def main() -> None:
     source = describe_model(args.model) if args.model else None
     measured = measure(args)
     if args.result:
-        metrics = {f"size_{args.what}": measured} if args.model else measured
+        metrics = {"hub" if args.what == "hub" else f"size_{args.what}": measured} if args.model else measured
         write_result(args.result, kind="bench", tag=args.tag, started=started, model=source, metrics=metrics)
     print(table(measured), flush=True)
 

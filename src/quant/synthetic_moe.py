@@ -1,7 +1,7 @@
 """A synthetic checkpoint, or GGUF, of a published MoE's shape: names and sizes of the real one, weights drawn from a seed.
 
     python src/quant/synthetic_moe.py --shape 122b --layers 6 --out work/synthetic-122b [--seed 0] [--experts 256 ...]
-    python src/quant/synthetic_moe.py --shape 122b --out work/synthetic-122b.gguf [--encode-experts 8] [--header FILE]
+    python src/quant/synthetic_moe.py --shape 122b --out work/synthetic-122b.gguf [--encode-experts 8] [--header F] [--keep F]
     python src/quant/synthetic_moe.py --shape 122b --out work/header.bin --header-only  # where llama.cpp's converter is
 
 Shapes: 122b and 35b are Qwen3.5-122B-A10B and Qwen3.5-35B-A3B (experts fused, [E, 2I, H] and [E, H, I], names nested under
@@ -33,6 +33,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from console import UserError, atomic_path, progress, read_json, run_cli, write_
 from devices import Stopped, default_device, each_device, parse_devices
 from families import Role
 from ggml_codecs import encode
-from gguf_format import GgufWriter, make_header
+from gguf_format import make_header, padded
 from gguf_layout import Piece, file_type, to_gguf
 from pack_plan import Pack, TypeSettings, cast, plan_pack
 from records import REPO
@@ -209,21 +210,29 @@ def bytes_of(pack: Pack, piece: Piece, layers: int, experts: int, seed: int) -> 
     return (encode(value, kind) if is_quantized(kind) else cast(value, kind)).cpu()
 
 
-def write_synthetic(pack: Pack, header: bytes, out: Path, experts: int, seed: int) -> None:
-    layers, kept = pack.pieces[-1].layer, {}
-    sizes = [(piece.name, pack.bytes_of(piece)) for piece in pack.pieces]
-    with (
-        tempfile.TemporaryDirectory() as work,
-        progress(sum(size for _, size in sizes), "synthetic", "B", True) as bar,
-        GgufWriter(out, header, sizes, Path(work, "state")) as writer,
-    ):
-        for piece, (name, size) in zip(pack.pieces, sizes):
-            key = (re.sub(r"\d+", "", name), piece.shape, pack.types[name])
-            if key not in kept:
-                kept[key] = bytes_of(pack, piece, layers, experts, seed)
-            for _ in range(size // kept[key].numel()):
-                writer.append(name, kept[key])
-            bar.update(size)
+def write_synthetic(pack: Pack, header: bytes, out: Path, experts: int, seed: int, kept: dict[Any, Tensor]) -> None:
+    """``kept``: encoded bytes by kind of tensor, which grows; several threads write, each a tensor."""
+    layers, jobs, at = pack.pieces[-1].layer, [], len(header)
+    for piece in pack.pieces:
+        key = (re.sub(r"\d+", "", piece.name), piece.shape, pack.types[piece.name])
+        if key not in kept:
+            kept[key] = bytes_of(pack, piece, layers, experts, seed).contiguous().view(-1).view(torch.uint8)
+        jobs.append((at, pack.bytes_of(piece), memoryview(kept[key].numpy())))
+        at += padded(jobs[-1][1])
+    with atomic_path(out) as temporary, progress(at, "synthetic", "B", True) as bar, temporary.open("wb") as stream:
+        stream.write(header)
+        stream.flush()
+        os.truncate(stream.fileno(), at)
+
+        def write(job: tuple[int, int, memoryview]) -> None:
+            start, size, data = job
+            for place in range(start, start + size, len(data)):
+                os.pwrite(stream.fileno(), data, place)
+            with bar.get_lock():
+                bar.update(size)
+
+        with ThreadPoolExecutor(min(16, len(os.sched_getaffinity(0)))) as pool:
+            list(pool.map(write, jobs))
 
 
 def gguf(args: argparse.Namespace, shape: Shape) -> None:
@@ -237,7 +246,12 @@ def gguf(args: argparse.Namespace, shape: Shape) -> None:
         pack = plan_pack(Checkpoint(model), types.base, types.patterns(), "nearest")[0]
         header = args.header.read_bytes() if args.header else header_of(pack)
         if not args.header_only:
-            return write_synthetic(pack, header, args.out, args.encode_experts, args.seed)
+            kept = torch.load(args.keep) if args.keep and args.keep.exists() else {}
+            known = len(kept)
+            write_synthetic(pack, header, args.out, args.encode_experts, args.seed, kept)
+            if args.keep and len(kept) > known:
+                torch.save(kept, args.keep)
+            return
         with atomic_path(args.out) as temporary:
             temporary.write_bytes(header)
 
@@ -254,6 +268,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--headers", action="store_true", help="every shard as its header before a hole; takes no disk")
     more = parser.add_argument_group("of a GGUF, whose types are those of configs/gguf_iq3.env")
     more.add_argument("--encode-experts", type=int, default=8, help="experts of a layer that are encoded (default 8)")
+    more.add_argument("--keep", type=Path, help="file of the encoded tensors, for the next GGUF of the same sizes")
     more.add_argument("--header", type=Path, help="file of --header-only, where llama.cpp's converter is not at hand")
     more.add_argument("--header-only", action="store_true", help="write only what stands before the first tensor")
     return parser.parse_args()

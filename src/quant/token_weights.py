@@ -47,7 +47,7 @@ def token_weights(
     else:
         with progress(4 * len(stream.layers), "token weights", "pass") as bar:
             kwargs, hidden = _forward(stream, calibration, directory, bar)
-            sizes = _backward(stream, kwargs, _head_gradients(stream, hidden, seed), directory, bar)
+            sizes = _backward(stream, kwargs, head_gradients(stream, hidden, seed), directory, bar)
         found = {"weights": powered(sizes, calibration.token_power)}
         save_tensors(path, found, {"made_of": json.dumps(made_of, sort_keys=True)})
         for index in range(len(stream.layers)):
@@ -113,7 +113,7 @@ def _forward(
     return kwargs, hidden
 
 
-def _head_gradients(stream: LayerStream, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
+def head_gradients(stream: LayerStream, hidden: Sequence[Tensor], seed: int) -> list[Tensor]:
     """A random vector at the last layer's output of every position whose second moment is the Fisher information there.
 
     With signs e:  sum over tokens y of sqrt(p(y)) e(y) d log p(y). Its square is near the trace in every draw, where the
@@ -152,13 +152,13 @@ def _backward(
         if index:
             inputs, layer = load_file(_inputs_file(directory, index)), stream.layers[index]
             stream.fill(layer, f"model.layers.{index}.")
-            gradients = [_through(layer, inputs[str(i)], g, kwargs[index], stream.device) for i, g in enumerate(gradients)]
+            gradients = [through(layer, inputs[str(i)], g, kwargs[index], stream.device) for i, g in enumerate(gradients)]
             stream.empty(layer)
         bar.update(3)  # backward costs about three times forward
     return torch.stack(sizes[::-1])
 
 
-def _through(layer: nn.Module, hidden: Tensor, gradient: Tensor, kwargs: Mapping[str, Any], device: torch.device) -> Tensor:
+def through(layer: nn.Module, hidden: Tensor, gradient: Tensor, kwargs: Mapping[str, Any], device: torch.device) -> Tensor:
     """The gradient at a layer's input of the gradient at its output, both [B, T, H] on the CPU."""
     with torch.enable_grad():
         x = hidden.to(device).requires_grad_(True)

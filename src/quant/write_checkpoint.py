@@ -21,6 +21,7 @@ from checkpoint import Checkpoint, SourceShards
 from console import UserError, explained, progress, writing
 from devices import OneBehind, Stopped, default_device, each_device, on_device, one_ahead
 from families import LAYER_PREFIX, Role, text_name
+from hub import AHEAD_BYTES
 from moe_ptq import DATA_FREE, Grid, round_weight
 from moe_quant import fake_quant
 from packed_format import Container, PackedWriter, open_writer
@@ -188,6 +189,9 @@ def stream(
 
     def share(number: int, device: torch.device, stop: threading.Event) -> None:
         with open_writer(out, plan, shard_bytes, container=container, share=(number, len(devices))) as writer:
+            if len(devices) == 1:
+                names = [job.name for job in jobs if not writer.is_done(job.name)]
+                checkpoint.expect([names], AHEAD_BYTES, whole=True)
             Sink(checkpoint, writer, errors, bar, source, device, stop).stream(jobs, recipe, chunk_bytes)
 
     with progress(sum(job.info.bytes for job in jobs), "quantize", "B", True) as bar:
