@@ -181,6 +181,18 @@ def quick_converter():
     process.wait()
 
 
+@pytest.fixture(scope="session")
+def bf16_gguf(tmp_path_factory):
+    """razor-tiny as llama.cpp's converter writes it."""
+    if not os.environ.get("LLAMA_CPP"):
+        pytest.skip("LLAMA_CPP is not set: the folder of llama.cpp's programs (bash pipelines/test.sh sets it)")
+    from gguf_format import run_converter
+
+    out = tmp_path_factory.mktemp("gguf") / "razor-tiny-BF16.gguf"
+    run_converter("convert", REPO / "models/razor-tiny", "--outfile", out, "--outtype", "bf16", "--no-mtp")
+    return out
+
+
 @pytest.fixture
 def command():
     """Run one of the project's commands as a user would: command("src/quant/quant_save.py", ...) -> CompletedProcess. In this

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
 from conftest import REPO
@@ -31,20 +32,11 @@ from deploy import (
     this_machine,
 )
 from families import text_config
-from gguf_format import GgufFile, GgufWriter, run_converter, split_header
+from gguf_format import GgufFile, GgufWriter, split_header
 from llamacpp_eval8 import LlamaServer
 from size_model import SHAPES, config_of, state_bytes
 
 MODEL = REPO / "models/razor-tiny"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    if not os.environ.get("LLAMA_CPP"):
-        pytest.skip("LLAMA_CPP is not set: the folder of llama.cpp's programs (bash pipelines/test.sh sets it)")
-    out = tmp_path_factory.mktemp("gguf") / "razor-tiny-BF16.gguf"
-    run_converter("convert", MODEL, "--outfile", out, "--outtype", "bf16", "--no-mtp")
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +123,9 @@ def test_a_head_for_drafting_and_windows_count(large):
     assert local.cache(3, 4096, 2, 512) == (2 * 256 + 512) * large.keys[3]
 
 
-def test_cache_is_what_llama_server_takes(tiny):
-    facts = facts_of(GgufFile(tiny))
-    with LlamaServer(tiny, 1024, 2, ["-lv", "4"]) as server:
+def test_cache_is_what_llama_server_takes(bf16_gguf):
+    facts = facts_of(GgufFile(bf16_gguf))
+    with LlamaServer(bf16_gguf, 1024, 2, ["-lv", "4"]) as server:
         log = server.tail(1 << 20)
     keys = re.findall(r"llama_kv_cache: size = +([\d.]+) MiB", log)[-1]
     state = re.findall(r"llama_memory_recurrent: size = +([\d.]+) MiB", log)[-1]
@@ -150,36 +142,36 @@ def damaged(source, out, name, value):
     return out
 
 
-def test_a_file_is_served_and_asked(tiny, tmp_path, command):
+def test_a_file_is_served_and_asked(bf16_gguf, tmp_path, command):
     run = ("src/eval/deploy.py", "--check", "--model")
-    done = command(*run, tiny)
+    done = command(*run, bf16_gguf)
     assert done.returncode == 0, done.stderr
     assert re.search(
         r"llama-server --model \S+razor-tiny-BF16.gguf --ctx-size 2048 --parallel 1 --ubatch-size 512", done.stdout
     )
     assert re.search(r"What is 17 \+ 25\? .*\d.*\nanswered in \d+ tokens, [\d.]+ tokens/s", done.stdout), done.stdout
-    reader = GGUFReader(tiny)
+    reader = GGUFReader(bf16_gguf)
     tensors = [(t.name, tuple(reversed(t.shape.tolist())), t.tensor_type.name.lower()) for t in reader.tensors]
-    parts = split_header(tiny.read_bytes()[: reader.data_offset], tensors, 8_000_000)
+    parts = split_header(bf16_gguf.read_bytes()[: reader.data_offset], tensors, 8_000_000)
     (tmp_path / "split").mkdir()
     plan = [(tensor.name, int(tensor.n_bytes)) for tensor in reader.tensors]
-    with GgufWriter(tmp_path / "split" / tiny.name, parts, plan, tmp_path / "state") as writer:
-        whole = GgufFile(tiny)
+    with GgufWriter(tmp_path / "split" / bf16_gguf.name, parts, plan, tmp_path / "state") as writer:
+        whole = GgufFile(bf16_gguf)
         for name, _ in plan:
             writer.append(name, whole.data(name))
     split = command(*run, tmp_path / "split", "--context", 512, "--parallel", 2)
     answer = re.search(r"What is 17 \+ 25\? .*", done.stdout)[0]
     assert split.returncode == 0 and answer in split.stdout and "2 x 512 tokens" in split.stdout, split.stderr
     for value, message in ((float("nan"), "NaN or infinite"), (0.0, "one token over and over|has none")):
-        bad = command(*run, damaged(tiny, tmp_path / "bad.gguf", "output_norm.weight", value))
+        bad = command(*run, damaged(bf16_gguf, tmp_path / "bad.gguf", "output_norm.weight", value))
         assert bad.returncode == 1 and re.search(message, bad.stderr) and "Traceback" not in bad.stderr, bad.stderr
 
 
-def test_it_serves_until_ctrl_c(tiny):
+def test_it_serves_until_ctrl_c(bf16_gguf):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    run = [sys.executable, REPO / "src/eval/deploy.py", "--model", tiny, "--serve", "--port", port]
+    run = [sys.executable, REPO / "src/eval/deploy.py", "--model", bf16_gguf, "--serve", "--port", port]
     process = subprocess.Popen(list(map(str, run)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     lines = []
     while not lines or "until Ctrl-C" not in lines[-1]:
@@ -222,10 +214,26 @@ def test_bad_input_is_one_line(tmp_path, command):
 )
 def test_what_lies_beside_a_model(tmp_path, others, expected):
     for name in ("m-IQ3_XXS.gguf", *others):
-        (tmp_path / name).touch()
+        head(tmp_path / name, 48 if "mtp" in name else 0)
     assert tuple(other and other.name for other in beside(tmp_path / "m-IQ3_XXS.gguf")) == expected
     if not any("other" in name or "00001" in name for name in others):
         assert model_file(tmp_path).name == "m-IQ3_XXS.gguf"
+
+
+def test_a_model_named_after_its_block_is_no_head_for_drafting(tmp_path):
+    head(tmp_path / "tiny-mtp-IQ3_XXS.gguf", 0)
+    assert beside(tmp_path / "tiny-mtp-IQ3_XXS.gguf") == (None, None)
+    assert model_file(tmp_path).name == "tiny-mtp-IQ3_XXS.gguf"
+
+
+def head(path, layer):
+    """A GGUF with one tensor, of this layer."""
+    writer = gguf.GGUFWriter(path, "qwen35moe")
+    writer.add_tensor(f"blk.{layer}.attn_norm.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 @pytest.mark.parametrize(

@@ -410,16 +410,16 @@ def test_a_place_that_cannot_hold_the_decoded_checkpoint_is_said_before_the_pack
 
 def test_what_the_reference_kept_is_of_the_same_weights(random_tiny, tmp_path, command, monkeypatch):
     """A tool that writes its arguments stands for llama.cpp's; the steps are the same."""
-    import gguf_pack
+    import pack_reference
 
-    monkeypatch.setattr(gguf_pack, "run_converter", lambda *a: a[3].write_text("bf16"))
+    monkeypatch.setattr(pack_reference, "run_converter", lambda *a: a[3].write_text("bf16"))
     monkeypatch.setattr(
-        gguf_pack, "run_tool", lambda name, arguments, log: Path(arguments[-1 if "imatrix" in name else -2]).touch()
+        pack_reference, "run_tool", lambda name, arguments, log: Path(arguments[-1 if "imatrix" in name else -2]).touch()
     )
-    monkeypatch.setattr(gguf_pack, "GgufFile", lambda path: path)
-    monkeypatch.setattr(gguf_pack, "check_types", lambda *_: None)
+    monkeypatch.setattr(pack_reference, "GgufFile", lambda path: path)
+    monkeypatch.setattr(pack_reference, "check_types", lambda *_: None)
     model = shutil.copytree(random_tiny, tmp_path / "model")
-    steps = lambda force=False: gguf_pack.make_reference(  # noqa: E731
+    steps = lambda force=False: pack_reference.make_reference(  # noqa: E731
         plan_pack(Checkpoint(model), "q8_0", [], "nearest")[0], calibration(random_tiny), tmp_path / "o", force=force
     )
     with contextlib.suppress(AttributeError):  # a path is no GgufFile

@@ -50,15 +50,6 @@ SPECIAL = "<|im_start|>user\nWho is Ada?<|im_end|>\n<|im_start|>assistant\n<thin
 
 
 @pytest.fixture(scope="session")
-def bf16_gguf(tmp_path_factory):
-    if not os.environ.get("LLAMA_CPP"):
-        pytest.skip("LLAMA_CPP is not set: the folder of llama.cpp's programs (bash pipelines/test.sh sets it)")
-    out = tmp_path_factory.mktemp("gguf") / "razor-tiny-bf16.gguf"
-    run_converter("convert", MODEL, "--outfile", out, "--outtype", "bf16", "--no-mtp")
-    return out
-
-
-@pytest.fixture(scope="session")
 def q4_gguf(bf16_gguf):
     out = bf16_gguf.with_name("razor-tiny-q4.gguf")
     subprocess.run([tool("llama-quantize"), bf16_gguf, out, "Q4_K_M", "1"], check=True, capture_output=True)

@@ -17,7 +17,7 @@ from console import UserError, atomic_path, run_cli
 from records import lookup, read_result, render
 
 CITATION = re.compile(r"\[([^\]]+)\]\(([^)#\s]+\.json)#([\w.:-]+)\)")
-FIGURE = re.compile(r"(-?[\d,]+(?:\.(\d+))?)( %| MB| GB|)")
+FIGURE = re.compile(r"(-?[\d,]+(?:\.(\d+))?)( %| MB| GB| us|)")
 LOOSE = " is not cited"
 LOOSE_NUMBER = re.compile(r"(?<![\w.])\d[\d,.]*(?!\w)")
 

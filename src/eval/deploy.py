@@ -306,8 +306,10 @@ def is_mmproj(file: Path) -> bool:
 
 
 def is_sidecar(file: Path) -> bool:
-    """Whether a file has the name of a head for drafting: mtp-NAME, as llama.cpp's converter has it, or NAME-mtp."""
-    return bool(re.search(r"(^|[-_.])mtp[-_.]", file.name.lower()))
+    """Whether a file is a head for drafting alone: named mtp-NAME, as llama.cpp's converter has it, or NAME-mtp, and without
+    the first layer of a model."""
+    named = re.search(r"(^|[-_.])mtp[-_.]", file.name.lower())
+    return bool(named) and not any(name.startswith("blk.0.") for name in GgufFile(file).tensors)
 
 
 def beside(file: Path) -> tuple[Path | None, Path | None]:
@@ -318,7 +320,9 @@ def beside(file: Path) -> tuple[Path | None, Path | None]:
     name, alone = stem.rsplit("-", 1)[0], len(models_in(file.parent)) == 1
     found: list[Path | None] = []
     for kind in (is_mmproj, is_sidecar):
-        files = [other for other in sorted(file.parent.glob("*.gguf")) if kind(other) and is_first(other.name)]
+        files = [
+            other for other in sorted(file.parent.glob("*.gguf")) if is_first(other.name) and other != file and kind(other)
+        ]
         own = [other for other in files if alone or bare(other).startswith(name)]
         found.append(max(own, key=lambda other: len(os.path.commonprefix([bare(other), stem])), default=None))
     return found[0], found[1]
@@ -359,7 +363,7 @@ def deploy_gguf(path: Path, args: argparse.Namespace) -> Deployment:
     if file.fields.get("general.type") not in (None, "model") or not file.fields.get(f"{file.architecture()}.block_count"):
         raise UserError(f"{path}: a GGUF, but no language model ({file.architecture()}, {file.fields.get('general.type')})")
     projector, sidecar = beside(path)
-    inside = int(file.fields.get(f"{file.architecture()}.nextn_predict_layers", 0)) > 0
+    inside = any(name.endswith(".nextn.eh_proj.weight") for name in file.tensors)  # some keep tensors that no graph reads
     drafts = inside or sidecar is not None
     more = [other for other in (projector, None if inside else sidecar) if other]
     server, cards, notes = engine_path()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from checkpoint import Checkpoint
 from console import UserError
 from devices import free_memory
-from families import FAMILIES, LAYER_PREFIX, MTP_PREFIX, Role, text_name
+from families import LAYER_PREFIX, MTP_PREFIX, Role, text_name
 from ggml_round import COPIES as LDLQ_COPIES
 from hf_model import all_finite, check_complete, check_finite, first_nonfinite, has_class, meta_model, model_config
 from moe_ptq import LEAST_ROWS, WORKING_BYTES, Statistics, damp, diagonals, shrink
@@ -159,7 +159,7 @@ def pass_memory(jobs: Sequence[Any], calibration: Calibration, item: int) -> Mem
     sizes: dict[tuple[str, int], int] = {}
     width = head = stages = least = embedding = 0
     predicts = any(job.bits and MTP_PREFIX.match(job.name) for job in jobs)  # else that block is not run
-    for job in jobs:
+    for job in (job for job in jobs if job.info.shape):
         inputs, outputs = job.inputs, job.info.shape[-1 if job.transposed else -2] if len(job.info.shape) > 1 else 1
         if job.bits and len(job.info.shape) > 1:
             count = math.prod(job.info.shape[:-2])
@@ -447,7 +447,7 @@ def hooked_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def calibrated_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """The parameters whose inputs a calibrated pass sees, in the decoder's layers and the head, with their shapes, by their
     names in the module tree; none where transformers has no class of the model."""
-    if checkpoint.model_type.removesuffix("_text") not in FAMILIES or not has_class(checkpoint.model_type):
+    if checkpoint.known_family is None or not has_class(checkpoint.model_type):
         return {}
     found = hooked_shapes(meta_model(model_config(checkpoint.path).get_text_config()))
     return {name: shape for name, shape in found.items() if LAYER_PREFIX.match(name) or name == "lm_head.weight"}

@@ -200,6 +200,11 @@ class Checkpoint:
         return found
 
     @property
+    def known_family(self) -> Family | None:
+        """What families.py says of the model; None of one that it does not know."""
+        return FAMILIES.get(self.model_type.removesuffix("_text"))
+
+    @property
     def family(self) -> Family:
         return FAMILIES[family_of(self.model_type)]
 

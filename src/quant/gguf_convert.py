@@ -19,7 +19,7 @@ tensors, and each graph that it makes of them is evaluated with the numbers of r
 The rows are those of the sources one after the other, of `width` numbers each; gguf_layout.Piece says in which order all this
 applies. `values` writes, for every name that it reads, the tensor as float32 into FILE and then a line; "converter" is what
 nothing else computes. Both see the checkpoint as checkpoint.Checkpoint shows it, decoded from whatever format it is stored in.
-MTP: "file" (with the block of multi-token prediction), "none" (without), "only" (the file of `convert --mtp`).
+MTP: "file" (with the block of multi-token prediction) or "none" (without).
 
 Only the process of this script imports from SOURCE; its gguf-py stands before an installed one.
 """
@@ -127,9 +127,7 @@ class Opened:
         base.ModelBase.load_hparams = staticmethod(load_decoded)  # given as an argument, some classes read it otherwise
         name = get_model_architecture(load_decoded(model, False), base.ModelType.TEXT)
         kind = get_model_class(name, mmproj=False)
-        if mtp == "only" and not kind.supports_mtp_export:
-            raise SystemExit(f"llama.cpp writes no file of multi-token prediction alone for {name}")
-        kind.no_mtp, kind.mtp_only = kind.no_mtp or mtp == "none", mtp == "only"
+        kind.no_mtp = kind.no_mtp or mtp == "none"
         base.ModelBase.index_tensors = lambda converter, remote_hf_model_id=None: self._index(converter)
         self.graphs: list[tuple[str, Any, str]] = []
         self.converter = kind(model, gguf.LlamaFileType(ftype), out)
@@ -207,10 +205,10 @@ def leaves_of(node: Any, found: dict[str, Leaf], seen: set[int]) -> dict[str, Le
     return found
 
 
-def key_of(node: Any, seen: dict[int, Any]) -> Any:
-    """Equal for graphs that do the same with leaves of the same shapes."""
+def key_of(node: Any, seen: dict[Any, Any]) -> Any:
+    """Equal for graphs that do the same with leaves of the same shapes, numbered as they are met."""
     if isinstance(node, Leaf):
-        return "leaf", node.shape
+        return "leaf", node.shape, seen.setdefault(("leaf", node.name), sum(1 for key in seen if isinstance(key, tuple)))
     if isinstance(node, (list, tuple)):
         return tuple(key_of(own, seen) for own in node)
     if isinstance(node, dict):
@@ -387,7 +385,7 @@ def _threefold(made: torch.Tensor, other: torch.Tensor) -> bool:
     for axis in range(made.ndim):
         if made.stride(axis) == 0 and other.stride(axis) == 0:
             made, other = made.narrow(axis, 0, 1), other.narrow(axis, 0, 1)
-    return torch.equal(made * 3 + 7, other)
+    return torch.equal(made * 3 + 7, other) and torch.equal(made, made.round())
 
 
 def _unless_all(index: Any, count: int) -> Any:
@@ -399,7 +397,6 @@ def trace(opened: Opened, architecture: str) -> dict[str, Any]:
     names = {name: number for number, name in enumerate(opened.checkpoint.tensors)}
     probes: dict[Any, Probe] = {}
     orders: dict[bytes, tuple[int, list[list[int]]]] = {}
-    seen: dict[int, Any] = {}
     tensors = []
 
     def order(index: Any) -> int | None:
@@ -412,7 +409,7 @@ def trace(opened: Opened, architecture: str) -> dict[str, Any]:
 
     for name, data, kind in opened.graphs:
         leaves = list(leaves_of(data, {}, set()).values())
-        key = key_of(data, seen), tuple(data.shape)
+        key = key_of(data, {}), tuple(data.shape)
         probe = probes.get(key) or probes.setdefault(key, Probe(data, leaves))
         own: dict[str, Any] = {"name": name, "shape": list(data.shape), "sources": [names[leaf.name] for leaf in leaves]}
         own |= {"width": probe.width, "rows": order(probe.rows), "columns": order(probe.columns)}

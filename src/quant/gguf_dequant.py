@@ -20,9 +20,8 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, source_identity
 from console import UserError, progress, run_cli, write_json
-from families import FAMILIES
 from ggml_codecs import decode_rows
-from gguf_format import GgufFile
+from gguf_format import GgufFile, without_ones
 from gguf_layout import Piece, into_parameter, pieces_of, read_parameter, traced
 from hf_model import listed
 from plans import copy_sidecars, sidecars
@@ -37,25 +36,24 @@ EXACT = {  # what a type holds exactly
 }
 
 
-def sides(shape: tuple[int, ...]) -> list[int]:
-    """A shape without the ones in front, which ggml does not keep: llama.cpp's own tools write [1, I] as [I]."""
-    return [side for place, side in enumerate(shape) if side != 1 or any(other != 1 for other in shape[:place])]
-
-
 def check_match(file: GgufFile, checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
     """Raise :class:`UserError` unless the file is one of this model."""
     expected = traced(checkpoint, "none")["architecture"]
     if file.architecture() != expected:
         raise UserError(f"{file.path}: architecture {file.architecture()}, but {checkpoint.path} is {expected}")
     for piece in pieces:
-        if piece.name not in file.tensors or sides(file.shape(piece.name)) != sides(piece.shape):
+        if piece.name not in file.tensors or without_ones(file.shape(piece.name)) != without_ones(piece.shape):
             found = list(file.shape(piece.name)) if piece.name in file.tensors else "absent"
             raise UserError(f"{file.path}: {piece.name} is {found}, {checkpoint.path} needs {list(piece.shape)}")
 
 
 def is_exact(piece: Piece, kind: str, checkpoint: Checkpoint) -> bool:
-    """Whether a file that stores the piece in this type holds what the checkpoint has."""
-    return all(checkpoint.info(name).dtype in EXACT.get(kind, ()) for name in piece.sources)
+    """Whether a file that stores the piece in this type holds what the checkpoint has, or in float32 what it is made of."""
+    return (
+        kind == "f32"
+        or piece.function == "same"
+        and all(checkpoint.info(name).dtype in EXACT.get(kind, ()) for name in piece.sources)
+    )
 
 
 class Decoded:
@@ -80,7 +78,7 @@ class Decoded:
 
     def _is_row(self, piece: Piece) -> bool:
         """Whether the piece's parameter is none of the module tree, but the rows of its sources, one after the other."""
-        known = self.checkpoint.model_type.removesuffix("_text") in FAMILIES
+        known = self.checkpoint.known_family is not None
         return not (known and piece.parameter in self.checkpoint.sources)
 
     def read(self, name: str) -> Tensor:

@@ -38,6 +38,7 @@ from records import public_path
 
 ALIGNMENT = 32
 DRIVER = Path(__file__).with_name("gguf_convert.py")
+HEADER = "header.bin"  # what make_header leaves in its directory
 
 
 def padded(size: int) -> int:
@@ -71,7 +72,7 @@ def make_header(
     """What stands before the first tensor, with llama.cpp's own key-values for ``model``; ``work``: a directory to use.
     ``keys``: more of the architecture's own; ``ends``: tokens at which generation ends; ``mtp``: of gguf_convert.py."""
     rows = [[name, list(shape), TYPES[kind].ggml.name, tensor_bytes(shape, kind)] for name, shape, kind in tensors]
-    plan, header = work / "plan.json", work / "header.bin"
+    plan, header = work / "plan.json", work / HEADER
     plan.write_text(
         json.dumps({"ftype": file_type, "mtp": mtp, "keys": dict(keys or {}), "ends": list(ends), "tensors": rows}),
         encoding="utf-8",
@@ -313,8 +314,7 @@ def same_file(ours: Path, theirs: Path) -> list[str]:
             lines.append(f"{key}: {str(one.fields.get(key))[:60]} instead of {str(other.fields.get(key))[:60]}")
     for name in sorted(one.tensors.keys() | other.tensors.keys()):
         made = [
-            (f.tensors[name].tensor_type.name, _without_ones(f.shape(name))) if name in f.tensors else None
-            for f in (one, other)
+            (f.tensors[name].tensor_type.name, without_ones(f.shape(name))) if name in f.tensors else None for f in (one, other)
         ]
         if made[0] != made[1]:
             lines.append(f"{name}: {made[0]} instead of {made[1]}")
@@ -323,7 +323,7 @@ def same_file(ours: Path, theirs: Path) -> list[str]:
     return lines
 
 
-def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+def without_ones(shape: Sequence[int]) -> tuple[int, ...]:
     """A shape as llama-quantize writes it again, [1, I] as [I]."""
     first = next((axis for axis, size in enumerate(shape[:-1]) if size != 1), len(shape) - 1)
     return tuple(shape[first:])

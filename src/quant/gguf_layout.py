@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import math
 import re
 import tempfile
@@ -98,14 +99,14 @@ GGML_ROLES = (
     (r".*\.(ssm|time_mix|shortconv).*", Role.SSM_STATE),
     (r".*\.(attn|indexer)[_.].*\.weight|.*\.attn_.*\.weight", Role.ATTENTION),
 )
-MTP_CHOICES = ("file", "none", "only")
+MTP_CHOICES = ("file", "none")
 MTP_PATTERN = r"^mtp\."
 MTP_TYPE = "iq4_nl"  # of the block of multi-token prediction, where a file of types has to say one and says none
 
 
 def known_roles(checkpoint: Checkpoint) -> dict[str, Role]:
     """The role of every tensor where families.py knows the family; else empty."""
-    if checkpoint.model_type.removesuffix("_text") not in FAMILIES:
+    if checkpoint.known_family is None:
         return {}
     return roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
 
@@ -124,14 +125,12 @@ def is_mtp(name: str, layers: int) -> bool:
 
 def traced(checkpoint: Checkpoint, mtp: str = "file") -> dict[str, Any]:
     """What llama.cpp's converter would write for the checkpoint (gguf_convert.py says how it is told), with the block of
-    multi-token prediction where there is one ("file"), without it ("none"), or the file of it alone ("only"). It depends on
-    names, shapes and small files only; a trace is kept beside the builds of llama.cpp."""
+    multi-token prediction where there is one ("file") or without it ("none"). It depends on names, shapes and small files
+    only; a trace is kept beside the builds of llama.cpp."""
     if mtp not in MTP_CHOICES:
         raise UserError(f"mtp {mtp!r} is unknown; known: {', '.join(MTP_CHOICES)}")
     layers = layer_count(checkpoint.config) or 0
     if not any(is_mtp(name, layers) for name in checkpoint.tensors):
-        if mtp == "only":
-            raise UserError(f"{checkpoint.path}: has no block of multi-token prediction")
         mtp = "none"
     small = [
         f for f in sorted(checkpoint.path.iterdir()) if f.suffix not in (".safetensors", ".gguf", ".bin", ".pt") and f.is_file()
@@ -140,6 +139,7 @@ def traced(checkpoint: Checkpoint, mtp: str = "file") -> dict[str, Any]:
     key = sha256_json(
         {"files": {f.name: file_sha256(f) for f in small if f.stat().st_size < SMALL_FILE}, "tensors": tensors, "mtp": mtp}
         | {"source": llama_cpp.source_identity(), "driver": file_sha256(DRIVER)}
+        | {"transformers": importlib.metadata.version("transformers")}  # by which the converter reads config.json
     )
     kept = llama_cpp.cache_directory() / "traces" / f"{key}.json"
     if not kept.is_file():
@@ -196,7 +196,7 @@ def _rows_of(
     checkpoint: Checkpoint, sources: Sequence[str], rows: Tensor | None, width: int
 ) -> tuple[str, tuple[int, int] | None, Tensor | None]:
     """(parameter, span, rows) of a piece from the ``rows`` that it takes of its sources, one after the other."""
-    known = checkpoint.model_type.removesuffix("_text") in FAMILIES
+    known = checkpoint.known_family is not None
     parameters = list(dict.fromkeys(checkpoint.places[source].parameter for source in sources)) if known else list(sources)
     if len(parameters) > 1:
         return " + ".join(parameters), None, rows
@@ -223,7 +223,7 @@ def _rows_of(
 
 def read_for(checkpoint: Checkpoint, piece: Piece) -> list[str]:
     """The tensors that are read for a piece."""
-    known = checkpoint.model_type.removesuffix("_text") in FAMILIES and piece.parameter in checkpoint.sources
+    known = checkpoint.known_family is not None and piece.parameter in checkpoint.sources
     alone = known and piece.sources and checkpoint.places[piece.sources[0]].expert is None
     return list(piece.sources[:1] if alone and piece.function != "converter" else piece.sources)
 
@@ -232,7 +232,7 @@ def read_parameter(checkpoint: Checkpoint, piece: Piece) -> Tensor:
     """The piece's parameter from the checkpoint, or where it is stored one matrix an expert, a tensor of its shape with what
     the piece needs filled; without a family that says where tensors lie, the rows of the sources."""
     first = checkpoint.info(piece.sources[0])
-    known = checkpoint.model_type.removesuffix("_text") in FAMILIES and piece.parameter in checkpoint.sources
+    known = checkpoint.known_family is not None and piece.parameter in checkpoint.sources
     place = checkpoint.places[piece.sources[0]] if known else None
     if place is None and len(piece.sources) > 1:
         return torch.cat([checkpoint.read(source).reshape(-1, piece.width) for source in piece.sources])
@@ -370,7 +370,7 @@ def check_header(fields: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """Raise :class:`UserError` unless the key-values of a GGUF make llama.cpp compute what transformers computes with the
     config.json of ``checkpoint``, its defaults filled in: sizes, norms, kinds of layers, rotations; of a family whose fields
     are not listed, that what stands in both is the same."""
-    architecture, family = fields.get("general.architecture"), FAMILIES.get(checkpoint.model_type.removesuffix("_text"))
+    architecture, family = fields.get("general.architecture"), checkpoint.known_family
 
     def value(key: str, default: Any = None) -> Any:
         return fields.get(f"{architecture}.{key}", default)
@@ -424,7 +424,7 @@ def check_header(fields: Mapping[str, Any], checkpoint: Checkpoint) -> None:
 
 def unchecked(checkpoint: Checkpoint) -> list[str]:
     """What :func:`check_config` and :func:`check_header` do not compare, as lines to print."""
-    family = FAMILIES.get(checkpoint.model_type.removesuffix("_text"))
+    family = checkpoint.known_family
     if family is not None and family.carried:
         return []
     return [
@@ -436,7 +436,7 @@ def unchecked(checkpoint: Checkpoint) -> list[str]:
 def extra_keys(checkpoint: Checkpoint) -> dict[str, float]:
     """Keys that llama.cpp's converter does not write and its graph reads: the factor by which yarn's sines and cosines differ
     from those of the paper; for families whose fields are listed."""
-    family = FAMILIES.get(checkpoint.model_type.removesuffix("_text"))
+    family = checkpoint.known_family
     if family is None or not family.carried:
         return {}
     model = meta_model(model_config(checkpoint.path))

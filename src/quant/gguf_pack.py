@@ -29,7 +29,7 @@ from checkpoint import Checkpoint, model_name
 from console import UserError, explained, files_sha256, progress, run_cli, write_json
 from gguf_dequant import dequantize
 from gguf_format import GgufWriter, read_imatrix
-from gguf_layout import patterns_of, read_patterns
+from gguf_layout import MTP_PATTERN, MTP_TYPE, patterns_of, read_patterns
 from hf_model import check_first
 from hub import HubSettings, opened, remote_of
 from moe_alloc import allocate_types
@@ -192,6 +192,7 @@ def write_pack(
         return report(pack, pack.data_bytes)
     check_first(checkpoint)
     with staged_directory(out, force, settings) as partial:
+        mmproj = write_mmproj(checkpoint, partial)  # what the converter cannot do is known before the work
         path, plan = partial / pack.file_name, [(piece.name, pack.bytes_of(piece)) for piece in pack.pieces]
         header = header or pack.header(partial / RUN)
         work, facts = None, None
@@ -212,7 +213,7 @@ def write_pack(
         made = report(pack, sum(file.stat().st_size for file in files)) | {"file": path.name, "calibration": facts}
         made |= {"parts": {file.name: file.stat().st_size for file in files}} if pack.split else {}
         made["sha256"] = files_sha256(files)
-        made["mmproj"] = write_mmproj(checkpoint, partial)
+        made["mmproj"] = mmproj
         check_loads(path)
         source = {"name": model_name(checkpoint.path), "config_sha256": checkpoint.config_sha256, **checkpoint.hub}
         recipe = {"recipe": pack.recipe(), "source": source, "calibration": settings["calibration"]}
@@ -250,7 +251,7 @@ def main() -> None:
         return
     if settings.reference and pack.calibration:
         with alone(settings.out.resolve()):
-            patterns = patterns_of(settings.types.patterns(), pack.pieces)
+            patterns = patterns_of([*settings.types.patterns(), (MTP_PATTERN, MTP_TYPE)], pack.pieces)
             made = make_reference(pack, pack.calibration, settings.out, patterns, force)
     else:
         made = write_pack(pack, settings.out, force, settings.dequant_out)

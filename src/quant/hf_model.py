@@ -283,7 +283,7 @@ def load_weights(
 
     logging.set_tqdm_hook(lambda _, given, more: Bar(*given, **more, delay=2))  # its bars like ours
     checkpoint = Checkpoint(path)
-    family = FAMILIES.get(checkpoint.model_type.removesuffix("_text"))
+    family = checkpoint.known_family
     if family:
         check_complete(checkpoint, text_only=auto is AutoModelForCausalLM)
     how = {"dtype": dtype, "device_map": places, "output_loading_info": True}

@@ -357,8 +357,8 @@ class Cache:
             found = re.fullmatch(r"(.+)\.(\d+)-(\d+)", file.name)
             if found and file.stat().st_size == int(found[3]) - int(found[2]):
                 self._enter(found[1], int(found[2]), int(found[3]))
-            else:
-                file.unlink()
+            elif not file.name.endswith(".new") or time.time() - file.stat().st_mtime > LINK_SECONDS:  # of a killed command
+                file.unlink(missing_ok=True)
         self._make_room(0)
 
     def _file(self, name: str, begin: int, size: int) -> Path:
@@ -383,9 +383,12 @@ class Cache:
                 size = self.sizes[name, start]
                 if begin < start + size:
                     self.sizes.move_to_end((name, start))
-                    with self._file(name, start, size).open("rb") as stream:
+                    with contextlib.suppress(FileNotFoundError), self._file(name, start, size).open("rb") as stream:
                         stream.seek(begin - start)
                         return stream.readinto(view[: start + size - begin])
+                    del self.sizes[name, start]  # another command made room
+                    self.begins[name].remove(start)
+                    place -= 1
             following = self.begins[name][place] if place < len(self.begins[name]) else begin + len(view)
             return begin - min(following, begin + len(view))
 
@@ -396,8 +399,10 @@ class Cache:
             self._make_room(len(view))
             file = self._file(name, begin, len(view))
             with writing(file):
-                file.with_name(".new").write_bytes(view)
-                file.with_name(".new").rename(file)
+                new = file.with_name(f".{os.getpid()}.new")  # another command may write here too
+                self.directory.mkdir(exist_ok=True)
+                new.write_bytes(view)
+                new.rename(file)
             self._enter(name, begin, begin + len(view))
 
 
@@ -565,8 +570,13 @@ class Remote:
 
     @contextlib.contextmanager
     def filled(self, infos: Iterable[TensorInfo]) -> Iterator[None]:
-        """The directory with these tensors on disk, for a tool that reads them there; afterwards shards are headers again."""
+        """The directory with these tensors on disk, for a tool that reads them there; afterwards shards are headers again. One
+        command at a time: the next would find holes where this one's shards are headers again."""
         found = [stored for info in infos for stored in info.stored()]
+        with filelock.FileLock(self.directory.with_name(f".{self.directory.name}.lock")):
+            yield from self._filled(found)
+
+    def _filled(self, found: Sequence[TensorInfo]) -> Iterator[None]:
         try:
             for info in found:
                 with writing(info.file), info.file.open("r+b") as stream:

@@ -138,7 +138,8 @@ def source_identity() -> str:
     pinned = f"llama.cpp-{read_part(Pinned, CONFIG).llama_cpp_version}-source"
     if not os.environ.get("LLAMA_CPP_SOURCE") and not os.environ.get("LLAMA_CPP") or source().name == pinned:
         return pinned
-    return files_sha256(sorted((source() / "conversion").glob("*.py")))
+    files = [file for folder in ("conversion", "gguf-py/gguf") for file in sorted((source() / folder).glob("*.py"))]
+    return files_sha256(files)
 
 
 @contextlib.contextmanager

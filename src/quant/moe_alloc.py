@@ -121,6 +121,8 @@ def allocate_types(
     own = patterns_of([*patterns, (MTP_PATTERN, MTP_TYPE)], pieces)
     fixed = fixed_types(pieces, own, fed_pieces(checkpoint, pieces))
     open_pieces = [piece for piece in pieces if piece.name not in fixed]
+    if not open_pieces:
+        raise UserError(f"{checkpoint.path}: no tensor's inputs are known, so no types can be measured; give TENSOR_TYPES")
     options = options_of(open_pieces, candidates)
     with tempfile.TemporaryDirectory() as work:  # the size of a header does not depend on the types
         rows = [(p.name, p.shape, fixed.get(p.name, "f16")) for p in pieces]

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoint import FUSED, PARTS, Checkpoint
+from checkpoint import Checkpoint, matrices_of
 from console import UserError, read_object, write_json
 from families import MTP_PREFIX, Role, roles_of
 from hf_model import TOKENIZER_FILES, check_finite, listed, model_config
 from safetensors_file import INDEX, SINGLE, save_tensors
 
+RUN = ("qwen3_next", "qwen3_5", "qwen3_5_moe")  # the families whose block it is
 AROUND = ("embed_tokens", "lm_head")  # of the block's modules those of the model
 
 
@@ -81,6 +82,11 @@ class MtpBlock(nn.Module):
         return self.lm_head(out[:, 1:] if lead else out)
 
 
+def is_run(model_type: str) -> bool:
+    """Whether the block of multi-token prediction of a model type is this one."""
+    return model_type.removesuffix("_text") in RUN
+
+
 def sources_of(checkpoint: Checkpoint, block: MtpBlock) -> dict[str, list[str]]:
     """The tensors of each of the block's own parameters; raises :class:`UserError` where the checkpoint has no block, or not
     this one."""
@@ -125,12 +131,13 @@ def write_beside(model: Path, out: Path, block: MtpBlock) -> None:
     second shard with the block in BF16, its experts matrix by matrix."""
     tensors: dict[str, Tensor] = {}
     for name, value in block.own().items():
-        value, fused = value.detach().to("cpu", torch.bfloat16), FUSED.fullmatch(name)
-        parts = PARTS[fused[2]] if fused else ()
-        for expert, rows in enumerate(value) if fused else ():
-            for part, own in zip(parts, rows.chunk(len(parts))):
-                tensors[f"{fused[1]}.{expert}.{part}.weight"] = own.contiguous()
-        tensors |= {} if fused else {name: value}
+        value = value.detach().to("cpu", torch.bfloat16)
+        if value.ndim == 1:
+            tensors[name] = value
+            continue
+        matrices = matrices_of(name, tuple(value.shape))
+        parts = value.reshape(-1, value.shape[-1]).split([rows for _, rows in matrices])
+        tensors |= {f"{module}.weight": own.contiguous() for (module, _), own in zip(matrices, parts, strict=True)}
     first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
     out.mkdir(parents=True, exist_ok=True)
     links = {name: name for name in TOKENIZER_FILES if (model / name).is_file()} | {first: SINGLE}

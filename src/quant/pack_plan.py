@@ -24,10 +24,11 @@ from calibrated_pass import LM_HEAD
 from calibration import Calibration, MemoryPlan, plan_memory
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
-from families import VISION_PREFIX, Role, layer_count, role_in_block, roles_of
+from families import VISION_PREFIX, Role, layer_count, role_in_block
 from ggml_codecs import CastCodec, decode_rows, encode
 from ggml_types import TYPES, row_bytes
 from gguf_format import (
+    HEADER,
     ConverterValues,
     Entry,
     GgufFile,
@@ -41,6 +42,8 @@ from gguf_format import (
     tensor_bytes,
 )
 from gguf_layout import (
+    MTP_PATTERN,
+    MTP_TYPE,
     NEED_IMPORTANCE,
     Patterns,
     Piece,
@@ -51,6 +54,7 @@ from gguf_layout import (
     file_type,
     into_parameter,
     is_mtp,
+    known_roles,
     patterns_of,
     pieces_of,
     read_for,
@@ -70,7 +74,6 @@ from settings import setting
 from size_model import RESULTS, recorded_rates, times
 
 PROTECTED_BITS = 5  # below which embedding, head and the gates of linear attention lose more than they save
-HEADER = "header.bin"  # what make_header writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +186,11 @@ class Pack:
         source = self.checkpoint.identity
         made: dict[str, Any] = {"name": model_name(self.checkpoint.path), "recipe": self.recipe(), "source": source}
         made |= {"calibration": calibration, "importance": digest.hexdigest()}
-        made |= {"mtp": self.mtp} if self.mtp != "none" else {}
+        for piece in self.pieces:  # what a trace of llama.cpp's converter says, which another version may say otherwise
+            digest.update(repr((piece.name, piece.shape, piece.sources, piece.function, piece.span, piece.transposed)).encode())
+            for order in (piece.rows, piece.columns):
+                digest.update(b"" if order is None else order.numpy().tobytes())
+        made |= {"mtp": self.mtp, "pieces": digest.hexdigest()}
         if self.split:
             made["split"] = self.split
         return made | ({"blocks": self.blocks.sha256} if self.blocks else {})
@@ -270,13 +277,16 @@ def plan_pack(
     if checkpoint.config.get("quantization_config"):
         raise UserError(f"{checkpoint.path}: already quantized (quantization_config in config.json); use the original")
     pieces = pieces_of(checkpoint, mtp)
-    mtp = mtp if any(piece.role is Role.MTP for piece in pieces) else "none"
-    patterns = patterns_of(patterns, pieces)
+    predicts = any(piece.role is Role.MTP for piece in pieces)
+    unwanted = ["note: llama.cpp's converter writes this family's multi-token prediction in any case (MTP=0)"]
+    unwanted = unwanted if predicts and mtp == "none" else []
+    mtp = mtp if predicts else "none"
+    patterns = patterns_of([*patterns, (MTP_PATTERN, MTP_TYPE)], pieces)
     types, fallbacks = types_of({piece.name: piece.shape for piece in pieces if not piece.kept}, base, patterns)
     if strict:
         check_strict(fallbacks)
     types |= {piece.name: piece.kept for piece in pieces if piece.kept}
-    notes = fallback_notes(fallbacks) + unchecked(checkpoint)
+    notes = fallback_notes(fallbacks) + unchecked(checkpoint) + unwanted
     if blocks is not None:
         if method != "nearest" or importance is not None:
             raise UserError("--blocks holds rounded weights; the rest goes to nearest: --method nearest and no --imatrix")
@@ -516,8 +526,9 @@ def pack_memory(pack: Pack, dry_run: bool) -> MemoryPlan:
     """What the calibrated pass has in memory at most, about."""
     if pack.calibration is None:
         return MemoryPlan(None, 0, [])
-    tensors = pack.checkpoint.tensors
-    roles = roles_of({name: info.shape for name, info in tensors.items()}, pack.checkpoint.config)
+    tensors, roles = pack.checkpoint.tensors, known_roles(pack.checkpoint)
+    if not roles:  # a reference of a family that no calibrated pass runs
+        return MemoryPlan(None, 0, [])
     encoded = (*LINEAR_ROLES, Role.ROUTED_EXPERT)
     inner = {name: role_in_block(name, pack.checkpoint.model_type) for name in tensors if roles[name] is Role.MTP}
     if pack.mtp == "none":

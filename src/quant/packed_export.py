@@ -5,8 +5,9 @@
     python src/quant/packed_export.py --check work/w3-packed --model work/w3
     python src/quant/packed_export.py --sizes models/Qwen3.5-122B-A10B/config.json [--expert-bits 3 --linear-bits 4]
 
-The first packs what quant_save wrote (`quant_save --packed` writes the same files without the BF16 in between), checks every
-tensor and prints the size. --sizes counts bytes from a config alone. Everything streams; a killed run goes on.
+The first packs what quant_save wrote (`quant_save --packed` does without the BF16 in between, and rounds nothing that stays in
+it), checks every tensor and prints the size. --sizes counts bytes from a config alone. Everything streams; a killed run goes
+on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from checkpoint import PACKED, Checkpoint, read_manifest
 from console import UserError, progress, read_object, run_cli, write_json
 from devices import OneBehind, one_ahead
-from families import FAMILIES, Role, family_of, roles_of, text_config
+from families import BOTH_ENDS, FAMILIES, Role, family_of, role_in_block, roles_of, text_config
 from packed_format import PackedWriter, PackingSettings, describe, plan_container, summary
 from plans import CHUNK_BYTES, RecordSettings, ShardSettings, plan_jobs, sidecars
 from recipe import RECIPE_FILE, Job, Recipe, read_recipe
@@ -146,7 +147,7 @@ def mtp_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: size for name, _, size in mtp_plan(shape, fused=False)}
 
 
-ENDS = {"as vLLM reads them": None, "in BF16": (), "packed": (Role.EMBEDDING, Role.LM_HEAD)}
+ENDS = {"as vLLM reads them": None, "in BF16": (), "packed": BOTH_ENDS}
 
 
 def sizes(config_file: Path, recipe: Recipe) -> dict[str, Any]:
@@ -165,18 +166,16 @@ def sizes(config_file: Path, recipe: Recipe) -> dict[str, Any]:
     text = config.get_text_config()
     if recipe.expert_bits != (low := int(recipe.expert_bits)):
         count = round((low + 1 - recipe.expert_bits) * text.num_hidden_layers)
-        overrides = tuple((f"model.*layers.{layer}.*experts.*", low) for layer in range(count))
+        overrides = tuple((f"model.*layers.{layer}.*.experts.*", low) for layer in range(count))
         recipe = dataclasses.replace(recipe, expert_bits=low + 1, overrides=overrides)
     kinds = {"model_type": config.model_type, **text.to_dict()}
 
     def jobs_of(shapes: Mapping[str, tuple[int, ...]], packed: bool) -> list[Job]:
         roles, jobs = roles_of(shapes, kinds), []
-        inner = roles_of(
-            {name.replace("mtp.", "model.") if ".layers." in name else name: s for name, s in shapes.items()}, kinds
-        )
-        for (name, shape), role in zip(shapes.items(), inner.values()):
+        for name, shape in shapes.items():
             info = TensorInfo(torch.bfloat16, shape, Path(), 0, 2 * math.prod(shape))
-            jobs.append(Job(name, info, roles[name], recipe.bits_of(name, role) if packed else None))
+            inner = role_in_block(name, config.model_type) if roles[name] is Role.MTP else None
+            jobs.append(Job(name, info, roles[name], recipe.bits_of(name, roles[name], inner) if packed else None))
         return jobs
 
     jobs, predictor = jobs_of(shapes, True), mtp_shapes(read_object(config_file))

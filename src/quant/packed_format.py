@@ -9,8 +9,9 @@ place of weight, experts one by one. Letters: N groups, G group size, O outputs,
              lowest bits
 
 B is the recipe's; what vLLM makes one matrix of has the largest B among its parts. A matrix that the container or vLLM's
-kernels cannot take stays in BF16 with the values that the grid gave it, so the model is the same. Shapes, fusions and what
-reads packed codes: vLLM 0.33, model_executor/layers/quantization/{utils/marlin_utils, compressed_tensors} and models/.
+kernels cannot take stays in BF16: unrounded where quant_save packs, with its values where a checkpoint is packed. Shapes,
+fusions and what reads packed codes: vLLM 0.33, model_executor/layers/quantization/{utils/marlin_utils, compressed_tensors} and
+models/.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from moe_quant import Quantized, inverse_scale, pieces
 from recipe import Job, Recipe
 from safetensors_file import DTYPE_NAMES, CheckpointWriter, Plan, split_plan
 from settings import setting
-from source_formats import word_count
+from source_formats import ScaledInfo, word_count
 
 GROUPS = (32, 64, 128, 256)  # group sizes that vLLM's kernels have, the last Humming alone
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}  # values worked on at once
@@ -193,6 +194,8 @@ def _fault(job: Job, experts: bool, group: int, ends: Collection[Role]) -> str |
         tile = max(INNER, group)
         if hidden % HIDDEN or inner % tile:
             return f"no kernel takes experts of {hidden} by {inner} (hidden a multiple of {HIDDEN}, inner of {tile})"
+    elif job.name.endswith(".eh_proj.weight"):
+        return "vLLM reads eh_proj in BF16"
     elif job.role is not Role.EMBEDDING and (rows % OUTPUTS or inputs % INPUTS):
         return f"no kernel takes {rows} outputs by {inputs} inputs (multiples of {OUTPUTS} and {INPUTS})"
     return None
@@ -268,6 +271,7 @@ def bytes_of(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> int
 def summary(jobs: Sequence[Job], container: Container) -> dict[str, Any]:
     """Counts and bytes of the container, for the record: in all, packed, and of what stays as it is, by its reason."""
     packed = [job for job in jobs if job.name in container.packed]
+    trunk = [job for job in packed if not MTP_PREFIX.match(job.name)]
     size = sum(bytes_of(container.stored(job.name, job.info.shape)) for job in packed)
     by_bits: dict[str, int] = collections.Counter()
     for job in packed:
@@ -283,7 +287,7 @@ def summary(jobs: Sequence[Job], container: Container) -> dict[str, Any]:
         "packed_parameters": sum(job.info.numel for job in packed),
         "packed_bytes": size,
         "parameters_by_bits": dict(sorted(by_bits.items())),
-        "expert_bits": sorted({container.bits[job.name] for job in packed if is_expert(job)}),
+        "expert_bits": sorted({container.bits[job.name] for job in trunk if is_expert(job)}),
         "kept_bytes": dict(by_reason),
         "group": container.group,
         "tensor_parallel_sizes": parallel_sizes(jobs, container),
@@ -358,10 +362,12 @@ def targets_of(jobs: Sequence[Job], bits: Mapping[str, int]) -> dict[int, list[s
     found: dict[int, list[str]] = {common: ["Linear"]}
     for job in ends:
         found.setdefault(bits[job.name], []).append(f"re:.*{re.escape(job.name.removesuffix('.weight').rpartition('.')[2])}$")
+    predicts = any(MTP_PREFIX.match(job.name) for job in (*linears, *experts))
     for job in linears:
         if (own := bits[job.name]) != common:
-            name = re.sub(r".*(?=(?:mtp|layers)\.)", "", job.name.removesuffix(".weight"))
-            found.setdefault(own, []).append(f"re:.*{re.escape(name)}$")
+            name = re.escape(re.sub(r".*(?=layers\.)", "", job.name.removesuffix(".weight")))
+            before = r".*mtp\." if MTP_PREFIX.match(job.name) else r"(?!.*mtp\.).*" if predicts else ".*"
+            found.setdefault(own, []).append(f"re:{before}{name}$")
     widths = sorted({bits[job.name] for job in experts})
     for own in widths:
         mine = [job for job in experts if bits[job.name] == own]
@@ -371,6 +377,9 @@ def targets_of(jobs: Sequence[Job], bits: Mapping[str, int]) -> dict[int, list[s
             patterns = [_experts_of(trunk)] if trunk else []
             patterns += [r".*mtp\..*\.experts\..*"] if len(mine) > len(trunk) else []
         found.setdefault(own, []).extend(f"re:{pattern}" for pattern in patterns)
+    if predicts:  # transformers, which reads no such block, takes the first group that names experts for those of all layers
+        first = [bits[job.name] for job in experts if not MTP_PREFIX.match(job.name)][:1]
+        found = {own: found[own] for own in dict.fromkeys([*first, *found])}
     return found
 
 
@@ -449,6 +458,16 @@ class PackedWriter:
 
     def is_complete(self, name: str) -> bool:
         return self._writer.is_complete(self._stored[name][0][0])
+
+    def read(self, name: str) -> Tensor:
+        """A matrix of a complete file as the codes have it."""
+        if name not in self.container.packed:
+            return self.tensors[name].read()
+        (dtype, shape), bits, module = self._plan[name], self.container.bits[name], name.removesuffix(".weight")
+        words, scale = (self.tensors[f"{module}.weight_{part}"] for part in ("packed", "scale"))
+        size = math.prod(shape) * dtype.itemsize
+        block = (1, self.container.group)
+        return ScaledInfo(dtype, shape, words.file, 0, size, codes=words, scale=scale, block=block, bits=bits).read()
 
     def encode(self, name: str, value: Tensor) -> Any:
         """What :meth:`append` takes for ``value``: (packed, scale) of its rows, or itself."""

@@ -19,7 +19,7 @@ import torch
 from calibration import LAYERS_AHEAD, Calibration, MemoryPlan
 from checkpoint import CONSUMED, PACKED, Checkpoint
 from console import UserError, check_writable, write_json
-from families import LAYER_PREFIX, Role, role_in_block, roles_of
+from families import BOTH_ENDS, LAYER_PREFIX, Role, role_in_block, roles_of
 from hf_model import check_complete
 from hub import AHEAD_BYTES, MAX_SIDECAR_BYTES, WEIGHT_SUFFIXES
 from moe_ptq import CALIBRATED, zero_point_bits
@@ -31,7 +31,6 @@ from safetensors_file import INDEX, TensorInfo
 from settings import setting
 from size_model import BASE_BYTES, RESULTS, Rates, machine, recorded_rates, records_of, times
 
-ENDS = (Role.EMBEDDING, Role.LM_HEAD)
 CHUNK_BYTES = 64 << 20  # quantized at once, while the next is read and the last written
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -244,7 +243,7 @@ def stored_bytes(infos: Iterable[TensorInfo]) -> int:
 def ends_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the embedding and of the head, which may be the embedding once more."""
     roles = roles_of({name: info.shape for name, info in checkpoint.tensors.items()}, checkpoint.config)
-    sizes = [stored_bytes(checkpoint.tensors[name] for name, own in roles.items() if own is role) for role in ENDS]
+    sizes = [stored_bytes(checkpoint.tensors[name] for name, own in roles.items() if own is role) for role in BOTH_ENDS]
     return sizes[0] + (sizes[1] or sizes[0])
 
 

@@ -9,9 +9,9 @@ Routed experts get --expert-bits; every other linear, the embedding and the head
 prediction --mtp-bits; router, norms, ssm state, biases and vision are copied byte for byte. Methods that need no inputs (clip,
 absmax, ...) stream tensor by tensor; the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks'
 training split. Several --devices round shards (or, calibrated, the experts of a layer) at the same time, to the same bytes.
-recipe.json is written beside the weights. --packed writes the same values in the recipe's own bits, as vLLM reads them
-(docs/PACKED.md). The output appears under its name only when it is complete; Ctrl-C or an error leaves nothing behind, and
-after `kill -9` the same command goes on where it stopped.
+recipe.json is written beside the weights. --packed writes codes of the recipe's own bits, as vLLM reads them, and leaves what
+has no such form unrounded (docs/PACKED.md). The output appears under its name only when it is complete; Ctrl-C or an error
+leaves nothing behind, and after `kill -9` the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from devices import default_device, device_peaks, lanes, parse_devices
 from hf_model import check_first
 from hub import HubSettings, opened, remote_of
 from moe_probe import probe_model
-from moe_ptq import CALIBRATED
+from moe_ptq import CALIBRATED, WORKING_BYTES
 from packed_format import Container, PackingSettings, open_writer, plan_container, summary
 from plans import (
     CHUNK_BYTES,
@@ -180,6 +180,7 @@ def quantize_checkpoint(
     needed += kept_bytes(checkpoint, calibration)
     if not dry_run:
         check_output(checkpoint.path, out, force, needed)
+    memory = plan_memory(jobs, calibration, devices, dry_run) if calibration else None
     settings = {
         "packed": packed and packed_bits,
         "recipe": recipe.to_json(),
@@ -187,17 +188,22 @@ def quantize_checkpoint(
         "shard_bytes": shard_bytes,
         "calibration": calibration.settings() if calibration else None,
     }
+    if memory and memory.working_bytes not in (None, WORKING_BYTES["cuda"]):  # pieces of another size may round a tie otherwise
+        settings["working_bytes"] = memory.working_bytes
     resumed = not dry_run and check_resume(out, settings)
     print(quantized_note(checkpoint.path), end="")
     print(f"{checkpoint.path} -> {out}{' (resumed)' if resumed else ''}\n{recipe}\n{table(report)}")
     if calibration:
         sequences, length = calibration.ids.shape
         print(f"calibration: {sequences:,} sequences of {length:,} tokens, layer by layer")
-        if any(job.bits and is_uncalibrated(job) for job in jobs):
+        if any(job.bits and is_uncalibrated(job, checkpoint.model_type) for job in jobs):
             print("note: this family's block of multi-token prediction is not run; it is rounded without calibration (clip)")
     if checkpoint.remote:
-        print(hub_plan(checkpoint, *fetched_bytes(checkpoint, jobs, calibration), len(devices) == 1 and not calibration))
-    memory = plan_memory(jobs, calibration, devices, dry_run) if calibration else None
+        print(
+            hub_plan(
+                checkpoint, *fetched_bytes(checkpoint, jobs, calibration), len(devices) == 1 and not calibration and not resumed
+            )
+        )
     print(preflight(jobs, out, needed, chunk_bytes, memory, len(devices)))
     print("\n".join(quantize_times(jobs, recipe)), flush=True)
     if dry_run:

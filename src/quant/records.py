@@ -35,7 +35,7 @@ PACKAGES = (
     "datasets", "gguf", "math-verify",
 )  # fmt: skip
 REPO = Path(__file__).resolve().parent.parent.parent
-UNITS = {"": 1.0, " %": 100.0, " MB": 1e-6, " GB": 1e-9}  # of a figure on a page
+UNITS = {"": 1.0, " %": 100.0, " MB": 1e-6, " GB": 1e-9, " us": 1e6}  # of a figure on a page
 DECODED_MARK = "gguf.json"  # in a checkpoint that gguf_dequant made: the file that it was decoded from
 
 

@@ -26,7 +26,7 @@ from ggml_types import TYPES
 from gguf_layout import Piece, into_parameter, ordered_hessian, to_gguf
 from hf_model import model_config
 from moe_ptq import WORKING_BYTES, Grid, Statistics, even_spans, experts_at_once, round_weight, rounding_parts
-from mtp import AROUND, MtpBlock
+from mtp import AROUND, MtpBlock, is_run
 from recipe import Job, Recipe
 from settings import part, setting
 
@@ -41,9 +41,9 @@ class Target:
     bits: tuple[int, ...] = ()
 
 
-def is_uncalibrated(job: Job) -> bool:
+def is_uncalibrated(job: Job, model_type: str) -> bool:
     """Whether a tensor is of a block of multi-token prediction that no calibration runs through: another than mtp.py's."""
-    return job.role is Role.MTP and not MTP_PREFIX.match(job.name)
+    return job.role is Role.MTP and not (MTP_PREFIX.match(job.name) and is_run(model_type))
 
 
 class GridRounder:
@@ -57,7 +57,11 @@ class GridRounder:
         self.targets: dict[str, Target] = {}
         experts = dict(recipe.experts)
         for job in jobs:
-            if job.bits is not None and job.role is not Role.EMBEDDING and not is_uncalibrated(job):
+            if (
+                job.bits is not None
+                and job.role is not Role.EMBEDDING
+                and not is_uncalibrated(job, stream.checkpoint.model_type)
+            ):
                 whole = math.floor(job.bits)
                 grid = Grid(whole, recipe.group, recipe.clip_steps, recipe.clip_low)
                 parameter = stream.checkpoint.places[job.name].parameter
@@ -184,7 +188,7 @@ def fed_pieces(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> frozenset[str
     """The names of the pieces whose inputs a calibrated pass sees."""
     shapes = calibrated_shapes(checkpoint)
     block = next((found[0] for piece in pieces if (found := MTP_PREFIX.match(piece.parameter))), None)
-    if block and shapes:
+    if block and shapes and is_run(checkpoint.model_type):
         own = hooked_shapes(MtpBlock(model_config(checkpoint.path).get_text_config(), torch.bfloat16))
         shapes |= {block + name: shape for name, shape in own.items() if not name.startswith(AROUND)}
     return frozenset(

@@ -239,6 +239,10 @@ class CheckpointWriter:
         """Whether the shard of this tensor was complete when the writer was made."""
         return self.tensors[name].file in self._done
 
+    def read(self, name: str) -> Tensor:
+        """A tensor of a complete shard."""
+        return self.tensors[name].read()
+
     def is_own(self, name: str) -> bool:
         """Whether this writer is the one that writes the tensor."""
         return self.tensors[name].file in self._own

@@ -237,8 +237,8 @@ class LayerSink:
         return whole
 
     def embedding(self) -> dict[str, Tensor]:
-        tensors = self.sink.writer.tensors  # their shard is complete
-        return {job.name: tensors[job.name].read() for job in self.before if job.role is Role.EMBEDDING}
+        read = self.sink.writer.read  # their shard is complete
+        return {job.name: read(job.name) for job in self.before if job.role is Role.EMBEDDING}
 
     def write(self, part: int, values: Mapping[str, Tensor]) -> None:
         for job in self.parts[part]:
