@@ -128,7 +128,7 @@ def _from_pypi(source: Source, directory: Path) -> Path | None:
         try:
             if not found:  # a package that is gone, or an index that is not reached, of which pip only warns?
                 for page in finder.search_scope.get_index_urls_locations(source.name):
-                    if session.get(page).status_code not in (200, 404):
+                    if not page.startswith("file:") and session.get(page).status_code not in (200, 404):
                         raise UserError(f"{source.name}: the package index does not answer now; the same command goes on")
                 return None
             link = next((link for link in found if link.hash == source.sha256), found[0])
@@ -164,6 +164,8 @@ NONE_OF = {
 def fetch_all(sources: Sequence[Source], directory: Path) -> tuple[dict[Source, Path], list[str]]:
     """(archive of each package that there is, those that are gone). An index without a single one is a :class:`UserError`."""
     found = {}
+    for stale in directory.glob(".fetching-*"):  # of a run that was killed
+        shutil.rmtree(stale)
     with progress(len(sources), "fetch", "package") as bar:
         for source in sorted(sources, key=lambda source: source.index):
             if archive := fetched(source, directory):
@@ -269,7 +271,7 @@ def page_text(text: str) -> str | None:
         return None
     parser = _Text()
     parser.feed(text)
-    return parser.text.getvalue()
+    return parser.text.getvalue().replace("¶", "")  # Sphinx's link to a heading
 
 
 # ---------------------------------------------------------------- manual pages: roff with the macros of man(7) and mdoc(7)
@@ -455,7 +457,11 @@ def documents_of(source: Source, archive: Path) -> Iterator[Document]:
         if given[stratum] < SHARE and (text := cleaned(path, stratum, data)):
             given[stratum] += len(text)
             found.append((path, stratum, text))
-    furniture = repeated_lines([text for path, _, text in found if is_page(path)])
+    pages = collections.defaultdict[str, list[str]](list)  # of the package, and of each folder: a language may have its own
+    for path, _, text in found:
+        for group in {"", str(PurePosixPath(path).parent)} if is_page(path) else ():
+            pages[group].append(text)
+    furniture = set[str]().union(*map(repeated_lines, pages.values()))
     for path, stratum, text in found:
         if is_page(path):
             text = re.sub(r"\n{3,}", "\n\n", "\n".join(line for line in text.split("\n") if line not in furniture)).strip()
@@ -464,7 +470,7 @@ def documents_of(source: Source, archive: Path) -> Iterator[Document]:
 
 
 def repeated_lines(pages: Sequence[str]) -> set[str]:
-    """Lines that stand on a fifth of a package's pages, and on ten at least: their menus and footers."""
+    """Lines that stand on a fifth of the pages, and on ten at least: their menus and footers."""
     counts = collections.Counter(line for page in pages for line in set(page.split("\n")))
     return {line for line, n in counts.items() if line and n >= max(10, len(pages) / 5)}
 

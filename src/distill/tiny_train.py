@@ -1,6 +1,8 @@
-"""Train razor-tiny, where the config has VISION_LAYERS razor-tiny-vl, where it has MTP_OF the multi-token-prediction block
-of a model whose own weights stay (bash pipelines/make_tiny.sh [vl|mtp]), or with --text a mixture on the real text of a corpus,
-on every GPU of the machine (bash pipelines/make_tiny.sh text 35m):
+"""Train the tiny models: razor-tiny, its multi-token-prediction block, razor-tiny-vl, and models that read real text.
+
+What a config has decides: VISION_LAYERS for razor-tiny-vl, MTP_OF for the block of a model whose own weights stay (bash
+pipelines/make_tiny.sh [vl|mtp]); with --text it is a mixture or a dense model on the tokens of a corpus, on one GPU or, under
+torchrun, on several (bash pipelines/make_tiny.sh text 35m):
 
     python src/distill/tiny_train.py --config configs/make_tiny.env --out models/razor-tiny --work work/make_tiny \
         --result results/train/razor_tiny.json
@@ -347,6 +349,8 @@ class TextRun(Run):
         self.corpus, self.read = corpus, [ids_entry(corpus, split) for split in ("train", "heldout")]
         if config.rows % world.size:
             raise UserError(f"ROWS={config.rows}: must be a multiple of the {world.size} GPUs")
+        if config.length % 16:
+            raise UserError(f"LENGTH={config.length}: must be a multiple of 16, the chunk of Gated DeltaNet")
         if self.read[0]["n"] <= config.length:
             raise UserError(f"{corpus}: {self.read[0]['n']} training tokens; LENGTH={config.length} needs more")
         super().__init__(config, load_tokenizer(corpus / "tokenizer", chat=False), work, world.device, world)
