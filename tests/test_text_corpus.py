@@ -167,6 +167,13 @@ def test_a_list_is_refused(corpus, packed, command, tmp_path, change, said):
     assert not list((corpus / "packages").glob(".*"))
 
 
+def test_what_cannot_be_read_or_made_is_said(packed, command, tmp_path):
+    (tmp_path / "file").touch()
+    for listed, out, word in ((packed[0], "file/out", "file"), (tmp_path / "none.txt", "out", "none.txt")):
+        done = make(command, listed, tmp_path / out)
+        assert done.returncode == 2 and word in done.stderr and done.stderr.count("\n") == 1
+
+
 ROFF = {
     ".SH NAME\nls \\- list\n.SH OPTIONS\n.TP\n.BR \\-a \", \" \\-\\-all\nshow\nall\n.PP\nSee\n.BR cp (1).": (
         "NAME\n\nls - list\n\nOPTIONS\n\n-a, --all\nshow all\n\nSee cp(1)."

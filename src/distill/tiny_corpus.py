@@ -38,7 +38,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from console import UNWRITABLE, UserError, atomic_path, file_sha256, progress, run_cli, write_json
+from console import UNWRITABLE, UserError, atomic_path, file_sha256, progress, read_text, run_cli, write_json
 from gguf_convert import QWEN2_PATTERN
 from records import add_record_arguments, check_record_arguments, write_result
 from tiny_data import STRATA, ids_entry
@@ -83,7 +83,7 @@ class Document:
 def read_sources(path: Path) -> list[Source]:
     """The packages of a list; :class:`UserError` on a line that is none, or a package that stands in two splits."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         words = line.partition("#")[0].split()
         if not words:
             continue

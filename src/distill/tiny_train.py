@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 
 import tiny_data
 import tiny_model
-from console import UserError, atomic_path, progress, read_json, run_cli
+from console import UserError, atomic_path, progress, read_object, run_cli
 from fsdp_setup import World, end_world, start_world, summed
 from hf_model import load_tokenizer, load_weights
 from mtp import MtpBlock, write_beside
@@ -376,21 +376,19 @@ class TextRun(Run):
     @torch.no_grad()
     def metrics(self, items: int) -> dict[str, Any]:
         """Cross-entropy of held-out text by stratum, in nats a token, on at most ``items`` windows of each."""
-        places, losses = read_json(self.corpus / "heldout.json"), {}
+        places, losses = read_object(self.corpus / "heldout.json", "starts", "strata"), {}
         ids, size = np.memmap(self.corpus / "heldout.bin", "<u2", "r"), self.config.length + 1
         ends = [*places["starts"][1:], len(ids)]
         for number, stratum in enumerate(STRATA):
             own = [a for a, b, kind in zip(places["starts"], ends, places["strata"]) if kind == number and b - a >= size]
             rows = [torch.from_numpy(ids[a : a + size].astype(np.int64)) for a in own[:items]]
-            found = []
-            for part in torch.stack(rows).split(8) if rows else ():
-                part = part.to(self.device)
-                hidden = self.forward((part[:, :-1],), decoder_layer, vision_forward)[0]
-                found.append(
-                    token_loss(self.model, hidden, part[:, 1:], torch.ones_like(part[:, 1:]).float()).item() * len(part)
-                )
-            name, mean = stratum.replace(" ", "_"), round(sum(found) / len(rows), 5) if rows else None
-            losses[name] = {"positions": len(rows) * self.config.length, "loss": mean}
+            total = 0.0
+            for part in torch.stack(rows).to(self.device).split(8) if rows else ():
+                hidden, ones = self.forward((part[:, :-1],), decoder_layer, vision_forward)[0], torch.ones(part[:, 1:].shape)
+                total += token_loss(self.model, hidden, part[:, 1:], ones.to(self.device)).item() * len(part)
+            if rows:
+                name, positions = stratum.replace(" ", "_"), len(rows) * self.config.length
+                losses[name] = {"positions": positions, "loss": round(total / len(rows), 5)}
         tokens = self.step * self.config.rows * self.config.length
         print(losses, flush=True)
         speed = round(tokens / self.seconds)

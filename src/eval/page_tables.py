@@ -510,7 +510,7 @@ TABLES = (
     ),
     Table(
         "train", "Loss on held-out text", "Cross-entropy in nats a token, after training.", ("model", "stratum"),
-        (("positions", "{at}.positions"), ("loss", "{at}.loss?", 3)), heldout_rows, measures("heldout"),
+        (("positions", "{at}.positions"), ("loss", "{at}.loss", 3)), heldout_rows, measures("heldout"),
     ),
     Table(
         "distill", "Recovery",
