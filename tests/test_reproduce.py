@@ -22,7 +22,7 @@ KINDS = {
     "study_spread": "spread",
     "quant_save": "quantize", "packed_export": "quantize", "gguf_pack": "pack", "moe_alloc": "probe", "vllm_tokens": "probe",
     "speed_families": "bench", "speed_gguf": "bench", "speed_eval": "bench", "speed_quant": "bench",
-    "speed_multi_gpu": "bench", "tiny_train": "train", "distill_run": "distill",
+    "speed_multi_gpu": "bench", "tiny_train": "train", "tiny_corpus": "train", "distill_run": "distill",
 }  # fmt: skip
 STUB = """#!/bin/sh
 printf '%s\\t%s\\n' "${TAG:-}" "$*" >>"$ASKED"
@@ -32,14 +32,14 @@ printf '%s\\t%s\\n' "${TAG:-}" "$*" >>"$ASKED"
 
 def record_of(tag: str, arguments: list[str]) -> str | None:
     """kind/tag of the record that a command would write; ``tag``: what its environment says."""
-    kind = KINDS.get(Path(arguments[0]).stem)
+    kind = KINDS.get(next((Path(word).stem for word in arguments if word.endswith(".py")), ""))
     given = dict(zip(arguments, arguments[1:]))
     if kind == "compare":
         tags = [word for place, word in enumerate(arguments[1:], 1) if not word.startswith("--")
                 and arguments[place - 1] not in ("--teacher", "--results")]  # fmt: skip
         tag = "__".join(filter(None, [given.get("--teacher"), *tags]))
     elif kind == "train":
-        tag = Path(given["--result"]).stem
+        tag = Path(given["--result"]).stem if "--result" in given else None
     elif kind == "distill":
         tag = tag or read_env_file(REPO / given["--config"])["TAG"]
     elif "--part" in given:

@@ -1,21 +1,31 @@
 """The training forward of razor-tiny against transformers' own, values and gradients."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from tiny_model import train_forward
+from hf_model import load_tokenizer
+from tiny_model import TextShape, balance_loss, init_weights, text_model, train_forward
 
 
-def test_training_forward_equals_transformers(random_tiny):
-    model = AutoModelForCausalLM.from_pretrained(random_tiny, dtype=torch.float32)
+@pytest.mark.parametrize("experts", [8, 24, 0], ids=["8 experts", "24 experts, grouped", "dense"])
+def test_training_forward_equals_transformers(random_tiny, experts):
+    if experts == 8:
+        model = AutoModelForCausalLM.from_pretrained(random_tiny, dtype=torch.float32)
+    else:
+        shape = TextShape(hidden=128, inner=64, experts=experts, top_k=3, layers=4, dense=192)
+        model = text_model(shape, load_tokenizer(random_tiny), 256)
+        init_weights(model, 0)
     ids = torch.randint(8, model.config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
     ids[ids == model.config.pad_token_id] = 9  # transformers gives the padding token no gradient
-    hidden, balance, load = train_forward(model, ids, torch.float32)
+    hidden, probs, load = train_forward(model, ids, torch.float32)
     logits = F.linear(hidden, model.lm_head.weight)
     expected = model(input_ids=ids).logits
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-4)
-    assert load.shape == (4, 8) and torch.allclose(load.sum(-1), torch.ones(4)) and 0.9 < balance < 8
+    assert (
+        load.shape == (4, experts or 1) and torch.allclose(load.sum(-1), torch.ones(4)) and 0.9 < balance_loss(probs, load) < 8
+    )
     gradients = []
     for output in (logits, expected):
         model.zero_grad()

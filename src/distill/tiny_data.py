@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from console import UserError
+from console import UserError, file_sha256
 from gguf_convert import QWEN2_PATTERN
 from task_text import RELATIONS, TASK_TEXTS, TaskText, default_world, letters_of, option_list
 from tasks_tiny import TINY_VISION_TASKS, Scene, TinyBars, TinyCount, TinyDigits, TinyVision
@@ -234,6 +235,39 @@ class TinyBatches(Batches):
         """Endless tokens of statements, to fill what a row has left."""
         while True:
             yield from encoded(self.tokenizer, [self.text_of("statements", rng)[1]])[0]
+
+
+# ---------------------------------------------------------------- real text
+
+STRATA = ("prose", "code", "manual pages", "other languages", "structured data")  # of a corpus (tiny_corpus.py)
+
+
+@dataclass
+class TextBatches(Batches):
+    """Of a corpus: windows of its training tokens, ``rows`` of them for each of ``world`` processes."""
+
+    ids: Path
+    rank: int
+    world: int
+    name = "text-batch"
+
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, ...]:
+        ids, size = np.memmap(self.ids, "<u2", "r"), self.length + 1
+        starts = [rng.randrange(len(ids) - size + 1) for _ in range(self.rows * self.world)][self.rank :: self.world]
+        rows = torch.from_numpy(np.stack([ids[start : start + size] for start in starts]).astype(np.int64))
+        return rows, torch.ones(rows.shape)
+
+
+def ids_entry(corpus: Path, split: str) -> dict[str, Any]:
+    """The record's entry of the tokens of a split: their digest and number, and whose tokens they are."""
+    file = corpus / f"{split}.bin"
+    if not file.is_file():
+        raise UserError(f"{file}: there is none; bash pipelines/make_text.sh makes a corpus, and goes on where it was stopped")
+    tokenizer = file_sha256(corpus / "tokenizer/tokenizer.json")
+    return {
+        "name": f"tokens, {split}", "revision": f"tokenizer {tokenizer}", "sha256": file_sha256(file),
+        "n": file.stat().st_size // 2,
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- pictures

@@ -18,13 +18,16 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
     Qwen3_5MoeConfig,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
 )
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from console import UserError
 from mtp import MtpBlock
 from tiny_data import MERGE, PATCH, VISION_TOKENS
 
@@ -58,6 +61,37 @@ def tiny_config(vocab_size: int, eos_token_id: int, pad_token_id: int, layers: i
     """15.9 M parameters, 79 % of them in routed experts."""
     own = text_settings(vocab_size, eos_token_id, pad_token_id, layers)
     return Qwen3_5MoeTextConfig(**own, tie_word_embeddings=False, bos_token_id=None)
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """Of a model that reads real text: ``experts`` of inner size ``inner`` (0: none, a dense one of inner size ``dense``)."""
+
+    hidden: int
+    inner: int
+    experts: int
+    top_k: int
+    layers: int
+    dense: int
+
+
+def text_model(shape: TextShape, tokenizer: PreTrainedTokenizerFast, context: int) -> torch.nn.Module:
+    """An untrained qwen3_5_moe (or dense qwen3_5) in float32: every fourth layer, and the last, of full attention."""
+    if shape.hidden % 128 or min(shape.hidden, shape.layers) < 1:
+        raise UserError(f"HIDDEN={shape.hidden}: must be a multiple of 128, two heads of 64; LAYERS at least 1")
+    if not (0 < shape.top_k <= shape.experts and shape.inner > 0 or not shape.experts and shape.dense > 0):
+        raise UserError("a mixture needs INNER and TOP_K between 1 and EXPERTS; a dense model EXPERTS=0 and DENSE")
+    kinds = ["full_attention" if i % 4 == 3 or i == shape.layers - 1 else "linear_attention" for i in range(shape.layers)]
+    own = text_settings(len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id, shape.layers)
+    heads = shape.hidden // 64
+    own |= {"hidden_size": shape.hidden, "num_attention_heads": heads, "linear_num_value_heads": heads, "layer_types": kinds}
+    own |= {"linear_num_key_heads": heads // 2, "max_position_embeddings": context, "tie_word_embeddings": False}
+    mixture = {name: own.pop(name) for name in tuple(own) if "expert" in name or name.startswith("moe_")}
+    if not shape.experts:
+        return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**own, intermediate_size=shape.dense, bos_token_id=None)).float()
+    mixture |= {"moe_intermediate_size": shape.inner, "shared_expert_intermediate_size": shape.inner}
+    mixture |= {"num_experts": shape.experts, "num_experts_per_tok": shape.top_k}
+    return Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**own, **mixture, bos_token_id=None)).float()
 
 
 def vl_config(tokenizer: PreTrainedTokenizerFast, layers: int, vision_layers: int) -> Qwen3_5MoeConfig:
@@ -190,40 +224,68 @@ def attention(layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: t
     return linear(layer.o_proj, out.reshape(batch, length, -1))
 
 
-def mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The MoE block on [N, H]: (output, load balance loss, share of assignments per expert [E]).
+def gated_mlp(block: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return linear(block.down_proj, F.silu(linear(block.gate_proj, x)) * linear(block.up_proj, x))
 
-    The loss is E * sum_e f_e p_e (Switch Transformer, eq. 4), 1 when balanced.
-    """
-    experts = block.experts
+
+DENSE_UP_TO = 16  # experts: fewer run faster as one dense product than gathered
+
+
+def dense_experts(experts: torch.nn.Module, x: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """All experts on all tokens [N, H], weighted by ``gates`` [N, E], zero for those not chosen."""
     count, inner = experts.num_experts, experts.intermediate_dim
-    probs = linear(block.gate, x).softmax(-1, dtype=torch.float32)
-    weight, chosen = probs.topk(top_k, -1)
-    weight = weight / weight.sum(-1, keepdim=True)
-    gates = torch.zeros_like(probs).scatter(-1, chosen, weight)  # [N, E], zero for experts not chosen
-    load = (gates > 0).float().mean(0) / top_k
-    balance = count * (load * probs.mean(0)).sum()
     up = F.linear(x, experts.gate_up_proj.to(x.dtype).flatten(0, 1)).view(-1, count, 2 * inner)
     hidden = F.silu(up[..., :inner]) * up[..., inner:] * gates.to(x.dtype)[..., None]
     down = experts.down_proj.to(x.dtype).permute(1, 0, 2).reshape(-1, count * inner)
-    shared = block.shared_expert
-    inner_shared = F.silu(linear(shared.gate_proj, x)) * linear(shared.up_proj, x)
-    shared_out = linear(shared.down_proj, inner_shared)
-    shared_out = shared_out * linear(block.shared_expert_gate, x).sigmoid()
-    return F.linear(hidden.flatten(1), down) + shared_out, balance, load
+    return F.linear(hidden.flatten(1), down)
+
+
+def grouped_experts(experts: torch.nn.Module, x: torch.Tensor, weight: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """Each token's ``chosen`` experts [N, k] alone, with their ``weight`` [N, k]: tokens in the order of experts, two grouped
+    matrix products."""
+    inner, order = experts.intermediate_dim, chosen.flatten().argsort(stable=True)
+    tokens = order // chosen.shape[1]
+    ones = torch.ones_like(order, dtype=torch.int32)
+    ends = ones.new_zeros(experts.num_experts).scatter_add(0, chosen.flatten(), ones).cumsum(0, dtype=torch.int32)
+    up = F.grouped_mm(x[tokens], experts.gate_up_proj.to(x.dtype).transpose(1, 2), offs=ends)
+    hidden = F.silu(up[:, :inner]) * up[:, inner:] * weight.flatten()[order].to(x.dtype)[:, None]
+    down = F.grouped_mm(hidden, experts.down_proj.to(x.dtype).transpose(1, 2), offs=ends)
+    places = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=x.device))
+    return down[places].view(*chosen.shape, -1).sum(1)  # a gather, whose sum has one order: index_add's differs between runs
+
+
+def mixture(block: torch.nn.Module, x: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The MoE block on [N, H]: (output, mean probability per expert [E], share of assignments per expert [E]); a dense one is
+    one expert."""
+    if not hasattr(block, "experts"):
+        return gated_mlp(block, x), *x.new_ones(2, 1, dtype=torch.float32)
+    count = block.experts.num_experts
+    probs = linear(block.gate, x).softmax(-1, dtype=torch.float32)
+    weight, chosen = probs.topk(top_k, -1)
+    weight = weight / weight.sum(-1, keepdim=True)
+    gates = torch.zeros_like(probs).scatter(-1, chosen, weight)
+    load = (gates > 0).float().mean(0) / top_k
+    own = dense_experts(block.experts, x, gates) if count <= DENSE_UP_TO else grouped_experts(block.experts, x, weight, chosen)
+    shared = gated_mlp(block.shared_expert, x) * linear(block.shared_expert_gate, x).sigmoid()
+    return own + shared, probs.mean(0), load
+
+
+def balance_loss(probs: torch.Tensor, load: torch.Tensor) -> torch.Tensor:
+    """E * sum_e f_e p_e (Switch Transformer, eq. 4), 1 when balanced; mean over the layers [layers, E]."""
+    return load.shape[-1] * (load * probs).sum(-1).mean()
 
 
 def decoder_layer(
     layer: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One layer on [B, T, H]: (output, load balance loss, expert load [E]). Compiled alone it serves all layers of a
-    kind: two graphs instead of one of the whole model, a quarter of the compilation time."""
+    """One layer on [B, T, H]: (output, mean probability and load of the experts, [E] each). Compiled alone it serves all
+    layers of a kind: two graphs instead of one of the whole model, a quarter of the compilation time."""
     normed = rms_norm(x, 1 + layer.input_layernorm.weight, eps)
     mixer = getattr(layer, "linear_attn", None)
     x = x + (delta_net(mixer, normed) if mixer is not None else attention(layer.self_attn, normed, cos, sin))
     normed = rms_norm(x, 1 + layer.post_attention_layernorm.weight, eps)
-    out, balance, load = mixture(layer.mlp, normed.flatten(0, 1), top_k)
-    return x + out.view_as(x), balance, load
+    out, probs, load = mixture(layer.mlp, normed.flatten(0, 1), top_k)
+    return x + out.view_as(x), probs, load
 
 
 def text_positions(length: int, device: torch.device) -> torch.Tensor:
@@ -234,7 +296,7 @@ def text_positions(length: int, device: torch.device) -> torch.Tensor:
 def train_forward(
     model: Qwen3_5MoeForCausalLM, ids: torch.Tensor, dtype: torch.dtype, layer_fn: Callable = decoder_layer
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids [B, T] -> (final hidden states [B, T, H], mean balance loss, expert load [layers, E]).
+    """Token ids [B, T] -> (final hidden states [B, T, H], mean probability and load of the experts, [layers, E] each).
 
     ``layer_fn``: :func:`decoder_layer` or its compiled form.
     """
@@ -247,9 +309,9 @@ def draft_forward(
     block: MtpBlock, ids: torch.Tensor, hidden: torch.Tensor, depths: int, lead: bool, layer_fn: Callable = decoder_layer
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Token ids [B, T + 1], the trunk's final states of all but the last [B, T, H] -> for each drafted token d = 0, 1, ...
-    (states [B, T, H], balance loss, expert load): row t guesses token t + 2 + d; the last 1 + d rows are of no use, so that
-    all batches have one shape. Each drafted token has read the tokens before it, as where all drafts were right. ``lead``: the
-    row that llama.cpp puts before the others (mtp.py)."""
+    (states [B, T, H], mean probability and load of the experts, [1, E] each): row t guesses token t + 2 + d; the last 1 + d
+    rows are of no use, so that all batches have one shape. Each drafted token has read the tokens before it, as where all
+    drafts were right. ``lead``: the row that llama.cpp puts before the others (mtp.py)."""
     width, config = hidden.shape[1], block.config
     cos, sin = (table[0] for table in block.rotary_emb(hidden, text_positions(width, ids.device)))
     for depth in range(depths):
@@ -259,10 +321,10 @@ def draft_forward(
         embedded = F.embedding(tokens, block.embed_tokens.weight).to(hidden.dtype)
         halves = zip((embedded, before), (block.pre_fc_norm_embedding, block.pre_fc_norm_hidden))
         rows = linear(block.fc, torch.cat([rms_norm(half, 1 + norm.weight, norm.eps) for half, norm in halves], -1))
-        out, balance, load = layer_fn(block.layers[0], rows, cos, sin, config.rms_norm_eps, config.num_experts_per_tok)
+        out, probs, load = layer_fn(block.layers[0], rows, cos, sin, config.rms_norm_eps, config.num_experts_per_tok)
         hidden = rms_norm(out, 1 + block.norm.weight, config.rms_norm_eps)
         hidden = hidden.roll(-1, 1) if first else hidden
-        yield hidden, balance, load
+        yield hidden, probs[None], load[None]
 
 
 def through_layers(
@@ -270,12 +332,12 @@ def through_layers(
     layer_fn: Callable,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Embeddings [B, T, H] through all layers and the final norm."""
-    balances, loads = [], []
+    shares = []
     for layer in text.layers:
-        x, balance, load = layer_fn(layer, x, cos, sin, config.rms_norm_eps, config.num_experts_per_tok)
-        balances.append(balance)
-        loads.append(load)
-    return rms_norm(x, 1 + text.norm.weight, config.rms_norm_eps), torch.stack(balances).mean(), torch.stack(loads)
+        x, *share = layer_fn(layer, x, cos, sin, config.rms_norm_eps, getattr(config, "num_experts_per_tok", 1))
+        shares.append(share)
+    probs, loads = map(torch.stack, zip(*shares))
+    return rms_norm(x, 1 + text.norm.weight, config.rms_norm_eps), probs, loads
 
 
 # ---------------------------------------------------------------- pictures
@@ -397,7 +459,7 @@ def vl_forward(
     layer_fn: Callable = decoder_layer, vision_fn: Callable = vision_forward, layout: Layout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Token ids [B, T] with one picture at the same place in every row, patches [B, N, ...] -> (hidden states [B, T, H],
-    mean balance loss, expert load [layers, E]). ``layout``: that of all batches of this shape."""
+    mean probability and load of the experts, [layers, E] each). ``layout``: that of all batches of this shape."""
     text, config = model.model.language_model, model.config.text_config
     layout = layout or vl_layout(model, ids, patches)
     tokens = vision_fn(model.model.visual, patches, layout.vision, dtype)

@@ -1,5 +1,8 @@
-"""Train razor-tiny, where the config has VISION_LAYERS razor-tiny-vl, or where it has MTP_OF the multi-token-prediction block
-of a model whose own weights stay (bash pipelines/make_tiny.sh [vl|mtp]):
+"""Train the tiny models: razor-tiny, its multi-token-prediction block, razor-tiny-vl, and models that read real text.
+
+What a config has decides: VISION_LAYERS for razor-tiny-vl, MTP_OF for the block of a model whose own weights stay (bash
+pipelines/make_tiny.sh [vl|mtp]); with --text it is a mixture or a dense model on the tokens of a corpus, on one GPU or, under
+torchrun, on several (bash pipelines/make_tiny.sh text 35m):
 
     python src/distill/tiny_train.py --config configs/make_tiny.env --out models/razor-tiny --work work/make_tiny \
         --result results/train/razor_tiny.json
@@ -21,25 +24,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
 
 import tiny_data
 import tiny_model
-from console import UserError, atomic_path, progress, run_cli
-from hf_model import load_weights
+from console import UserError, atomic_path, progress, read_object, run_cli
+from fsdp_setup import World, end_world, start_world, summed
+from hf_model import load_tokenizer, load_weights
 from mtp import MtpBlock, write_beside
 from records import describe_model, write_result
 from settings import parse_settings, setting
 from task_text import GENERATOR_REVISION, TASK_TEXTS, WORLD_SEED
 from tasks_tiny import TINY_VISION_TASKS, VISION_REVISION
-from tiny_data import encode_pairs, encode_scenes, prompt_text
-from tiny_model import decoder_layer, vision_forward
+from tiny_data import STRATA, encode_pairs, encode_scenes, ids_entry, prompt_text
+from tiny_model import balance_loss, decoder_layer, vision_forward
 
 Batch = tuple[torch.Tensor, ...]  # ids [B, T + 1], loss weights of the same shape, and pictures where there are any
-Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, load balance loss, load of the experts
+Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, mean probability and load of the experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +63,11 @@ class TrainSettings:
     balance: float = setting(help="weight of the load-balancing loss")
     prompt_weight: float = setting(help="loss weight of the tokens of the question")
     layers: int = setting(8, "of the text model")
+    hidden: int = setting(256, "size of the hidden state, with a corpus")
+    inner: int = setting(256, "inner size of an expert, with a corpus")
+    experts: int = setting(8, "with a corpus; 0: a dense model")
+    top_k: int = setting(2, "experts of a token, with a corpus")
+    dense: int = setting(0, "inner size of the dense model")
     vision_layers: int = setting(0, "of the vision tower; 0: razor-tiny, which has none")
     mtp_of: str = setting("", "the model whose multi-token-prediction block is trained, beside its own frozen weights")
     mtp_depths: int = setting(2, "tokens that the block learns to draft one after another")
@@ -116,11 +127,16 @@ def make_optimizer(model: torch.nn.Module, config: TrainSettings, fused: bool) -
 class Run:
     """razor-tiny: its model, optimizer, step and loss curve; saved to and restored from one file, atomically."""
 
+    extends = False  # whether a second call may go on for longer
     data_set = {"name": "tiny_tasks", "revision": f"{GENERATOR_REVISION}, world {WORLD_SEED}"}
     loss_fn: Callable[..., Any] = staticmethod(token_loss)
 
-    def __init__(self, config: TrainSettings, tokenizer: PreTrainedTokenizerFast, work: Path, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainSettings, tokenizer: PreTrainedTokenizerFast, work: Path, device: torch.device,
+        world: World | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.path, self.device, self.tokenizer = config, work / "state.pt", device, tokenizer
+        self.world = world or World(0, 1, device)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = self.build().to(device)
         self.optimizer = make_optimizer(self.model, config, fused=device.type == "cuda")
@@ -149,9 +165,18 @@ class Run:
     ) -> Forward:
         """(what is minimised, the loss without the balance of the experts, their load) of a batch."""
         ids, weights, *pictures = batch
-        hidden, balance, load = self.forward((ids[:, :-1], *pictures), layer_fn, vision_fn)
+        hidden, probs, load = self.forward((ids[:, :-1], *pictures), layer_fn, vision_fn)
+        load = summed(load, self.world) / self.world.size  # balanced over the whole step, as one process would
         loss = loss_fn(self.model, hidden, ids[:, 1:], weights[:, 1:])
-        return loss + self.config.balance * balance, loss, load
+        return loss + self.config.balance * balance_loss(probs, load), loss, load
+
+    def made_of(self) -> dict[str, Any]:
+        """What decides the weights: a state is resumed with the same alone."""
+        return dataclasses.asdict(self.config)
+
+    def data(self) -> list[dict[str, Any]]:
+        """The record's entries of what was read."""
+        return [self.data_set | {"sha256": None, "n": None}]
 
     def seen(self) -> dict[str, Any]:
         """What a point of the curve says beside what every training has."""
@@ -162,7 +187,7 @@ class Run:
         return self.config.progress(self.step, self.seconds) >= 1
 
     def save(self) -> None:
-        state = {"config": dataclasses.asdict(self.config), "step": self.step, "seconds": self.seconds, "curve": self.curve}
+        state = {"config": self.made_of(), "step": self.step, "seconds": self.seconds, "curve": self.curve}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         with atomic_path(self.path) as temporary:
             torch.save(state, temporary)
@@ -170,10 +195,10 @@ class Run:
     def restore(self) -> None:
         """Of a run that the clock may end, STEPS and MAX_SECONDS may be larger than they were: that extends it."""
         state = torch.load(self.path, map_location=self.device, weights_only=True)
-        settings = dataclasses.asdict(self.config)
-        free = ("steps", "max_seconds") if self.config.vision_layers else ()
+        settings = self.made_of()
+        free = ("steps", "max_seconds") if self.extends else ()
         if state["config"] | {name: settings[name] for name in free} != settings:
-            raise UserError(f"{self.path}: made with other settings; remove it or give another --work")
+            raise UserError(f"{self.path}: made with other settings or data; remove it or give another --work")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
@@ -232,6 +257,7 @@ class Run:
 class VlRun(Run):
     """The same of razor-tiny-vl."""
 
+    extends = True
     data_set = {"name": "tiny_vision_tasks", "revision": VISION_REVISION}
     layout: tiny_model.Layout | None = None  # of all batches of the training
 
@@ -280,21 +306,21 @@ class MtpRun(Run):
         return block
 
     def drafted(self, batch: Batch, lead: bool, layer_fn: Callable[..., Forward], loss_fn: Any) -> Iterator[Forward]:
-        """(KL divergence, share of accepted tokens, balance, load) of each drafted token."""
+        """(KL divergence, share of accepted tokens, mean probability and load of the experts) of each drafted token."""
         ids, weights, depths = batch[0], batch[1], self.config.mtp_depths
         with torch.no_grad():
             states, _, _ = tiny_model.train_forward(self.trunk, ids[:, :-1], self.dtype, layer_fn)
-        for depth, (hidden, *balance) in enumerate(tiny_model.draft_forward(self.model, ids, states, depths, lead, layer_fn)):
+        for depth, (hidden, *shares) in enumerate(tiny_model.draft_forward(self.model, ids, states, depths, lead, layer_fn)):
             counted = F.pad(weights[:, 2 + depth :], (0, 1 + depth))
-            yield *loss_fn(self.model.lm_head.weight, hidden, states.roll(-1 - depth, 1), counted), *balance
+            yield *loss_fn(self.model.lm_head.weight, hidden, states.roll(-1 - depth, 1), counted), *shares
 
     def objective(
         self, batch: Batch, layer_fn: Callable[..., Forward], vision_fn: Callable[..., torch.Tensor], loss_fn: Any
     ) -> Forward:
         """Every second batch as llama.cpp runs the block, the others as vLLM does."""
-        losses, self.accepted, balances, loads = zip(*self.drafted(batch, self.step % 2 == 1, layer_fn, loss_fn))
-        loss, balance = torch.stack(losses).mean(), torch.stack(balances).mean()
-        return loss + self.config.balance * balance, loss, torch.stack(loads)
+        losses, self.accepted, probs, loads = zip(*self.drafted(batch, self.step % 2 == 1, layer_fn, loss_fn))
+        loss, load = torch.stack(losses).mean(), torch.cat(loads)
+        return loss + self.config.balance * balance_loss(torch.cat(probs), load), loss, load
 
     def seen(self) -> dict[str, Any]:
         return {"accepted": [round(float(share), 4) for share in self.accepted]}
@@ -313,6 +339,70 @@ class MtpRun(Run):
         write_beside(Path(self.config.mtp_of), out, self.model)
 
 
+class TextRun(Run):
+    """A model of the given shape on the tokens of a corpus, on one GPU or, under torchrun, on several: each process takes its
+    rows of a step, and the gradients are averaged."""
+
+    extends = True
+
+    def __init__(self, config: TrainSettings, corpus: Path, work: Path, world: World) -> None:
+        self.corpus, self.read = corpus, [ids_entry(corpus, split) for split in ("train", "heldout")]
+        if config.rows % world.size:
+            raise UserError(f"ROWS={config.rows}: must be a multiple of the {world.size} GPUs")
+        if config.length % 16:
+            raise UserError(f"LENGTH={config.length}: must be a multiple of 16, the chunk of Gated DeltaNet")
+        if self.read[0]["n"] <= config.length:
+            raise UserError(f"{corpus}: {self.read[0]['n']} training tokens; LENGTH={config.length} needs more")
+        super().__init__(config, load_tokenizer(corpus / "tokenizer", chat=False), work, world.device, world)
+
+    def build(self) -> torch.nn.Module:
+        c = self.config
+        shape = tiny_model.TextShape(c.hidden, c.inner, c.experts, c.top_k, c.layers, c.dense)
+        model = tiny_model.text_model(shape, self.tokenizer, 2 * c.length)
+        tiny_model.init_weights(model, c.seed)
+        return model
+
+    def made_of(self) -> dict[str, Any]:
+        return super().made_of() | {"corpus": self.read[0]["sha256"]}
+
+    def data(self) -> list[dict[str, Any]]:
+        return self.read
+
+    def batches(self) -> Dataset:
+        c, world = self.config, self.world
+        ids, rows = self.corpus / "train.bin", c.rows // world.size
+        return tiny_data.TextBatches(self.tokenizer, c.seed, c.steps, rows, c.length, 1.0, ids, world.rank, world.size)
+
+    @torch.no_grad()
+    def metrics(self, items: int) -> dict[str, Any]:
+        """Cross-entropy of held-out text by stratum, in nats a token, on at most ``items`` windows of each."""
+        places, losses = read_object(self.corpus / "heldout.json", "starts", "strata"), {}
+        ids, size = np.memmap(self.corpus / "heldout.bin", "<u2", "r"), self.config.length + 1
+        ends = [*places["starts"][1:], len(ids)]
+        for number, stratum in enumerate(STRATA):
+            own = [a for a, b, kind in zip(places["starts"], ends, places["strata"]) if kind == number and b - a >= size]
+            rows = [torch.from_numpy(ids[a : a + size].astype(np.int64)) for a in own[:items]]
+            total = 0.0
+            for part in torch.stack(rows).to(self.device).split(8) if rows else ():
+                hidden, ones = self.forward((part[:, :-1],), decoder_layer, vision_forward)[0], torch.ones(part[:, 1:].shape)
+                total += token_loss(self.model, hidden, part[:, 1:], ones.to(self.device)).item() * len(part)
+            if rows:
+                name, positions = stratum.replace(" ", "_"), len(rows) * self.config.length
+                losses[name] = {"positions": positions, "loss": round(total / len(rows), 5)}
+        tokens = self.step * self.config.rows * self.config.length
+        print(losses, flush=True)
+        speed = round(tokens / self.seconds)
+        return {"tokens": tokens, "tokens_per_second": speed, "processes": self.world.size, "heldout": losses}
+
+
+def average_gradients(model: torch.nn.Module, world: World) -> None:
+    """Over the processes; those of a parameter are on the way while the next one's are asked for."""
+    if world.size > 1:
+        for parameter, work in [(p, dist.all_reduce(p.grad, async_op=True)) for p in model.parameters()]:
+            work.wait()
+            parameter.grad /= world.size
+
+
 def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> None:
     """Run the remaining steps (up to ``stop``, if given), logging every 50, saving at the given interval and at the end."""
     config, device = run.config, run.device
@@ -324,8 +414,10 @@ def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> N
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         layer_fn, vision_fn, loss_fn = (torch.compile(f, dynamic=False) for f in (layer_fn, vision_fn, loss_fn))
-    started, before, bar = time.monotonic(), run.seconds, progress(config.steps, "train", "step")
-    bar.update(run.step)
+    world, started, before, bar = run.world, time.monotonic(), run.seconds, None
+    if world.first:
+        bar = progress(config.steps, "train", "step")
+        bar.update(run.step)
     for batch in loader:
         rate = config.rate(run.step, run.seconds)
         for group in run.optimizer.param_groups:
@@ -333,20 +425,29 @@ def train(run: Run, workers: int, save_every: int, stop: int | None = None) -> N
         batch = tuple(part.to(device, non_blocking=True) for part in batch)
         total, loss, load = run.objective(batch, layer_fn, vision_fn, loss_fn)
         total.backward()
+        average_gradients(run.model, world)
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.step += 1
-        run.seconds = before + time.monotonic() - started
-        bar.update(1)
+        if world.size == 1:
+            run.seconds = before + time.monotonic() - started
+        elif run.step % 10 == 0 or run.step == config.steps:  # all go by the first one's clock, or some would end before others
+            clock = before + time.monotonic() - started if world.first else 0.0
+            run.seconds = summed(torch.tensor(clock, dtype=torch.float64, device=device), world).item()
         last = run.finished or run.step == stop
         if run.step % 50 == 0 or last:
-            run.log(loss.item(), norm.item(), load, rate)
-        if run.step % save_every == 0 or last:
+            mean = summed(loss.detach(), world).item() / world.size
+            if world.first:
+                run.log(mean, norm.item(), load, rate)
+        if (run.step % save_every == 0 or last) and world.first:
             run.save()
+        if world.first:
+            bar.update(1)
         if last:
             break
-    bar.close()
+    if world.first:
+        bar.close()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -355,21 +456,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory of the training state")
     parser.add_argument("--result", type=Path, required=True, help="JSON of the training record; its name is the tag")
     parser.add_argument("--workers", type=int, default=2, help="processes that make batches; 0: this one")
+    parser.add_argument("--text", type=Path, help="directory of a corpus (tiny_corpus.py): a model that reads real text")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between saved states (default 1000)")
     parser.add_argument("--probe-items", type=int, default=256, help="held-out items of each task at the end; 0: none")
 
 
 def main() -> None:
     config, args = parse_settings(TrainSettings, __doc__, add_arguments)
-    device, started, vision = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.time(), config.vision_layers
-    kind = VlRun if vision else MtpRun if config.mtp_of else Run
+    started, vision, world = time.time(), config.vision_layers, start_world()
+    if world.size > 1 and not args.text:
+        raise UserError("torchrun: several processes train what reads real text (--text) alone")
     args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer = tiny_data.build_vl_tokenizer(tiny_data.vl_texts()) if vision else tiny_data.build_tokenizer()
-    run = kind(config, tokenizer, args.work, device)
+    if args.text:
+        run = TextRun(config, args.text, args.work, world)
+    else:
+        tokenizer = tiny_data.build_vl_tokenizer(tiny_data.vl_texts()) if vision else tiny_data.build_tokenizer()
+        run = (VlRun if vision else MtpRun if config.mtp_of else Run)(config, tokenizer, args.work, world.device)
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    print(f"{parameters / 1e6:.2f} M parameters on {device}; from step {run.step} of {config.steps}; {config}", flush=True)
+    if world.first:
+        print(f"{parameters / 1e6:.2f} M parameters on {world.size} x {world.device.type}", end="; ")
+        print(f"from step {run.step} of {config.steps}; {config}", flush=True)
     if not run.finished:
         train(run, args.workers, args.save_every)
+    if world.first:
+        record(run, args, parameters, started)
+    end_world(world)
+
+
+def record(run: Run, args: argparse.Namespace, parameters: int, started: float) -> None:
+    """The checkpoint of a finished run and its record."""
     metrics = run.metrics(args.probe_items)
     run.export(args.out)
     metrics |= {
@@ -378,7 +493,7 @@ def main() -> None:
     }  # fmt: skip
     write_result(
         args.result, kind="train", tag=args.result.stem, started=started, seconds=run.seconds, model=describe_model(args.out),
-        recipe=dataclasses.asdict(config), data=[run.data_set | {"sha256": None, "n": None}], metrics=metrics,
+        recipe=dataclasses.asdict(run.config), data=run.data(), metrics=metrics,
     )  # fmt: skip
 
 

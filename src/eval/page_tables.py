@@ -304,6 +304,17 @@ def several_train_rows(r: Record) -> Rows:
         yield (machine(r),), {"at": at} | fullest(r, f"{at}.train")
 
 
+def stratum_rows(r: Record) -> Rows:
+    for split, strata in r["metrics"]["strata"].items():
+        for stratum in strata:
+            yield (split, stratum.replace("_", " ")), {"at": f"metrics.strata.{split}.{stratum}"}
+
+
+def heldout_rows(r: Record) -> Rows:
+    for stratum in r["metrics"]["heldout"]:
+        yield (tag(r), stratum.replace("_", " ")), {"at": f"metrics.heldout.{stratum}"}
+
+
 def several_answer_rows(r: Record) -> Rows:
     for at in (f"metrics.{way}" for way in r["metrics"]):
         yield (machine(r), at.removeprefix("metrics.")), {"at": at} | fullest(r, at)
@@ -486,10 +497,20 @@ TABLES = (
         several_vllm_rows, several("vllm"),
     ),
     Table(
+        "train", "Text", "Real text from pinned packages, by split; none is in two. Documents as they are after cleaning.",
+        ("split", "stratum"), (
+            ("documents", "{at}.documents"), ("size", "{at}.bytes", 1, " MB"), ("tokens", "{at}.tokens"),
+        ), stratum_rows, measures("strata"),
+    ),
+    Table(
         "train", "Training", "", ("model",), (
             ("parameters", "metrics.parameters"), ("tokens or pictures", "metrics.tokens|metrics.pictures"),
             ("seconds", "seconds"), ("final loss", "metrics.final_loss", 3),
-        ),
+        ), wants=measures("parameters"),
+    ),
+    Table(
+        "train", "Loss on held-out text", "Cross-entropy in nats a token, after training.", ("model", "stratum"),
+        (("positions", "{at}.positions"), ("loss", "{at}.loss", 3)), heldout_rows, measures("heldout"),
     ),
     Table(
         "distill", "Recovery",
@@ -520,6 +541,8 @@ PIPELINES = (
     ("train/razor_tiny", "make_tiny.sh"),
     ("train/razor_tiny_vl", "make_tiny.sh vl"),
     ("train/razor_tiny_mtp", "make_tiny.sh mtp"),
+    ("train/text", "make_text.sh --result results/train/text.json --tag text"),
+    *((f"train/text_{name}", f"make_tiny.sh text {name}") for name in ("35m", "e64", "e128", "e256", "dense")),
     ("distill/opd_tiny", "distill.sh"),
     ("bench/*_memory", "bench.sh memory"),
     ("bench/razor_tiny_mtp_*", "bench.sh mtp"),
