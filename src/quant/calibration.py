@@ -445,12 +445,18 @@ def hooked_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def calibrated_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The parameters whose inputs a calibrated pass sees, in the decoder's layers and the head, with their shapes, by their
-    names in the module tree; none where transformers has no class of the model."""
+    """The parameters whose inputs a calibrated pass sees, in the decoder's layers and the head (an embedding that is tied to
+    it), with their shapes, by their names in the module tree; none where transformers has no class of the model."""
     if checkpoint.known_family is None or not has_class(checkpoint.model_type):
         return {}
-    found = hooked_shapes(meta_model(model_config(checkpoint.path).get_text_config()))
-    return {name: shape for name, shape in found.items() if LAYER_PREFIX.match(name) or name == "lm_head.weight"}
+    config = model_config(checkpoint.path).get_text_config()
+    model = meta_model(config)
+    found = {
+        name: shape for name, shape in hooked_shapes(model).items() if LAYER_PREFIX.match(name) or name == "lm_head.weight"
+    }
+    embedding = model.get_input_embeddings()
+    tied = (name for name, module in model.named_modules() if module is embedding and config.tie_word_embeddings)
+    return found | {f"{name}.weight": tuple(embedding.weight.shape) for name in tied}
 
 
 def output(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -528,6 +534,7 @@ class LayerStream:
         self.embedding, prefix = self.model.get_input_embeddings(), "model."
         names = {module: f"{prefix}{name}." for name, module in self.decoder.named_children()}
         self.embedding_prefix = names[self.embedding]
+        self.tied = f"{self.embedding_prefix}weight" if config.tie_word_embeddings else ""  # the head is this parameter
         self.around = {m: name for m, name in names.items() if m not in (self.embedding, self.decoder.layers)}
         self.ahead = device.type == "cuda" if ahead is None else ahead
         self._reader = ThreadPoolExecutor(1, "ahead")

@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from calibrated_pass import LM_HEAD
 from calibration import Calibration, MemoryPlan, plan_memory
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
@@ -548,8 +547,12 @@ def fetched_bytes(pack: Pack) -> tuple[int, int]:
     if pack.calibration:
         kept = bool(pack.weights_file and pack.weights_file.exists())
         layers, ahead = layers_fetched(pack.checkpoint, pack.calibration, kept)
-        rounded = {p.parameter for p in pack.pieces if p.role is not Role.EMBEDDING and is_quantized(pack.types[p.name])}
-        total += layers + (stored_bytes(tensors[n] for n in pack.checkpoint.sources[LM_HEAD]) if LM_HEAD in rounded else 0)
+        tied = not any(p.role is Role.LM_HEAD for p in pack.pieces)  # then the embedding is read to embed, and as the head
+        rounded = {
+            p.parameter for p in pack.pieces if (tied or p.role is not Role.EMBEDDING) and is_quantized(pack.types[p.name])
+        }
+        heads = {p.parameter for p in pack.pieces if p.role is (Role.EMBEDDING if tied else Role.LM_HEAD)} & rounded
+        total += layers + (1 + tied) * stored_bytes(tensors[n] for head in heads for n in pack.checkpoint.sources[head])
     for piece in pack.pieces:
         if piece.parameter not in rounded and not (pack.blocks and piece.parameter in pack.blocks.shapes):
             total += stored_bytes(tensors[name] for name in read_for(pack.checkpoint, piece))
