@@ -109,7 +109,7 @@ def test_every_family_is_quantized_layer_by_layer(family, tmp_path):
 
 @pytest.mark.parametrize("method", ["wclip", "awq", "gptq", "gptq_refit"])
 def test_a_tied_embedding_is_rounded_as_the_head(method, tmp_path):
-    """Against the whole model: its layers as they were rounded behind the embedding as it was, and what the head reads there."""
+    """Against the whole model: its layers as they were rounded, behind the embedding as it was."""
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **TINY | {"vocab_size": 384, "tie_word_embeddings": True})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")

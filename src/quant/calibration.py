@@ -451,9 +451,8 @@ def calibrated_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
         return {}
     config = model_config(checkpoint.path).get_text_config()
     model = meta_model(config)
-    found = {
-        name: shape for name, shape in hooked_shapes(model).items() if LAYER_PREFIX.match(name) or name == "lm_head.weight"
-    }
+    shapes = hooked_shapes(model)
+    found = {name: shape for name, shape in shapes.items() if LAYER_PREFIX.match(name) or name == "lm_head.weight"}
     embedding = model.get_input_embeddings()
     tied = (name for name, module in model.named_modules() if module is embedding and config.tie_word_embeddings)
     return found | {f"{name}.weight": tuple(embedding.weight.shape) for name in tied}

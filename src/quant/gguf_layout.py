@@ -155,8 +155,8 @@ def traced(checkpoint: Checkpoint, mtp: str = "file") -> dict[str, Any]:
 
 
 def pieces_of(checkpoint: Checkpoint, mtp: str = "none") -> list[Piece]:
-    """Every tensor of the GGUF, in the order of the decoder, without the vision tower; ``mtp``: of :func:`traced`. The embedding
-    comes last where it is the head."""
+    """Every tensor of the GGUF, in the order of the decoder, an embedding that is the head behind it, without the vision tower;
+    ``mtp``: of :func:`traced`."""
     roles = known_roles(checkpoint)
     if roles:
         try:

@@ -542,17 +542,16 @@ def pack_memory(pack: Pack, dry_run: bool) -> MemoryPlan:
 def fetched_bytes(pack: Pack) -> tuple[int, int]:
     """(bytes, bytes at a time) that :func:`write_pack` reads of the checkpoint: to run its layers, for every piece that is
     not rounded there, and for the vision tower."""
-    tensors, ahead, rounded = pack.checkpoint.tensors, AHEAD_BYTES, set()
+    tensors, ahead, rounded = pack.checkpoint.tensors, AHEAD_BYTES, dict[str, Role]()
     total = stored_bytes(info for name, info in tensors.items() if VISION_PREFIX.match(name))
     if pack.calibration:
         kept = bool(pack.weights_file and pack.weights_file.exists())
         layers, ahead = layers_fetched(pack.checkpoint, pack.calibration, kept)
         tied = not any(p.role is Role.LM_HEAD for p in pack.pieces)  # then the embedding is read to embed, and as the head
-        rounded = {
-            p.parameter for p in pack.pieces if (tied or p.role is not Role.EMBEDDING) and is_quantized(pack.types[p.name])
-        }
-        heads = {p.parameter for p in pack.pieces if p.role is (Role.EMBEDDING if tied else Role.LM_HEAD)} & rounded
-        total += layers + (1 + tied) * stored_bytes(tensors[n] for head in heads for n in pack.checkpoint.sources[head])
+        head, plain = (Role.EMBEDDING, None) if tied else (Role.LM_HEAD, Role.EMBEDDING)
+        rounded = {p.parameter: p.role for p in pack.pieces if p.role is not plain and is_quantized(pack.types[p.name])}
+        heads = [name for parameter, role in rounded.items() if role is head for name in pack.checkpoint.sources[parameter]]
+        total += layers + (1 + tied) * stored_bytes(tensors[name] for name in heads)
     for piece in pack.pieces:
         if piece.parameter not in rounded and not (pack.blocks and piece.parameter in pack.blocks.shapes):
             total += stored_bytes(tensors[name] for name in read_for(pack.checkpoint, piece))
