@@ -67,6 +67,27 @@ def test_streamed_activations_and_statistics_are_those_of_the_whole_model(random
     torch.testing.assert_close(hidden, expected[2], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmoe", "qwen3_5_text"])
+def test_moments_of_values_are_those_of_what_the_attention_averages(family):
+    config = AutoConfig.for_model(family, **TINY | {"num_attention_heads": 4, "hidden_size": 128, "head_dim": 32})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    layer = next(layer for layer in model.model.layers if hasattr(layer, "self_attn"))
+    own = layer.self_attn
+    seen: list = []
+    own.register_forward_pre_hook(lambda m, a, k: seen.append(k["hidden_states"]), with_kwargs=True)
+    own.register_forward_hook(lambda m, a, out: seen.append(out[1]))
+    collector = Collector(layer, {"self_attn.q_proj.weight", "self_attn.v_proj.weight"})
+    with torch.no_grad():
+        model(torch.randint(0, 128, (2, 24)), use_cache=False)
+    collector.remove()
+    x = seen[0].flatten(0, 1)
+    torch.testing.assert_close(collector.moments["self_attn.q_proj.weight"].statistics(0).hessian[0], x.T @ x / len(x))  # once
+    if family != "qwen3_5_text":  # its attention has a gate
+        x = (seen[1] @ seen[0][:, None]).flatten(0, 2)  # probabilities [B, heads, T, T] of positions [B, 1, T, I]
+    found = collector.moments["self_attn.v_proj.weight"].statistics(0).hessian[0]
+    torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_read_ahead_is_what_is_read(random_tiny, monkeypatch):
     read, plain = [], LayerStream(Checkpoint(random_tiny), CPU, torch.float32, ahead=False)
     stream = LayerStream(Checkpoint(random_tiny), CPU, torch.float32, ahead=True)

@@ -47,10 +47,13 @@ class MomentSettings:
     damping: float = setting(
         0.0, "with text: added to each second moment, as a share of their mean; 0.1 goes with a token power of 0.4"
     )
+    shrinkage: float = setting(
+        0.0, "with text: how much of the second moments of two different inputs is dropped, 0 to 1; 0.3 where text is scarce"
+    )
 
     def __post_init__(self) -> None:
-        if not (0 <= self.token_power <= 1 and 0 <= self.damping <= 10):
-            raise UserError("--token-power must be within 0 and 1, --damping within 0 and 10")
+        if not (0 <= self.token_power <= 1 and 0 <= self.damping <= 10 and 0 <= self.shrinkage <= 1):
+            raise UserError("--token-power and --shrinkage must be within 0 and 1, --damping within 0 and 10")
 
 
 def is_later(name: str) -> bool:
@@ -217,7 +220,7 @@ class CalibratedPass(Generic[V]):
             raise UserError("no calibration activation reached it; give more or other calibration text")
         moments = self.moments.pop(name)
         floor = self.calibration.floor * moments.shape[-1]
-        statistics = moments.statistics(floor, self.calibration.damping)
+        statistics = moments.statistics(floor, self.calibration.damping, self.calibration.shrinkage)
         self.cold[name] = int((statistics.tokens < floor).sum())
         self.unrouted[name] = int((statistics.tokens == 0).sum())
         return statistics, moments.weight

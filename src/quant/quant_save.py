@@ -85,8 +85,8 @@ class QuantizeSettings:
 
     def __post_init__(self) -> None:
         known = ", ".join(CALIBRATED)
-        if (self.moments.token_power or self.moments.damping) and not self.calibrated:
-            raise UserError(f"--token-power, --damping: of a calibrated method: {known}")
+        if any(dataclasses.astuple(self.moments)) and not self.calibrated:
+            raise UserError(f"--token-power, --damping, --shrinkage: of a calibrated method: {known}")
         if self.consume_source and not (self.consume_real_source or is_synthetic(self.model)):
             raise UserError(
                 f"--consume-source: {self.model} is not of synthetic_moe.py; "
