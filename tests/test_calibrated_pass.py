@@ -20,6 +20,7 @@ from console import UserError
 from families import roles_of
 from hf_model import prefix_ids
 from kl import batches, text_windows
+from moe_ptq import Grid, Statistics, round_weight
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from safetensors_file import CheckpointWriter
@@ -66,6 +67,27 @@ def test_streamed_activations_and_statistics_are_those_of_the_whole_model(random
     torch.testing.assert_close(hidden, expected[2], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmoe", "qwen3_5_text"])
+def test_moments_of_values_are_those_of_what_the_attention_averages(family):
+    config = AutoConfig.for_model(family, **TINY | {"num_attention_heads": 4, "hidden_size": 128, "head_dim": 32})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    layer = next(layer for layer in model.model.layers if hasattr(layer, "self_attn"))
+    own = layer.self_attn
+    seen: list = []
+    own.register_forward_pre_hook(lambda m, a, k: seen.append(k["hidden_states"]), with_kwargs=True)
+    own.register_forward_hook(lambda m, a, out: seen.append(out[1]))
+    collector = Collector(layer, {"self_attn.q_proj.weight", "self_attn.v_proj.weight"})
+    with torch.no_grad():
+        model(torch.randint(0, 128, (2, 24)), use_cache=False)
+    collector.remove()
+    x = seen[0].flatten(0, 1)
+    torch.testing.assert_close(collector.moments["self_attn.q_proj.weight"].statistics(0).hessian[0], x.T @ x / len(x))  # once
+    if family != "qwen3_5_text":  # its attention has a gate
+        x = (seen[1] @ seen[0][:, None]).flatten(0, 2)  # probabilities [B, heads, T, T] of positions [B, 1, T, I]
+    found = collector.moments["self_attn.v_proj.weight"].statistics(0).hessian[0]
+    torch.testing.assert_close(found, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
 def test_what_is_read_ahead_is_what_is_read(random_tiny, monkeypatch):
     read, plain = [], LayerStream(Checkpoint(random_tiny), CPU, torch.float32, ahead=False)
     stream = LayerStream(Checkpoint(random_tiny), CPU, torch.float32, ahead=True)
@@ -104,6 +126,30 @@ def test_every_family_is_quantized_layer_by_layer(family, tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m", "q"]
     assert not list((tmp_path / "q").glob("activations*"))
+
+
+@pytest.mark.parametrize("method", ["wclip", "awq", "gptq", "gptq_refit"])
+def test_a_tied_embedding_is_rounded_as_the_head(method, tmp_path):
+    """Against the whole model: its layers as they were rounded, behind the embedding as it was."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **TINY | {"vocab_size": 384, "tie_word_embeddings": True})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    text = calibration(384, 8, damping=0.01)
+    quantize_checkpoint(tmp_path / "m", tmp_path / "q", Recipe(16, 3, 32, 8, method=method), calibration=text)
+    name = "model.embed_tokens.weight"
+    original, made = (Checkpoint(tmp_path / path).read(name).float() for path in "mq")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    with torch.no_grad():
+        whole.get_input_embeddings().weight.copy_(original)
+        x = whole.model(text.ids).last_hidden_state.flatten(0, 1)
+        moments = x.T @ x / len(x)
+        moments += 0.01 * moments.diagonal().mean() * torch.eye(len(moments))
+        statistics = Statistics(moments[None], torch.tensor([float(len(x))]))
+        expected = round_weight(original, Grid(3, 32, 8), statistics, method)
+    assert (made == expected).float().mean() > 0.99  # a near tie may fall otherwise
+    clip = round_weight(original, Grid(3, 32, 8), None, "clip")
+    errors = [((value - original) @ moments * (value - original)).sum() for value in (made, clip)]
+    assert errors[0] < errors[1]
 
 
 def test_damping_takes_gptq_to_the_clip_search(random_tiny, tmp_path):

@@ -11,8 +11,10 @@ import torch
 from conftest import untrained_vl
 from safetensors.torch import save_file
 from test_source_formats import AS_PUBLISHED
+from transformers import AutoTokenizer
 
 from checkpoint import Checkpoint
+from gguf_dequant import read_alone
 from gguf_format import GgufFile, read_imatrix, run_converter, same_file
 from gguf_layout import read_parameter, to_gguf
 from gguf_pack import write_pack
@@ -109,6 +111,12 @@ def test_a_file_of_any_architecture_is_that_of_llama_cpps_tools(model_type, quic
     for kind in ("F16", "Q8_0"):
         command = [tool("llama-quantize"), "--pure", "--allow-requantize"]
         run(*command, tmp_path / "plain.gguf", tmp_path / f"{kind}.gguf", kind)
+    if model_type == "llama":  # the file alone, by transformers: queries and keys in the original's order
+        read_alone(tmp_path / "plain.gguf", tmp_path / "alone")
+        given, alone = Checkpoint(model), Checkpoint(tmp_path / "alone")
+        assert all(torch.equal(given.read(name).bfloat16(), alone.read(name)) for name in given.tensors)
+        own, read = (AutoTokenizer.from_pretrained(path) for path in (model, alone.path))
+        assert own(TEXT)["input_ids"] == read(TEXT)["input_ids"]
     if model_type == "qwen3":  # a name that nothing here knows
         (model / "config.json").write_text(json.dumps(config | {"model_type": "of_nobody"}))
     pack, notes = plan_pack(Checkpoint(model), "f16", [], "nearest")

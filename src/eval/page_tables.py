@@ -35,6 +35,8 @@ def method_of(record: Mapping[str, Any]) -> str:
     name = "absmax" if recipe["clip_steps"] == 1 and recipe["method"] == "clip" else recipe["method"]
     if calibration.get("token_power"):
         name += ", tokens by gradient"
+    if calibration.get("shrinkage"):
+        name += ", shrunk moments"
     if recipe.get("experts"):
         return f"{name}, by signals"
     return f"{name}, by measured KL" if recipe.get("overrides") else name

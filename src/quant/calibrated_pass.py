@@ -47,10 +47,13 @@ class MomentSettings:
     damping: float = setting(
         0.0, "with text: added to each second moment, as a share of their mean; 0.1 goes with a token power of 0.4"
     )
+    shrinkage: float = setting(
+        0.0, "with text: how much of the second moments of two different inputs is dropped, 0 to 1; 0.3 where text is scarce"
+    )
 
     def __post_init__(self) -> None:
-        if not (0 <= self.token_power <= 1 and 0 <= self.damping <= 10):
-            raise UserError("--token-power must be within 0 and 1, --damping within 0 and 10")
+        if not (0 <= self.token_power <= 1 and 0 <= self.damping <= 10 and 0 <= self.shrinkage <= 1):
+            raise UserError("--token-power and --shrinkage must be within 0 and 1, --damping within 0 and 10")
 
 
 def is_later(name: str) -> bool:
@@ -81,7 +84,7 @@ class Writer(Protocol[V_contra]):
         """Write what comes before the decoder, unless it is there; how many layers a killed run has left whole."""
 
     def embedding(self) -> dict[str, Tensor]:
-        """The embedding as it was written, by checkpoint names."""
+        """The embedding as it was written, by checkpoint names; nothing where it is written last, since it is the head."""
 
     def write(self, part: int, values: Mapping[str, V_contra]) -> None:
         """Write a part: ``values``, and the rest of it as the checkpoint has it."""
@@ -106,6 +109,7 @@ class CalibratedPass(Generic[V]):
             self.block = MtpBlock(stream.model.config, stream.dtype)
             sources_of(stream.checkpoint, self.block)  # it is this one
         self.hidden: list[Tensor] = []
+        self.tied: dict[str, Tensor] = {}  # the embedding as it was rounded with the head, by its name in the checkpoint
         self.moments: dict[str, Moments] = {}  # of what is to be rounded next
         self.cold: dict[str, int] = {}
         self.unrouted: dict[str, int] = {}
@@ -164,18 +168,23 @@ class CalibratedPass(Generic[V]):
 
     @torch.no_grad()
     def head(self) -> dict[str, V]:
-        """Round lm_head, where it is a target, on what it sees: the normed output of the last layer."""
-        if LM_HEAD not in self.rounder.targets:
+        """Round the head, where it is a target, on what it sees: the normed output of the last layer. An embedding that is tied
+        to it is rounded here too: most of what its error costs is the error of the logits."""
+        stream, values = self.stream, {}
+        names = [name for name in dict.fromkeys((LM_HEAD, stream.tied)) if name in self.rounder.targets]
+        if not names:
             return {}
-        stream = self.stream
         moments = Moments(1, stream.model.lm_head.in_features, stream.device)
         with stream.ending() as inputs_of:
             for hidden in self.hidden:
                 moments.add(0, inputs_of(hidden.to(stream.device)).flatten(0, 1))
-        self.moments = {LM_HEAD: moments}
-        weight = stream.checkpoint.read(stream.checkpoint.sources[LM_HEAD][0]).to(stream.device)
-        self.rounder.round({LM_HEAD: weight}, self.take)
-        return self.rounder.taken({LM_HEAD: weight})
+        for name in names:
+            self.moments, source = {name: moments}, stream.checkpoint.sources[name][0]
+            weight = stream.checkpoint.read(source).to(stream.device)
+            self.rounder.round({name: weight}, self.take)
+            values |= self.rounder.taken({name: weight})
+            self.tied = {source: weight} if name == stream.tied else {}
+        return values
 
     @torch.no_grad()
     def mtp(self, writer: Writer[V]) -> dict[str, V]:
@@ -189,7 +198,7 @@ class CalibratedPass(Generic[V]):
         for name, module in block.named_children():
             if name not in AROUND:
                 stream.fill(module, f"{prefix}{name}.")
-        stream.fill(block.embed_tokens, stream.embedding_prefix, writer.embedding())
+        stream.fill(block.embed_tokens, stream.embedding_prefix, {**writer.embedding(), **self.tied})
         block.rotary_emb.to(stream.device)
         collector = Collector(block, {name.removeprefix(prefix) for name in targets})
         with stream.ending() as inputs_of:
@@ -211,7 +220,7 @@ class CalibratedPass(Generic[V]):
             raise UserError("no calibration activation reached it; give more or other calibration text")
         moments = self.moments.pop(name)
         floor = self.calibration.floor * moments.shape[-1]
-        statistics = moments.statistics(floor, self.calibration.damping)
+        statistics = moments.statistics(floor, self.calibration.damping, self.calibration.shrinkage)
         self.cold[name] = int((statistics.tokens < floor).sum())
         self.unrouted[name] = int((statistics.tokens == 0).sum())
         return statistics, moments.weight

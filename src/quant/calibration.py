@@ -40,6 +40,7 @@ class Calibration:
     'quantized' sends the activations through the rounded layers, 'bf16' through the original ones. ``token_power``: of
     the squared gradient that a token's weight in the second moments is (token_weights.py); 0 counts all tokens alike.
     ``damping``: of the mean second moment, added to each before anything is rounded: what the text hardly uses keeps worth.
+    ``shrinkage``: how much of the moments of two different inputs is dropped: a text tells them less well than each one's own.
     """
 
     ids: Tensor
@@ -49,6 +50,7 @@ class Calibration:
     propagate: str = "quantized"
     token_power: float = 0.0
     damping: float = 0.0
+    shrinkage: float = 0.0
     device: torch.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
@@ -66,8 +68,8 @@ class Calibration:
         return {"data": self.record, "shape": list(self.ids.shape), **fields, **self.weighting(), "dtype": str(self.dtype)}
 
     def weighting(self) -> dict[str, float]:
-        """``token_power`` and ``damping`` where they are not 0."""
-        return {key: value for key in ("token_power", "damping") if (value := getattr(self, key))}
+        """``token_power``, ``damping`` and ``shrinkage`` where they are not 0."""
+        return {key: value for key in ("token_power", "damping", "shrinkage") if (value := getattr(self, key))}
 
 
 LAYERS_AHEAD = 2  # of a model of the hub, fetched before they are read
@@ -234,10 +236,10 @@ class Moments:
         parts = torch.arange(len(self.weight), device=self.weight.device).split(MEAN_EXPERTS)
         return torch.cat([self.sums(part).diagonal(dim1=1, dim2=2) for part in parts])
 
-    def statistics(self, floor: float, damping: float = 0.0) -> Statistics:
+    def statistics(self, floor: float, damping: float = 0.0, shrinkage: float = 0.0) -> Statistics:
         """Means, and effective counts (sum w)**2 / sum w**2; see :class:`Means`."""
         tokens = self.weight**2 / self.square.clamp_min(1e-30)
-        return Statistics(Means(self, tokens, floor, damping), tokens)
+        return Statistics(Means(self, tokens, floor, damping, shrinkage), tokens)
 
 
 def add_products(total: Tensor, x: Tensor, weight: Tensor | None) -> None:
@@ -252,11 +254,11 @@ class Means:
     together are larger than its weights.
 
     Those of an expert with fewer than ``floor`` effective tokens are drawn towards the token-weighted mean of all by
-    1 - tokens / floor; then ``damping`` of the mean of its diagonal is added to each.
+    1 - tokens / floor; then each is drawn towards its diagonal by ``shrinkage``, and ``damping`` of the diagonal's mean added.
     """
 
-    def __init__(self, moments: Moments, tokens: Tensor, floor: float, damping: float) -> None:
-        self.moments, self.damping, self.shape = moments, damping, moments.shape
+    def __init__(self, moments: Moments, tokens: Tensor, floor: float, damping: float, shrinkage: float = 0.0) -> None:
+        self.moments, self.damping, self.shrinkage, self.shape = moments, damping, shrinkage, moments.shape
         shares = (1 - tokens / floor).clamp(0, 1) if len(tokens) > 1 else torch.zeros_like(tokens)
         self.shares: list[float] = shares.tolist()
         self.middle: Tensor | None = None
@@ -280,6 +282,9 @@ class Means:
         means = self._plain(experts)
         if self.middle is not None:
             shrink(means, self.middle, [self.shares[e] for e in experts.tolist()])
+        if self.shrinkage:
+            diagonal = diagonals(means).clone()
+            diagonals(means.mul_(1 - self.shrinkage)).copy_(diagonal)
         damp(means, self.damping)
         return means
 
@@ -350,6 +355,51 @@ class Layout:
         return module.act_fn(gate) * up
 
 
+class _Fixed(nn.Module):
+    """Stands in for a linear: gives ``value`` whatever comes in, or notes what comes in where there is none."""
+
+    value: Tensor | None = None
+    seen: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x
+        return x if self.value is None else self.value
+
+
+@torch.no_grad()
+def attended(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The inputs of an attention's v_proj as each head averages them over the positions, [tokens, heads, I]; None where its
+    output is no such average of what v_proj makes (it has a gate).
+
+    The attention itself averages them: it is given slices of them, as wide as a head, in the place of the values.
+    """
+    (hidden, *_) = inspect.signature(module.forward).bind(*args, **kwargs).arguments.values()
+    linears, given, noted = (module.v_proj, module.o_proj), _Fixed(), _Fixed()
+    size, weight = getattr(module, "head_dim", 0), module.v_proj.weight
+    if not size or weight.shape[0] % size:
+        return None
+    count = weight.shape[0] // size
+
+    def run(values: Tensor) -> Tensor:
+        given.value = values
+        module.forward(*args, **kwargs)
+        return noted.seen.reshape(-1, noted.seen.shape[-1] // size, size)
+
+    module.v_proj, module.o_proj = given, noted
+    try:
+        constant = run(torch.ones_like(hidden[..., :1]).expand(*hidden.shape[:-1], len(weight)))
+        if bool((constant - constant[..., :1]).norm() > 0.02 * constant.norm()):  # a gate of each output
+            return None
+        expected = run(nn.functional.linear(hidden, weight))
+        slices = [nn.functional.pad(part, (0, size - part.shape[-1])) for part in hidden.split(size, -1)]
+        found = torch.cat([run(part.repeat(1, 1, count)) for part in slices], -1)[..., : hidden.shape[-1]]
+    finally:
+        module.v_proj, module.o_proj = linears
+    own = weight.view(count, size, -1).repeat_interleave(found.shape[1] // count, 0)
+    made = torch.einsum("nhi,hdi->nhd", found, own)
+    return found if bool((made - expected).norm() <= 0.02 * expected.norm()) else None
+
+
 class Collector:
     """Hooks on one decoder layer that fill :class:`Moments` for the parameters in ``wanted``.
 
@@ -363,8 +413,12 @@ class Collector:
         self.batches: dict[str, list[Routed]] = {}
         self.routed: dict[str, Tensor] = {}  # experts module -> tokens sent to each expert
         self.mass: dict[str, Tensor] = {}  # experts module -> sum of their routing weights
+        self.averaged: set[str] = set()  # parameters whose inputs are taken as an attention averages them
+        self.aside = False  # while an attention runs on something else than its values
         self.handles = [layer.register_forward_pre_hook(self._advance)]
         for name, module in layer.named_modules():
+            if f"{name}.v_proj.weight" in wanted and isinstance(getattr(module, "o_proj", None), nn.Linear):
+                self.handles.append(module.register_forward_pre_hook(self._values(f"{name}.v_proj.weight"), with_kwargs=True))
             if isinstance(module, nn.Linear) and f"{name}.weight" in wanted:
                 self.handles.append(module.register_forward_pre_hook(self._linear(f"{name}.weight")))
             elif any(f"{name}.{part}" in wanted for part in ("gate_up_proj", "up_proj", "down_proj")):
@@ -379,10 +433,32 @@ class Collector:
 
     def _linear(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if self.aside or name in self.averaged:
+                return
             x = args[0].reshape(-1, args[0].shape[-1])
             if name not in self.moments:
                 self.moments[name] = Moments(1, x.shape[1], x.device)
             self.moments[name].add(0, x, self._own(x.device))
+
+        return hook
+
+    def _values(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        """What v_proj makes reaches the layer's output averaged by the attention, and so does its error: its moments are those
+        of its inputs as each head averages them. Otherwise a token that all others look at would count as one of many."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.aside = True
+            try:
+                heads = attended(module, args, kwargs)
+            finally:
+                self.aside = False
+            if heads is None:
+                return
+            if name not in self.averaged:
+                self.averaged.add(name)
+                self.moments[name] = Moments(1, heads.shape[-1], heads.device)
+            for x in heads.unbind(1):
+                self.moments[name].add(0, x, self._own(x.device))
 
         return hook
 
@@ -445,12 +521,17 @@ def hooked_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def calibrated_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The parameters whose inputs a calibrated pass sees, in the decoder's layers and the head, with their shapes, by their
-    names in the module tree; none where transformers has no class of the model."""
+    """The parameters whose inputs a calibrated pass sees, in the decoder's layers and the head (an embedding that is tied to
+    it), with their shapes, by their names in the module tree; none where transformers has no class of the model."""
     if checkpoint.known_family is None or not has_class(checkpoint.model_type):
         return {}
-    found = hooked_shapes(meta_model(model_config(checkpoint.path).get_text_config()))
-    return {name: shape for name, shape in found.items() if LAYER_PREFIX.match(name) or name == "lm_head.weight"}
+    config = model_config(checkpoint.path).get_text_config()
+    model = meta_model(config)
+    shapes = hooked_shapes(model)
+    found = {name: shape for name, shape in shapes.items() if LAYER_PREFIX.match(name) or name == "lm_head.weight"}
+    embedding = model.get_input_embeddings()
+    tied = (name for name, module in model.named_modules() if module is embedding and config.tie_word_embeddings)
+    return found | {f"{name}.weight": tuple(embedding.weight.shape) for name in tied}
 
 
 def output(layer: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -528,6 +609,7 @@ class LayerStream:
         self.embedding, prefix = self.model.get_input_embeddings(), "model."
         names = {module: f"{prefix}{name}." for name, module in self.decoder.named_children()}
         self.embedding_prefix = names[self.embedding]
+        self.tied = f"{self.embedding_prefix}weight" if config.tie_word_embeddings else ""  # the head is this parameter
         self.around = {m: name for m, name in names.items() if m not in (self.embedding, self.decoder.layers)}
         self.ahead = device.type == "cuda" if ahead is None else ahead
         self._reader = ThreadPoolExecutor(1, "ahead")

@@ -1,10 +1,12 @@
 """What a GGUF holds, as a BF16 checkpoint of the original's names and shapes: the same weights for transformers and vLLM.
 
     python src/quant/gguf_dequant.py --gguf work/iq3/razor-tiny-IQ3_XXS.gguf --model models/razor-tiny --out work/iq3-bf16
+    python src/quant/gguf_dequant.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out work/smollm2     # make_tiny.sh smollm2
 
 Every tensor that the file stores in a lossy type is decoded, put back into the original's order and rounded to its dtype; what
 the file holds exactly, and what is not in it (vision), is copied. A function of weights that the file rounds cannot be put
-back: it is named.
+back: it is named. Without --model, where nothing but the file is there, config, tokenizer and weights are those that
+transformers reads of it.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from checkpoint import Checkpoint, source_identity
-from console import UserError, progress, run_cli, write_json
+from console import UserError, progress, run_cli, write_json, writing
 from ggml_codecs import decode_rows
 from gguf_format import GgufFile, without_ones
 from gguf_layout import Piece, into_parameter, pieces_of, read_parameter, traced
@@ -126,9 +130,7 @@ def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_by
     pieces = pieces_of(checkpoint, "file" if file.fields.get(f"{file.architecture()}.nextn_predict_layers") else "none")
     check_match(file, checkpoint, pieces)
     check_output(checkpoint.path, out, force, checkpoint.bytes, DECODED_MARK)
-    head = path.open("rb").read(1 << 20)
-    made_from = {"file": path.name, "bytes": file.bytes, "head_sha256": hashlib.sha256(head).hexdigest()}
-    mark = {"gguf": made_from, "config_sha256": checkpoint.config_sha256, "header_sha256": header_sha256(checkpoint)}
+    mark = mark_of(file, checkpoint)
     job = {"gguf": source_identity(path), "source": checkpoint.identity}
     plan = [(name, info.dtype, info.shape) for name, info in checkpoint.tensors.items()]
     decoded = Decoded(file, checkpoint, pieces)
@@ -148,14 +150,45 @@ def dequantize(path: Path, model: Path, out: Path, force: bool = False, shard_by
         write_json(partial / DECODED_MARK, mark)
 
 
+def read_alone(path: Path, out: Path, force: bool = False) -> None:
+    """Write the checkpoint ``out`` of a file whose original is not here; :class:`UserError` where transformers reads no such
+    architecture or tokenizer of a GGUF."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    file, out = GgufFile(path), Path(out).resolve()
+    check_output(path.resolve(), out, force, 2 * sum(math.prod(file.shape(name)) for name in file.tensors), DECODED_MARK)
+    given: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
+        whole = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.bfloat16}
+        model = AutoModelForCausalLM.from_pretrained(path.parent, **given, **whole)
+    except (ValueError, KeyError, NotImplementedError, ImportError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(f"{path}: transformers reads no such file ({said}); give --model, what it was made from") from None
+    with staged_directory(out, force, {"gguf": source_identity(path)}) as partial, writing(partial):
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / DECODED_MARK, mark_of(file, Checkpoint(partial)))
+
+
+def mark_of(file: GgufFile, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint that was decoded holds of the file, and of its own headers."""
+    head = file.path.open("rb").read(1 << 20)
+    made_from = {"file": file.path.name, "bytes": file.bytes, "head_sha256": hashlib.sha256(head).hexdigest()}
+    return {"gguf": made_from, "config_sha256": checkpoint.config_sha256, "header_sha256": header_sha256(checkpoint)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--gguf", required=True, type=Path, help="the file to decode")
-    parser.add_argument("--model", required=True, type=Path, help="the checkpoint that the file was made from")
+    parser.add_argument("--model", type=Path, help="the checkpoint that the file was made from (default: the file alone)")
     parser.add_argument("--out", required=True, type=Path, help="directory to make")
     parser.add_argument("--force", action="store_true", help="replace an earlier output once the new one is complete")
     args = parser.parse_args()
-    dequantize(args.gguf, args.model, args.out, args.force)
+    if args.model:
+        dequantize(args.gguf, args.model, args.out, args.force)
+    else:
+        read_alone(args.gguf, args.out, args.force)
     print(f"wrote {args.out}", flush=True)
 
 

@@ -155,7 +155,8 @@ def traced(checkpoint: Checkpoint, mtp: str = "file") -> dict[str, Any]:
 
 
 def pieces_of(checkpoint: Checkpoint, mtp: str = "none") -> list[Piece]:
-    """Every tensor of the GGUF, in the order of the decoder, without the vision tower; ``mtp``: of :func:`traced`."""
+    """Every tensor of the GGUF, in the order of the decoder, an embedding that is the head behind it, without the vision tower;
+    ``mtp``: of :func:`traced`."""
     roles = known_roles(checkpoint)
     if roles:
         try:
@@ -168,6 +169,7 @@ def pieces_of(checkpoint: Checkpoint, mtp: str = "none") -> list[Piece]:
     layers = layer_count(checkpoint.config) or 1 + max(map(_block, (tensor["name"] for tensor in made["tensors"])))
     place = {name: number for number, name in enumerate(checkpoint.tensors)}
     found: list[tuple[tuple[int, int], Piece]] = []
+    first = -1 if any(tensor["name"] == "output.weight" for tensor in made["tensors"]) else layers  # the head is the embedding
     for tensor in made["tensors"]:
         name, sources = tensor["name"], tuple(made["sources"][number] for number in tensor["sources"])
         shape, kind = tuple(tensor["shape"]), tensor["type"].lower()
@@ -175,7 +177,7 @@ def pieces_of(checkpoint: Checkpoint, mtp: str = "none") -> list[Piece]:
             raise UserError(f"{checkpoint.path}: llama.cpp's converter writes {name} as {kind}, a type that is not known here")
         role = roles[sources[0]] if sources and roles else ggml_role(name, shape)
         role = Role.MTP if _block(name) >= layers else role
-        block = -1 if name == "token_embd.weight" else min(layers, _block(name)) if _block(name) >= 0 else layers
+        block = first if name == "token_embd.weight" else min(layers, _block(name)) if _block(name) >= 0 else layers
         kept = BY_LOWER[kind] if keeps_float32(name, shape) else ""
         rows, columns = (None if tensor[axis] is None else orders[tensor[axis]] for axis in ("rows", "columns"))
         parameter, span, rows = _rows_of(checkpoint, sources, rows, tensor["width"]) if sources else (name, None, rows)

@@ -100,7 +100,9 @@ class PackSettings:
     def calibration(self, method: str, dry_run: bool = False) -> Calibration:
         """What the method is calibrated on; a dry run needs its size alone."""
         ids, entry = self.text.size(self.model) if dry_run else self.text.ids(self.model)
-        return Calibration(ids, entry, token_power=0.0 if method == "nearest" else self.rounding.moments.token_power)
+        moments = self.rounding.moments
+        power = 0.0 if method == "nearest" else moments.token_power
+        return Calibration(ids, entry, token_power=power, shrinkage=moments.shrinkage)
 
 
 def check_places(settings: PackSettings) -> None:

@@ -214,7 +214,8 @@ def types_for_size(settings: AllocSettings, target_gib: float) -> Found:
     patterns = read_patterns(settings.tensor_types) if settings.tensor_types else []
     probe = type_named(settings.probe_type, "--probe-type")
     ids, entry = settings.calibration.ids(settings.model)
-    calibration = Calibration(ids, entry, token_power=0.0 if rounding.method == "nearest" else rounding.moments.token_power)
+    power = 0.0 if rounding.method == "nearest" else rounding.moments.token_power
+    calibration = Calibration(ids, entry, token_power=power, shrinkage=rounding.moments.shrinkage)
     _, metrics = allocate_types(
         checkpoint, calibration, target_gib, settings.out, patterns, method=rounding.method, damping=rounding.moments.damping,
         weights_file=rounding.token_weights, candidates=candidates, probe=probe, probe_sequences=settings.probe_sequences,

@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from calibrated_pass import LM_HEAD
 from calibration import Calibration, MemoryPlan, plan_memory
 from checkpoint import Checkpoint, model_name
 from console import UserError, explained, file_sha256
@@ -543,13 +542,16 @@ def pack_memory(pack: Pack, dry_run: bool) -> MemoryPlan:
 def fetched_bytes(pack: Pack) -> tuple[int, int]:
     """(bytes, bytes at a time) that :func:`write_pack` reads of the checkpoint: to run its layers, for every piece that is
     not rounded there, and for the vision tower."""
-    tensors, ahead, rounded = pack.checkpoint.tensors, AHEAD_BYTES, set()
+    tensors, ahead, rounded = pack.checkpoint.tensors, AHEAD_BYTES, dict[str, Role]()
     total = stored_bytes(info for name, info in tensors.items() if VISION_PREFIX.match(name))
     if pack.calibration:
         kept = bool(pack.weights_file and pack.weights_file.exists())
         layers, ahead = layers_fetched(pack.checkpoint, pack.calibration, kept)
-        rounded = {p.parameter for p in pack.pieces if p.role is not Role.EMBEDDING and is_quantized(pack.types[p.name])}
-        total += layers + (stored_bytes(tensors[n] for n in pack.checkpoint.sources[LM_HEAD]) if LM_HEAD in rounded else 0)
+        tied = not any(p.role is Role.LM_HEAD for p in pack.pieces)  # then the embedding is read to embed, and as the head
+        head, plain = (Role.EMBEDDING, None) if tied else (Role.LM_HEAD, Role.EMBEDDING)
+        rounded = {p.parameter: p.role for p in pack.pieces if p.role is not plain and is_quantized(pack.types[p.name])}
+        heads = [name for parameter, role in rounded.items() if role is head for name in pack.checkpoint.sources[parameter]]
+        total += layers + (1 + tied) * stored_bytes(tensors[name] for name in heads)
     for piece in pack.pieces:
         if piece.parameter not in rounded and not (pack.blocks and piece.parameter in pack.blocks.shapes):
             total += stored_bytes(tensors[name] for name in read_for(pack.checkpoint, piece))

@@ -271,7 +271,9 @@ def fetched_bytes(checkpoint: Checkpoint, jobs: Sequence[Job], calibration: Cali
     if not calibration:
         return total, AHEAD_BYTES
     layers, ahead = layers_fetched(checkpoint, calibration)
-    return total + layers + stored_bytes(job.info for job in jobs if job.bits and job.role is Role.LM_HEAD), ahead
+    head = {Role.LM_HEAD: 1} if any(job.role is Role.LM_HEAD for job in jobs) else {Role.EMBEDDING: 2}  # tied: to embed as well
+    again = sum(head.get(job.role, 0) * stored_bytes([job.info]) for job in jobs if job.bits)
+    return total + layers + again, ahead
 
 
 def hub_plan(checkpoint: Checkpoint, fetched: int, ahead: int, whole: bool = False) -> str:

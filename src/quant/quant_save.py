@@ -85,8 +85,8 @@ class QuantizeSettings:
 
     def __post_init__(self) -> None:
         known = ", ".join(CALIBRATED)
-        if (self.moments.token_power or self.moments.damping) and not self.calibrated:
-            raise UserError(f"--token-power, --damping: of a calibrated method: {known}")
+        if any(dataclasses.astuple(self.moments)) and not self.calibrated:
+            raise UserError(f"--token-power, --damping, --shrinkage: of a calibrated method: {known}")
         if self.consume_source and not (self.consume_real_source or is_synthetic(self.model)):
             raise UserError(
                 f"--consume-source: {self.model} is not of synthetic_moe.py; "
@@ -125,8 +125,10 @@ def write_calibrated(
     """Write every tensor to ``out``, layer by layer, each layer shards of its own; several ``devices`` share the experts of a
     layer. Returns the relative squared error of each quantized role and the facts of the calibration."""
     layers = LayerStream(checkpoint, calibration.device, calibration.dtype)
-    work = CalibratedPass(layers, calibration, GridRounder(layers, jobs, recipe, devices, working_bytes), out)
-    parts = in_layers(jobs, len(layers.layers))
+    rounder = GridRounder(layers, jobs, recipe, devices, working_bytes)
+    work = CalibratedPass(layers, calibration, rounder, out)
+    last = checkpoint.sources[layers.tied] if layers.tied in rounder.targets else ()
+    parts = in_layers(jobs, len(layers.layers), last)
     plan = [(job.name, job.info.dtype, job.info.shape) for part in parts for job in part]
     breaks = {part[0].name for part in parts if part}
     errors = ErrorLog(out)

@@ -47,7 +47,8 @@ def is_uncalibrated(job: Job, model_type: str) -> bool:
 
 
 class GridRounder:
-    """Several ``devices`` share the experts of a parameter. The embedding is no target: it has no inputs to calibrate on."""
+    """Several ``devices`` share the experts of a parameter. The embedding is no target, unless it is the head too: it has no
+    inputs to calibrate on."""
 
     def __init__(
         self, stream: LayerStream, jobs: Sequence[Job], recipe: Recipe, devices: Sequence[torch.device] = (),
@@ -57,14 +58,14 @@ class GridRounder:
         self.targets: dict[str, Target] = {}
         experts = dict(recipe.experts)
         for job in jobs:
+            parameter = stream.checkpoint.places[job.name].parameter
             if (
                 job.bits is not None
-                and job.role is not Role.EMBEDDING
+                and (job.role is not Role.EMBEDDING or parameter == stream.tied)
                 and not is_uncalibrated(job, stream.checkpoint.model_type)
             ):
                 whole = math.floor(job.bits)
                 grid = Grid(whole, recipe.group, recipe.clip_steps, recipe.clip_low)
-                parameter = stream.checkpoint.places[job.name].parameter
                 bits = experts.get(parameter.rpartition(".")[0], ())
                 self.targets[parameter] = Target(grid, 0.0 if bits else job.bits - whole, bits)
 
@@ -169,7 +170,7 @@ def squared_error(difference: Tensor, hessian: Tensor, total: float = 0.0) -> fl
 def is_fed(piece: Piece, shape: Sequence[int], turned: bool = False) -> bool:
     """Whether what multiplies the columns of each matrix of a piece are the inputs of one matrix of its parameter, of this
     ``shape``: [O, I] or [E, O, I], ``turned``: [E, I, O]. Then the second moments of these inputs say how to round it."""
-    if piece.function != "same" or piece.role is Role.EMBEDDING or len(shape) not in (2, 3):
+    if piece.function != "same" or len(shape) not in (2, 3):
         return False
     if turned:
         return piece.transposed and piece.rows is None and piece.span is None and piece.shape[-1] == shape[-2]

@@ -325,7 +325,8 @@ def type_losses(
                     if name not in collector.moments:
                         raise UserError(f"{piece.parameter}: no calibration activation reached it; give more calibration text")
                     moments = collector.moments[name]
-                    hessian = ordered_hessian(piece, moments.statistics(calibration.floor * moments.shape[-1]).hessian)
+                    statistics = moments.statistics(calibration.floor * moments.shape[-1], 0.0, calibration.shrinkage)
+                    hessian = ordered_hessian(piece, statistics.hessian)
                     value = to_gguf(piece, originals[name])
                     value = value.reshape(hessian.shape[0], -1, value.shape[-1])
                     errors[piece.name], error, decoded = errors_of(value, hessian, options[piece.name], probe, rounded)

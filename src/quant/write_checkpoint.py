@@ -10,7 +10,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def quantize_chunk(job: Job, weight: Tensor, recipe: Recipe, start: int = 0) -> 
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
             raise UserError(f"tensor {job.name}: the weight contains NaN or infinity")
         return weight
-    method = recipe.method if recipe.method in DATA_FREE else "clip"  # calibrated: what no layer holds (the embedding)
+    method = recipe.method if recipe.method in DATA_FREE else "clip"  # calibrated: what no layer holds (an untied embedding)
     steps = 1 if method == "absmax" else recipe.clip_steps
     with explained(f"tensor {job.name}"):
         if method in ("absmax", "clip"):
@@ -202,15 +202,16 @@ def stream(
     return errors.by_role(jobs)
 
 
-def in_layers(jobs: Sequence[Job], layers: int) -> list[list[Job]]:
-    """Jobs before the decoder (embedding, vision, ...), of each layer, and after it (final norm, head, mtp)."""
+def in_layers(jobs: Sequence[Job], layers: int, last: Collection[str] = ()) -> list[list[Job]]:
+    """Jobs before the decoder (embedding, vision, ...), of each layer, and after it (final norm, head, mtp); those that are
+    named ``last`` are after it in any case."""
     parts: list[list[Job]] = [[] for _ in range(layers + 2)]
     for job in jobs:
         match = LAYER_PREFIX.match(text_name(job.name))
         if match and int(match[1]) < layers:
             parts[int(match[1]) + 1].append(job)
         else:
-            parts[0 if job.role in (Role.EMBEDDING, Role.VISION) else -1].append(job)
+            parts[0 if job.role in (Role.EMBEDDING, Role.VISION) and job.name not in last else -1].append(job)
     return parts
 
 
