@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from intervals import bounds, resampled, weighted_means, weighted_quantiles
+from study_text import FIRST, all_rows, calibration_texts
 from tasks_text import Item, closing_lines, continuations, facts
 from text_judge import Judged, answers, corpus_windows, pair
 
@@ -170,3 +171,27 @@ def test_the_judge_of_a_corpus(random_tiny, tmp_path, documents, command):
     assert changed["positions"] == sum(metrics["text"]["positions"]) and changed["documents"] == len(metrics["text"]["strata"])
     assert metrics["models"][1]["tasks"]["continuation"]["items"] == 8 and "recall" not in metrics["models"][1]["tasks"]
     assert metrics["pairs"][0]["kl"]["difference"] == pytest.approx(changed["mean"] - same["mean"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("window", "scored"), [(32, "half"), (64, "all")])
+def test_a_text_file_has_the_perplexity_that_moe_eval_finds(random_tiny, tmp_path, command, window, scored):
+    (tmp_path / "text").write_text("\n\n".join(row("prose", i)["text"] for i in range(2)))
+    how = ["--text", "text", "--window", window, "--scored", scored, "--tag", "t"]
+    for done in (
+        command("src/eval/text_judge.py", "--reference", random_tiny, *how, "--result", "r.json", cwd=tmp_path),
+        command("src/eval/moe_eval.py", "--model", random_tiny, *how, "--out", ".", cwd=tmp_path),
+    ):
+        assert done.returncode == 0, done.stderr
+    judged, evaluated = (json.loads((tmp_path / name).read_text())["metrics"] for name in ("r.json", "t.json"))
+    own = judged["reference"]["strata"]["all"]
+    assert own["positions"] == evaluated["tokens"] and own["ppl"] == pytest.approx(evaluated["ppl"], rel=1e-4)
+
+
+def test_rows_of_the_study_and_its_calibration_texts(documents):
+    rows = all_rows(3)
+    assert len({row.name for row in rows}) == len(rows) and rows[0].name == "int3_clip"
+    order = [row.method in FIRST for row in rows]
+    assert order == sorted(order, reverse=True)
+    texts = calibration_texts(documents, 3, 4000)
+    parts = [set(text.split("\n\n")) for text in texts]
+    assert all(len(text) >= 4000 for text in texts) and not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]

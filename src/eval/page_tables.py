@@ -514,7 +514,7 @@ TABLES = (
     Table(
         "text", "Models of real text, in pairs",
         "Mean KL of one row over that of another of the same grid or type, over the calibration texts that both have, on the "
-        "same documents; bounds of the 95 % interval by bootstrap over them.",
+        "same documents; bounds of the `95` % interval by bootstrap over them.",
         ("model", "rows"), (
             ("ratio of KL", "{at}.kl.ratio", 3), ("low", "{at}.kl.ratio_low", 3), ("high", "{at}.kl.ratio_high", 3),
             ("bytes", "{at}.bytes"), ("bytes of the other", "{at}.base_bytes"), ("documents", "{at}.kl.documents"),

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import OutOfMemoryError
 
 from calibration_text import in_turn
 from checkpoint import Checkpoint, different_file
-from console import UserError, read_json, run_cli, run_inside, write_json
+from console import UserError, check_writable, read_json, run_cli, run_inside, write_json
 from families import text_config
 from moe_ptq import CALIBRATED
 from records import REPO, describe_model, read_result, write_result
@@ -102,6 +103,7 @@ class Study:
         self.dense = not any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
         if source.exists() and (other := different_file(read_json(source), checkpoint.identity)):
             raise UserError(f"{source}: the study was begun on another model ({other}); give another --work and --name")
+        check_writable(self.record("pairs"))
         write_json(source, checkpoint.identity)
         self.judges: dict[str, Any] = {}
 
@@ -222,8 +224,8 @@ class Study:
                     metrics={"pairs": found},
                 )
                 for name, m in found.items():
-                    kl = m["kl"]
-                    print(f"{name} / {m['base']}: KL {kl['ratio']:.3f} ({kl['ratio_low']:.3f} to {kl['ratio_high']:.3f})")
+                    if (kl := m["kl"])["ratio"]:
+                        print(f"{name} / {m['base']}: KL {kl['ratio']:.3f} ({kl['ratio_low']:.3f} to {kl['ratio_high']:.3f})")
 
 
 def main() -> int:
@@ -265,13 +267,13 @@ def main() -> int:
             else:
                 for text in missing:
                     study.write(name, text, [], time.time())
-        except (UserError, SystemExit) as error:
+        except (UserError, SystemExit, OutOfMemoryError) as error:
             failed.append(name)
             print(f"error: {name}: {error}", file=sys.stderr, flush=True)
         longest = max(longest, (time.monotonic() - begun) * bool(row))
         print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)
     if not args.list:
-        study.compare(rows)
+        study.compare(all_rows(args.texts))
     if failed:
         print(f"error: {len(failed)} rows failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

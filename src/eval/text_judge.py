@@ -129,8 +129,11 @@ def kept_facts(directory: Path, count: int) -> list[Fact]:
     made_of = {"count": count, "seed": SEED, "bytes": source.stat().st_size if source.exists() else None}
     if file.exists():
         kept = read_object(file, "made_of", "facts")
-        if kept["made_of"] == made_of or made_of["bytes"] is None and kept["made_of"]["count"] == count:
-            return [Fact(**fact | {"choices": tuple(fact["choices"])}) for fact in kept["facts"]]
+        try:
+            if kept["made_of"] == made_of | ({} if source.exists() else {"bytes": kept["made_of"]["bytes"]}):
+                return [Fact(**fact | {"choices": tuple(fact["choices"])}) for fact in kept["facts"]]
+        except (TypeError, KeyError):
+            raise UserError(f"{file}: holds no facts; remove it, and it is made again") from None
     found = facts(read_rows(source), count, SEED)
     write_json(file, {"made_of": made_of, "facts": [dataclasses.asdict(fact) for fact in found]})
     return found
