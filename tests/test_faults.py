@@ -70,6 +70,7 @@ SCORE = "src/distill/opd_score.py --teacher m --rollouts rollouts --out"
 TRAIN = "src/distill/opd_train_fsdp.py --student q --teacher m --rollouts rollouts --scores scores --rows 8 --steps 1 --out"
 MERGE = "src/distill/merge_adapter.py --student q --teacher m --adapter adapter --out"
 STUDY = f"src/quant/moe_study.py --model m --name t --items 1 --strategies random --methods clip --options 2,3,4 {TEXT}"
+TEXT_STUDY = "src/eval/study_text.py --model m --text text --work"
 DISTILL = "src/distill/distill_run.py --teacher m --tasks tiny_know --steps 1 --expert-bits 2 --linear-bits 4 --tag t --work"
 
 OPEN = ("generation_config.json", "tokenizer_config.json")  # any object may be one
@@ -97,6 +98,7 @@ JSON = {  # the file that is of another kind: the commands that read it
     "rollouts/rollouts.json": [f"{SCORE} s", f"{TRAIN} a"],
     "adapter/adapter.json": [f"{MERGE} o"],
     "work/settings.json": [f"{DISTILL} work"],
+    "work/source.json": [f"{TEXT_STUDY} work"],
     ".o.partial/job.json": [QUANT, PACK],
     "m/consumed.json": [f"{QUANT} --consume-real-source"],
 }  # fmt: skip
@@ -156,6 +158,8 @@ OUTPUTS = {  # commands without the end of their last option, which says where t
     "moe_study": f"{STUDY} --results", "moe_study work": f"{STUDY} --results r --work",
     "moe_eval": KL, "gguf_kl": "src/eval/gguf_kl.py --model g/m-Q8_0.gguf --reference m --items 1 --context 64 --tag t --out",
     "vllm_eval8": EVAL, "mm_eval": EVAL.replace("vllm_eval8", "mm_eval").replace("tiny_know", "tiny_count"),
+    "text_judge": "src/eval/text_judge.py --text fixed.txt --reference m --tag t --result",
+    "study_text": TEXT_STUDY, "study_text results": f"{TEXT_STUDY} w --results",
     "compare_tags": "src/eval/compare_tags.py a b --results", "regrade": "src/eval/regrade.py a --results",
     "opd_gen": GEN, "opd_score": SCORE, "opd_train_fsdp": TRAIN, "merge_adapter": MERGE, "distill_run": DISTILL,
 }  # fmt: skip

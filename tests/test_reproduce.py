@@ -12,6 +12,7 @@ import pytest
 from conftest import REPO
 
 import study_recovery
+import study_text
 from page_results import RENAMED, commands
 from page_tables import PIPELINES, pipeline_of
 from records import read_result
@@ -95,7 +96,7 @@ def asked_by_the_study(tmp_path, monkeypatch) -> set[str]:
             (tmp_path / f"{name}.json").parent.mkdir(exist_ok=True)
             (tmp_path / f"{name}.json").touch()
 
-    monkeypatch.setattr(study_recovery, "inside", note)
+    monkeypatch.setattr(study_recovery, "run_inside", note)
     study_recovery.run_part(study, "before")
     for stage in (stage for part in study_recovery.stages(study).values() for stage in part):
         found.add(f"distill/{stage.tag}")
@@ -114,9 +115,11 @@ def test_every_row_is_made_by_the_pipeline_that_the_page_names(elsewhere, tmp_pa
         assert pipeline, f"{file.name}: page_tables.PIPELINES has no pipeline for it"
         wanted.setdefault(pipeline, set()).add(f"{record['kind']}/{record['tag']}")
     for pipeline in dict.fromkeys(pipeline for _, pipeline in PIPELINES):
-        study = pipeline == "recovery.sh"
+        study, names = pipeline == "recovery.sh", wanted.get(pipeline, set())
         made = asked_by_the_study(tmp_path, monkeypatch) if study else asked(elsewhere, pipeline)
-        names = wanted.get(pipeline, set())
+        if pipeline.startswith("study_text.sh"):  # its rows are in Python
+            rows = ["original", "pairs", *(row.name for row in study_text.all_rows(3))]
+            made = {name for name in names if re.search(rf"_({'|'.join(rows)})(_[a-z]+)?$", name)} or set(rows)
         assert made and names <= made, f"{pipeline} does not make {sorted(names - made)}"
 
 

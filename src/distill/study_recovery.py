@@ -11,23 +11,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
-import importlib
 import json
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from console import UserError, atomic_path, run_cli
+from console import UserError, atomic_path, run_cli, run_inside
 from distill_run import recover
 from opd_data import INDEX, AllPhases, DistillSettings, Generation, Scoring
 from recipe import RECIPE_FILE, read_recipe
-from records import REPO
 from settings import parse_settings, setting, typed
 from tiny_data import END_OF_TEXT
 
@@ -100,22 +93,6 @@ def stages(study: StudySettings) -> dict[str, list[Stage]]:
     }
 
 
-def inside(script: str, *arguments: object, processes: int = 1) -> None:
-    """Run one of the project's commands in this process, printed first; its memory is counted from here."""
-    if processes != 1:
-        raise UserError("the parts of the study run in one process each")
-    print("+ " + shlex.join(["python", script, *map(str, arguments)]), flush=True)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    before, sys.argv = sys.argv, [str(REPO / script), *map(str, arguments)]
-    try:
-        importlib.import_module(Path(script).stem).main()
-    finally:
-        sys.argv = before
-
-
 def wait_for(path: Path | None, seconds: int) -> None:
     """Wait until another part has made ``path``."""
     started = time.monotonic()
@@ -131,7 +108,7 @@ def make_students(study: StudySettings) -> None:
     for bits, clip in ((2, 1), (3, 16)):
         if not (study.student(bits) / RECIPE_FILE).exists():
             kind = ["--expert-bits", bits, "--linear-bits", 4, "--group", 128, "--clip-steps", clip, "--method", "clip"]
-            inside("src/quant/quant_save.py", "--model", study.teacher, "--out", study.student(bits), *kind)
+            run_inside("src/quant/quant_save.py", "--model", study.teacher, "--out", study.student(bits), *kind)
     for name, count in (("free", study.free), ("free_long", study.long_free)):
         rows = [json.dumps({"id": f"free-{number:05d}", "text": END_OF_TEXT}) for number in range(count)]
         with atomic_path(study.work / f"{name}.jsonl") as temporary:
@@ -143,7 +120,7 @@ def teacher_texts(study: StudySettings, name: str, limit: int, prompts: Path | N
     if not (study.work / name / "scores" / INDEX).exists():
         own = dataclasses.replace(study, limit=limit, prompts=prompts)
         made = ["--teacher", study.teacher, "--out", study.work / name, *typed(own, Generation), *typed(own, Scoring)]
-        inside("src/distill/cache_teacher.py", *made)
+        run_inside("src/distill/cache_teacher.py", *made)
 
 
 def make_cache(study: StudySettings) -> None:
@@ -153,7 +130,7 @@ def make_cache(study: StudySettings) -> None:
     if not (whole / "scores" / INDEX).exists():
         paths = ["--teacher", study.teacher, "--rollouts", rollouts, "--out", whole / "scores"]
         own = dataclasses.replace(study, score_prompts=True)
-        inside("src/distill/opd_score.py", *paths, *typed(own, Scoring))
+        run_inside("src/distill/opd_score.py", *paths, *typed(own, Scoring))
         (whole / "rollouts").unlink(missing_ok=True)
         (whole / "rollouts").symlink_to(rollouts.resolve())
 
@@ -161,7 +138,7 @@ def make_cache(study: StudySettings) -> None:
 def evaluate(study: StudySettings, model: Path, tag: str) -> None:
     if study.eval_limit and not (study.results / f"eval/{tag}.json").exists():
         how = ["--backend", "hf", "--batch", study.chunk, "--limit", study.eval_limit, "--out", study.results / "eval"]
-        inside("src/eval/vllm_eval8.py", "--model", model, "--tag", tag, *how)
+        run_inside("src/eval/vllm_eval8.py", "--model", model, "--tag", tag, *how)
 
 
 def run_stage(study: StudySettings, stage: Stage) -> None:
@@ -170,7 +147,7 @@ def run_stage(study: StudySettings, stage: Stage) -> None:
         own = {field.name: getattr(study, field.name) for field in dataclasses.fields(AllPhases)}
         own |= {"prompts": study.free_prompts, "trajectories": "teacher"} | stage.changes
         own |= {"work": work, "tag": stage.tag, "eval_limit": 0, "recipe": read_recipe(own["student"])}
-        recover(DistillSettings(**own | {"micro_rows": own["rows"]}), result, inside)
+        recover(DistillSettings(**own | {"micro_rows": own["rows"]}), result, run_inside)
     if stage.evaluate:
         evaluate(study, work / "recovered", stage.tag)
 
@@ -183,7 +160,7 @@ def compare(study: StudySettings) -> None:
     tags = [f"{tiny}_before", *(stage.tag for part in stages(study).values() for stage in part if stage.evaluate)]
     for base, other, more in [(teacher, tag, []) for tag in tags] + [(*pair, ["--teacher", teacher]) for pair in pairs]:
         if all((study.results / f"eval/{tag}.json").exists() for tag in (teacher, base, other)):
-            inside("src/eval/compare_tags.py", "--results", study.results, base, other, *more)
+            run_inside("src/eval/compare_tags.py", "--results", study.results, base, other, *more)
 
 
 def run_part(study: StudySettings, part: str) -> None:

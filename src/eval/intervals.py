@@ -141,3 +141,35 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, 
     logs = np.log(np.asarray(b) / np.asarray(a))
     bounds = stats.ttest_1samp(logs, 0).confidence_interval(0.95)
     return math.exp(logs.mean()), math.exp(bounds.low), math.exp(bounds.high)
+
+
+def resampled(strata: Sequence[int], draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """[draws + 1, documents]: how often each document stands in a sample drawn with replacement from those of its stratum
+    (Efron's bootstrap). The first row is the sample itself, so that a statistic of rows has its own value there."""
+    rng, own = np.random.default_rng(seed), np.asarray(strata)
+    weights = np.ones((draws + 1, len(own)))
+    for stratum in np.unique(own):
+        places = np.flatnonzero(own == stratum)
+        weights[1:, places] = rng.multinomial(len(places), np.full(len(places), 1 / len(places)), draws)
+    return weights
+
+
+def weighted_means(weights: np.ndarray, sums: Sequence[float] | np.ndarray, counts: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Means over positions [draws + 1] of documents that have these sums over so many positions each."""
+    return (weights @ np.asarray(sums, np.float64)) / (weights @ np.asarray(counts, np.float64))
+
+
+def weighted_quantiles(weights: np.ndarray, owner: np.ndarray, values: np.ndarray, shares: Sequence[float]) -> np.ndarray:
+    """Quantiles over positions [draws + 1, shares]; ``owner`` [positions]: the document of each of the ``values``."""
+    order = np.argsort(values)
+    sorted_values, owners, found = values[order], owner[order], []
+    for row in weights:
+        mass = np.cumsum(row[owners])
+        found.append(sorted_values[np.minimum(np.searchsorted(mass, np.asarray(shares) * mass[-1]), len(values) - 1)])
+    return np.asarray(found)
+
+
+def bounds(found: np.ndarray) -> tuple[float, float, float]:
+    """(value, its 95 % percentile interval) of a statistic of :func:`resampled` rows."""
+    low, high = np.quantile(found[1:], [0.025, 0.975])
+    return float(found[0]), float(low), float(high)

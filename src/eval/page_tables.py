@@ -335,6 +335,19 @@ def several_vllm_rows(r: Record) -> Rows:
         yield (machine(r), "random weights, tokens", n, "all"), {"equal": f"{at}.same_tokens", "of": f"{at}.tokens"}
 
 
+def text_rows(r: Record) -> Rows:
+    """The models of a record; of one without any its reference."""
+    places = [f"metrics.models.{number}" for number in range(len(r["metrics"]["models"]))] or ["metrics.reference"]
+    for at in places:
+        name = Path(lookup(r, at)["model"]["path"]).name
+        yield (r["tag"] if len(places) == 1 else f"{r['tag']}: {name}",), {"at": at, "all": f"{at}.strata.all"}
+
+
+def text_pair_rows(r: Record) -> Rows:
+    for name, made in r["metrics"]["pairs"].items():
+        yield (r["tag"].removesuffix("_pairs"), f"{name} / {made['base']}"), {"at": f"metrics.pairs.{name}"}
+
+
 # ---------------------------------------------------------------- the tables, by kind of record
 
 MEMORY = ("memory of the fullest GPU, MiB", "{memory}?")
@@ -505,6 +518,28 @@ TABLES = (
         ), stratum_rows, measures("strata"),
     ),
     Table(
+        "text", "Models of real text",
+        "KL to the original over the whole vocabulary, in nats, and perplexity on held-out text, equal shares of five strata "
+        "(the record has each of them); standard errors by bootstrap over documents. Tasks of four choices: the true "
+        "continuation, recall of facts of the training text, the line that closes a block. `cN`: calibration text N.",
+        ("model",), (
+            ("bytes", "metrics.bytes?"), ("positions", "{all}.positions"), ("mean KL", "{all}.mean?", 5),
+            ("standard error", "{all}.standard_error?", 5), ("percentile `99.9`", "{all}.p99_9?", 4),
+            ("perplexity", "{all}.ppl", 3), ("continuation", "{at}.tasks.continuation.accuracy?", 1, " %"),
+            ("recall", "{at}.tasks.recall.accuracy?", 1, " %"), ("closing line", "{at}.tasks.closing.accuracy?", 1, " %"),
+            ("items", "{at}.tasks.continuation.items?"),
+        ), text_rows, measures("models"),
+    ),
+    Table(
+        "text", "Models of real text, in pairs",
+        "Mean KL of one row over that of another of the same grid or type, over the calibration texts that both have, on the "
+        "same documents; bounds of the `95` % interval by bootstrap over them.",
+        ("model", "rows"), (
+            ("ratio of KL", "{at}.kl.ratio", 3), ("low", "{at}.kl.ratio_low", 3), ("high", "{at}.kl.ratio_high", 3),
+            ("bytes", "{at}.bytes"), ("bytes of the other", "{at}.base_bytes"), ("documents", "{at}.kl.documents"),
+        ), text_pair_rows, lambda record: "models" not in record["metrics"],
+    ),
+    Table(
         "train", "Training", "", ("model",), (
             ("parameters", "metrics.parameters"), ("tokens or pictures", "metrics.tokens|metrics.pictures"),
             ("seconds", "seconds"), ("final loss", "metrics.final_loss", 3),
@@ -540,6 +575,7 @@ def sections(directory: Path, accuracy_of: Callable[[Found], Section] = accuracy
 
 # By kind and tag; the first pattern that fits. tests/test_reproduce.py runs each without its computations.
 PIPELINES = (
+    ("text/*", "study_text.sh --model work/text-35m --text work/text --work work/study-35m"),
     ("train/razor_tiny", "make_tiny.sh"),
     ("train/razor_tiny_vl", "make_tiny.sh vl"),
     ("train/razor_tiny_mtp", "make_tiny.sh mtp"),

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import hashlib
+import importlib
 import io
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -115,6 +118,23 @@ def run_script(script: str, *arguments: object) -> None:
     root = Path(__file__).resolve().parents[2]
     if code := subprocess.run([sys.executable, str(root / script), *map(str, arguments)]).returncode:
         sys.exit(code)
+
+
+def run_inside(script: str, *arguments: object, processes: int = 1) -> None:
+    """The same in this process, which has imported torch already; printed first, its GPU memory is counted from here. Its
+    failure is raised."""
+    if processes != 1:
+        raise UserError("the parts of a study run in one process each")
+    print("+ " + shlex.join(["python", script, *map(str, arguments)]), flush=True)
+    gc.collect()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before, sys.argv = sys.argv, [str(Path(__file__).resolve().parents[2] / script), *map(str, arguments)]
+    try:
+        importlib.import_module(Path(script).stem).main()
+    finally:
+        sys.argv = before
 
 
 class Bar(tqdm):
