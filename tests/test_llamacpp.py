@@ -20,8 +20,9 @@ import pytest
 import torch
 from gguf import GGUFReader
 
+import backend_openai
 from backend import HfBackend, Sampling
-from backend_openai import OpenAIBackend
+from backend_openai import Dispatch, OpenAIBackend
 from console import UserError
 from eval_settings import load_settings
 from gguf_format import (
@@ -38,7 +39,7 @@ from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, r
 from hf_model import load_tokenizer, prompt_ids, render_chat
 from kl import tiny_texts
 from llama_cpp import tool
-from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, more_ends
+from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, free_port, more_ends
 from records import read_result
 from runner import get_benchmarks
 from speed_gguf import active_bytes, drafting, fit_decoding
@@ -260,6 +261,45 @@ def test_openai_endpoint(backend, prompts, send_text):
     expected, got = in_order(backend, prompts[:4], sampling), in_order(openai, prompts[:4], sampling)
     assert sum(a == b for a, b in zip(got, expected, strict=True)) >= 3
     assert [c.finish_reason for c in in_order(openai, prompts[:2], Sampling(max_tokens=4))] == ["length"] * 2
+
+
+def test_the_table_of_three_servers_is_that_of_one(bf16_gguf, tmp_path, command, monkeypatch):
+    """One is killed and one stopped while each has an item: their items are answered by the third."""
+    for name, value in {"LOOK": 0.2, "BRIEFLY": 0.2, "FIRST_WORD": 2.0}.items():
+        monkeypatch.setattr(backend_openai, name, value)
+    servers, hit, take = [], [], Dispatch.take
+
+    def take_and_hit(self, server):
+        index, pids = take(self, server), {each.client.base_url + "/v1": each.process.pid for each in servers[1:]}
+        if not hit and self.answered and pids.keys() <= set(self.out.values()):
+            hit.extend(pids)
+            for pid, number in zip(pids.values(), (signal.SIGKILL, signal.SIGSTOP), strict=True):
+                os.kill(pid, number)
+        return index
+
+    tables = []
+    try:
+        servers += [LlamaServer(bf16_gguf, 1024, 2, ["--alias", "m"], port=free_port()) for _ in range(3)]
+        urls = [server.client.base_url + "/v1" for server in servers]
+        monkeypatch.setattr(Dispatch, "take", take_and_hit)
+        for tag, listed in (("one", urls[0]), ("three", ",".join(urls))):
+            options = f"--model m --backend openai --tokenizer {MODEL} --base-url {listed} --parallel 2 --temperature 0"
+            options += f" --benchmarks tiny_know,tiny_math --limit 8 --tag {tag} --out {tmp_path} --family none"
+            done = command("src/eval/vllm_eval8.py", *options.split())
+            assert done.returncode == 0, done.stderr
+            tables.append(done.stdout[done.stdout.index("benchmark ") : done.stdout.index("wrote")])
+    finally:
+        for server in servers:
+            if server.process.poll() is None:
+                os.kill(server.process.pid, signal.SIGCONT)
+            server.stop()
+    assert hit and tables[0] == tables[1]
+    one, three = (read_result(tmp_path / f"{tag}.json") for tag in ("one", "three"))
+    assert one["metrics"] == three["metrics"] and one["model"]["base_url"] == urls[0] and "servers" not in one
+    told = three["servers"]
+    assert sum(told["answers"]) == 16 and len(told["answers"]) == 3 and told["asked_again"] >= 2 and told["refused"] == 0
+    assert "127.0.0.1" not in json.dumps({key: three[key] for key in three.keys() - {"command"}})
+    assert "127.0.0.1" not in (tmp_path / "three.samples.jsonl").read_text().splitlines()[0]
 
 
 ENDINGS = """

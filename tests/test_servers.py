@@ -2,6 +2,8 @@
 
 import http.server
 import json
+import random
+import re
 import threading
 import time
 
@@ -10,7 +12,7 @@ from conftest import REPO
 
 import backend_openai
 from backend import Sampling
-from backend_openai import Client, OpenAIBackend, in_parallel
+from backend_openai import Answer, Client, Dispatch, OpenAIBackend, OpenAIServers, in_parallel
 from console import UserError
 from hf_model import load_tokenizer
 from llamacpp_eval8 import free_port
@@ -30,14 +32,16 @@ def ids_of(text):
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """POST: ``server.answers``, a list of (status, body) whose last one stays; a body may be bytes, or a function of the
-    request. GET: ``server.models``, or 404."""
+    request. GET: ``server.models``, or 404. Neither while ``server.runs`` is not set."""
 
     def do_GET(self):
+        self.server.runs.wait()
         self.send(404 if self.server.models is None else 200, self.server.models)
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.asked.append(asked)
+        self.server.runs.wait()
         answers = self.server.answers
         status, body = answers.pop(0) if len(answers) > 1 else answers[0]
         self.send(status, body(asked) if callable(body) else body)
@@ -60,7 +64,8 @@ def scripted():
 
     def start(answers, port=0, models=None):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        server.answers, server.models, server.asked = list(answers), models, []
+        server.answers, server.models, server.asked, server.runs = list(answers), models, [], threading.Event()
+        server.runs.set()
         server.url = f"http://127.0.0.1:{server.server_port}/v1"
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         running.append(server)
@@ -68,6 +73,7 @@ def scripted():
 
     yield start
     for server in running:
+        server.runs.set()
         server.shutdown()
         server.server_close()
 
@@ -290,3 +296,181 @@ def test_in_parallel_raises_the_first_failure():
         got.extend(in_parallel(work, 100, 1))
     assert got == [(0, 0), (1, 1), (2, 2)]  # what was finished came first
     assert sorted(in_parallel(lambda i: 2 * i, 5, 3)) == [(i, 2 * i) for i in range(5)]
+
+
+# ---- several servers ----
+
+
+def test_dispatch_loses_no_item_and_takes_none_twice():
+    """Against any order of events, late answers of servers taken for lost among them."""
+    draw = random.Random(0)
+    for _ in range(200):
+        count, names = draw.randrange(12), ["a", "b", "c"][: draw.randint(1, 3)]
+        dispatch, asked, first = Dispatch(count, set()), [], []  # asked: requests that may still be answered
+        for _ in range(10_000):
+            if len(first) == count:
+                break
+            server, event = draw.choice(names), draw.random()
+            if event < 0.3:
+                dispatch.up.add(server)
+            elif event < 0.6:
+                was_up = server in dispatch.up
+                index = dispatch.take(server)
+                assert index is None or (was_up and dispatch.out[index] == server)
+                asked += [] if index is None else [(server, index)]
+            elif event < 0.65:
+                dispatch.lose(server)
+                assert server not in dispatch.up and server not in dispatch.out.values()
+            elif asked:
+                request = asked.pop(draw.randrange(len(asked)))
+                if event < 0.7:
+                    dispatch.lose(*request)
+                elif dispatch.answer(*request):
+                    first.append(request[1])
+            parts = [*dispatch.waiting, *dispatch.out, *dispatch.answered]
+            assert sorted(parts) == list(range(count))
+        assert sorted(first) == list(range(count)) == sorted(dispatch.answered)
+    dispatch = Dispatch(3, {"a", "b"})
+    assert [dispatch.take(name) for name in "aba"] == [0, 1, 2]
+    dispatch.lose("a")
+    assert list(dispatch.waiting) == [0, 2] and dispatch.losses == {0: 1, 2: 1} and dispatch.take("a") is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "logprobs", "told"),
+    [
+        ([5, 6], [-0.1, -1.0], ""),
+        ([5, 6], [-0.3, -0.8], ""),
+        ([5, 6], [-0.1, -1.5], r"token 6 \(log-probability -1.50\) where it has 6 \(-1.00\) in place 2"),
+        ([5, 7], [-0.1, -0.9], ""),  # a tie
+        ([5, 7], [-0.1, -0.4], "token 7 .* where it has 6 .* in place 2"),
+        ([4, 6], [-0.7, -1.0], "token 4 .* where it has 5 .* in place 1"),
+        (None, [], "answers 'b' to a fixed prompt where it has 'a'"),
+    ],
+)  # fmt: skip
+def test_one_model_by_its_answer(ids, logprobs, told):
+    first = Answer("a", "length", 9, 2, [5, 6], "m", [-0.1, -1.0])
+    found = Answer("b", "length", 9, 2, ids, "m", logprobs).other_than(first)
+    assert re.fullmatch(told, found) if not told.startswith("token") else re.search(told, found)
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Looks and patience of tenths of a second."""
+    for name, value in {"LOOK": 0.05, "BRIEFLY": 0.1, "FIRST_WORD": 1.0, "START": 20.0}.items():
+        monkeypatch.setattr(backend_openai, name, value)
+
+
+PROMPTS = [PROMPT.replace("1 + 1", f"1 + {number}") for number in range(12)]
+
+
+def several(addresses, parallel=1):
+    urls = addresses if isinstance(addresses, str) else ",".join(server.url for server in addresses)
+    return OpenAIServers(urls, OpenAIBackend("http://127.0.0.1:1", "m", MODEL, 2048, parallel=parallel))
+
+
+def slowly(asked):
+    time.sleep(0.02)
+    return good(asked)
+
+
+def asked_of(server):
+    return sum(request["max_tokens"] == ROOM.max_tokens for request in server.asked)
+
+
+def test_many_servers_answer_as_one(scripted, soon, capfd):
+    """One that says 503 for a while, one that falls silent and comes back: nothing is lost or doubled, both are used again."""
+    expected = dict(engine(scripted([(200, good)])).generate(PROMPTS, ROOM))
+    busy = scripted([*[(200, slowly)] * 3, *[(503, {})] * 12, (200, slowly)])
+    silent, well = scripted([(200, slowly)]), scripted([(200, slowly)])
+    servers = several([well, busy, silent])
+    got = {}
+    for index, done in servers.generate(PROMPTS * 6, ROOM):
+        assert index not in got
+        got[index] = done
+        if len(got) == 6:
+            assert asked_of(silent)
+            silent.runs.clear()
+        if len(got) == 40:
+            while "no answer to a request within 1 s" not in capfd.readouterr().err:
+                time.sleep(0.05)
+            before = asked_of(silent)
+            silent.runs.set()
+            while silent.url not in servers.up:
+                time.sleep(0.01)
+    assert [got[index] for index in range(72)] == [expected[index] for index in range(12)] * 6
+    tally = servers.tally()
+    assert sum(tally["answers"]) == 72 and min(tally["answers"]) > 0 and tally["refused"] == 0 and tally["asked_again"] > 0
+    assert asked_of(silent) > before and asked_of(busy) > 0 and not any("127.0.0.1" in str(value) for value in tally.values())
+    assert "base_url" not in servers.describe() and "127.0.0.1" not in json.dumps(servers.describe())
+
+
+OTHERS = [
+    ({"models": {"data": [{"id": "x"}]}}, good, "not the model of .*: listed_model is {'id': 'x'} where it has {'id': 'm'}"),
+    ({}, lambda asked: good(asked) | {"model": "n"}, "not the model of .*: served_model is n where it has m"),
+    ({}, lambda asked: of_text(asked, prompt_tokens=3), "the server read 3 prompt tokens where the tokenizer has"),
+    (
+        {},
+        lambda asked: of_text(asked, text="Rome", completion_tokens=1),
+        "not the model of .*: answers 'Rome' to a fixed prompt where it has 'One",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "body", "told"), OTHERS)
+def test_another_model_is_refused_by_name(scripted, soon, capfd, options, body, told):
+    listed = {"models": {"data": [{"id": "m"}]}}
+    first, other = scripted([(200, slowly)], **listed), scripted([(200, body)], **(listed | options))
+    servers = several([first, other])
+    assert len(dict(servers.generate(PROMPTS, ROOM))) == 12
+    assert re.search(f"{other.url}: {told}.*This server is not used", capfd.readouterr().err)
+    assert servers.tally() == {"answers": [12, 0], "refused": 1, "asked_again": 0}
+
+
+def test_a_server_that_goes_wrong_is_refused_and_its_items_go_on(scripted, soon):
+    """Its answers before that were checked one by one. When none is left, the run ends as with one server."""
+    wrong = scripted([*[(200, slowly)] * 4, (200, lambda asked: of_text(asked, text=HIDDEN))])
+    servers = several([wrong, scripted([(200, slowly)])])
+    assert len(dict(servers.generate(PROMPTS, ROOM))) == 12 and servers.tally()["refused"] == 1
+    with pytest.raises(UserError, match="tokens were generated and the text has"):
+        list(
+            several([scripted([*[(200, good)] * 3, (200, lambda asked: of_text(asked, text=HIDDEN))])] * 2).generate(
+                PROMPTS, ROOM
+            )
+        )
+
+
+def test_no_server_at_all_ends_the_run(scripted, soon, monkeypatch):
+    monkeypatch.setattr(backend_openai, "START", 0.5)
+    down = [f"http://127.0.0.1:{free_port()}/v1" for _ in range(2)]
+    with pytest.raises(UserError, match="none of 2 servers answered for 0 s .*the same command goes on from here"):
+        list(several(",".join(down)).generate(PROMPTS, ROOM))
+
+
+def test_an_item_that_ends_servers_ends_the_run(scripted, soon):
+    deadly = scripted([*[(200, good)] * 2, (500, {})] * 9)
+    with pytest.raises(UserError, match="an item was lost by servers 5 times"):
+        list(several([deadly]).generate(PROMPTS, ROOM))
+
+
+def test_a_file_of_servers_is_read_again(scripted, soon, tmp_path, capfd):
+    """Added, taken away, unreadable for a moment; one that starts late under its address is used."""
+    listed, late = tmp_path / "servers", free_port()
+    one, two = scripted([(200, slowly)]), scripted([(200, slowly)])
+    listed.write_text(f"# of this job\n{one.url}/\nhttp://127.0.0.1:{late}/v1\n")
+    servers = several(f"@{listed}")
+    for count, _ in enumerate(servers.generate(PROMPTS * 10, ROOM), 1):
+        if count == 2:
+            third = scripted([(200, slowly)], late)
+            listed.write_text("")
+        if count == 20:
+            listed.write_text(f"{two.url}\n{third.url}")
+    said = capfd.readouterr().err
+    assert f"{one.url}: no longer in {listed}" in said and "names no server" in said and "answers again" in said
+    assert asked_of(two) and asked_of(third) and len(servers.servers) == 2 and sum(servers.tally()["answers"]) == 120
+    for text, told in (("", "names no server"), ("host:80", "not a server's address")):
+        listed.write_text(text)
+        with pytest.raises(UserError, match=told):
+            several(f"@{listed}")
+    with pytest.raises(UserError, match="No such file"):
+        several(f"@{listed}.gone")

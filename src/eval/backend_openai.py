@@ -4,11 +4,13 @@
 
 Not a command by itself. The chat template is ours, so that the prompt is the same on all backends; token ids are sent, or the
 rendered text with --prompt-text, and the server's count of prompt tokens must be ours (no second BOS). The answer is the ids
-that the server says it generated (vLLM, llama-server), else its text, which must hold as many tokens as it counted.
+that the server says it generated (vLLM, llama-server), else its text, which must hold as many tokens as it counted. Of several
+servers (OpenAIServers) each answers what it has room for; docs/CLUSTER.md.
 """
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import math
@@ -20,6 +22,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +39,13 @@ BUSY = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
 FIRST_WORD = 60.0  # seconds of silence until it is said; then after twice as many
 DAY = 86_400.0
 START, PER_TOKEN = 600.0, 1.0  # seconds that an answer may take, by default: to begin, and for each token that was asked for
+LOOK = 5.0  # seconds between two looks at each of several servers; longer at one that failed often
+BRIEFLY = 5.0  # seconds for which one of several servers may be busy or unreachable before its item goes to another
+LOSSES = 5  # times that an item may be lost by servers that were well before: it may be what ends them
+# Greedy answers of one model: log-probabilities of a token lie no further apart, in nats (BF16 rounds logits of 16 to 32 to
+# eighths), and where two tokens differ they were about as likely, at most a half each.
+APART = 0.25
+TIE = math.log(0.5) + APART / 2
 PENALTIES = {"presence_penalty": 0.0, "frequency_penalty": 0.0}
 # No other filter, penalty or order than the sampling that is declared: a server fills what is left out from its own options or
 # the model's generation_config. Names of llama-server, then of vLLM and SGLang; each ignores those of the other.
@@ -46,7 +56,12 @@ NEUTRAL = {
 }  # fmt: skip
 IDENTITY = ("id", "root", "owned_by")  # of a model in /models; vLLM's root is its path
 IDENTITY_META = ("n_vocab", "n_ctx_train", "n_embd", "n_params", "size", "ftype")  # llama-server's
+FIXED, FIXED_TOKENS = "Write one sentence about each of three cities.", 16  # asked of each of several servers
 T = TypeVar("T")
+
+
+class Unavailable(UserError):
+    """A server that does not answer, or says that it cannot now; it may later."""
 
 
 def refusal(error: urllib.error.HTTPError) -> str:
@@ -103,7 +118,7 @@ class Client:
                     raise UserError(f"{where}: {problem}") from None
                 least = float(wanted) if (wanted := error.headers.get("Retry-After") or "").isdigit() else 0.0
             except TimeoutError:
-                raise UserError(f"{where}: no answer to a request within {limit:,.0f} s; see to the server, or give "
+                raise Unavailable(f"{where}: no answer to a request within {limit:,.0f} s; see to the server, or give "
                                 "--timeout SECONDS") from None  # fmt: skip
             except (OSError, http.client.HTTPException) as error:  # refused, reset, closed before an answer
                 problem = str(error) or type(error).__name__
@@ -112,7 +127,7 @@ class Client:
             self.check()
             pause = max(pause, least)
             if time.monotonic() + pause > begun + self.patience:
-                raise UserError(f"{where}: no answer within {self.patience:.0f} s ({problem})")
+                raise Unavailable(f"{where}: no answer within {self.patience:.0f} s ({problem})")
             time.sleep(pause)
             pause = min(2 * pause, 8.0)
 
@@ -189,12 +204,15 @@ class ServerBackend(Backend):
         return render_chat(self.tokenizer, messages)
 
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
-        self.client.limit = self.timeout or START + PER_TOKEN * sampling.max_tokens
+        self._limit(sampling)
         if self.served is not None and self.served < min(self.context, sampling.max_tokens):
             print(f"{self.client.base_url}: its context is {self.served:,} tokens where {self.context:,} are asked for; an "
                   "answer that it cuts short will end the run", file=sys.stderr, flush=True)  # fmt: skip
         work = lambda index: self._complete(prompts[index], sampling)  # noqa: E731
         return in_parallel(work, len(prompts), self.parallel, self._silent)
+
+    def _limit(self, sampling: Sampling) -> None:
+        self.client.limit = self.timeout or START + PER_TOKEN * sampling.max_tokens
 
     def _silent(self, seconds: float) -> None:
         print(f"{self.client.base_url}: no answer for {seconds:,.0f} s; a request is given up after {self.client.limit:,.0f} s",
@@ -230,12 +248,17 @@ def of_kind(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
     return value
 
 
+def logprobs_of(told: Any, rows: Sequence[dict[str, Any]]) -> list[Any]:
+    """Of each generated token: from llama-server's rows, else as vLLM and SGLang tell them; [] where they are not told."""
+    listed = told.get("token_logprobs") if isinstance(told, dict) else None
+    return [row.get("logprob") for row in rows] or listed or []
+
+
 def finite_rows(told: Any, url: str) -> list[dict[str, Any]]:
     """The rows of an answer's log-probabilities, where it has some; :class:`UserError` if one is no number."""
     rows = told.get("content") if isinstance(told, dict) else None  # llama-server's form
     rows = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
-    values = [row.get("logprob") for row in rows] or (told.get("token_logprobs") if isinstance(told, dict) else None) or []
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):  # llama-server's NaN is null
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in logprobs_of(told, rows)):  # NaN is null
         raise UserError(f"{url}: a log-probability is no number: the server's logits are NaN or infinite, check its weights")
     return rows
 
@@ -250,6 +273,7 @@ class Answer:
     tokens: int
     ids: list[int] | None
     model: str | None
+    logprobs: list[float]
 
     @classmethod
     def read(cls, answer: Any, url: str) -> Answer:
@@ -270,7 +294,29 @@ class Answer:
         ids = choice.get("token_ids") or [row.get("id") for row in rows]
         ids = ids if isinstance(ids, list) and ids and all(type(each) is int for each in ids) else None
         model = body.get("model")
-        return cls(text, reason, counts[0], counts[1], ids, model if isinstance(model, str) else None)
+        model = model if isinstance(model, str) else None
+        return cls(text, reason, counts[0], counts[1], ids, model, logprobs_of(choice.get("logprobs"), rows))
+
+    def other_than(self, first: Answer) -> str:
+        """What tells that this greedy answer is not of the model that gave the first one to the same prompt; "" where rounding
+        may explain it, or a tie of two tokens. Without log-probabilities the texts must be equal."""
+        if not (self.ids and first.ids and self.logprobs and first.logprobs):
+            return "" if self.text == first.text else f"answers {self.text!r} to a fixed prompt where it has {first.text!r}"
+        pairs = zip(self.ids, self.logprobs, first.ids, first.logprobs, strict=False)
+        for place, (token, value, expected, reference) in enumerate(pairs, 1):
+            if token != expected and max(value, reference) < TIE:
+                return ""
+            if token != expected or abs(value - reference) > APART:
+                told = f"token {token} (log-probability {value:.2f}) where it has {expected} ({reference:.2f})"
+                return f"answers a fixed prompt with {told} in place {place}"
+        return ""
+
+
+def listed_identity(entry: dict[str, Any]) -> dict[str, Any]:
+    """What tells one model from another in its entry of /models."""
+    meta = entry.get("meta") if isinstance(entry.get("meta"), dict) else {}
+    identity = {key: entry[key] for key in IDENTITY if key in entry}
+    return identity | {key: meta[key] for key in IDENTITY_META if key in meta}
 
 
 class OpenAIBackend(ServerBackend):
@@ -288,7 +334,7 @@ class OpenAIBackend(ServerBackend):
         self.directory, self.timeout = Path(tokenizer), timeout
         config = self.directory / "config.json"
         trained = text_config(read_json(config)).get("max_position_embeddings") if config.is_file() else None
-        self.client = Client(base_url, key)
+        self.client, self.key = Client(base_url, key), key
         self.model, self.parallel, self.context = model, parallel, min(context, trained or context)
         self.send_text, self.plain = send_text, plain
         self.facts: dict[str, Any] = {}
@@ -303,12 +349,10 @@ class OpenAIBackend(ServerBackend):
         served = entry.get("max_model_len") or meta.get("n_ctx")  # of vLLM and SGLang; of llama-server
         self.served = served if isinstance(served, int) else None
         self.context = min(self.context, meta.get("n_ctx_train") or self.context)
-        identity = {key: entry[key] for key in IDENTITY if key in entry}
-        identity |= {key: meta[key] for key in IDENTITY_META if key in meta}
         fields = self._fields([], "", Sampling(), 1)
         varying = {"prompt", "max_tokens", "temperature", "top_p", "top_k", "seed"}
         self.facts = {
-            "base_url": self.client.base_url, "listed_model": identity, "served_model": self._probe(prompt).model,
+            "base_url": self.client.base_url, "listed_model": listed_identity(entry), "served_model": self._probe(prompt).model,
             "tokenizer_sha256": tokenizer_files_sha256(self.directory), "prompt": "text" if self.send_text else "ids",
             "sent": sorted(fields), "sent_always": {key: fields[key] for key in fields if key not in varying},
         }  # fmt: skip
@@ -317,14 +361,10 @@ class OpenAIBackend(ServerBackend):
     def _listed(self) -> dict[str, Any]:
         """The model's entry in /models: by its name, or the only one. A server without that page has none."""
         try:
-            found = self.client.once("/models", timeout=FIRST_WORD)
-        except urllib.error.HTTPError:
-            return {}
-        except TimeoutError:
-            raise UserError(
-                f"{self.client.base_url}/models: no answer within {FIRST_WORD:.0f} s; is it a server's address?"
-            ) from None
-        except (OSError, http.client.HTTPException, ValueError):
+            found = self.client.call("/models", limit=FIRST_WORD)
+        except Unavailable:
+            raise
+        except UserError:
             return {}  # no such page; what else is wrong, the probe says
         rows = [row for row in found.get("data") or () if isinstance(row, dict)] if isinstance(found, dict) else []
         named = [row for row in rows if row.get("id") == self.model]
@@ -405,3 +445,291 @@ class OpenAIBackend(ServerBackend):
         at = min((place for end in ends if end and (place := text.find(end)) >= 0), default=len(text))
         reason = answer.reason if at == len(text) else "stop"
         return Completion(text[:at], answer.tokens, len(ids), reason, ids_sha256(ids))
+
+    # ---- as one of several ----
+
+    def at(self, base_url: str) -> OpenAIBackend:
+        """The same model at another server, which nobody has looked at yet."""
+        other = copy.copy(self)
+        other.client, other.facts = Client(base_url, self.key, BRIEFLY), {}
+        return other
+
+    def look(self) -> tuple[dict[str, Any], Answer]:
+        """(what of :meth:`describe` is the model's wherever it is served, the greedy answer to FIXED)."""
+        prompt = self.render([{"role": "user", "content": FIXED}])
+        facts = self._open(prompt)
+        listed = {key: value for key, value in facts["listed_model"].items() if key != "root"}  # a path, of each node's own
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        answer = self._read(self.client.call("/completions", self._fields(ids, prompt, Sampling(), FIXED_TOKENS), START), ids)
+        return {key: value for key, value in facts.items() if key != "base_url"} | {"listed_model": listed}, answer
+
+    def ping(self) -> None:
+        """Raise :class:`Unavailable` unless the server answers within a minute, :class:`UserError` where it lists another
+        model than it did."""
+        if (now := listed_identity(self._listed())) != (then := self.facts["listed_model"]):
+            raise UserError(f"{self.client.base_url}: lists the model as {now}, before as {then}")
+
+
+class Dispatch:
+    """Which of ``count`` items is where: it waits, is out at a server that is ``up``, or is answered, once. Nothing of threads,
+    clocks or networks."""
+
+    def __init__(self, count: int, up: set[str]) -> None:
+        self.up, self.waiting = up, deque(range(count))
+        self.out: dict[int, str] = {}
+        self.answered: dict[int, str] = {}
+        self.losses: Counter[int] = Counter()
+
+    def take(self, server: str) -> int | None:
+        """The next item for a server; None where none waits or the server is down."""
+        if server not in self.up or not self.waiting:
+            return None
+        self.out[self.waiting[0]] = server
+        return self.waiting.popleft()
+
+    def lose(self, server: str, index: int | None = None) -> None:
+        """An item waits again, before all others, if it is still out at a server; without an item all that are out there. The
+        server gets no more until it is up."""
+        self.up.discard(server)
+        for each in [each for each, at in reversed(self.out.items()) if at == server and index in (None, each)]:
+            del self.out[each]
+            self.waiting.appendleft(each)
+            self.losses[each] += 1
+
+    def answer(self, server: str, index: int) -> bool:
+        """Whether this is the item's first answer. A server that was taken for lost may still give it."""
+        if index in self.answered:
+            return False
+        if self.out.pop(index, None) is None:
+            self.waiting.remove(index)
+        self.answered[index] = server
+        return True
+
+
+def read_addresses(addresses: str) -> list[str]:
+    """The servers of --base-url: URL,URL,... or @FILE with one a line, where # begins a comment."""
+    text = addresses
+    if addresses.startswith("@"):
+        try:
+            text = Path(addresses[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--base-url {addresses}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    found = [line.partition("#")[0].split(",") for line in text.splitlines()]
+    urls = list(dict.fromkeys(url.strip().rstrip("/") for line in found for url in line if url.strip()))
+    if not urls:
+        raise UserError(f"--base-url {addresses}: names no server; expected http://HOST:PORT/v1")
+    for url in urls:
+        Client(url)
+    return urls
+
+
+Ask = Callable[[OpenAIBackend, int], Completion]
+Finished = queue.SimpleQueue[tuple[int, Completion] | BaseException]
+
+
+class OpenAIServers(Backend):
+    """One model at several servers, each with ``one.parallel`` requests at once: an item goes to whichever is free.
+
+    A server that fails or is silent for a minute loses its items to the others until it answers again as the first one did; one
+    of another model, or whose answer is damaged, is refused for good. ``one``: how each is asked. A file is read again."""
+
+    name = "openai"
+
+    def __init__(self, addresses: str, one: OpenAIBackend) -> None:
+        self.addresses, self.one, self.tokenizer, self.context = addresses, one, one.tokenizer, one.context
+        self.servers = {url: one.at(url) for url in read_addresses(addresses)}
+        self.change = threading.Condition()  # guards all below
+        self.up: set[str] = set()
+        self.dispatch = Dispatch(0, self.up)
+        self.refused: dict[str, UserError] = {}
+        self.silent: dict[str, str] = {}  # what was last said of a server that is down
+        self.falls: Counter[str] = Counter()  # since its last answer
+        self.epoch: Counter[str] = Counter()  # goes up when a server is lost: who waits for its answers then works no more
+        self.answers: Counter[str] = Counter()
+        self.lost = 0
+        self.first: tuple[str, dict[str, Any], Answer] | None = None
+        self.heard = time.monotonic()
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        return self.one.render(messages)
+
+    def describe(self) -> dict[str, Any]:
+        """Of the first server that answers, in the order of the list; all others must be like it."""
+        while self.first is None:
+            self._reread()
+            for server in list(self.servers.values()):
+                if self.first is None and server.client.base_url not in self.refused:
+                    self._look_at(server)
+            if self.first is None:
+                self._check_any()
+                time.sleep(LOOK)
+        return self.first[1]
+
+    def tally(self) -> dict[str, Any]:
+        """For a record: the answers of each server, how many were refused, how often an item was asked again; of the last part
+        of a run that was resumed."""
+        return {"answers": sorted((self.answers[url] for url in self.servers.keys() | self.answers.keys()), reverse=True),
+                "refused": len(self.refused), "asked_again": self.lost}  # fmt: skip
+
+    def _check_any(self) -> None:
+        """Raise when nothing can be hoped for: all are refused, none was up for START seconds, or an item ends them."""
+        if self.servers.keys() <= self.refused.keys():
+            raise list(self.refused.values())[-1]
+        said = next((self.silent[url] for url in self.servers if url in self.silent), "")
+        with self.change:
+            often = max(self.dispatch.losses.values(), default=0) >= LOSSES
+        if often:
+            raise UserError(
+                f"an item was lost by servers {LOSSES} times; it may be what ends them ({said or 'no answer to it'})"
+            )
+        if self.up:
+            self.heard = time.monotonic()
+        elif time.monotonic() > self.heard + START:
+            problem = f"none of {len(self.servers)} servers answered for {START:,.0f} s"
+            raise UserError(f"{problem} ({said}); the same command goes on from here")
+
+    def _look_at(self, server: OpenAIBackend) -> None:
+        """Whether a server is up, down or refused."""
+        url = server.client.base_url
+        try:
+            if url in self.up:
+                server.ping()
+            else:
+                self._compare(url, *server.look())
+        except Unavailable as error:
+            self._drop(url, error)
+        except UserError as error:
+            self._drop(url, error, refuse=True)
+        else:
+            with self.change:
+                if url in self.servers and url not in self.up:
+                    self.up.add(url)
+                    if self.silent.pop(url, None):
+                        say(f"{url}: answers again")
+                self.change.notify_all()
+
+    def _compare(self, url: str, facts: dict[str, Any], answer: Answer) -> None:
+        """Raise unless a server says of its model what the first one says."""
+        self.first = self.first or (url, facts, answer)
+        where, expected, first = self.first
+        told = next((f"{key} is {facts[key]} where it has {expected[key]}" for key in facts if facts[key] != expected[key]), "")
+        if told := told or answer.other_than(first):
+            raise UserError(f"{url}: not the model of {where}: {told}")
+
+    def _drop(self, url: str, error: UserError, refuse: bool = False) -> None:
+        """A server is lost, or refused for good, which is said."""
+        with self.change:
+            self.falls[url] += url in self.up
+            self.dispatch.lose(url)
+            self.epoch[url] += 1
+            if refuse and url not in self.refused:
+                self.refused[url] = error
+                say(f"{error}. This server is not used")
+            elif not refuse and url not in self.silent:
+                self.silent[url] = str(error)
+                say(f"{error}. Its items go to others")
+            self.change.notify_all()
+
+    def _reread(self) -> None:
+        """Servers that are new in the file; those that are gone lose their items. A file without servers changes nothing."""
+        if not self.addresses.startswith("@"):
+            return
+        try:
+            urls = read_addresses(self.addresses)
+        except UserError as error:
+            if str(error) != self.silent.get("@"):
+                say(f"{error}; the servers stay as they were")
+            self.silent["@"] = str(error)
+            return
+        self.silent.pop("@", None)
+        for url in self.servers.keys() - set(urls):
+            with self.change:
+                del self.servers[url]
+                self.refused.pop(url, None)
+            self._drop(url, Unavailable(f"{url}: no longer in {self.addresses[1:]}"))
+        self.servers |= {url: self.one.at(url) for url in urls if url not in self.servers}
+
+    def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
+        self.describe()
+        own = self.dispatch = Dispatch(len(prompts), self.up)
+        finished: Finished = queue.SimpleQueue()
+        watched: dict[str, OpenAIBackend] = {}
+        waited, word = time.monotonic(), FIRST_WORD
+
+        def ask(server: OpenAIBackend, index: int) -> Completion:
+            server._limit(sampling)
+            return server._complete(prompts[index], sampling)
+
+        try:
+            for _ in prompts:
+                while True:
+                    self._reread()
+                    for url, server in self.servers.items():
+                        if watched.get(url) is not server:
+                            watched[url] = server
+                            threading.Thread(target=self._watch, args=(server, own, ask, finished), daemon=True).start()
+                    self._check_any()
+                    try:
+                        result = finished.get(timeout=LOOK)
+                        break
+                    except queue.Empty:
+                        pass
+                    if time.monotonic() > waited + word:
+                        say(f"no answer for {word:,.0f} s; {len(self.up)} of {len(self.servers)} servers are up")
+                        word *= 2
+                if isinstance(result, BaseException):
+                    raise result
+                yield result
+                self.heard, waited, word = time.monotonic(), time.monotonic(), FIRST_WORD
+        finally:
+            with self.change:
+                self.lost += sum(own.losses.values())
+                self.dispatch = Dispatch(0, self.up)
+                self.change.notify_all()
+
+    def _watch(self, server: OpenAIBackend, own: Dispatch, ask: Ask, finished: Finished) -> None:
+        """Looks at a server while ``own`` is what is done, and sets threads to work when it comes up."""
+        url, staffed = server.client.base_url, -1
+        while self.dispatch is own and self.servers.get(url) is server and url not in self.refused:
+            self._look_at(server)
+            if url in self.up and staffed != self.epoch[url]:
+                staffed = self.epoch[url]
+                for _ in range(server.parallel):
+                    call = (server, staffed, own, ask, finished)
+                    threading.Thread(target=self._work, args=call, daemon=True).start()
+            time.sleep(LOOK * 2 ** min(self.falls[url], 6) if url not in self.up else LOOK)
+
+    def _work(self, server: OpenAIBackend, epoch: int, own: Dispatch, ask: Ask, finished: Finished) -> None:
+        """One request after another. An answer that comes late, of a server that was taken for lost, is as good."""
+        url = server.client.base_url
+        while True:
+            with self.change:
+                while True:
+                    if self.dispatch is not own or self.epoch[url] != epoch:
+                        return
+                    if (index := own.take(url)) is not None:
+                        break
+                    self.change.wait()
+            try:
+                done = ask(server, index)
+            except Unavailable:  # what is wrong, the next look says
+                with self.change:
+                    self.falls[url] += url in self.up
+                    own.lose(url, index)
+                    self.change.notify_all()
+            except UserError as error:
+                self._drop(url, error, refuse=True)
+            except BaseException as error:  # noqa: BLE001 - handed to the caller, who raises it
+                finished.put(error)
+                return
+            else:
+                with self.change:
+                    first = url not in self.refused and own.answer(url, index)
+                    self.falls[url] = 0
+                    self.answers[url] += first
+                if first:
+                    finished.put((index, done))
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

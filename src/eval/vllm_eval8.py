@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from backend import PROMPT_ROOM, Backend, HfBackend, Replicas, choose_backend
-from backend_openai import OpenAIBackend, api_key
+from backend_openai import OpenAIBackend, OpenAIServers, api_key, read_addresses
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli
 from devices import parse_devices
@@ -47,9 +47,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--spread", action="store_true", help="one copy, its layers in equal runs on --devices")
     group = parser.add_argument_group("a GGUF file, or a server (--backend openai)")
     group.add_argument("--tokenizer", type=Path, help="directory of tokenizer and chat template (default: those of the GGUF)")
-    group.add_argument("--parallel", type=int, default=4, help="requests at once; slots of llama-server (default 4)")
+    group.add_argument("--parallel", type=int, default=4, help="requests at once, at each server; slots of llama-server (4)")
     group.add_argument("--server-args", default="", help='further options of llama-server, as "-ngl 99 --cpu-moe"')
-    group.add_argument("--base-url", help="server of --backend openai, as http://localhost:8000/v1")
+    group.add_argument("--base-url", help="server of --backend openai, as http://localhost:8000/v1; several: URL,URL or @FILE")
     group.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
     group.add_argument("--timeout", type=float, help="seconds that a server may take for one answer (600, and 1 a token)")
     group.add_argument("--prompt-text", action="store_true", help="send text, not token ids (openai)")
@@ -86,8 +86,13 @@ def described(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if name == "llamacpp":
         return describe_gguf(args.model)
     if name == "openai":
-        return {"path": str(args.model), "base_url": args.base_url, "weights_sha256": None}
+        one = None if several(args.base_url) else args.base_url
+        return {"path": str(args.model), "base_url": one, "weights_sha256": None}
     return describe_checkpoint(args.model)
+
+
+def several(base_url: str) -> bool:
+    return "," in base_url or base_url.startswith("@")
 
 
 def make_backend(name: str, args: argparse.Namespace, budget: int) -> Backend:
@@ -95,10 +100,11 @@ def make_backend(name: str, args: argparse.Namespace, budget: int) -> Backend:
     if name == "llamacpp":
         return LlamaCppBackend(args.model, context, args.tokenizer, args.parallel, shlex.split(args.server_args), args.timeout)
     if name == "openai":
-        return OpenAIBackend(
-            args.base_url, str(args.model), args.tokenizer, context, key=api_key(args.api_key_env),
+        one = OpenAIBackend(
+            read_addresses(args.base_url)[0], str(args.model), args.tokenizer, context, key=api_key(args.api_key_env),
             parallel=args.parallel, send_text=args.prompt_text, plain=args.plain_fields, timeout=args.timeout,
         )  # fmt: skip
+        return OpenAIServers(args.base_url, one) if several(args.base_url) else one
     if name == "vllm":
         return VllmBackend(args.model, context, tensor_parallel=args.tensor_parallel)
     devices = parse_devices(args.devices)
@@ -116,7 +122,11 @@ def main() -> None:
         print(source, flush=True)
         plan = dataclasses.replace(plan, sampling=dataclasses.replace(plan.sampling, top_k=None), source=source)
     extra, budget = {"devices": args.devices or None, "spread": args.spread}, plan.sampling.max_tokens
-    run_evaluation(plan, benchmarks, lambda: described(name, args), lambda _: make_backend(name, args, budget), lambda _: extra)
+
+    def more(backend: Backend) -> dict[str, Any]:
+        return extra | ({"servers": backend.tally()} if isinstance(backend, OpenAIServers) else {})
+
+    run_evaluation(plan, benchmarks, lambda: described(name, args), lambda _: make_backend(name, args, budget), more)
 
 
 if __name__ == "__main__":
