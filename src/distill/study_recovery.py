@@ -100,7 +100,7 @@ def stages(study: StudySettings) -> dict[str, list[Stage]]:
     }
 
 
-def inside(script: str, *arguments: object, processes: int = 1) -> None:
+def inside(script: str, *arguments: object, processes: int = 1, **_: object) -> None:
     """Run one of the project's commands in this process, printed first; its memory is counted from here."""
     if processes != 1:
         raise UserError("the parts of the study run in one process each")
