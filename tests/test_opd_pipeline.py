@@ -6,28 +6,33 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import REPO
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import distill_run
 import merge_adapter
 import opd_score
 from console import UserError, file_sha256
 from fsdp_setup import World, own_rows
 from hf_model import load_tokenizer
 from opd_budget import Plan, memory, shape_of
-from opd_data import AdapterSettings, ScoredRollouts, read_rollouts
+from opd_data import AdapterSettings, DistillSettings, ScoredRollouts, read_rollouts
 from opd_student import build_student
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
 from sample_log import log_line, sealed
+from settings import parse_settings
 
 GENERATE = ["--tasks", "tiny_know,tiny_math", "--limit", 4, "--max-tokens", 12, "--backend", "hf", "--temperature", 1.0]
 TRAIN = ["--steps", 5, "--rows", 4, "--micro-rows", 2, "--rank", 4, "--lr", 0.1, "--save-every", 1, "--warmup", 0]
@@ -79,7 +84,7 @@ def training(cached, teacher, out, *more):
 
 
 def digests(directory):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.iterdir()) if p.name != "phase.json"}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(directory.glob("*.*")) if p.name != "phase.json"}
 
 
 def test_rollouts_and_scores(cached, random_tiny, tmp_path):
@@ -114,11 +119,15 @@ def whole(cached, random_tiny, tmp_path_factory):
     return path
 
 
+def wait_for_state(out, process):
+    while not list(out.glob("state/*/.metadata")) and process.poll() is None:
+        time.sleep(0.001)
+
+
 @pytest.mark.slow
 def test_killed_training_ends_with_the_same_bytes_and_merges(cached, whole, random_tiny, tmp_path, capsys):
     process = started(REPO / "src/distill/opd_train_fsdp.py", *training(cached, random_tiny, tmp_path / "cut"))
-    while not (tmp_path / "cut/state.safetensors").exists() and process.poll() is None:
-        time.sleep(0.001)
+    wait_for_state(tmp_path / "cut", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and not (tmp_path / "cut/adapter.json").exists()
@@ -204,21 +213,96 @@ def test_own_rows_are_those_of_the_shard(rows, size):
     assert found == chunks + [[]] * (size - len(chunks))
 
 
+def same_within_rounding(whole, other):
+    """The losses, the norms and the adapter of two runs."""
+    one, two = (json.loads((path / "adapter.json").read_text())["curve"] for path in (whole, other))
+    assert len(one) == 5 and one[-1][0] == 5
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(one, two, strict=True):
+        assert loss == pytest.approx(other_loss, abs=1e-4) and norm == pytest.approx(other_norm, rel=1e-3, abs=1e-4)
+    a, b = (load_file(path / "adapter.safetensors") for path in (whole, other))
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a), max((a[n] - b[n]).abs().max() for n in a)
+
+
 @pytest.mark.slow
 def test_two_processes_with_fsdp_equal_one(cached, whole, random_tiny, tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = started(*torchrun, REPO / "src/distill/opd_train_fsdp.py", *training(cached, random_tiny, tmp_path / "two"))
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors[-3000:]
-    one, two = (json.loads((path / "adapter.json").read_text())["curve"] for path in (whole, tmp_path / "two"))
-    assert len(one) == 5 and one[-1][0] == 5
-    for (_, loss, norm), (_, other_loss, other_norm) in zip(one, two, strict=True):
-        assert loss == pytest.approx(other_loss, abs=1e-4) and norm == pytest.approx(other_norm, rel=1e-3, abs=1e-4)
-    a, b = (load_file(path / "adapter.safetensors") for path in (whole, tmp_path / "two"))
-    assert a.keys() == b.keys()
-    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a), max((a[n] - b[n]).abs().max() for n in a)
+    same_within_rounding(whole, tmp_path / "two")
     bake = ["merge_adapter", "--student", cached / "q", "--teacher", random_tiny, "--adapter", tmp_path / "two"]
     assert run(*bake, "--out", tmp_path / "merged") == (0, "")  # to the digests that the processes took in turn
+
+
+NODE = "import sys, distill_run as d\nd.run_cli(lambda: d.step(*sys.argv[3:], nodes=d.Nodes(2, int(sys.argv[1]), sys.argv[2])))"
+
+
+@pytest.mark.slow
+def test_two_nodes_lose_one_and_go_on(cached, whole, random_tiny, tmp_path):
+    """kill -9 of one node's agent: its process dies too, the other node ends with one line; the saved state goes on with two
+    nodes, and with one process, to the losses and the adapter of a run of one."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = f"localhost:{free.getsockname()[1]}"
+
+    def node(rank):
+        return started(
+            "-c", NODE, rank, meet, "src/distill/opd_train_fsdp.py", *training(cached, random_tiny, tmp_path / "cut")
+        )
+
+    nodes = [node(0), node(1)]
+    wait_for_state(tmp_path / "cut", nodes[0])
+    nodes[1].kill()
+    out, errors = nodes[0].communicate(timeout=60)
+    line = errors.strip().splitlines()[-1]
+    assert nodes[0].returncode == 2 and line.startswith("error: training stopped: processes of another node are gone"), errors
+    assert line.endswith("the same command on every node goes on from the last saved state") and "Traceback" not in errors
+    nodes[1].communicate(timeout=20)  # ends only when its process, which holds the pipe, is gone too
+    assert not (tmp_path / "cut/adapter.json").exists()
+    shutil.copytree(tmp_path / "cut", tmp_path / "one")
+    assert run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "one")) == (0, "")
+    for again in [node(0), node(1)]:
+        nodes.append(again)
+    texts = [process.communicate(timeout=200) for process in nodes[2:]]
+    assert [process.returncode for process in nodes[2:]] == [0, 0], texts
+    assert "from step 0" not in "".join(out for out, _ in texts) and "on 2 x cpu; from step" in "".join(out for out, _ in texts)
+    for other in ("one", "cut"):
+        same_within_rounding(whole, tmp_path / other)
+
+
+def test_a_node_that_is_not_the_first_waits_and_trains(cached, random_tiny, tmp_path, monkeypatch):
+    values = {
+        "TEACHER": random_tiny,
+        "STUDENT": cached / "q",
+        "CACHE": cached,
+        "WORK": tmp_path / "w",
+        "NNODES": 2,
+        "RDZV": "a:1",
+    }
+    values |= {"ROWS": 4, "MICRO_ROWS": 2, "SCORE_TEMPERATURE": 1.0, "K": 20}
+    calls = []
+
+    def run_of(**more):
+        for key, value in (values | more).items():
+            monkeypatch.setenv(key, str(value))
+        config, _ = parse_settings(DistillSettings, "", argv=["--config", str(REPO / "configs/opd_tiny.env")])
+        return distill_run.Run(config, tmp_path / "r.json", lambda script, *_, **how: calls.append((Path(script).stem, how)))
+
+    def first(_):
+        run_of().claim()
+
+    monkeypatch.setattr(distill_run.time, "sleep", first)  # while the other node waits
+    run_of(NODE_RANK=1).join()
+    assert calls == [("opd_train_fsdp", {"processes": 1, "nodes": (2, 1, "a:1")})]
+    run_of(NODE_RANK=0, NNODES=1).claim()  # with another number of processes it is the same run
+    for more, said in (
+        ({"NODE_RANK": 2}, "NODE_RANK=2 of NNODES=2: the nodes are numbered from 0"),
+        ({"RDZV": "host"}, "RDZV=host: 2 nodes need HOST:PORT"),
+        ({"NNODES": 4}, "no multiple of MICRO_ROWS x PROCESSES x NNODES = 8"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run_of(**{"NODE_RANK": 0} | more)
 
 
 def refused(script, arguments, said):
@@ -372,16 +456,14 @@ def test_a_teacher_or_student_with_a_nan_is_named(cached, random_tiny, tmp_path)
 def test_a_loss_that_is_not_finite_keeps_the_last_good_state(cached, whole, random_tiny, tmp_path):
     shutil.copytree(whole, tmp_path / "a")
     (tmp_path / "a/adapter.json").unlink()
-    with safe_open(tmp_path / "a/state.safetensors", "pt") as file:
-        facts = json.loads(file.metadata()["state"])
-    state = load_file(tmp_path / "a/state.safetensors")
-    first = next(name for name in state if name.startswith("value:"))
-    state[first][:] = 3e38  # what a rate far too high makes of it
-    save_file(state, tmp_path / "a/state.safetensors", {"state": json.dumps(facts | {"step": 2})})
-    good = file_sha256(tmp_path / "a/state.safetensors")
+    state = tmp_path / "a/state/00000005"
+    facts = json.loads((state / "state.json").read_text())
+    (state / "state.json").write_text(json.dumps(facts | {"step": 2}))
+    edited_state(state, lambda t: t[max(t)].fill_(3e38))  # a trained value: what a rate far too high makes of it
+    good = digests(state)
     code, error = run("opd_train_fsdp", *training(cached, random_tiny, tmp_path / "a"))
-    assert code == 2 and error.startswith("step 3: the loss is ") and "state.safetensors, step 2; lower --lr" in error
-    assert file_sha256(tmp_path / "a/state.safetensors") == good and not (tmp_path / "a/adapter.json").exists()
+    assert code == 2 and error.startswith("step 3: the loss is ") and "a/state, step 2; lower --lr" in error
+    assert digests(state) == good and not (tmp_path / "a/adapter.json").exists()
     shards = sorted((cached / "scores").glob("*.safetensors"))
     shutil.copytree(cached, tmp_path / "c")
     (tmp_path / "c/scores" / shards[0].name).write_bytes(shards[0].read_bytes()[:-4] + b"abcd")
@@ -397,6 +479,15 @@ def edited(path, change):
     save_file(tensors, path, facts)
 
 
+def edited_state(directory, change):
+    """A saved state of training with ``change`` made to its tensors."""
+    read = dcp.FileSystemReader(directory)
+    tensors = {name: torch.empty(m.size) for name, m in read.read_metadata().state_dict_metadata.items()}
+    dcp.load(tensors, storage_reader=read, no_dist=True)
+    change(tensors)
+    dcp.save(tensors, checkpoint_id=directory, no_dist=True)
+
+
 def first_value(value):
     def change(tensors):
         tensors[min(tensors)].view(-1)[0] = value
@@ -408,7 +499,8 @@ def test_a_damaged_adapter_or_state_is_one_line(cached, whole, random_tiny, tmp_
     train = training(cached, random_tiny, tmp_path / "a")
     merge = ["--student", cached / "q", "--teacher", random_tiny, "--adapter", tmp_path / "a", "--out", tmp_path / "r"]
     start = training(cached, random_tiny, tmp_path / "b", "--init", tmp_path / "a")
-    state, adapter = tmp_path / "a/state.safetensors", tmp_path / "a/adapter.safetensors"
+    state, adapter = tmp_path / "a/state/00000005", tmp_path / "a/adapter.safetensors"
+    share, facts, last = state / "__0_0.distcp", state / "state.json", state / ".metadata"
     cut = slice(0, -100)
 
     def described(**changes):
@@ -437,12 +529,20 @@ def test_a_damaged_adapter_or_state_is_one_line(cached, whole, random_tiny, tmp_
         (lambda: adapter.write_bytes(adapter.read_bytes()[cut]), "opd_train_fsdp", start, "cannot be read ("),
         (lambda: edited(adapter, first_value(torch.inf)), "opd_train_fsdp", start, "holds NaN or infinity"),
         (lambda: edited(adapter, lambda t: t.pop(min(t))), "opd_train_fsdp", start, "adapter.safetensors: lacks "),
-        (lambda: state.write_bytes(state.read_bytes()[cut]), "opd_train_fsdp", train, "state.safetensors: cannot be read ("),
-        (lambda: state.write_bytes(b"garbage"), "opd_train_fsdp", train, "state.safetensors: cannot be read ("),
-        (lambda: edited(state, lambda t: t.pop(min(t))), "opd_train_fsdp", train, "state.safetensors: cannot be read ("),
-        (lambda: edited(state, first_value(torch.nan)), "opd_train_fsdp", train, "holds NaN or infinity; remove it"),
-        (lambda: save_file(load_file(state), state), "opd_train_fsdp", train, "state.safetensors: has no 'settings'"),
-        (lambda: save_file(load_file(state), state, {"state": "{"}), "opd_train_fsdp", train, "safetensors: cannot be read"),
+        (
+            lambda: share.write_bytes(share.read_bytes()[: share.stat().st_size // 2]),
+            "opd_train_fsdp",
+            train,
+            "cannot be read (",
+        ),
+        (lambda: share.write_bytes(b"garbage"), "opd_train_fsdp", train, "state/00000005: cannot be read ("),
+        (share.unlink, "opd_train_fsdp", train, "state/00000005: cannot be read ("),
+        (lambda: last.write_bytes(last.read_bytes()[cut]), "opd_train_fsdp", train, "state/00000005: cannot be read ("),
+        (lambda: last.write_bytes(b"garbage"), "opd_train_fsdp", train, "state/00000005: cannot be read ("),
+        (lambda: edited_state(state, lambda t: t.pop(min(t))), "opd_train_fsdp", train, "state/00000005: cannot be read ("),
+        (lambda: edited_state(state, first_value(torch.nan)), "opd_train_fsdp", train, "holds NaN or infinity; remove "),
+        (lambda: facts.write_text("{}"), "opd_train_fsdp", train, "state.json: has no 'settings'"),
+        (lambda: facts.write_text("{"), "opd_train_fsdp", train, "state.json: not valid JSON"),
     ):
         shutil.rmtree(tmp_path / "a", ignore_errors=True)
         shutil.copytree(whole, tmp_path / "a")
@@ -500,7 +600,7 @@ PHASES = textwrap.dedent("""
     import transformers.models.qwen3_5_moe.modeling_qwen3_5_moe
     from settings import parse_settings
 
-    def step(script, *arguments, processes=1):
+    def step(script, *arguments, **_):
         sys.argv = [script, *map(str, arguments)]
         try:
             runpy.run_path(script, run_name="__main__")
@@ -524,7 +624,7 @@ def test_killed_in_every_phase_ends_with_the_same_bytes(random_tiny, tmp_path):
     small = {"TEACHER": random_tiny, "TASKS": "tiny_know,tiny_math", "LIMIT": 4, "MAX_TOKENS": 12, "CHUNK": 2, "K": 8}
     small |= {"TRAJECTORIES": "student", "FINISHED_ONLY": 0, "BACKEND": "hf", "SCORE_BATCH": 2, "KL_ITEMS": 1, "TAG": "killed"}
     small |= {"STEPS": 4, "ROWS": 4, "MICRO_ROWS": 4, "RANK": 4, "LR": 0.1, "WARMUP": 0, "SAVE_EVERY": 1}
-    marks = ("rollouts/samples.jsonl", ".scores.partial/job.json", "adapter/state.safetensors", ".recovered.partial/job.json")
+    marks = ("rollouts/samples.jsonl", ".scores.partial/job.json", "adapter/state/*/.metadata", ".recovered.partial/job.json")
     environment = ONE_THREAD | {key: str(value) for key, value in small.items()}
     environment["PYTHONPATH"] += os.pathsep + str(REPO / "tests")
     process = subprocess.run([sys.executable, "-c", PHASES, tmp_path, *marks], env=environment, cwd=REPO, capture_output=True,

@@ -13,11 +13,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +22,7 @@ from typing import Any
 
 from checkpoint import Checkpoint, different_file, source_identity
 from console import UserError, read_json, run_cli, run_script, write_json
-from fsdp_setup import shared_cores
+from fsdp_setup import ONE_NODE, Nodes, launch
 from hf_model import load_tokenizer
 from opd_budget import budget
 from opd_data import (
@@ -58,21 +55,23 @@ from size_model import RESULTS, Rates, duration, machine, records_of
 
 SMOKE = {"repeats": 1, "max_tokens": 64, "finished_only": False, "steps": 2, "warmup": 0, "kl_items": 2}
 SMOKE |= {"micro_rows": 2, "eval_limit": 0, "save_every": 1}
+SETTINGS = "settings.json"
 EVAL_KEYS = ("n", "acc", "acc_low", "acc_high", "acc_finished", "trunc", "mean_tokens")
-Step = Callable[..., None]  # step(script, *arguments, processes=N) runs a command
+HERE = ("processes", "nnodes", "node_rank", "rdzv")  # what a run may be resumed with otherwise
+Step = Callable[..., None]  # step(script, *arguments, processes=N, nodes=ONE_NODE) runs a command
 
 
-def step(script: str, *arguments: object, processes: int = 1) -> None:
-    """Run one of the project's commands, printed first; several processes by torchrun. Each has a process of its own, so that
-    an engine's GPU memory goes with it and a phase's peak memory is its own."""
-    start = ["torchrun", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else ["python"]
-    print("+ " + shlex.join([*start, script, *map(str, arguments)]), flush=True)
-    if processes == 1:
+def step(script: str, *arguments: object, processes: int = 1, nodes: Nodes = ONE_NODE) -> None:
+    """Run one of the project's commands, printed first; several processes as torchrun would. Each has a process of its own, so
+    that an engine's GPU memory goes with it and a phase's peak memory is its own."""
+    several = processes * nodes.nnodes > 1
+    meet = ["--nnodes", nodes.nnodes, "--rdzv_backend", "c10d", "--rdzv_endpoint", nodes.rdzv]
+    start = ["torchrun", *(meet if nodes.nnodes > 1 else ["--standalone"]), "--nproc_per_node", processes]
+    print("+ " + shlex.join(map(str, [*(start if several else ["python"]), script, *arguments])), flush=True)
+    if several:
+        launch([str(REPO / script), *map(str, arguments)], processes, nodes)
+    else:
         run_script(script, *arguments)
-        return
-    command = [sys.executable, "-m", "torch.distributed.run", *start[1:], str(REPO / script), *map(str, arguments)]
-    if code := subprocess.run(command, env=os.environ | shared_cores(processes)).returncode:
-        sys.exit(code)
 
 
 class Run:
@@ -87,6 +86,18 @@ class Run:
         self.adapter, self.recovered = self.work / "adapter", self.work / "recovered"
         # what is recovered: on a block type of llama.cpp that is not the student's file, but its weights on that grid
         self.before = self.work / "before" if config.ggml else self.student
+
+    def join(self) -> None:
+        """The part of a node that is not the first: to train, as soon as the first has made what that needs."""
+        inputs = [self.work / SETTINGS, self.student / RECIPE_FILE, self.rollouts / MANIFEST, self.scores / INDEX]
+        for path in [*inputs, self.before / RECIPE_FILE]:
+            if not path.exists():
+                print(f"waiting until node 0 has written {path}, in a directory that every node sees", flush=True)
+            while not path.exists():
+                time.sleep(1)
+        self.check()
+        self.claim()
+        self.train()
 
     def all(self) -> dict[str, Any]:
         """Every phase that is not done yet, and the record; returns its metrics."""
@@ -125,7 +136,7 @@ class Run:
 
     def claim(self) -> None:
         """Note the settings and what their files hold in WORK, or refuse a WORK with others."""
-        path, settings = self.work / "settings.json", json.loads(json.dumps(values_of(self.config), default=str))
+        path, settings = self.work / SETTINGS, json.loads(json.dumps(values_of(self.config), default=str))
         settings["inputs"] = self.inputs()
         if not path.exists():
             write_json(path, settings)
@@ -134,6 +145,8 @@ class Run:
             read_json(path), ("inputs",), path, "made before the contents of inputs were noted; give another WORK or remove it"
         )
         held, now = before.pop("inputs"), settings.pop("inputs")
+        for key in HERE:
+            before.pop(key, None), settings.pop(key)
         if changed := sorted(key.upper() for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)):
             raise UserError(f"{self.work}: made with other {', '.join(changed)}; give another WORK or remove it")
         for key in sorted(now):
@@ -171,7 +184,7 @@ class Run:
     def start(self) -> None:
         """The weights of a block type before training: an adapter of no steps, merged."""
         if self.config.ggml and not (self.before / RECIPE_FILE).exists():
-            self.fit(self.work / "start", dataclasses.replace(self.config, steps=0, init=None))
+            self.fit(self.work / "start", dataclasses.replace(self.config, steps=0, init=None, nnodes=1, node_rank=0))
             self.bake(self.work / "start", self.before)
 
     def train(self) -> None:
@@ -182,7 +195,8 @@ class Run:
         if not (out / ADAPTER_JSON).exists():
             paths = ["--student", self.student, "--teacher", self.teacher, "--rollouts", self.rollouts, "--scores", self.scores]
             arguments = [*paths, "--out", out, *typed(config, TrainSettings)]
-            self.step("src/distill/opd_train_fsdp.py", *arguments, processes=config.processes)
+            nodes = Nodes(config.nnodes, config.node_rank, config.rdzv) if config.nnodes > 1 else ONE_NODE
+            self.step("src/distill/opd_train_fsdp.py", *arguments, processes=config.processes, nodes=nodes)
 
     def merge(self) -> None:
         """Phase D."""
@@ -252,7 +266,11 @@ class Run:
             for tag in ("before", "after"):
                 scores = read_result(self.work / f"eval/{tag}.json", "eval")["metrics"]
                 metrics[f"eval_{tag}"] = {name: {k: m[k] for k in EVAL_KEYS} for name, m in scores.items()}
-        public = {name: shown(value) if isinstance(value, Path) else value for name, value in values_of(self.config).items()}
+        public = {
+            name: shown(value) if isinstance(value, Path) else value
+            for name, value in values_of(self.config).items()
+            if name not in ("node_rank", "rdzv")
+        }
         write_result(
             self.result, kind="distill", tag=self.config.tag, started=started, model=describe_model(self.recovered),
             seconds=sum(phase["seconds"] for phase in metrics["phases"].values()), recipe=recipe_record(self.recovered),
@@ -325,7 +343,8 @@ def plan(config: DistillSettings, result: Path) -> str:
     lines = [
         f"teacher {config.teacher}: {shape['parameters']:,.0f} parameters, "
         f"{100 * shape['routed'] / shape['parameters']:.1f} % in experts",
-        f"student {student}; {config.trajectories}'s trajectories; loss {config.loss}; {config.processes} process(es)",
+        f"student {student}; {config.trajectories}'s trajectories; loss {config.loss}; "
+        f"{config.nnodes * config.processes} process(es)",
     ]
     texts, trained = rollouts * config.max_tokens, config.steps * config.rows * config.max_tokens
     for name, phase, done, what, tokens in (
@@ -355,6 +374,8 @@ def main() -> None:
     config, args = parse_settings(DistillSettings, __doc__, modes)
     result = Path("results/distill") / f"{config.tag}.json"
     if args.smoke:
+        if config.nnodes > 1:
+            raise UserError(f"--smoke with NNODES={config.nnodes}: it runs on one node; leave NNODES out")
         work = config.work.with_name(f"{config.work.name}-smoke")
         rows = 2 * config.processes
         config = dataclasses.replace(config, **SMOKE, rows=rows, limit=max(4, rows), work=work)
@@ -364,6 +385,10 @@ def main() -> None:
         return
     if args.smoke:
         shutil.rmtree(config.work, ignore_errors=True)
+    if config.node_rank:
+        Run(config, result, step).join()
+        print(f"node {config.node_rank}: trained; node 0 goes on", flush=True)
+        return
     recover(config, result)
     print("SMOKE OK" if args.smoke else f"recovered model: {config.work / 'recovered'}\nrecord: {result}", flush=True)
 

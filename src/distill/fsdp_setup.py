@@ -3,21 +3,41 @@
 Not a command. `world = start_world()` reads what torchrun sets (WORLD_SIZE, RANK, LOCAL_RANK); with one process every function
 here does nothing or the obvious. Each decoder layer is a unit: gathered for its forward and again for its backward. Frozen
 latent weights (int8) are sharded like the adapters; only the adapters have gradients, which are summed over the processes.
+:func:`launch` starts a node's processes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import os
+import signal
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from console import UserError
+
+TIMEOUT = timedelta(minutes=10)  # of a collective: how long a node that fell silent holds up the others
+JOIN = 1800  # seconds that a node waits for the others to come to the rendezvous
+LOST = 75  # exit code of a process whose peers are gone (EX_TEMPFAIL of sysexits.h)
+
+
+class Nodes(NamedTuple):
+    """``nnodes`` machines, of which this is number ``node_rank``, that meet at ``rdzv``, an address of number 0."""
+
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv: str = ""
+
+
+ONE_NODE = Nodes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +64,9 @@ def start_world() -> World:
             raise UserError(f"torchrun started process {local}, but there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
     if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if sys.platform == "linux":  # a process whose agent was killed would train on, without a node that waits for it
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     return World(rank, size, device)
 
 
@@ -62,6 +84,56 @@ def end_world(world: World) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+@contextlib.contextmanager
+def losing_peers() -> Iterator[None]:
+    """End the process by one line and the code LOST where a collective fails because other processes are gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        print(f"error: process {os.environ.get('RANK')}: another process is gone ({reason})", file=sys.stderr, flush=True)
+        os._exit(LOST)  # as in end_world
+
+
+def launch(command: Sequence[str], processes: int, nodes: Nodes) -> None:
+    """Run a Python ``command`` in ``processes`` processes here and on each other node, as torchrun does, but a failure is a
+    :class:`UserError` that says in one line what happened. Nothing is started again: a run goes on from its saved state."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    count = nodes.nnodes
+    # the port of one node is any that is free; of several, node 0 holds the store, whatever it calls itself
+    configs = {"timeout": JOIN, "read_timeout": JOIN, "is_host": nodes.node_rank == 0} if count > 1 else {}
+    config = LaunchConfig(count, count, processes, run_id="moe-lowbit", rdzv_backend="c10d", max_restarts=0,
+                          rdzv_endpoint=nodes.rdzv or "localhost:0", rdzv_configs=configs)  # fmt: skip
+    again = f"; the same command{' on every node' * (count > 1)} goes on from the last saved state"
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        threads = [f"{key}={value}" for key, value in shared_cores(processes).items()]
+        elastic_launch(config, "env")(*threads, sys.executable, *command)
+    except ChildFailedError as error:
+        why = "processes of another node are gone: it was lost, or its own last line says why it stopped"
+        for rank, failure in error.failures.items():
+            if (code := failure.exitcode) != LOST:
+                why = f"process {rank} " + (f"was ended by {signal.Signals(-code).name}" if code < 0 else
+                                            f"ended with exit code {code}, as said above")  # fmt: skip
+        raise UserError(f"training stopped: {why}{again}") from None
+    except (RendezvousError, dist.DistError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"RDZV={nodes.rdzv}: the {count} nodes did not meet, or lost each other ({reason}){again}") from None
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise UserError(f"training stopped: {signal.Signals(error.sigval).name}{again}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def shard(module: nn.Module, world: World) -> None:
@@ -82,6 +154,11 @@ def own_rows(rows: int, world: World) -> slice:
 def full(tensor: Tensor) -> Tensor:
     """All of a tensor on every process; all processes must ask together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_share(tensor: Tensor) -> Tensor:
+    """What of a tensor lies on this process."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def gathered(values: Mapping[str, Tensor], first: bool) -> dict[str, Tensor]:

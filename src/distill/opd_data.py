@@ -548,7 +548,10 @@ class DistillSettings(AllPhases):
     cache: Path | None = setting(None, "rollouts/ and scores/ of another run instead of phases A and B")
     trajectories: str = setting("student", "whose texts: on-policy, or the teacher's own", choices=("student", "teacher"))
     rollout_model: Path | None = setting(None, "what generates, when it is not the student's checkpoint: its GGUF")
-    processes: int = setting(1, "of torchrun: GPUs")
+    processes: int = setting(1, "of torchrun on each node: GPUs")
+    nnodes: int = setting(1, "nodes that train together; the same command runs on each, WORK is a directory that all see")
+    node_rank: int = setting(0, "the number of this node, from 0, which also does all but the training")
+    rdzv: str = setting("", "HOST:PORT of node 0, where the nodes meet")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -556,8 +559,14 @@ class DistillSettings(AllPhases):
             raise UserError("INIT with rollouts of the student: set ROLLOUT_MODEL to what INIT's run recovered")
         if self.processes < 1:
             raise UserError(f"PROCESSES={self.processes}: must be at least 1")
-        if self.rows % (self.micro_rows * self.processes):
-            raise UserError(f"ROWS={self.rows} is no multiple of MICRO_ROWS x PROCESSES = {self.micro_rows * self.processes}")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise UserError(f"NODE_RANK={self.node_rank} of NNODES={self.nnodes}: the nodes are numbered from 0")
+        if self.nnodes > 1 and not self.rdzv.rpartition(":")[2].isdigit():
+            raise UserError(f"RDZV={self.rdzv}: {self.nnodes} nodes need HOST:PORT of node 0, the same on each")
+        if self.rows % (self.micro_rows * self.processes * self.nnodes):
+            parts, product = "MICRO_ROWS x PROCESSES", self.micro_rows * self.processes * self.nnodes
+            parts += " x NNODES" * (self.nnodes > 1)
+            raise UserError(f"ROWS={self.rows} is no multiple of {parts} = {product}")
         if not self.cache and not self.tasks and not self.prompts:
             raise UserError("set TASKS, PROMPTS or both")
         if self.eval_limit and not self.tasks:

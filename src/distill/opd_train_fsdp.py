@@ -4,9 +4,10 @@
         --scores work/scores --out work/adapter --steps 100 [--rank 16 --mode lora --loss reverse_kl --lr 0.01]
     torchrun --nproc_per_node 4 src/distill/opd_train_fsdp.py ...          (FSDP2; the same result within rounding)
 
-Every step takes --rows rollouts; a process works on --micro-rows of them at once. The state is saved to OUT/state.safetensors
-every --save-every steps; the same command goes on from there, on a CPU to the same bytes. A loss that is not finite stops the
-run with the last good state kept. Ends with OUT/adapter.safetensors and adapter.json, which merge_adapter bakes.
+Every step takes --rows rollouts; a process works on --micro-rows of them at once. The state is saved in OUT/state every
+--save-every steps; the same command goes on from there, with any number of processes, on a CPU to the same bytes. A loss
+that is not finite stops the run with the last good state kept. Ends with OUT/adapter.safetensors and adapter.json, which
+merge_adapter bakes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli
-from fsdp_setup import end_world, from_each, start_world
+from fsdp_setup import end_world, from_each, losing_peers, start_world
 from hf_model import load_tokenizer
 from moe_lora import adapters_of, trainable
 from opd_data import (
@@ -108,7 +109,9 @@ def train(settings: Settings) -> None:
 
 
 def main() -> None:
-    train(parse_settings(Settings, __doc__)[0])
+    settings, _ = parse_settings(Settings, __doc__)
+    with losing_peers():
+        train(settings)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,25 @@ Not a command; opd_train_fsdp gives it students and scores.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from console import UserError, file_sha256, progress, write_json
-from fsdp_setup import World, from_each, full, gathered, gathered_layer, put, release_layer, summed
+from console import UserError, WriteError, file_sha256, progress, read_object, write_json
+from fsdp_setup import World, from_each, full, gathered, gathered_layer, own_share, put, release_layer, summed
 from hf_model import all_finite, first_nonfinite
 from moe_lora import adapters_of, digest, trainable
 from opd_data import (
@@ -28,7 +33,6 @@ from opd_data import (
     ScoredRollouts,
     TrainSettings,
     collate,
-    members,
     opened,
     peak_memory,
     row_order,
@@ -38,11 +42,12 @@ from opd_student import Student
 from safetensors_file import save_tensors
 
 DIGEST_THREADS = 8  # baked parameters in memory while they are digested, over all processes
-STATE = "state.safetensors"
+STATE = "state"  # a directory for each saved step, whole once it has the file that torch.distributed.checkpoint writes last
+FACTS, LAST = "state.json", ".metadata"
 
 
 class Trainer:
-    """Student, optimizer, step and loss curve; saved to and restored from one file, atomically."""
+    """Student, optimizer, step and loss curve; saved to and restored from a directory of any number of processes."""
 
     def __init__(self, student: Student, config: TrainSettings, world: World, out: Path, settings: dict[str, Any]) -> None:
         self.student, self.config, self.world, self.out, self.settings = student, config, world, out, settings
@@ -51,8 +56,8 @@ class Trainer:
         self.step, self.seconds, self.tokens, self.saved = 0, 0.0, 0, 0
         self.curve: list[list[float]] = []  # step, loss, norm of the gradient
         self.step_seconds: list[float] = []  # of the steps of this process
-        if (out / STATE).exists():
-            self.restore()
+        if saved := from_each(sorted((out / STATE).glob(f"*/{LAST}")), world)[0]:
+            self.restore(saved[-1].parent)
 
     def micro_batches(self, rows: Sequence[int], scores: ScoredRollouts) -> Iterator[list[int]]:
         """This process's share of a step's rollouts, longest first, ``micro_rows`` at a time; equally many on each process."""
@@ -96,36 +101,43 @@ class Trainer:
                 return f"nothing was trained yet: in the student, {first_nonfinite(model, **inputs)}"
         return "nothing was trained yet, and the student alone is finite: look at --score-temperature and --init"
 
-    def save(self) -> None:
-        """The trained tensors and both of Adam's moments, whole, in one file that the first process writes."""
-        tensors = {}
+    def state(self) -> dict[str, torch.Tensor]:
+        """The trained tensors and both of Adam's moments, of each this process's share, for reading and writing in place."""
+        found = {}
         for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
-            values = {"value": parameter.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            tensors |= gathered({f"{kind}:{name}": value for kind, value in values.items()}, self.world.first)
+            moments = self.optimizer.state[parameter]
+            found |= {f"value:{name}": parameter.detach()} | {f"{m}:{name}": moments[m] for m in ("exp_avg", "exp_avg_sq")}
+        return found
+
+    def save(self) -> None:
+        """The state of this step, of which every process writes its share; then the one before it goes."""
+        path = self.out / STATE / f"{self.step:08d}"
         if self.world.first:
             facts = {"settings": self.settings, "step": self.step, "seconds": self.seconds, "tokens": self.tokens}
-            save_tensors(self.out / STATE, tensors, {"state": json.dumps(facts | {"curve": self.curve})})
+            write_json(path / FACTS, facts | {"curve": self.curve})
+        with checkpointing(WriteError, f"{path}: cannot write"):
+            dcp.save(self.state(), checkpoint_id=path)
+        if self.world.first:
+            for other in path.parent.iterdir():
+                if other != path:
+                    shutil.rmtree(other)
         self.saved = self.step
 
-    def restore(self) -> None:
-        path, mend = self.out / STATE, "remove it, to train from the start, or give another --out"
-        with opened(path, mend) as file:
-            try:
-                facts = json.loads((file.metadata() or {}).get("state", "null"))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: cannot be read ({error}); {mend}") from None
-            members(facts, ("settings", "step", "seconds", "tokens", "curve"), path, mend)
-            if facts["settings"] != json.loads(json.dumps(self.settings)):
-                changed = sorted(k for k in self.settings if facts["settings"].get(k) != self.settings[k])
-                raise UserError(f"{path}: made with other settings ({', '.join(changed)}); remove it or give another --out")
-            for name, parameter in self.parameters.items():
-                put(parameter, read_trained(file, f"value:{name}", parameter.shape, path, mend))
-                state = {"step": torch.tensor(float(facts["step"]))}
-                for kind in ("exp_avg", "exp_avg_sq"):
-                    state[kind] = torch.zeros_like(parameter)
-                    put(state[kind], read_trained(file, f"{kind}:{name}", parameter.shape, path, mend))
-                self.optimizer.state[parameter] = state
+    def restore(self, path: Path) -> None:
+        mend = f"remove {path.parent}, to train from the start, or give another --out"
+        facts = read_object(path / FACTS, "settings", "step", "seconds", "tokens", "curve")
+        if facts["settings"] != json.loads(json.dumps(self.settings)):
+            changed = sorted(k for k in self.settings if facts["settings"].get(k) != self.settings[k])
+            raise UserError(f"{path}: made with other settings ({', '.join(changed)}); {mend}")
+        for parameter in self.parameters.values():
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(facts["step"]))} | moments
+        state = self.state()
+        with checkpointing(UserError, f"{path}: cannot be read", f"; {mend}"):
+            dcp.load(state, checkpoint_id=path)
+        for name, value in state.items():
+            if not all_finite(own_share(value)):
+                raise UserError(f"{path}: {name} holds NaN or infinity; {mend}")
         self.step = self.saved = facts["step"]
         self.seconds, self.tokens, self.curve = facts["seconds"], facts["tokens"], facts["curve"]
 
@@ -154,8 +166,21 @@ class Trainer:
             bar.close()
 
 
+@contextlib.contextmanager
+def checkpointing(kind: type[UserError], what: str, mend: str = "") -> Iterator[None]:
+    """A failure of torch.distributed.checkpoint, which gathers those of all processes, is a ``kind`` with the first one's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process
+        try:
+            yield
+        except CheckpointException as error:
+            failure, _ = next(iter(error.failures.values()))
+            reason = (str(failure).strip() or type(failure).__name__).splitlines()[-1]
+            raise kind(f"{what} ({reason}){mend}") from None
+
+
 def read_trained(file: Any, name: str, shape: Sequence[int], path: Path, mend: str) -> torch.Tensor:
-    """A tensor of a saved state or adapter; one of another shape, or that is not finite, is a :class:`UserError`."""
+    """A tensor of an adapter; one of another shape, or that is not finite, is a :class:`UserError`."""
     value = file.get_tensor(name)
     if value.shape != torch.Size(shape):
         raise UserError(f"{path}: {name} is {list(value.shape)}, these settings need {list(shape)}; {mend}")

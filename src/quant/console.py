@@ -120,7 +120,7 @@ def run_script(script: str, *arguments: object) -> None:
         sys.exit(code)
 
 
-def run_inside(script: str, *arguments: object, processes: int = 1) -> None:
+def run_inside(script: str, *arguments: object, processes: int = 1, **_: object) -> None:
     """The same in this process, which has imported torch already; printed first, its GPU memory is counted from here. Its
     failure is raised."""
     if processes != 1:
