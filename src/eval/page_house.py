@@ -197,9 +197,10 @@ def ggufs() -> str:
         if not (own := tried.get("gguf")):
             continue
         done = {step: found for step, found in own.items() if not isinstance(found, str)}
-        reasons += [f"- `{name}`, {step}: {found}" for step, found in own.items() if step not in done]
+        failed = {found: [step for step in own if own[step] == found] for found in own.values() if isinstance(found, str)}
+        reasons += [f"| `{name}` | {', '.join(steps)} | {found} |" for found, steps in failed.items()]
         if differs := done.get("equal"):
-            reasons.append(f"- `{name}`, bytes: {'; '.join(differs[:3])}")
+            reasons.append(f"| `{name}` | bytes | {'; '.join(differs[:3])} |")
         cells = [f"`{name}`", str(sum(done["traced"].values())) if "traced" in done else "no"]
         cells.append("yes" if "reference" in done else "no")
         cells.append("equal" if done.get("equal") == [] else "no")
@@ -212,7 +213,7 @@ def ggufs() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if len(lines) == 2:
         return "The record does not have it yet."
-    return "\n".join([*lines, *(["", "What failed, and why:", "", *reasons] if reasons else [])])
+    return "\n".join([*lines, *(["", "| what failed | step | why |", "| --- | --- | --- |", *reasons] if reasons else [])])
 
 
 def written() -> dict[Path, str]:
