@@ -224,18 +224,23 @@ def same_within_rounding(whole, other):
     assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a), max((a[n] - b[n]).abs().max() for n in a)
 
 
+NODE = """
+import sys, distill_run as d
+rank, meet, processes, *command = sys.argv[1:]
+nodes = d.Nodes(2, int(rank), meet) if meet else d.ONE_NODE
+d.run_cli(lambda: d.step(*command, processes=int(processes), nodes=nodes))
+"""
+
+
 @pytest.mark.slow
 def test_two_processes_with_fsdp_equal_one(cached, whole, random_tiny, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = started(*torchrun, REPO / "src/distill/opd_train_fsdp.py", *training(cached, random_tiny, tmp_path / "two"))
+    script = "src/distill/opd_train_fsdp.py"
+    process = started("-c", NODE, 0, "", 2, script, *training(cached, random_tiny, tmp_path / "two"))
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors[-3000:]
     same_within_rounding(whole, tmp_path / "two")
     bake = ["merge_adapter", "--student", cached / "q", "--teacher", random_tiny, "--adapter", tmp_path / "two"]
     assert run(*bake, "--out", tmp_path / "merged") == (0, "")  # to the digests that the processes took in turn
-
-
-NODE = "import sys, distill_run as d\nd.run_cli(lambda: d.step(*sys.argv[3:], nodes=d.Nodes(2, int(sys.argv[1]), sys.argv[2])))"
 
 
 @pytest.mark.slow
@@ -247,9 +252,8 @@ def test_two_nodes_lose_one_and_go_on(cached, whole, random_tiny, tmp_path):
         meet = f"localhost:{free.getsockname()[1]}"
 
     def node(rank):
-        return started(
-            "-c", NODE, rank, meet, "src/distill/opd_train_fsdp.py", *training(cached, random_tiny, tmp_path / "cut")
-        )
+        script = "src/distill/opd_train_fsdp.py"
+        return started("-c", NODE, rank, meet, 1, script, *training(cached, random_tiny, tmp_path / "cut"))
 
     nodes = [node(0), node(1)]
     wait_for_state(tmp_path / "cut", nodes[0])
