@@ -126,7 +126,8 @@ def launch(command: Sequence[str], processes: int, nodes: Nodes) -> None:
         raise UserError(f"training stopped: {why}{again}") from None
     except (RendezvousError, dist.DistError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"RDZV={nodes.rdzv}: the {count} nodes did not meet, or lost each other ({reason}){again}") from None
+        meet = f"the {count} nodes did not meet at RDZV={nodes.rdzv}, or node 0, which holds it, is gone"
+        raise UserError(f"training stopped: {meet} ({reason}){again}") from None
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
