@@ -74,6 +74,7 @@ class Calibration:
 
 LAYERS_AHEAD = 2  # of a model of the hub, fetched before they are read
 FORWARD, BACKWARD = 28, 52  # float32 vectors as long as the heads' outputs that a token has at work in Gated DeltaNet
+QVO, LEAST_HEAD = ("q_proj", "v_proj", "o_proj"), 64  # values that one head of an attention has at least
 SCORE = 28  # bytes of a logit at work while the head's gradient is taken
 SLACK = 768 << 20  # of a GPU: libraries, the writer's chunks, gaps between tensors
 INPUTS_ON_GPU = 1 << 30  # the inputs of a layer's experts stay there up to this
@@ -180,7 +181,7 @@ def pass_memory(jobs: Sequence[Any], calibration: Calibration, item: int) -> Mem
             continue
         if match.re is MTP_PREFIX and not predicts:
             continue
-        own = layers.setdefault(match[0], {"weights": 0, "written": 0, "moments": 0, "mean": 0, "widest": 0})
+        own = layers.setdefault(match[0], dict.fromkeys(("weights", "written", "moments", "mean", "widest", *QVO), 0))
         own["weights"] += item * job.info.numel
         own["written"] += job.info.bytes
         if job.kind is Role.ROUTED_EXPERT:
@@ -189,13 +190,17 @@ def pass_memory(jobs: Sequence[Any], calibration: Calibration, item: int) -> Mem
             own["moments"] += 4 * inputs**2 if job.bits else 0
             heads = job.kind in (Role.ATTENTION, Role.LINEAR_ATTENTION)
             own["widest"] = max(own["widest"], inputs if heads else inputs // 4)
+            if (part := job.name.removesuffix(".weight").rpartition(".")[2]) in QVO:
+                own[part] = outputs if part == "q_proj" else inputs
     rows = tokens * width * item  # of the experts' inputs
     beside = head
     for name, own in layers.items():
         kept = own["weights"] + (own["mean"] > 0) * min(rows, INPUTS_ON_GPU) + 3 * own["mean"]
         at_work = 4 * batch * own["widest"]
+        heads = own["o_proj"] // LEAST_HEAD if own["q_proj"] == own["o_proj"] else 0  # q_proj of a gated output is wider
+        averaged = 2 * item * batch * heads * own["v_proj"]  # by `attended`, and its parts
         ends = embedding if MTP_PREFIX.match(name) else 0  # it embeds the tokens once more
-        stages = max(stages, kept + own["moments"] + max(MEAN_EXPERTS * own["mean"], ends + FORWARD * at_work))
+        stages = max(stages, kept + own["moments"] + max(MEAN_EXPERTS * own["mean"], ends + averaged + FORWARD * at_work))
         stages = max(stages, own["weights"] + BACKWARD * at_work if calibration.token_power else 0)
         beside = max(beside, kept + 2 * own["moments"])
     largest = max((own["weights"] for own in layers.values()), default=0)
