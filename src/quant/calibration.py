@@ -197,8 +197,8 @@ def pass_memory(jobs: Sequence[Any], calibration: Calibration, item: int) -> Mem
     for name, own in layers.items():
         kept = own["weights"] + (own["mean"] > 0) * min(rows, INPUTS_ON_GPU) + 3 * own["mean"]
         at_work = 4 * batch * own["widest"]
-        heads = own["o_proj"] // LEAST_HEAD if own["q_proj"] == own["o_proj"] else 0  # q_proj of a gated output is wider
-        averaged = 2 * item * batch * heads * own["v_proj"]  # by `attended`, and its parts
+        count = own["o_proj"] // LEAST_HEAD if own["q_proj"] == own["o_proj"] else 0  # q_proj of a gated output is wider
+        averaged = 2 * item * batch * count * own["v_proj"]  # by `attended`, and its parts
         ends = embedding if MTP_PREFIX.match(name) else 0  # it embeds the tokens once more
         stages = max(stages, kept + own["moments"] + max(MEAN_EXPERTS * own["mean"], ends + averaged + FORWARD * at_work))
         stages = max(stages, own["weights"] + BACKWARD * at_work if calibration.token_power else 0)
