@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shlex
 import shutil
@@ -145,8 +146,8 @@ class Run:
             read_json(path), ("inputs",), path, "made before the contents of inputs were noted; give another WORK or remove it"
         )
         held, now = before.pop("inputs"), settings.pop("inputs")
-        for key in HERE:
-            before.pop(key, None), settings.pop(key)
+        for key, values in itertools.product(HERE, (before, settings)):
+            values.pop(key, None)
         if changed := sorted(key.upper() for key in settings.keys() | before.keys() if settings.get(key) != before.get(key)):
             raise UserError(f"{self.work}: made with other {', '.join(changed)}; give another WORK or remove it")
         for key in sorted(now):

@@ -5,7 +5,7 @@
 A line of the list is "SPLIT INDEX NAME VERSION SHA256"; a package is of one split, so nothing of a held-out one is seen in
 training. What an index no longer has is said and skipped. OUT gets packages/ (the archives, kept), SPLIT.jsonl.gz (one
 document a line: package, path, stratum, text), tokenizer/ (byte-level BPE trained on the training split) and, per split,
-ids.bin (uint16, an end of text behind each document) with documents.json: where each begins, and its stratum.
+SPLIT.bin (uint16, an end of text behind each document) with SPLIT.json: where each begins, its stratum and its package.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from console import UNWRITABLE, UserError, atomic_path, file_sha256, progress, read_text, run_cli, write_json
-from gguf_convert import QWEN2_PATTERN
 from records import add_record_arguments, check_record_arguments, write_result
-from tiny_data import STRATA, ids_entry
+from tasks_text import read_rows
+from tiny_data import STRATA, ids_entry, trained_bpe
 
 SPLITS = ("train", "calibration", "heldout")
 SUFFIXES = {
@@ -523,23 +522,13 @@ def write_documents(archives: Mapping[Source, Path], out: Path) -> tuple[Counts,
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        for line in file:
-            yield Document(**json.loads(line))
+    return (Document(**row) for row in read_rows(path))
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of ``size`` tokens with Qwen2's split pattern, which llama.cpp knows by name; token 0 ends a text."""
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    """Byte-level BPE of ``size`` tokens; token 0 ends a text."""
     special = ["<|endoftext|>", "<|pad|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = trained_bpe(texts, size, special)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[1])
 
 

@@ -7,7 +7,7 @@ tokenizers are built from generated text (seeded, so the same file every time).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -62,20 +62,28 @@ GENERATION = """\
 # ---------------------------------------------------------------- tokenizers
 
 
-def byte_bpe(texts: Sequence[str], size: int, specials: Sequence[str], template: str) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE with the Qwen2 pre-tokenizer's pattern (seconds on one core) and wrap it with special tokens and
-    a chat template with thinking."""
+def trained_bpe(texts: Iterable[str], size: int, specials: Sequence[str] = (), normalizer: Any = None) -> Tokenizer:
+    """A byte-level BPE of ``size`` tokens, ``specials`` first, with the Qwen2 pre-tokenizer's pattern, which llama.cpp knows by
+    name."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
     split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet, learned = sorted(pre_tokenizers.ByteLevel.alphabet()), size - len(specials) - len(THINKING)
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=learned, initial_alphabet=alphabet, show_progress=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
     )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def byte_bpe(texts: Sequence[str], size: int, specials: Sequence[str], template: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of such a training (seconds on one core), in NFC, with special tokens and a chat template with thinking."""
+    tokenizer = trained_bpe(texts, size - len(specials) - len(THINKING), normalizer=normalizers.NFC())
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=IM_END, pad_token=END_OF_TEXT, model_max_length=2048)
     fast.add_special_tokens({"additional_special_tokens": list(specials)})
     fast.add_tokens(list(THINKING))

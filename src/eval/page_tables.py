@@ -575,7 +575,7 @@ def sections(directory: Path, accuracy_of: Callable[[Found], Section] = accuracy
 
 # By kind and tag; the first pattern that fits. tests/test_reproduce.py runs each without its computations.
 PIPELINES = (
-    ("text/*", "study_text.sh --model work/text-35m --text work/text --work work/study-35m"),
+    ("text/*", "study_text.sh --model models/text-35m --text work/text --work work/study-35m"),
     ("train/razor_tiny", "make_tiny.sh"),
     ("train/razor_tiny_vl", "make_tiny.sh vl"),
     ("train/razor_tiny_mtp", "make_tiny.sh mtp"),

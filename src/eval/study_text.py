@@ -1,6 +1,6 @@
 """The table at equal bytes for a model of real text: every rounding method and GGUF type, judged: bash pipelines/study_text.sh
 
-    python src/eval/study_text.py --model work/text-35m --text work/text --work work/study-35m [--rows 'int3_*,iq3_xxs_*']
+    python src/eval/study_text.py --model models/text-35m --text work/text --work work/study-35m [--rows 'int3_*,iq3_xxs_*']
         [--name text_35m] [--file ../shared/data/wiki.test.raw] [--until 1500] [--list]
 
 A row is int3_clip, int4_gptq_refit, iq3_xxs_ldlq, iq3_xxs_llama, ...: made by quant_save or gguf_pack, judged by text_judge on

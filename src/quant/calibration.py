@@ -419,6 +419,7 @@ class Collector:
         self.routed: dict[str, Tensor] = {}  # experts module -> tokens sent to each expert
         self.mass: dict[str, Tensor] = {}  # experts module -> sum of their routing weights
         self.averaged: set[str] = set()  # parameters whose inputs are taken as an attention averages them
+        self.plain: set[str] = set()  # those of an attention that does not: it is not asked again for each batch
         self.aside = False  # while an attention runs on something else than its values
         self.handles = [layer.register_forward_pre_hook(self._advance)]
         for name, module in layer.named_modules():
@@ -452,12 +453,15 @@ class Collector:
         of its inputs as each head averages them. Otherwise a token that all others look at would count as one of many."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name in self.plain:
+                return
             self.aside = True
             try:
                 heads = attended(module, args, kwargs)
             finally:
                 self.aside = False
             if heads is None:
+                self.plain |= {name} - self.averaged
                 return
             if name not in self.averaged:
                 self.averaged.add(name)
