@@ -245,7 +245,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="directory for what is made on the way")
     parser.add_argument("--name", help="what the tags begin with (default: the model's)")
     parser.add_argument("--file", type=Path, help="judge on this text file too")
-    parser.add_argument("--rows", default="*", help="patterns of rows, joined by commas (default: all)")
+    parser.add_argument("--rows", default="*", help="patterns of rows (int3_*, iq3_xxs_*_c0), joined by commas (default: all)")
     parser.add_argument("--texts", type=int, default=3, help="calibration texts (default 3)")
     parser.add_argument("--calib-sequences", type=int, default=128, help="sequences of each (default 128)")
     parser.add_argument("--calib-length", type=int, default=512, help="tokens of a sequence (default 512)")
@@ -258,7 +258,7 @@ def main() -> int:
     parser.set_defaults(window=None, scored=None)
     args, started = parser.parse_args(), time.monotonic()
     patterns = args.rows.split(",")
-    rows = [row for row in all_rows(args.texts) if any(fnmatch.fnmatchcase(row.row, pattern) for pattern in patterns)]
+    rows = [r for r in all_rows(args.texts) if any(fnmatch.fnmatchcase(n, p) for n in (r.row, r.name) for p in patterns)]
     if not rows:
         raise UserError(f"--rows {args.rows}: no row fits; known: {', '.join(dict.fromkeys(r.row for r in all_rows(1)))}")
     study, longest, failed = Study(args), 0.0, []
