@@ -65,7 +65,7 @@ def test_random_scores_are_log_probabilities():
 def test_servers_side_by_side_leave_a_record(tmp_path, bf16_gguf):
     """With llama-server in place of vLLM."""
     serve = tmp_path / "serve"
-    serve.write_text(f'#!/bin/bash\nexec {tool("llama-server")} -m {bf16_gguf} -c 4096 -np 4 --alias "$3" --port "$5"\n')
+    serve.write_text(f'#!/bin/bash\nexec {tool("llama-server")} -m {bf16_gguf} -c 4096 -np 4 --alias "$3" --port "$7"\n')
     serve.chmod(0o755)
     done = pipeline(tmp_path, "servers", SERVE=str(serve))
     assert done.returncode == 0, done.stderr

@@ -50,7 +50,7 @@ from devices import parse_devices
 from families import text_config
 from fsdp_setup import shared_cores
 from hf_model import load_tokenizer
-from llamacpp_eval8 import free_port
+from llamacpp_eval8 import die_with_parent, free_port
 from opd_budget import budget
 from opd_data import ADAPTER, ADAPTER_JSON, PHASE, Scoring, tokenizer_sha256, write_rollouts
 from opd_score import score_rollouts
@@ -475,28 +475,27 @@ def servers_part(bench: Bench) -> dict[str, Any]:
 @contextlib.contextmanager
 def served(bench: Bench, model: Path) -> Iterator[list[str]]:
     """Addresses of a server of ``model`` on each GPU, when all answer; they end with the block."""
-    ports = [free_port() for _ in range(bench.processes)]
-    command = [*shlex.split(bench.serve), str(model), "--served-model-name", model.name, "--port"]
-    variables = os.environ | ENGINE_ENVIRONMENT | VLLM_ENVIRONMENT
-    started = []
-    with bench.log.open("a", encoding="utf-8") as log:
-        for number, port in enumerate(ports):
-            own = {"CUDA_VISIBLE_DEVICES": str(number)} if bench.gpus else {}
-            started.append(subprocess.Popen([*command, str(port)], stdout=log, stderr=log, env=variables | own))
+    command = [*shlex.split(bench.serve), str(model), "--served-model-name", model.name, "--host", "127.0.0.1", "--port"]
+    started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def check() -> None:
+        if ended := [process.returncode for process in started.values() if process.poll() is not None]:
+            raise UserError(f"part {bench.part}: a server ended with code {ended[0]}; the log is {bench.log}")
+
     try:
-        urls = [f"http://127.0.0.1:{port}/v1" for port in ports]
-        for process, url in zip(started, urls, strict=True):
-
-            def check(process: subprocess.Popen[bytes] = process) -> None:
-                if process.poll() is not None:
-                    raise UserError(f"part {bench.part}: a server ended with code {process.returncode}; the log is {bench.log}")
-
+        with bench.log.open("a", encoding="utf-8") as log:
+            for number in range(bench.processes):  # all at once: each takes minutes
+                port, card = str(free_port()), {"CUDA_VISIBLE_DEVICES": str(number)} if bench.gpus else {}
+                started[f"http://127.0.0.1:{port}/v1"] = subprocess.Popen(
+                    [*command, port], stdout=log, stderr=log, preexec_fn=die_with_parent(os.getpid()),
+                    env=os.environ | ENGINE_ENVIRONMENT | VLLM_ENVIRONMENT | card,
+                )  # fmt: skip
+        for url in started:
             Client(url, patience=1200.0, check=check).call("/models")
-        yield urls
+        yield list(started)
     finally:
-        for process in started:
+        for process in started.values():
             process.terminate()
-        for process in started:
             process.wait()
 
 
