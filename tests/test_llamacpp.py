@@ -302,6 +302,54 @@ def test_the_table_of_three_servers_is_that_of_one(bf16_gguf, tmp_path, command,
     assert "127.0.0.1" not in (tmp_path / "three.samples.jsonl").read_text().splitlines()[0]
 
 
+def test_rollouts_of_two_servers_are_those_of_one(bf16_gguf, tmp_path, command, monkeypatch):
+    """One is killed while it has an item. What the log lacks is asked for again, and nothing else."""
+    for name, value in {"LOOK": 0.2, "BRIEFLY": 0.2, "FIRST_WORD": 2.0}.items():
+        monkeypatch.setattr(backend_openai, name, value)
+    servers, hit, asked, take = [], [], [], Dispatch.take
+
+    def take_and_kill(self, server):
+        index = take(self, server)
+        asked.extend([] if index is None else [index])
+        if len(servers) == 2 and not hit and self.answered and urls[1] in self.out.values():
+            hit.append(os.kill(servers[1].process.pid, signal.SIGKILL))
+        return index
+
+    def rollouts(out, listed, *more):
+        asked.clear()
+        options = f"--model {MODEL} --backend openai --base-url {listed} --parallel 2 --temperature 0 --max-tokens 256"
+        options += f" --tasks tiny_know,tiny_math --limit 6 --out {tmp_path / out}"
+        return command("src/distill/opd_gen.py", *options.split(), *more)
+
+    def lines(out, file="rollouts.jsonl"):
+        return (tmp_path / out / file).read_text().splitlines()
+
+    try:
+        servers += [LlamaServer(bf16_gguf, 1024, 2, ["--alias", "razor-tiny"], port=free_port()) for _ in range(2)]
+        urls = [server.client.base_url + "/v1" for server in servers]
+        for out, listed in (("one", urls[0]), ("two", ",".join(urls))):
+            if out == "two":
+                monkeypatch.setattr(Dispatch, "take", take_and_kill)
+            done = rollouts(out, listed)
+            assert done.returncode == 0, done.stderr
+        assert hit and len(asked) > 12 and lines("one") == lines("two") and len(lines("two")) == 12
+        assert lines("one", "rollouts.json") == lines("two", "rollouts.json")
+        told = json.loads((tmp_path / "two/phase.json").read_text())["servers"]
+        assert sum(told["answers"]) == 12 and told["asked_again"] > 0
+        log = tmp_path / "two/samples.jsonl"
+        assert "127.0.0.1" not in log.read_text()
+        log.write_text("".join(f"{line}\n" for line in lines("two", "samples.jsonl")[:9]))
+        (tmp_path / "two/rollouts.jsonl").unlink()
+        assert rollouts("two", urls[0]).returncode == 0 and len(asked) == 4 and lines("one") == lines("two")
+        ends = {row["ids"][-1] for row in map(json.loads, lines("one")) if row["finish_reason"] == "stop"}
+        assert ends == {load_tokenizer(MODEL).eos_token_id}
+        done = rollouts("three", urls[0], "--served-model", "other")
+        assert done.returncode == 2 and "the servers call their model 'razor-tiny', not 'other'" in done.stderr
+    finally:
+        for server in servers:
+            server.stop()
+
+
 ENDINGS = """
 import os, signal, sys
 from llama_cpp import tool

@@ -609,6 +609,7 @@ PIPELINES = (
     ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
     ("bench/multi_gpu_eval35b", "multi_gpu.sh eval35b"),
     ("bench/multi_gpu_vllm", "multi_gpu.sh vllm"),
+    ("bench/multi_gpu_servers", "multi_gpu.sh servers"),
     ("bench/multi_gpu_*", "multi_gpu.sh"),
     ("bench/families", "bench.sh families --result results/bench/families.json --tag families"),
     ("bench/hub", "bench.sh hub --model models/razor-tiny --work work/hub --result results/bench/hub.json --tag hub"),
