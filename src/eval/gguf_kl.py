@@ -38,7 +38,7 @@ from gguf_format import bos_of, describe_gguf, gguf_files, is_gguf, metadata, op
 from hf_model import finite_logits, load_model, load_tokenizer, prefix_ids, text_ids
 from kl import summarize_kl, tiny_texts
 from llama_cpp import Incomplete, asked, tool, watched
-from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
+from llamacpp_eval8 import LlamaServer, die_with_parent, server_logprobs, thread_arguments
 from records import add_tag_arguments, data_entry, describe_model, tagged_record, write_result
 
 MAGIC = b"_logits_"
@@ -170,22 +170,6 @@ def transformers_logits(model: torch.nn.Module, tokens: np.ndarray) -> Iterator[
             ids = torch.from_numpy(chunk.astype(np.int64))[None].to(model.device)
             yield finite_logits(model, input_ids=ids)[0, first_scored(len(chunk)) : -1].float().cpu()
             bar.update(len(chunk))
-
-
-def server_logprobs(server: LlamaServer, chunk: np.ndarray, vocabulary: int, first: int | None = None) -> torch.Tensor:
-    """Log-probabilities [positions, V] that llama-server gives after each position from ``first`` (the first that is scored):
-    one request a position, of which the prompt cache leaves one token to compute. It tells them before its sampler, which is
-    made to take a token of whole characters: to another it answers without them."""
-    first = first_scored(len(chunk)) if first is None else first
-    table = torch.full((len(chunk) - 1 - first, vocabulary), -torch.inf)
-    whole = server.client.call("/tokenize", {"content": "0", "add_special": False})["tokens"][-1]
-    fixed = {"n_predict": 1, "n_probs": vocabulary, "temperature": 0.0, "cache_prompt": True, "id_slot": 0}
-    fixed |= {"logit_bias": [[whole, 1e6]]}
-    for row, position in zip(table, range(first, len(chunk) - 1), strict=True):
-        answer = server.client.call("/completion", fixed | {"prompt": chunk[: position + 1].tolist()})
-        likely = answer["completion_probabilities"][0]["top_logprobs"]
-        row[torch.tensor([entry["id"] for entry in likely])] = torch.tensor([entry["logprob"] for entry in likely])
-    return table
 
 
 def with_parsed_control_tokens(model: Path, folder: Path) -> tuple[Path, dict[str, str]]:
@@ -325,7 +309,7 @@ def against_directory(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         vocabulary = kept[0].shape[1]
         with LlamaServer(args.model, args.context, 1, options) as server, progress(compared, "ours", "chunk") as bar:
             chunks = as_evaluated(tokens, bos_of(args.model))[:compared]
-            tables = (server_logprobs(server, chunk, vocabulary) for chunk in chunks)
+            tables = (server_logprobs(server, chunk, vocabulary, first_scored(len(chunk))) for chunk in chunks)
             mine = ours(kept, (table for table in tables if bar.update() is not False))
     same = tool["mean"] if compared == len(tokens) else running[compared - 1]
     return {"tokens": int(tokens.size), "kl": mine, "tool": tool, "tool_mean_same_chunks": same, "data": entry}
