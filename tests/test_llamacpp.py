@@ -531,6 +531,23 @@ def test_settings_are_tried_one_by_one(bf16_gguf, tmp_path, command):
     assert command("src/eval/speed_gguf.py", "--gguf", bf16_gguf, "--try", "x: -p 1").returncode == 2
 
 
+def test_a_file_in_llama_server_is_judged_as_what_it_decodes_to(q4_gguf, tmp_path, command):
+    """At every position, special tokens and first tokens among them; llama.cpp rounds activations too."""
+    pairs, _ = tiny_texts(load_tokenizer(MODEL), 1)
+    (tmp_path / "text").write_text("".join(map("".join, pairs)))
+    text = ["--text", tmp_path / "text", "--window", 64, "--scored", "all", "--items", 3]
+    for tag, how in (("decoded", []), ("served", ["--server="])):
+        fixed = ["--model", q4_gguf, "--reference", MODEL, *text, "--tag", tag, "--out", tmp_path]
+        done = command("src/eval/moe_eval.py", *fixed, *how)
+        assert done.returncode == 0, done.stderr
+    decoded, served = (read_result(tmp_path / f"{tag}.json", "kl") for tag in ("decoded", "served"))
+    assert (decoded["judge"], served["judge"]) == ("decoded, transformers, float32", "llama.cpp")
+    assert decoded["model"] == served["model"] and decoded["data"] == served["data"]
+    a, b = decoded["metrics"], served["metrics"]
+    assert a["tokens"] == b["tokens"] == 3 * 63 and b["ppl"] == pytest.approx(a["ppl"], rel=2e-3)
+    assert b["kl"]["mean"] == pytest.approx(a["kl"]["mean"], rel=0.2) and a["kl"]["mean"] > 1e-4
+
+
 @pytest.mark.parametrize("begins", [False, True])
 def test_windows_of_a_text_are_those_of_llama_perplexity(bf16_gguf, tmp_path, command, begins):
     """With and without a token that the tokenizer puts before a text; the same weights, computed in float32 by both."""
