@@ -27,7 +27,7 @@ judged() { # what waits, in one call: results/kl/TAG.json of each model, and wha
 
 served() { # tag GGUF reference: the same of a file in llama-server, which is asked for every position
     [ -e "results/kl/$1.json" ] ||
-        python src/eval/moe_eval.py --model "$2" --reference "$3" --tag "$1" --server= --items "${SERVED_ITEMS:-16}"
+        python src/eval/moe_eval.py --model "$2" --reference "$3" --tag "$1" --server= --items "${SERVED_ITEMS:-8}"
 }
 
 evaluate() { # tag model items [options]: accuracy; LIMIT=N takes other numbers of items
