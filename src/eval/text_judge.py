@@ -466,7 +466,7 @@ def open_judge(args: argparse.Namespace, items: int | None = None) -> Judge:
     print(f"{len(text.owner):,} positions are scored, of {len(text.strata):,} documents, {read}", flush=True)
     gpu, small = torch.cuda.is_available(), Checkpoint(args.reference).bytes <= EXACT
     tasks = {name: own for name, own in tasks.items() if own}
-    return Judge(text, tasks, args.reference, 1 << (16 if gpu else 13), None if whole or not small else torch.float32)
+    return Judge(text, tasks, args.reference, 1 << (16 if gpu else 13), torch.float32 if args.text is None and small else None)
 
 
 def shown(name: str, made: Mapping[str, Any]) -> str:
