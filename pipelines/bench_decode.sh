@@ -4,7 +4,8 @@
 # for the largest), tried with llama-bench and removed; everything found so far stands in $FOUND (default work/decoding.json).
 # LIMIT seconds in all (default 390): what is left when it is near is not tried, and said. HEADERS=DIR holds 6.bin, 12.bin, 24.bin,
 # 48.bin and narrow.bin of `bash pipelines/bench_decode.sh headers DIR`, made where llama.cpp's converter is. TINY=1: seconds on a CPU.
-# PYTHON=python3 uses that interpreter as it is, without env.sh.
+# LENGTHS="narrow 12":
+# these files alone. PYTHON=python3 uses that interpreter as it is, without env.sh.
 set -uo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 started=$(date +%s)
@@ -18,9 +19,9 @@ fi
 cd "$here" || exit 2
 end=$((started + ${LIMIT:-390})) cores=$(nproc)
 shm=${SHM:-/dev/shm/bench_decode} found=${FOUND:-$SCRATCH/decoding.json}
-lengths="48 6 24 narrow 12" experts=8 tokens=64
+lengths=${LENGTHS:-48 6 24 narrow 12} experts=8 tokens=64
 narrow=(--layers 12 --hidden 512 --inner 256 --shared-inner 256 --vocab 8192 --heads 8 --key-heads 4 --value-heads 8)
-if [ -n "${TINY:-}" ]; then lengths="4 narrow 8" experts=1 tokens=4 narrow=(--layers 4 --vocab 896); fi
+if [ -n "${TINY:-}" ]; then lengths=${LENGTHS:-4 narrow 8} experts=1 tokens=4 narrow=(--layers 4 --vocab 896); fi
 
 shape() { # name: options of synthetic_moe
     local kind=122b
@@ -73,9 +74,7 @@ for name in $lengths; do
             "sequences: -ngl 99 -c 16384 -fa on -npp 2048 -ntg 32 -npl 1,2,3,4,5 -pps"
         ;;
     12 | 8)
-        tries "$name" "plain: $one" "no graphs: GGML_CUDA_DISABLE_GRAPHS=1 $one" "no fusion: GGML_CUDA_DISABLE_FUSION=1 $one" \
-            "no PDL: GGML_CUDA_PDL=0 $one" "concurrent streams: GGML_CUDA_GRAPH_OPT=1 $one" \
-            "threads in host memory: $host -t $most" "loaded into pinned memory: $host -lm none -t $half,$cores" \
+        tries "$name" "plain: $one" "loaded into pinned memory: $host -lm none -t $half,$cores" \
             "mapped and registered: GGML_CUDA_REGISTER_HOST=1 $host -t $half,$cores" \
             "threads pinned to half of the cores: $host -t $half --cpu-strict 1 -C $mask --poll 0,100" \
             "up and gate in host memory: -ngl 99 -p 0 -n $((tokens / 2)) -r 2 -fa on -t $half,$cores -ot ffn_(gate|up)_exps=CPU" \
@@ -83,7 +82,11 @@ for name in $lengths; do
             "verify without graphs: GGML_CUDA_DISABLE_GRAPHS=1 -ngl 99 -p 1,2,3,4,5 -n 0 -r 5 -fa on" \
             "verify: -ngl 99 -p 1,2,3,4,5 -n 0 -r 5 -fa on" "verify without fusion: GGML_CUDA_DISABLE_FUSION=1 -ngl 99 -p 1,2,3,4,5 -n 0 -r 5 -fa on" \
             "read directly: $one -lm dio" "read: $one -lm none" "8-bit cache: $one -ctk q8_0 -ctv q8_0 -d 2048" \
-            "experts of half the layers: -ngl 99 -p 0 -n $((tokens / 2)) -r 2 -fa on -ncmoe 6 -t $half,$cores" "interleaved: $host -t $cores --numa distribute"
+            "experts of half the layers: -ngl 99 -p 0 -n $((tokens / 2)) -r 2 -fa on -ncmoe 6 -t $half,$cores" "interleaved: $host -t $cores --numa distribute" \
+            "sequences: -ngl 99 -c 16384 -fa on -npp 2048 -ntg 32 -npl 1,2,3,4,5 -pps" \
+            "threads in host memory: $host -t $most" "no graphs: GGML_CUDA_DISABLE_GRAPHS=1 $one" \
+            "no fusion: GGML_CUDA_DISABLE_FUSION=1 $one" "no PDL: GGML_CUDA_PDL=0 $one" \
+            "concurrent streams: GGML_CUDA_GRAPH_OPT=1 $one"
         ;;
     *) tries "$name" "plain: $one" ;;
     esac

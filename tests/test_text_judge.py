@@ -3,10 +3,12 @@
 import gzip
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPO
 
 from intervals import bounds, resampled, weighted_means, weighted_quantiles
 from study_text import FIRST, all_rows, calibration_texts
@@ -139,8 +141,6 @@ def test_a_shared_prompt_gives_what_whole_texts_give(random_tiny):
 
 def test_the_judge_of_a_corpus(random_tiny, tmp_path, documents, command):
     """A model against itself and one with another head: KL as written down, and a record with its positions."""
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     for name, rows in (("heldout", [row for own in documents.values() for row in own]), ("train", documents["code"])):
@@ -195,3 +195,29 @@ def test_rows_of_the_study_and_its_calibration_texts(documents):
     texts = calibration_texts(documents, 3, 4000)
     parts = [set(text.split("\n\n")) for text in texts]
     assert all(len(text) >= 4000 for text in texts) and not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
+
+
+def test_a_study_keeps_a_tied_embedding_in_some_rows(tmp_path, documents, command):
+    """A dense model has one number of bits throughout; `_kept` differs from it in the bytes of the embedding alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = REPO / "models/razor-tiny/tokenizer.json"
+    words, width = 1 + max(json.loads(tokenizer.read_text())["model"]["vocab"].values()), 64
+    words += 64  # special tokens
+    config = LlamaConfig(
+        vocab_size=words, hidden_size=width, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REPO / "models/razor-tiny" / name, tmp_path / "small")
+    with gzip.open(tmp_path / "heldout.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(each) + "\n" for own in documents.values() for each in own)
+    sizes = ["--positions", 300, "--items", 0, "--texts", 1, "--group", 32, "--rows", "int3*_clip", "--results", "r"]
+    done = command("src/eval/study_text.py", "--model", "small", "--text", ".", "--work", "w", *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rounded, kept = (
+        json.loads((tmp_path / f"r/text/small_int3{which}_clip.json").read_text())["metrics"] for which in ("", "_kept")
+    )
+    assert kept["bytes"] - rounded["bytes"] == words * width * (16 - 3 - 16 / 32) / 8
+    assert kept["models"][0]["recipe"]["linear_bits"] == 3 and rounded["models"][0]["strata"]["all"]["mean"] > 0

@@ -23,17 +23,19 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from console import UserError, progress, run_cli
 from gguf_format import is_gguf
 from hf_model import load_weights
-from kl import measured
+from kl import divergence, summarize_kl
 from pictures import Prompt, config_with_eyes, load_processor, render_messages
 from recipe import recipe_record
 from records import add_tag_arguments, data_entry, read_result, tagged_record, write_result
@@ -80,18 +82,21 @@ def measure_pictures(
 ) -> dict[str, Any]:
     """Metrics over all pairs; the last position of a row predicts nothing and is left out."""
 
-    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
-        with progress(len(pairs), "kl", "picture") as bar:
-            for start in range(0, len(pairs), batch):
-                part = pairs[start : start + batch]
-                inputs, answer = inputs_of(processor, part)
-                kept, target = inputs["attention_mask"].bool()[:, 1:], inputs["input_ids"][:, 1:]
-                inputs = inputs.to(model.device)
-                found, expected = (m(**inputs, use_cache=False).logits[:, :-1].float().cpu()[kept] for m in (model, reference))
-                yield found, expected, target[kept], answer[:, 1:][kept]
-                bar.update(len(part))
-
-    return {"pictures": len(pairs)} | measured(parts())
+    found: list[tuple[torch.Tensor, ...]] = []
+    with progress(len(pairs), "kl", "picture") as bar:
+        for start in range(0, len(pairs), batch):
+            part = pairs[start : start + batch]
+            inputs, answer = inputs_of(processor, part)
+            kept, target = inputs["attention_mask"].bool()[:, 1:], inputs["input_ids"][:, 1:]
+            inputs = inputs.to(model.device)
+            own, expected = (m(**inputs, use_cache=False).logits[:, :-1].float().cpu()[kept] for m in (model, reference))
+            loss = F.cross_entropy(own, target[kept], reduction="none").double()
+            found.append((loss, *divergence(expected, own), answer[:, 1:][kept]))
+            bar.update(len(part))
+    loss, kl, agree, answer = (torch.cat(each).numpy() for each in zip(*found, strict=True))
+    metrics = {"pictures": len(pairs), "tokens": len(loss), "ppl": float(np.exp(loss.mean()))}
+    metrics |= {"ppl_answer": float(np.exp(loss[answer].mean())), "kl": summarize_kl(kl.astype(np.float64), agree)}
+    return metrics | {"kl_answer": summarize_kl(kl[answer].astype(np.float64), agree[answer])}
 
 
 def parse_args() -> argparse.Namespace:

@@ -353,7 +353,13 @@ def text_rows(r: Record) -> Rows:
     for at in places:
         name = Path(lookup(r, at)["model"]["path"]).name
         label = r["tag"] if len(places) == 1 else f"{r['tag']}: {name}"
-        yield (label, lookup(r, at).get("judge", "transformers")), {"at": at, "all": f"{at}.strata.all"}
+        half = f", second halves of windows of {r['data'][0]['window']}" if r["data"][0].get("scored") == "half" else ""
+        yield (label, lookup(r, at).get("judge", f"transformers{half}")), {"at": at, "all": f"{at}.strata.all"}
+
+
+def published(r: Record) -> bool:
+    """Whether a text record is of the model that others trained (make_tiny.sh smollm2)."""
+    return r["tag"].startswith("smollm2_")
 
 
 def text_pair_rows(r: Record) -> Rows:
@@ -363,6 +369,13 @@ def text_pair_rows(r: Record) -> Rows:
 
 # ---------------------------------------------------------------- the tables, by kind of record
 
+TEXT_COLUMNS = (
+    ("bytes", "metrics.bytes?"), ("positions", "{all}.positions"), ("mean KL", "{all}.mean?", 5),
+    ("standard error", "{all}.standard_error?", 5), ("percentile `99.9`", "{all}.p99_9?", 4),
+    ("perplexity", "{all}.ppl", 3), ("continuation", "{at}.tasks.continuation.accuracy?", 1, " %"),
+    ("recall", "{at}.tasks.recall.accuracy?", 1, " %"), ("closing line", "{at}.tasks.closing.accuracy?", 1, " %"),
+    ("items", "{at}.tasks.continuation.items?"),
+)  # fmt: skip
 MEMORY = ("memory of the fullest GPU, MiB", "{memory}?")
 TABLES = (
     Table(
@@ -370,7 +383,7 @@ TABLES = (
         "KL divergence to the unquantized model over the whole vocabulary, in nats, on held-out transcripts. Where `95` % "
         "bounds stand, they and the standard errors are by bootstrap over transcripts; a GGUF is judged as what it decodes to.",
         ("model", "judge"), (
-            ("positions", "metrics.tokens"), ("perplexity", "metrics.ppl", 4), ("mean KL", "metrics.kl.mean?", 5),
+            ("positions", "metrics.tokens?"), ("perplexity", "metrics.ppl", 4), ("mean KL", "metrics.kl.mean?", 5),
             ("from", "metrics.kl.low?", 5), ("to", "metrics.kl.high?", 5),
             ("standard error", "metrics.kl.standard_error?", 5), ("median", "metrics.kl.median?", 8),
             ("percentile `99`", "metrics.kl.p99?", 4), ("percentile `99.9`", "metrics.kl.p99_9?", 4),
@@ -561,13 +574,16 @@ TABLES = (
         "KL to the original over the whole vocabulary, in nats, and perplexity on held-out text, equal shares of five strata "
         "(the record has each of them); standard errors by bootstrap over documents. Tasks of four choices: the true "
         "continuation, recall of facts of the training text, the line that closes a block. `cN`: calibration text N.",
-        ("model", "judge"), (
-            ("bytes", "metrics.bytes?"), ("positions", "{all}.positions"), ("mean KL", "{all}.mean?", 5),
-            ("standard error", "{all}.standard_error?", 5), ("percentile `99.9`", "{all}.p99_9?", 4),
-            ("perplexity", "{all}.ppl", 3), ("continuation", "{at}.tasks.continuation.accuracy?", 1, " %"),
-            ("recall", "{at}.tasks.recall.accuracy?", 1, " %"), ("closing line", "{at}.tasks.closing.accuracy?", 1, " %"),
-            ("items", "{at}.tasks.continuation.items?"),
-        ), text_rows, measures("models"),
+        ("model", "judge"), TEXT_COLUMNS, text_rows, lambda record: "models" in record["metrics"] and not published(record),
+    ),
+    Table(
+        "text", "A published model of real text",
+        "The same of SmolLM2-135M-Instruct (dense, its embedding is the head too; groups of `64`), on held-out text and "
+        "(`_wiki`) WikiText-2's test file in windows of `512`, second halves. Its weights lie on a `4`-bit grid already (Q4_1, "
+        "the embedding Q8_0), which flatters int4 and types of `4` bits. `_kept`: the embedding in BF16. Of a GGUF only "
+        "`ffn_down` has the type of the row's name; other rows are `576` long, no multiple of `256`, and get iq4_nl for "
+        "IQ3_XXS and q5_0 for Q4_K, from llama-quantize and from us.",
+        ("model", "judge"), TEXT_COLUMNS, text_rows, lambda record: "models" in record["metrics"] and published(record),
     ),
     Table(
         "text", "Models of real text, in pairs",
@@ -614,6 +630,11 @@ def sections(directory: Path, accuracy_of: Callable[[Found], Section] = accuracy
 
 # By kind and tag; the first pattern that fits. tests/test_reproduce.py runs each without its computations.
 PIPELINES = (
+    (
+        "text/smollm2_*",
+        "study_text.sh --model work/smollm2 --text work/text --work work/study-smollm2 --file ../shared/data/wiki.test.raw "
+        "--group 64",
+    ),
     ("text/*", "study_text.sh --model models/text-35m --text work/text --work work/study-35m"),
     ("train/razor_tiny", "make_tiny.sh"),
     ("train/razor_tiny_vl", "make_tiny.sh vl"),

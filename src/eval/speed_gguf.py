@@ -308,7 +308,7 @@ def try_settings(args: argparse.Namespace) -> None:
                     known = {key: row[key] for key in keys if key in row}
                     entry.setdefault("rows", []).append(known | {"seconds": middle / 1e9})
         except (UserError, subprocess.CalledProcessError) as error:
-            entry["failed"] = str(error)[:300]
+            entry["failed"] = " ".join(f"{error} {(getattr(error, 'stderr', None) or '')[-300:]}".split())
         for key, value in before.items():
             os.environ.pop(key) if value is None else os.environ.update({key: value})
         found["tries"].append(entry | {"wall_s": round(time.time() - started, 1)})

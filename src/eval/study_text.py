@@ -5,10 +5,12 @@
 
 A row is int3_clip, int4_gptq_refit, iq3_xxs_ldlq, iq3_xxs_llama, ...: made by quant_save or gguf_pack, judged by text_judge on
 held-out text (and on --file, read in windows of 512), recorded in results/text/NAME_ROW_cTEXT.json with its bytes, and removed.
-int3 is 3 bits for routed experts and 4 for the rest (of a dense model 3 throughout); `llama` is llama-quantize with its
-imatrix, `budget` types by measured sensitivity in the bytes of `ldlq`. What reads text is made once for each of --texts samples
-of calibration documents, which share none. The order is that of importance; what has its record is skipped, a row that fails is
-named at the end, and none is begun that would end behind --until. NAME_pairs.json compares rows of one grid or type.
+int3 is 3 bits for routed experts and 4 for the rest (of a dense model 3 throughout, and a type throughout); int3_kept leaves an
+embedding that is the head too in BF16; `shrunk` drops a third of the second moments of two different inputs; `llama` is
+llama-quantize with its imatrix, `budget` types by measured sensitivity in the bytes of `ldlq`. What reads text is made once for
+each of --texts samples of calibration documents, which share none. The order is that of importance; what has its record is
+skipped, a row that fails is named at the end, and none is begun that would end behind --until. NAME_pairs.json compares rows of
+one grid or type.
 """
 
 from __future__ import annotations
@@ -31,20 +33,23 @@ from checkpoint import Checkpoint, different_file
 from console import UserError, check_writable, read_json, run_cli, run_inside, write_json
 from families import text_config
 from moe_ptq import CALIBRATED
+from recipe import KEEP
 from records import REPO, describe_model, read_result, write_result
 from tasks_text import Row, by_stratum, pair, read_rows
 from text_judge import open_judge
 
-GRIDS = {"int3": 3, "int4": 4, "int2": 2}
-KINDS = ("int3", "IQ3_XXS", "IQ2_XS", "int4", "Q4_K", "int2", "IQ3_S", "Q3_K")
+KEPT = "_kept"
+GRIDS = {"int3": 3, "int4": 4, "int2": 2, f"int3{KEPT}": 3, f"int4{KEPT}": 4}
+KINDS = ("int3", "IQ3_XXS", "IQ2_XS", "int4", "Q4_K", "int2", "IQ3_S", "Q3_K", f"int3{KEPT}", f"int4{KEPT}")
 METHODS: dict[str, list[Any]] = {  # of grids
     "clip": ["--method", "clip"], "gptq_refit": ["--method", "gptq_refit"],
+    "gptq_refit_shrunk": ["--method", "gptq_refit", "--shrinkage", 0.33],
     "gptq_refit_tokens": ["--method", "gptq_refit", "--token-power", 0.4, "--damping", 0.1],
     "absmax": ["--method", "clip", "--clip-steps", 1], "wclip": ["--method", "wclip"], "awq": ["--method", "awq"],
     "gptq": ["--method", "gptq"],
 }  # fmt: skip
 FILES = ("llama", "ldlq", "nearest", "budget")  # methods of GGUF types
-FIRST = ("clip", "gptq_refit", "llama", "ldlq")
+FIRST = ("clip", "gptq_refit", "gptq_refit_shrunk", "llama", "ldlq")
 BASES = ("clip", "llama")  # what the other rows of a grid or type are compared with
 CUT = 8000  # characters of a calibration document
 PER_TOKEN = 6  # characters that surely hold a token, on average
@@ -101,6 +106,7 @@ class Study:
         self.name = args.name or self.model.name.replace("-", "_")
         config = text_config(checkpoint.config)
         self.dense = not any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+        self.tied = any(level.get("tie_word_embeddings") for level in (checkpoint.config, config))
         if source.exists() and (other := different_file(read_json(source), checkpoint.identity)):
             raise UserError(f"{source}: the study was begun on another model ({other}); give another --work and --name")
         check_writable(self.record("pairs"))
@@ -142,9 +148,13 @@ class Study:
         if row.kind in GRIDS:
             bits = GRIDS[row.kind]
             bits_of = ["--expert-bits", bits, "--linear-bits", bits if self.dense else 4, "--group", self.args.group]
+            if row.kind.endswith(KEPT):
+                write_json(kept := self.work / "kept.json", {"overrides": {"*embed_tokens.weight": KEEP}})
+                bits_of += ["--allocation", kept]
             run_inside("src/quant/quant_save.py", "--out", out, *given, *bits_of, *METHODS[row.method])
             return out, read_result(record)
-        given += ["--base-type", row.kind, "--tensor-types", REPO / "configs/gguf_tensor_types_iq3.txt"]
+        given += ["--base-type", row.kind]
+        given += [] if self.dense else ["--tensor-types", REPO / "configs/gguf_tensor_types_iq3.txt"]
         if row.method == "llama":
             run_inside("src/quant/gguf_pack.py", "--out", reference, *given, "--reference")
             return reference / read_result(record)["metrics"]["file"], read_result(record)
@@ -235,7 +245,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="directory for what is made on the way")
     parser.add_argument("--name", help="what the tags begin with (default: the model's)")
     parser.add_argument("--file", type=Path, help="judge on this text file too")
-    parser.add_argument("--rows", default="*", help="patterns of rows, joined by commas (default: all)")
+    parser.add_argument("--rows", default="*", help="patterns of rows (int3_*, iq3_xxs_*_c0), joined by commas (default: all)")
     parser.add_argument("--texts", type=int, default=3, help="calibration texts (default 3)")
     parser.add_argument("--calib-sequences", type=int, default=128, help="sequences of each (default 128)")
     parser.add_argument("--calib-length", type=int, default=512, help="tokens of a sequence (default 512)")
@@ -248,10 +258,11 @@ def main() -> int:
     parser.set_defaults(window=None, scored=None)
     args, started = parser.parse_args(), time.monotonic()
     patterns = args.rows.split(",")
-    rows = [row for row in all_rows(args.texts) if any(fnmatch.fnmatchcase(row.row, pattern) for pattern in patterns)]
+    rows = [r for r in all_rows(args.texts) if any(fnmatch.fnmatchcase(n, p) for n in (r.row, r.name) for p in patterns)]
     if not rows:
         raise UserError(f"--rows {args.rows}: no row fits; known: {', '.join(dict.fromkeys(r.row for r in all_rows(1)))}")
     study, longest, failed = Study(args), 0.0, []
+    rows = [row for row in rows if study.tied or not row.kind.endswith(KEPT)]
     for name, row in [("original", None), *((row.name, row) for row in rows)]:
         missing, begun = study.missing(name), time.monotonic()
         if args.list:

@@ -45,29 +45,6 @@ def summarize_kl(kl: np.ndarray, agree: np.ndarray) -> dict[str, Any]:
     }
 
 
-def measured(parts: Iterable[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
-    """Metrics over all parts of (logits [N, V], the reference's or None, next tokens [N], mask [N] of the assistant's turn);
-    ``answer`` in their names: over its positions only."""
-    kls, agrees, answers, losses = [], [], [], []
-    for logits, expected, target, answer in parts:
-        losses.append(F.cross_entropy(logits.float(), target, reduction="none").cpu())
-        answers.append(answer)
-        if expected is not None:
-            kl, agree = divergence(expected, logits)
-            kls.append(kl.cpu())
-            agrees.append(agree.cpu())
-    loss, answer = torch.cat(losses), torch.cat(answers)
-    metrics: dict[str, Any] = {
-        "tokens": len(loss),
-        "ppl": loss.double().mean().exp().item(),
-        "ppl_answer": loss[answer].double().mean().exp().item(),
-    }
-    if kls:
-        kl, agree, answer = torch.cat(kls).double().numpy(), torch.cat(agrees).numpy(), answer.numpy()
-        metrics |= {"kl": summarize_kl(kl, agree), "kl_answer": summarize_kl(kl[answer], agree[answer])}
-    return metrics
-
-
 def tiny_texts(tokenizer: Any, count: int, split: str = "test") -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """(prompt, assistant turn) of ``count`` items of every tiny task, held out by default, and their record."""
     pairs = []
