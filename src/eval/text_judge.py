@@ -64,7 +64,7 @@ from tasks_text import (
 SEED = 24
 SHARES = (0.5, 0.99, 0.999)
 TRAINING = "train.jsonl.gz"
-FACTS = "facts.json"  # beside the corpus: what recall asks, for machines that have no training text
+FACTS = "facts-{}.json"  # beside the corpus, by their number: what recall asks, for machines that have no training text
 TRANSCRIPTS = 640  # of each tiny task: the ruler by which razor-tiny is judged
 LONGEST = 4096  # tokens of a transcript, or of a document of a file
 CONFIDENCE = (0.5, 0.9, 0.99, 0.999)  # of the reference's likeliest token: where positions are told apart
@@ -178,7 +178,7 @@ def file_windows(path: Path, tokenizer: Any, window: int, half: bool, most: int 
 
 def kept_facts(directory: Path, count: int) -> list[Fact]:
     """What recall asks: read from the training documents once, and kept beside them."""
-    file, source = directory / FACTS, directory / TRAINING
+    file, source = directory / FACTS.format(count), directory / TRAINING
     made_of = {"count": count, "seed": SEED, "bytes": source.stat().st_size if source.exists() else None}
     if file.exists():
         kept = read_object(file, "made_of", "facts")
