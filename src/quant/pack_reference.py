@@ -132,7 +132,9 @@ def check_loads(path: Path) -> None:
     command = [bench, "-m", path, "-p", "1", "-n", "0", "-r", "1", "-ngl", "0", "--no-warmup", "-o", "json"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.strip().splitlines()[-1:]
+        said = [
+            line for line in done.stderr.splitlines() if "error" in line.lower() or "GGML_ASSERT" in line
+        ] or done.stderr.strip().splitlines()[-1:]
         reason = " | ".join(line.strip() for line in said[:3])[:400] or f"exit code {done.returncode}"
         raise UserError(f"{path.name}: llama.cpp does not load it ({reason})")
     print(f"{path.name} was loaded by llama.cpp", flush=True)
