@@ -1,6 +1,7 @@
-# shellcheck shell=bash disable=SC2154 # $model is the caller's
+# shellcheck shell=bash disable=SC2154 # $model and $name are the caller's
 # What the pipelines that make records share. It is sourced; bash pipelines/records.sh --help prints this.
-# Each function makes one record under results/ and does nothing where it is there. $model: the original.
+# Each function makes one record under results/ and does nothing where it is there. $model: the original; $name: what its
+# tags begin with.
 
 case ${1:-} in -h | --help) [ "${BASH_SOURCE[0]}" != "$0" ] || { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit 0; } ;; esac
 
@@ -11,12 +12,22 @@ quantized() { # tag options of quant_save...: the checkpoint in $SCRATCH, record
         python src/quant/quant_save.py --model "$model" --out "$SCRATCH/$1" "${record[@]}" --force "${@:2}"
 }
 
-judge() { # tag model [reference]: KL to the original; of a GGUF by llama.cpp
-    [ -e "results/kl/$1.json" ] && return
-    case $2 in
-    *.gguf) python src/eval/gguf_kl.py --model "$2" --reference "${3:-$model}" --tag "$1" --items "${KL_ITEMS:-128}" ;;
-    *) python src/eval/moe_eval.py --model "$2" --reference "${3:-$model}" --tag "$1" ;;
-    esac
+waiting=() pairs=()
+judge() { # tag model [base...]: KL to the original once `judged` is called, beside that of other tags
+    local base
+    [ -e "results/kl/$1.json" ] || waiting+=(--model "$2" --tag "$1")
+    for base in "${@:3}"; do pairs+=(--pair "$1/$base"); done
+}
+
+judged() { # what waits, in one call: results/kl/TAG.json of each model, and what is compared in NAME_pairs.json
+    [ ${#waiting[@]} = 0 ] || python src/eval/moe_eval.py "${waiting[@]}" --reference "$model" --pairs "${name}_pairs" \
+        ${KL_ITEMS:+--items "$KL_ITEMS"} ${pairs[@]+"${pairs[@]}"}
+    waiting=() pairs=()
+}
+
+served() { # tag GGUF reference: the same of a file in llama-server, which is asked for every position
+    [ -e "results/kl/$1.json" ] ||
+        python src/eval/moe_eval.py --model "$2" --reference "$3" --tag "$1" --server= --items "${SERVED_ITEMS:-8}"
 }
 
 evaluate() { # tag model items [options]: accuracy; LIMIT=N takes other numbers of items

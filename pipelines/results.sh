@@ -17,52 +17,58 @@ cd "$MOE_LOWBIT_ROOT"
 source pipelines/records.sh
 
 tiny() {
-    local model=models/razor-tiny recipe tag experts others steps
+    local model=models/razor-tiny name=razor_tiny clip=razor_tiny_int3_int4_clip16 recipe tag experts others steps
     judge razor_tiny_bf16 "$model"
     evaluate razor_tiny_bf16 "$model" 1000
-    for recipe in "int4 4 4 16" "int3_int4_clip16 3 4 16" "int3_int4_absmax 3 4 1" "int2_int4_absmax 2 4 1"; do
+    for recipe in "int3_int4_clip16 3 4 16" "int4 4 4 16" "int3_int4_absmax 3 4 1" "int2_int4_absmax 2 4 1"; do
         read -r tag experts others steps <<<"$recipe"
         tag=razor_tiny_$tag
         if ! [[ -e results/quantize/$tag.json && -e results/kl/$tag.json && -e results/eval/$tag.json ]]; then
             quantized "$tag" --expert-bits "$experts" --linear-bits "$others" --group 128 --clip-steps "$steps"
         fi
-        judge "$tag" "$SCRATCH/$tag"
+        if [ "$tag" = "$clip" ]; then judge "$tag" "$SCRATCH/$tag"; else judge "$tag" "$SCRATCH/$tag" "$clip"; fi
         evaluate "$tag" "$SCRATCH/$tag" 1000
         against razor_tiny_bf16 "$tag"
     done
+    judged
 }
 
-rounded() { # tag method expert-bits [options of quant_save]: KL of a checkpoint
+rounded() { # tag "base..." method expert-bits [options of quant_save]: KL of a checkpoint, beside that of its bases
     [ -e "results/kl/$1.json" ] && return
-    quantized "$1" --expert-bits "$3" --linear-bits 4 --method "$2" "${@:4}"
-    judge "$1" "$SCRATCH/$1"
+    quantized "$1" --expert-bits "$4" --linear-bits 4 --method "$3" "${@:5}"
+    # shellcheck disable=SC2086 # a list of words
+    judge "$1" "$SCRATCH/$1" $2
 }
 
 axes() { # the same arguments: accuracy too, in pairs with the original
     local items=250
-    [ "$2" = gptq_refit ] && items=1000 # what it loses in facts, 250 items hardly show
+    [ "$3" = gptq_refit ] && items=1000 # what it loses in facts, 250 items hardly show
     rounded "$@"
     if [ ! -e "results/eval/$1.json" ]; then
-        quantized "$1" --expert-bits "$3" --linear-bits 4 --method "$2" "${@:4}"
+        quantized "$1" --expert-bits "$4" --linear-bits 4 --method "$3" "${@:5}"
         evaluate "$1" "$SCRATCH/$1" "$items"
     fi
     against "${name}_bf16" "$1"
 }
 
 study() {
-    local model=${MODEL:-models/razor-tiny} name=${NAME:-razor_tiny} method bits strategy allocation weighted measured
+    local model=${MODEL:-models/razor-tiny} name=${NAME:-razor_tiny} method bits strategy allocation weighted measured clip refit base
+    clip=${name}_int3_int4_clip16 refit=${name}_int3_int4_gptq_refit
     for method in rtn_asym hqq wclip awq gptq gptq_refit; do
-        axes "${name}_int3_int4_$method" "$method" 3
+        axes "${name}_int3_int4_$method" "$clip" "$method" 3
     done
     against "${name}_int3_int4_clip16" "${name}_int3_int4_gptq_refit"
     # Tokens counted by their gradient, second moments damped: what keeps facts.
     weighted="${name}_int3_int4_gptq_refit_tokens"
-    axes "$weighted" gptq_refit 3 --token-power 0.4 --damping 0.1
+    axes "$weighted" "$refit $clip" gptq_refit 3 --token-power 0.4 --damping 0.1
     for method in clip16 gptq_refit; do
         against "${name}_int3_int4_$method" "$weighted"
     done
     for bits in 2 2.5 4; do
-        rounded "${name}_int${bits}_int4_gptq_refit" gptq_refit "$bits"
+        base=$clip
+        [ "$bits" = 4 ] && base=${name}_int4
+        [ "$bits" = 2 ] && base=${name}_int2_int4_absmax
+        rounded "${name}_int${bits}_int4_gptq_refit" "$base" gptq_refit "$bits"
     done
     # Bits by measured KL: the sensitivities are measured once, for the first budget.
     measured=results/probe/${name}_allocation3.json
@@ -72,18 +78,20 @@ study() {
         allocation=$SCRATCH/${name}_allocation$bits.json
         [ -e "$allocation" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits "$bits" --measured "$measured" \
             --out "$allocation"
-        rounded "${name}_int${bits}mix_int4_gptq_refit" gptq_refit 3 --allocation "$allocation"
+        base=$refit
+        [ "$bits" = 3 ] || base="${name}_int${bits}_int4_gptq_refit $clip"
+        rounded "${name}_int${bits}mix_int4_gptq_refit" "$base" gptq_refit 3 --allocation "$allocation"
     done
-    rounded "${name}_int3mix_int4_clip" clip 3 --allocation "$SCRATCH/${name}_allocation3.json"
+    rounded "${name}_int3mix_int4_clip" "$clip" clip 3 --allocation "$SCRATCH/${name}_allocation3.json"
     # Bits by the signals of the published study: a quarter of each layer's experts at 4 bits, a quarter at 2.
     for strategy in random inverse frequency wmass asal wfro composite; do
         allocation=$SCRATCH/${name}_$strategy.json
         [ -e "$allocation" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits 3 --strategy "$strategy" \
             --out "$allocation"
-        for method in clip gptq_refit; do
-            rounded "${name}_int3${strategy}_int4_$method" "$method" 3 --allocation "$allocation"
-        done
+        rounded "${name}_int3${strategy}_int4_clip" "$clip" clip 3 --allocation "$allocation"
+        rounded "${name}_int3${strategy}_int4_gptq_refit" "$refit" gptq_refit 3 --allocation "$allocation"
     done
+    judged
 }
 
 pack() { # tag directory settings...: a GGUF in $work, recorded
@@ -99,14 +107,14 @@ gguf() {
     file=$(basename "$model")
     mkdir -p "$work"
     pack "${name}_gguf_bf16" bf16 BASE_TYPE=BF16 TENSOR_TYPES= METHOD=nearest
-    judge "${name}_gguf_bf16" "$work/bf16/$file-BF16.gguf"
+    served "${name}_gguf_bf16" "$work/bf16/$file-BF16.gguf" "$model"
     for type in $types; do
         tag=${name}_gguf_${type,,}
         pack "${tag}_llama" reference BASE_TYPE="$type" REFERENCE=1
         judge "${tag}_llama" "$work/reference/$file-$type.gguf"
         for method in nearest ldlq; do
             pack "${tag}_$method" "$type-$method" BASE_TYPE="$type" METHOD="$method"
-            judge "${tag}_$method" "$work/$type-$method/$file-$type.gguf"
+            judge "${tag}_$method" "$work/$type-$method/$file-$type.gguf" "${tag}_llama"
         done
     done
     for type in IQ3_XXS IQ2_XS; do # the accuracy of the original is part tiny's
@@ -117,18 +125,19 @@ gguf() {
         against "${tag}_llama" "${tag}_ldlq"
         against "${name}_bf16" "${tag}_ldlq"
     done
-    [[ $types = *" IQ3_XXS "* ]] || return 0
+    [[ $types = *" IQ3_XXS "* ]] || { judged && return; }
     # The published recipe's size, spent by measured sensitivity; then among the experts only.
     recipe=$work/IQ3_XXS-ldlq/$file-IQ3_XXS.gguf
     size=$(python -c 'import sys, os; print(os.path.getsize(sys.argv[1]) / 2**30)' "$recipe")
     pack "${name}_gguf_budget" budget BASE_TYPE=IQ3_XXS METHOD=ldlq TARGET_GIB="$size"
-    judge "${name}_gguf_budget" "$work/budget/$file-IQ3_XXS.gguf"
+    judge "${name}_gguf_budget" "$work/budget/$file-IQ3_XXS.gguf" "${name}_gguf_iq3_xxs_ldlq"
     pack "${name}_gguf_budget_experts" budget_experts BASE_TYPE=IQ3_XXS METHOD=ldlq TARGET_GIB="$size" \
         PROTECTED=configs/gguf_tensor_types_iq3.txt
-    judge "${name}_gguf_budget_experts" "$work/budget_experts/$file-IQ3_XXS.gguf"
+    judge "${name}_gguf_budget_experts" "$work/budget_experts/$file-IQ3_XXS.gguf" "${name}_gguf_iq3_xxs_ldlq"
+    judged
     # What is evaluated is what is deployed: the dequantized checkpoint against its file.
     [ -d "$work/dequantized" ] || python src/quant/gguf_dequant.py --gguf "$recipe" --model "$model" --out "$work/dequantized"
-    judge "${name}_gguf_iq3_xxs_ldlq_dequantized" "$recipe" "$work/dequantized"
+    served "${name}_gguf_iq3_xxs_ldlq_dequantized" "$recipe" "$work/dequantized"
     [ -e "results/bench/${name}_gguf_iq3_xxs.json" ] || bash pipelines/bench.sh --gguf "$recipe" \
         --result "results/bench/${name}_gguf_iq3_xxs.json" --tag "${name}_gguf_iq3_xxs"
 }
@@ -165,15 +174,17 @@ vl() {
 }
 
 size() {
-    local model=models/razor-tiny allocation=$SCRATCH/razor_tiny_allocation2.75layers.json group
+    local model=models/razor-tiny name=razor_tiny base=razor_tiny_int3_int4_gptq_refit group
+    local allocation=$SCRATCH/razor_tiny_allocation2.75layers.json
     mkdir -p "$SCRATCH" # shared experts of 128 inputs have no group of 256: left alone in both
     echo '{"overrides": {"model.layers.*.mlp.shared_expert.down_proj.weight": 16}}' >"$SCRATCH/razor_tiny_shared.json"
     for group in 128 256; do
-        rounded "razor_tiny_int3_int4_g${group}_gptq_refit" gptq_refit 3 --group "$group" --allocation "$SCRATCH/razor_tiny_shared.json"
+        rounded "razor_tiny_int3_int4_g${group}_gptq_refit" "$base" gptq_refit 3 --group "$group" --allocation "$SCRATCH/razor_tiny_shared.json"
     done
     [ -e "$allocation" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits 2.75 --whole-layers \
         --measured results/probe/razor_tiny_allocation3.json --out "$allocation"
-    rounded razor_tiny_int2.75layers_int4_gptq_refit gptq_refit 3 --allocation "$allocation"
+    rounded razor_tiny_int2.75layers_int4_gptq_refit "$base" gptq_refit 3 --allocation "$allocation"
+    judged
 }
 
 packed() {

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from backend import HfBackend, Sampling
-from kl import divergence, summarize_kl
+from hf_model import load_model, load_tokenizer, text_ids
+from kl import divergence, summarize_kl, tiny_texts
+from page_results import AXES
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from runner import get_benchmarks
@@ -66,6 +68,53 @@ def test_kl_of_a_quantized_model(random_tiny, tmp_path, command):
     assert quantized["metrics"]["kl"]["mean"] > 1e-4 and quantized["recipe"]["expert_bits"] == 3
     routing = same["metrics"]["routing"]
     assert routing["layers"] == 4 and 0 < routing["entropy_min"] <= routing["entropy_mean"] <= 1
+    assert same["judge"] == "transformers, float32"
+
+
+def test_models_of_several_calls_are_compared_on_the_same_transcripts(random_tiny, tmp_path, command):
+    """Against logits of the whole model, each transcript by itself; what one call leaves, the next compares with."""
+    for name, steps in (("a", 1), ("b", 16), ("c", 4)):
+        quantize_checkpoint(random_tiny, tmp_path / name, Recipe(3, 4, 128, steps))
+
+    def run(*more):
+        return command("src/eval/moe_eval.py", "--reference", random_tiny, "--out", tmp_path, "--pairs", "p", *more)
+
+    def models(*names):
+        return [word for name in names for word in ("--model", tmp_path / name, "--tag", name)]
+
+    first = run(*models("a", "b"), "--items", 2)
+    assert first.returncode == 0 and "b / a: KL " in first.stdout, first.stderr
+    done = run(*models("c"), "--items", 2, "--pair", "c/a")
+    assert done.returncode == 0 and "c / a: KL " in done.stdout and "b / a" not in done.stdout, done.stderr
+    records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in "abcp"}
+    means = {name: records[name]["metrics"]["kl"]["mean"] for name in "abc"}
+    for base, other in ("ab", "ac"):
+        found = records["p"]["metrics"]["pairs"][f"{base}__{other}"]
+        assert found["ratio"] == pytest.approx(means[other] / means[base], rel=1e-3) and found["documents"] == 8
+        assert found["ratio_low"] <= found["ratio"] <= found["ratio_high"]
+    metrics, tokenizer, values, answers = records["a"]["metrics"], load_tokenizer(random_tiny), [], []
+    both = [load_model(path) for path in (random_tiny, tmp_path / "a")]
+    for prompt, turn in tiny_texts(tokenizer, 2)[0]:
+        head = text_ids(tokenizer, prompt)
+        ids = torch.tensor([head + text_ids(tokenizer, turn)])
+        with torch.inference_mode():
+            p, q = (model(ids, use_cache=False).logits[0, :-1].double().log_softmax(-1) for model in both)
+        values.append((p.exp() * (p - q)).sum(-1))
+        answers.append(values[-1][len(head) - 1 :])
+    whole, answer = torch.cat(values), torch.cat(answers)
+    assert metrics["tokens"] == len(whole) and metrics["kl"]["mean"] == pytest.approx(whole.mean().item(), rel=1e-3)
+    assert metrics["kl_answer"]["mean"] == pytest.approx(answer.mean().item(), rel=1e-3)
+    buckets = metrics["confidence"].values()
+    assert sum(own["positions"] for own in buckets) == len(whole)
+    assert sum(own.get("share", 0) for own in buckets) == pytest.approx(1)
+    assert {name: own["documents"] for name, own in metrics["strata"].items()} == dict.fromkeys(AXES, 2)
+    for more, message in (
+        ((*models("c"), "--items", 1, "--force"), "judged on another data"),
+        ((*models("c"), "--items", 2, "--force", "--pair", "c/z"), "--pair c/z: give TAG/BASE, two of a, b, c"),
+        ((*models("c"), "--model", random_tiny), "2 --model and 1 --tag"),
+    ):
+        refused = run(*more)
+        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,6 @@ GEN = "src/distill/opd_gen.py --model m --tasks tiny_know --limit 1 --max-tokens
 SCORE = "src/distill/opd_score.py --teacher m --rollouts rollouts --out"
 TRAIN = "src/distill/opd_train_fsdp.py --student q --teacher m --rollouts rollouts --scores scores --rows 8 --steps 1 --out"
 MERGE = "src/distill/merge_adapter.py --student q --teacher m --adapter adapter --out"
-STUDY = f"src/quant/moe_study.py --model m --name t --items 1 --strategies random --methods clip --options 2,3,4 {TEXT}"
 TEXT_STUDY = "src/eval/study_text.py --model m --text text --work"
 DISTILL = "src/distill/distill_run.py --teacher m --tasks tiny_know --steps 1 --expert-bits 2 --linear-bits 4 --tag t --work"
 
@@ -155,7 +154,6 @@ OUTPUTS = {  # commands without the end of their last option, which says where t
     "moe_alloc": f"{ALLOC} --strategy random --out",
     "moe_alloc record": f"{ALLOC} --strategy random --out a.json --tag t --result",
     "moe_alloc types": f"{ALLOC.replace('--expert-bits 3', '--target-gib 0.004')} --tensor-types fixed.txt --out",
-    "moe_study": f"{STUDY} --results", "moe_study work": f"{STUDY} --results r --work",
     "moe_eval": KL, "gguf_kl": "src/eval/gguf_kl.py --model g/m-Q8_0.gguf --reference m --items 1 --context 64 --tag t --out",
     "vllm_eval8": EVAL, "mm_eval": EVAL.replace("vllm_eval8", "mm_eval").replace("tiny_know", "tiny_count"),
     "text_judge": "src/eval/text_judge.py --text fixed.txt --reference m --tag t --result",

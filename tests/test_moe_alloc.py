@@ -16,7 +16,6 @@ from checkpoint import Checkpoint
 from console import UserError
 from quant_save import quantize_checkpoint
 from recipe import Recipe, read_recipe
-from records import read_result
 from sensitivity import bits_by_score, expert_norms, scores, solve
 
 
@@ -116,21 +115,6 @@ def test_every_expert_has_its_own_bits(random_tiny, tmp_path, method, command):
         for expert, own in enumerate(bits):
             levels = levels_of(made.read(f"{module}.{expert}.down_proj.weight"))
             assert 2 ** (own - 2) < levels <= 2 ** (own - 1), (module, expert, own, levels)
-
-
-def test_a_study_judges_every_signal_once(random_tiny, tmp_path, command):
-    flags = ["--name", "t", "--strategies", "wfro,random", "--methods", "clip", "--items", 1, "--work", tmp_path / "w"]
-    flags += ["--results", tmp_path / "r", "--calib-sequences", 2, "--calib-length", 64]
-    done = command("src/quant/moe_study.py", "--model", random_tiny, *flags)
-    assert done.returncode == 0, done.stderr
-    for tag in ("t_int3wfro_int4_clip", "t_int3random_int4_clip"):
-        made, kl = (read_result(tmp_path / "r" / kind / f"{tag}.json", kind) for kind in ("quantize", "kl"))
-        assert made["recipe"] == kl["recipe"] == read_recipe(tmp_path / "w" / tag).to_json()
-        assert sorted(made["recipe"]["experts"][0][1]) == [2, 2, 3, 3, 3, 3, 4, 4] and kl["metrics"]["kl"]["mean"] > 0
-    shutil.rmtree(tmp_path / "w")  # what has its record is only shown
-    again = command("src/quant/moe_study.py", "--model", random_tiny, *flags)
-    assert again.returncode == 0 and again.stdout.splitlines() == done.stdout.splitlines()[-3:]
-    assert not (tmp_path / "w").exists()
 
 
 def test_bits_of_experts_in_a_fused_tensor(random_tiny, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from conftest import REPO
 
 from check_results import check_text
+from llama_cpp import tool
 from page_results import page
 from size_model import SHAPES
 from speed_multi_gpu import random_teacher
@@ -58,3 +59,17 @@ def test_random_scores_are_log_probabilities():
     assert [len(part.ids) for part in scores] == [4, 3]
     for part in scores:
         torch.testing.assert_close(part.events().exp().sum(-1), torch.ones(len(part.ids)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_servers_side_by_side_leave_a_record(tmp_path, bf16_gguf):
+    """With llama-server in place of vLLM."""
+    serve = tmp_path / "serve"
+    serve.write_text(f'#!/bin/bash\nexec {tool("llama-server")} -m {bf16_gguf} -c 4096 -np 4 --alias "$3" --port "$7"\n')
+    serve.chmod(0o755)
+    done = pipeline(tmp_path, "servers", SERVE=str(serve))
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "records/multi_gpu_servers.json").read_text())["metrics"]
+    told, answers = made["greedy"], made["greedy"]["answers"]["2"]
+    assert answers["answers"] == 8 and answers["equal_answers"] >= 7 and told["times_one"].keys() == {"1", "2"}
+    assert [len(told["phases"][n]["servers"]["answers"]) for n in ("1", "2")] == [1, 2]

@@ -156,7 +156,7 @@ def test_killed_training_ends_with_the_same_bytes_and_merges(cached, whole, rand
     assert not (tmp_path / "r2").exists()
 
 
-def test_scores_and_merge_go_on_after_a_crash(cached, whole, random_tiny, tmp_path, monkeypatch):
+def test_scores_and_merge_go_on_after_a_crash(cached, whole, random_tiny, tmp_path, monkeypatch, capsys):
     def dies(*_):
         raise OSError("stands for a kill")
 
@@ -185,6 +185,10 @@ def test_scores_and_merge_go_on_after_a_crash(cached, whole, random_tiny, tmp_pa
             run(*score, tmp_path / "s2")
     assert run(*score, tmp_path / "s2") == (0, "")
     assert digests(tmp_path / "s1") == digests(tmp_path / "s2") and len(digests(tmp_path / "s1")) == 4
+    all_tokens, part = (json.loads((tmp_path / name / "phase.json").read_text())["tokens"] for name in ("s1", "s2"))
+    assert 0 < part < all_tokens  # of the shards that were missing
+    assert run(*score, tmp_path / "s2") == (0, "") and "nothing is left to score" in capsys.readouterr().out
+    refused(*score[:1], [*score[1:4], cached / "rollouts", "--k", 19, "--out", tmp_path / "s2"], "scores of something else (k ")
     bake = [
         "merge_adapter",
         "--student",
@@ -301,7 +305,18 @@ def test_a_node_that_is_not_the_first_waits_and_trains(cached, random_tiny, tmp_
     monkeypatch.setattr(distill_run.time, "sleep", first)  # while the other node waits
     run_of(NODE_RANK=1).join()
     assert calls == [("opd_train_fsdp", {"processes": 1, "nodes": (2, 1, "a:1")})]
-    run_of(NODE_RANK=0, NNODES=1).claim()  # with another number of processes it is the same run
+    run_of(NODE_RANK=0, NNODES=1, PARALLEL=9).claim()  # with another number of processes, or servers, it is the same run
+    calls.clear()  # without CACHE it scores too
+    shutil.copytree(cached / "rollouts", tmp_path / "w2/rollouts")
+    own = run_of(NODE_RANK=1, NNODES=2, CACHE="", TRAJECTORIES="student", WORK=tmp_path / "w2")
+    own.claim()
+    shown = own.step
+    own.step = lambda script, *a, **k: (
+        shown(script, **k),
+        "score" in script and shutil.copytree(cached / "scores", own.scores),
+    )
+    own.join()
+    assert [name for name, _ in calls] == ["opd_score", "opd_train_fsdp"]
     for more, said in (
         ({"NODE_RANK": 2}, "NODE_RANK=2 of NNODES=2: the nodes are numbered from 0"),
         ({"RDZV": "host"}, "RDZV=host: 2 nodes need HOST:PORT"),
@@ -404,7 +419,11 @@ def test_a_resumed_run_takes_only_answers_to_its_prompts(cached, tmp_path):
     refused(
         "opd_gen", [*made[:3], tmp_path / "r2", *made[4:], "--correct-only"], "--correct-only with --prompts: nobody grades"
     )
-    for backend, said in (("openai", "not for rollouts"), ("llamacpp", "is for a GGUF file"), ("none", "expected auto, vllm")):
+    for backend, said in (
+        ("openai", "--base-url (BACKEND, BASE_URL) go together"),
+        ("llamacpp", "is for a GGUF file"),
+        ("none", "expected auto, vllm"),
+    ):
         refused("opd_gen", [*made[:3], tmp_path / "r2", *made[4:], "--backend", backend], said)
     prompts.write_text('{"prompt": "d"}\n{"prompt": null}\n')
     refused("opd_gen", ["--model", "none", *made[2:]], "p.jsonl:2: prompt is null")  # before the model

@@ -1,6 +1,7 @@
 """The pipeline that results/RESULTS.md names above a row makes that row's record: each pipeline runs with an interpreter that
 only notes what it is asked, and every committed record must be among what it would write."""
 
+import itertools
 import os
 import re
 import shlex
@@ -31,8 +32,16 @@ printf '%s\\t%s\\n' "${TAG:-}" "$*" >>"$ASKED"
 """
 
 
+def records_of(tag: str, arguments: list[str]) -> set[str]:
+    """kind/tag of the records that a command would write; ``tag``: what its environment says."""
+    if KINDS.get(next((Path(word).stem for word in arguments if word.endswith(".py")), "")) == "kl":
+        return {f"kl/{word}" for option, word in itertools.pairwise(arguments) if option in ("--tag", "--pairs")}
+    found = record_of(tag, arguments)
+    return {found} if found else set()
+
+
 def record_of(tag: str, arguments: list[str]) -> str | None:
-    """kind/tag of the record that a command would write; ``tag``: what its environment says."""
+    """The same of a command that writes one."""
     kind = KINDS.get(next((Path(word).stem for word in arguments if word.endswith(".py")), ""))
     given = dict(zip(arguments, arguments[1:]))
     if kind == "compare":
@@ -80,7 +89,7 @@ def asked(root: Path, pipeline: str) -> set[str]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=60)
     assert done.returncode == 0, f"{pipeline}: {done.stderr}"
     lines = [line.split("\t") for line in log.read_text().splitlines()]
-    return set(filter(None, (record_of(tag, arguments.split()) for tag, arguments in lines if arguments)))
+    return set().union(*(records_of(tag, arguments.split()) for tag, arguments in lines if arguments))
 
 
 def asked_by_the_study(tmp_path, monkeypatch) -> set[str]:

@@ -172,9 +172,9 @@ def test_a_spread_is_over_texts_and_at_equal_bytes():
     found = spread([[1.0, 2.0, 4.0], [0.5, 1.0, 2.0]])
     assert found["llama"]["mean"] == pytest.approx(7 / 3) and found["llama"]["deviation"] == pytest.approx(1.5275, abs=1e-4)
     assert found["ratio"] == found["ratio_low"] == found["ratio_high"] == pytest.approx(0.5)
-    llama = {"tag": "a", "model": {"bytes": 1_000_000}, "data": [{"sha256": "0"}], "context": 512}
+    llama = {"tag": "a", "model": {"bytes": 1_000_000}, "data": [{"sha256": "0"}], "judge": "a"}
     check_pairs([(llama, llama | {"model": {"bytes": 1_000_500}})])
     with pytest.raises(UserError, match="not the same types"):
         check_pairs([(llama, llama | {"model": {"bytes": 1_010_000}})])
     with pytest.raises(UserError, match="different transcripts"):
-        check_pairs([(llama, llama), (llama, llama | {"context": 256})])
+        check_pairs([(llama, llama), (llama, llama | {"judge": "b"})])

@@ -1,10 +1,13 @@
 """A run that is killed at any point ends with the bytes of a run that was left alone."""
 
 import json
+import multiprocessing
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 from conftest import REPO
@@ -20,6 +23,7 @@ from console import UserError
 from pack_plan import plan_pack
 from quant_save import quantize_checkpoint
 from recipe import Recipe
+from run_dir import share
 
 KILLED = textwrap.dedent("""
     import json, shutil, sys
@@ -145,3 +149,51 @@ def test_an_unfinished_run_of_a_replaced_model_is_refused_and_of_a_copy_goes_on(
     assert not out.exists()
     start(copy, out)
     assert out.is_dir()
+
+
+def test_processes_share_the_files_of_an_output(tmp_path):
+    """Each file is made once; the file of a process that is killed is made by another; one of them finishes."""
+    out, log, names = tmp_path / "o", tmp_path / "log", [f"{number}.bin" for number in range(9)]
+    log.touch()
+
+    def told():
+        return log.read_text().split()
+
+    def work(hangs):
+        def make(path):
+            if hangs:
+                log.open("a").write("hangs\n")
+                signal.pause()
+            time.sleep(0.01)
+            path.write_text(path.stem)
+            log.open("a").write(f"{path.name}\n")
+
+        share(out, {"job": 1}, names, make, lambda partial: log.open("a").write("finished\n"))
+
+    def started(hangs):
+        process = multiprocessing.get_context("fork").Process(target=work, args=(hangs,))
+        process.start()
+        return process
+
+    def wait(until):
+        deadline = time.monotonic() + 20
+        while not until() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert until()
+
+    killed = started(True)
+    wait(told)
+    others = [started(False) for _ in range(3)]
+    wait(lambda: len(told()) == len(names))
+    with pytest.raises(UserError, match="an unfinished run with other settings .job."):
+        share(out, {"job": 2}, names, print, print)
+    time.sleep(0.1)
+    assert not out.exists() and all(process.is_alive() for process in others)
+    killed.kill()
+    for process in others:
+        process.join(20)
+    assert [process.exitcode for process in others] == [0, 0, 0]
+    assert sorted(told()) == sorted([*names, "finished", "hangs"])
+    assert sorted(path.name for path in out.iterdir()) == names and [path.name for path in tmp_path.glob(".*")] == []
+    share(out, {"job": 1}, names, print, print)  # one that comes late
+    assert sorted(told()) == sorted([*names, "finished", "hangs"]) and [path.name for path in tmp_path.glob(".*")] == []

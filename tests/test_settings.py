@@ -97,6 +97,7 @@ class Places:
         ({"OUT": "m"}, {"out": Path("CALLER/m")}),  # relative to the directory that the user calls from
         ({"OUT": "../m", "TEXT": "t.txt"}, {"out": Path("CALLER/../m"), "text": "CALLER/t.txt"}),
         ({"OUT": "/m", "TEXT": "hf:a@b:c", "KIND": "t.txt"}, {"out": Path("/m"), "text": "hf:a@b:c", "kind": "t.txt"}),
+        ({"TEXT": "@later"}, {"text": "@CALLER/later"}),  # a list in a file that need not be there yet
         ({"OUT": ""}, {"out": None}),
         ({"CONFIG": "mine.env"}, {"out": Path("in/repository")}),  # what a file says is relative to the repository
     ],

@@ -173,10 +173,10 @@ def test_the_judge_of_a_corpus(random_tiny, tmp_path, documents, command):
     assert metrics["pairs"][0]["kl"]["difference"] == pytest.approx(changed["mean"] - same["mean"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("window", "scored"), [(32, "half"), (64, "all")])
+@pytest.mark.parametrize(("window", "scored"), [(32, "half"), (64, "all"), (0, None)])
 def test_a_text_file_has_the_perplexity_that_moe_eval_finds(random_tiny, tmp_path, command, window, scored):
     (tmp_path / "text").write_text("\n\n".join(row("prose", i)["text"] for i in range(2)))
-    how = ["--text", "text", "--window", window, "--scored", scored, "--tag", "t"]
+    how = ["--text", "text", "--window", window, *(["--scored", scored] if scored else []), "--tag", "t"]
     for done in (
         command("src/eval/text_judge.py", "--reference", random_tiny, *how, "--result", "r.json", cwd=tmp_path),
         command("src/eval/moe_eval.py", "--model", random_tiny, *how, "--out", ".", cwd=tmp_path),

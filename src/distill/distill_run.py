@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from backend_openai import read_addresses
 from checkpoint import Checkpoint, different_file, source_identity
 from console import UserError, read_json, run_cli, run_script, write_json
 from fsdp_setup import ONE_NODE, Nodes, launch
@@ -58,7 +59,8 @@ SMOKE = {"repeats": 1, "max_tokens": 64, "finished_only": False, "steps": 2, "wa
 SMOKE |= {"micro_rows": 2, "eval_limit": 0, "save_every": 1}
 SETTINGS = "settings.json"
 EVAL_KEYS = ("n", "acc", "acc_low", "acc_high", "acc_finished", "trunc", "mean_tokens")
-HERE = ("processes", "nnodes", "node_rank", "rdzv")  # what a run may be resumed with otherwise
+# what a run may be resumed with otherwise
+HERE = ("processes", "nnodes", "node_rank", "rdzv", "base_url", "parallel", "timeout", "api_key_env")
 Step = Callable[..., None]  # step(script, *arguments, processes=N, nodes=ONE_NODE) runs a command
 
 
@@ -89,16 +91,22 @@ class Run:
         self.before = self.work / "before" if config.ggml else self.student
 
     def join(self) -> None:
-        """The part of a node that is not the first: to train, as soon as the first has made what that needs."""
-        inputs = [self.work / SETTINGS, self.student / RECIPE_FILE, self.rollouts / MANIFEST, self.scores / INDEX]
-        for path in [*inputs, self.before / RECIPE_FILE]:
+        """The part of a node that is not the first: to score and to train, as soon as the first has made what that needs."""
+        self.wait(self.work / SETTINGS, self.student / RECIPE_FILE, self.rollouts / MANIFEST)
+        self.check()
+        self.claim()
+        self.score()
+        self.wait(self.before / RECIPE_FILE)
+        self.train()
+
+    @staticmethod
+    def wait(*paths: Path) -> None:
+        """Until node 0 has written these."""
+        for path in paths:
             if not path.exists():
                 print(f"waiting until node 0 has written {path}, in a directory that every node sees", flush=True)
             while not path.exists():
                 time.sleep(1)
-        self.check()
-        self.claim()
-        self.train()
 
     def all(self) -> dict[str, Any]:
         """Every phase that is not done yet, and the record; returns its metrics."""
@@ -120,6 +128,8 @@ class Run:
             check_scored(self.scores, read_rollouts(self.rollouts)[1])
         elif config.tasks:
             training_benchmarks(config.tasks.split(","))
+        if config.base_url and not config.cache and not (self.rollouts / MANIFEST).exists():
+            read_addresses(config.base_url)
         if not config.cache and (most := prompts(config) * config.repeats) < config.rows:
             raise UserError(f"ROWS={config.rows}: there will be only {most} rollouts; raise LIMIT or REPEATS, or lower ROWS")
 
@@ -162,25 +172,26 @@ class Run:
 
     def cache(self) -> None:
         """Phases A and B, unless CACHE names the output of another run; what is there must be of these models and settings."""
-        config, scored = self.config, typed(self.config, Scoring)
-        off_policy, teacher = config.trajectories == "teacher", ["--teacher", self.teacher]
-        model = self.teacher if off_policy else config.rollout_model or self.student
-        made = ["--out", self.rollouts.parent if off_policy else self.rollouts, *typed(config, Generation)]
-        if config.cache or (self.scores / INDEX).exists():
-            pass
-        elif off_policy:
-            self.step("src/distill/cache_teacher.py", *teacher, *made, *scored)
-        elif not (self.rollouts / MANIFEST).exists():
-            self.step("src/distill/opd_gen.py", "--model", model, *made)
+        config = self.config
+        model = self.teacher if config.trajectories == "teacher" else config.rollout_model or self.student
+        if not config.cache and not (self.rollouts / MANIFEST).exists():
+            if config.base_url and model.suffix == ".gguf" and not config.tokenizer:
+                config = dataclasses.replace(config, tokenizer=self.student)
+            self.step("src/distill/opd_gen.py", "--model", model, "--out", self.rollouts, *typed(config, Generation))
         _, manifest = read_rollouts(self.rollouts)
         if why := None if config.cache else different_file(manifest["settings"].get("identity"), source_identity(model)):
             raise UserError(f"{self.rollouts}: not of {model} as it is now: {why}; give another WORK or remove {self.work}")
         if (kept := manifest["kept"]["samples"]) < config.rows:
             mend = "lower ROWS, or raise LIMIT, REPEATS or MAX_TOKENS, in another WORK"
             raise UserError(f"ROWS={config.rows}: only {kept} rollouts are kept in {self.rollouts}; {mend}")
+        self.score()
+
+    def score(self) -> None:
+        """Phase B, which every node has a part in: each scores what is missing."""
         if not (self.scores / INDEX).exists():
-            self.step("src/distill/opd_score.py", *teacher, "--rollouts", self.rollouts, "--out", self.scores, *scored)
-        check_scored(self.scores, manifest, None if config.cache else config)
+            paths = ["--teacher", self.teacher, "--rollouts", self.rollouts, "--out", self.scores]
+            self.step("src/distill/opd_score.py", *paths, *typed(self.config, Scoring))
+        check_scored(self.scores, read_rollouts(self.rollouts)[1], None if self.config.cache else self.config)
 
     def start(self) -> None:
         """The weights of a block type before training: an adapter of no steps, merged."""
@@ -270,7 +281,7 @@ class Run:
         public = {
             name: shown(value) if isinstance(value, Path) else value
             for name, value in values_of(self.config).items()
-            if name not in ("node_rank", "rdzv")
+            if name not in ("node_rank", "rdzv", "base_url", "api_key_env")  # of these machines
         }
         write_result(
             self.result, kind="distill", tag=self.config.tag, started=started, model=describe_model(self.recovered),

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from backend_openai import ServerSettings
 from checkpoint import Checkpoint, model_name
 from console import UserError, atomic_path, file_sha256, read_json, write_json
 from hf_model import all_finite
@@ -212,15 +213,15 @@ def counts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write_rollouts(
     out: Path, rows: Sequence[dict[str, Any]], chosen: Sequence[dict[str, Any]], settings: dict[str, Any],
-    choice: dict[str, bool], seconds: float, tokens: int,
+    choice: dict[str, bool], seconds: float, tokens: int, **cost: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """The kept rollouts, the cost of all, and the manifest, which is returned."""
+    """The kept rollouts, the cost of all (``cost``: more of it), and the manifest, which is returned."""
     with atomic_path(out / ROLLOUTS) as temporary:
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in chosen]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     manifest = {"format": DATA_FORMAT, "settings": settings, "choice": choice, "all": counts(rows), "kept": counts(chosen)}
     manifest |= {"settings_sha256": sha256_json(settings), "sha256": file_sha256(out / ROLLOUTS)}
-    write_phase(out, "opd_gen", seconds, tokens)
+    write_phase(out, "opd_gen", seconds, tokens, **cost)
     write_json(out / MANIFEST, manifest)  # last: its presence says that the phase is complete
     return manifest
 
@@ -414,14 +415,15 @@ class Seed(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generation(Seed):
+class Generation(Seed, ServerSettings):
     """Phase A."""
 
     tasks: str = setting("", "benchmarks with a training split, comma-separated")
     prompts: Path | None = setting(None, "jsonl file of prompts beside or instead of the tasks")
     limit: int = setting(64, "prompts of each task, or of the file without tasks")
     repeats: int = setting(1, "samples of each prompt; above 1 needs a temperature")
-    backend: str = setting("auto", "auto, hf, vllm or llamacpp")
+    backend: str = setting("auto", "auto, hf, vllm, llamacpp, or openai with `BASE_URL`")
+    served_model: str | None = setting(None, "what servers call the model that generates; empty: as its directory or file")
     # a resumed run must make the same batches: a chunk is made whole or not at all
     chunk: int = setting(64, "prompts generated together; a GPU takes many")
     finished_only: bool = setting(False, "keep only rollouts that ended by themselves")
@@ -433,6 +435,10 @@ class Generation(Seed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        ServerSettings.__post_init__(self)
+        if (self.backend == "openai") != bool(self.base_url):
+            given = f"not {self.backend} and {self.base_url or 'none'}"
+            raise UserError(f"--backend openai and --base-url (BACKEND, BASE_URL) go together, {given}")
         if min(self.limit, self.repeats, self.max_tokens, self.chunk) < 1:
             raise UserError("--limit, --repeats, --max-tokens and --chunk must be at least 1")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:

@@ -2,13 +2,14 @@
 
     python src/distill/opd_gen.py --model work/student --out work/rollouts [--tasks tiny_know,tiny_math] [--limit N]
         [--prompts FILE.jsonl] [--backend auto|hf|vllm|llamacpp] [--finished-only] [--correct-only]
+        [--backend openai --base-url URL,URL|@FILE --served-model NAME --parallel N]
         [--max-tokens N] [--temperature T --top-p P --top-k K --seed S] [--repeats R]
 
 Prompts are the training split of the tiny tasks, never a test split, and lines of FILE: {"prompt": "..."},
 {"messages": [...]}, which ends with the user, or {"text": "..."}, which goes on as it is, with an optional "id" of its own;
 those are not graded. Every line is checked before the model is loaded. Samples are appended to OUT/samples.jsonl as they
 finish, chunk by chunk, with the token ids of prompt and answer; a killed run goes on with the same command, to the same
-samples on a CPU. OUT/rollouts.jsonl: the kept ones.
+samples on a CPU. OUT/rollouts.jsonl: the kept ones. With servers (docs/CLUSTER.md) each sample is asked for by itself.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from backend import PROMPT_ROOM, Backend, Completion, HfBackend, Sampling, choose_backend
+from backend_openai import OpenAIServers
 from checkpoint import source_identity
 from console import UserError, file_sha256, progress, run_cli
 from graders import GRADER_VERSION
 from hf_model import ids_sha256
 from opd_data import DATA_FORMAT, Generation, check_row, read_prompts, shown, tokenizer_sha256, write_rollouts
 from records import sha256_text
-from runner import graded_rows, training_benchmarks
+from runner import FLUSH_ROWS, FLUSH_SECONDS, graded_rows, training_benchmarks
 from sample_log import SampleLog, sample_key
 from settings import parse_settings, setting
 from task import Benchmark
@@ -104,7 +106,7 @@ def log_rows(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> li
         else:
             made = [ungraded_row(*pair) for pair in zip(own, answers, strict=True)]
         for place, row, prompt, done in zip(places, made, own, answers, strict=True):
-            if not done.ids or done.prompt_ids_sha256 != ids_sha256(prompt.ids):
+            if not len(done.ids) == done.tokens > 0 or done.prompt_ids_sha256 != ids_sha256(prompt.ids):
                 raise UserError(f"{prompt.source} {prompt.id}: the engine does not tell the token ids that it read and wrote")
             rows[place] = row | {"prompt": prompt.text, "prompt_ids": list(prompt.ids), "ids": list(done.ids)}
     return rows
@@ -125,19 +127,36 @@ def chunks_of(prompts: Sequence[Prompt], size: int) -> list[list[Prompt]]:
 
 
 def generate(backend: Backend, prompts: Sequence[Prompt], sampling: Sampling, log: SampleLog, chunk: int) -> int:
-    """Fill the log with what it lacks, chunk by chunk; returns the generated tokens of this run."""
-    tokens = 0
+    """Fill the log with what it lacks; returns the generated tokens of this run. An engine gets its chunks whole, as what is
+    drawn depends on the batch; servers get what is missing, each prompt with a seed of its own."""
+    servers = isinstance(backend, OpenAIServers)
+    pending: dict[int, Completion] = {}
+    tokens, flushed = 0, time.monotonic()
+
+    def flush(asked: Sequence[Prompt]) -> None:
+        rows = log_rows([asked[index] for index in sorted(pending)], [pending[index] for index in sorted(pending)])
+        log.append([row for row in rows if sample_key(row) not in log.done])
+        pending.clear()
+
     with progress(len(prompts), "rollouts", "sample") as bar:
-        for part in chunks_of(prompts, chunk):
-            if all((prompt.source, prompt.id, 0) in log.done for prompt in part):
-                bar.update(len(part))
+        for part in chunks_of(prompts, len(prompts) if servers else chunk):
+            missing = [prompt for prompt in part if (prompt.source, prompt.id, 0) not in log.done]
+            asked = missing if servers or not missing else part
+            bar.update(len(part) - len(asked))
+            if not asked:
                 continue
             own = dataclasses.replace(sampling, seed=sampling.seed + 7919 * part[0].turn)  # vLLM seeds prompt by prompt
-            made = dict(backend.generate([prompt.text for prompt in part], own))
-            rows = log_rows(part, [made[i] for i in range(len(part))])
-            log.append([row for row in rows if sample_key(row) not in log.done])
-            tokens += sum(row["tokens"] for row in rows)
-            bar.update(len(part))
+            try:
+                for index, done in backend.generate([prompt.text for prompt in asked], own):
+                    pending[index] = done
+                    tokens += done.tokens
+                    bar.update()
+                    if servers and (len(pending) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS):
+                        flush(asked)
+                        flushed = time.monotonic()
+            finally:  # what servers have answered stays answered when the last of them dies
+                if servers or len(pending) == len(asked):
+                    flush(asked)
     return tokens
 
 
@@ -151,17 +170,30 @@ def kept(rows: Sequence[dict[str, Any]], finished_only: bool, correct_only: bool
     return [row for row in rows if good(row)]
 
 
-def make_backend(name: str, model: Path, max_tokens: int, chunk: int) -> Any:
-    """The engine called ``name`` for a checkpoint or a GGUF; one that cannot run it is a :class:`UserError`."""
-    name = choose_backend(name, model)
-    if name == "openai" or (name == "llamacpp") is not (model.suffix == ".gguf"):
-        runs = "not for rollouts" if name == "openai" else "for a GGUF file" if name == "llamacpp" else "for a checkpoint"
+def make_backend(settings: Generation, model: Path) -> Any:
+    """The engine for a checkpoint or a GGUF; one that cannot run it is a :class:`UserError`."""
+    name, context = choose_backend(settings.backend, model), settings.max_tokens + PROMPT_ROOM
+    gguf = model.suffix == ".gguf"
+    if name == "openai":
+        if gguf and not settings.tokenizer:
+            raise UserError(f"{model}: servers tell no tokenizer; give --tokenizer DIR, the checkpoint that it was made of")
+        called = settings.served_model or model.absolute().name
+        servers = OpenAIServers(settings.base_url, settings.one(called, settings.tokenizer or model, context))
+        if (listed := servers.describe()["listed_model"].get("id", called)) != called:
+            raise UserError(f"the servers call their model {listed!r}, not {called!r}: start them with that name "
+                            "(--served-model-name, --alias), or give --served-model (SERVED_MODEL)")  # fmt: skip
+        if servers.first and not servers.first[2].ids:
+            raise UserError(f"{servers.first[0]}: tells no ids of the tokens that it generates, which are trained on; vLLM and "
+                            "llama-server do")  # fmt: skip
+        return servers
+    if (name == "llamacpp") is not gguf:
+        runs = "for a GGUF file" if name == "llamacpp" else "for a checkpoint"
         raise UserError(f"--backend {name}: is {runs}, --model is {model}; leave it out, and the right one is taken")
-    if name == "llamacpp":
+    if gguf:
         from llamacpp_eval8 import LlamaCppBackend  # needs gguf, which a checkpoint's student does not
 
-        return LlamaCppBackend(model, max_tokens + PROMPT_ROOM)
-    return HfBackend(model, chunk) if name == "hf" else VllmBackend(model, max_tokens + PROMPT_ROOM)
+        return LlamaCppBackend(model, context, settings.tokenizer, settings.parallel, timeout=settings.timeout)
+    return HfBackend(model, settings.chunk) if name == "hf" else VllmBackend(model, context)
 
 
 def check_log(log: SampleLog, prompts: Sequence[Prompt]) -> None:
@@ -205,7 +237,7 @@ def make_rollouts(settings: Generation, model: Path, out: Path) -> None:
     facts |= {"chunk": settings.chunk, "format": DATA_FORMAT}
     log = SampleLog(out / "samples.jsonl", facts, settled=False)
     started = time.monotonic()
-    backend = make_backend(settings.backend, model, settings.max_tokens, settings.chunk)
+    backend = make_backend(settings, model)
     facts |= getattr(backend, "describe", dict)()  # what only a started engine can tell
     log.settle(facts)
     prompts = task_prompts(benchmarks, settings.limit, backend)
@@ -221,7 +253,8 @@ def make_rollouts(settings: Generation, model: Path, out: Path) -> None:
     vocabulary = tokenizer_sha256(backend.tokenizer) if hasattr(backend.tokenizer, "get_vocab") else None
     choice = {"finished_only": settings.finished_only, "correct_only": settings.correct_only}
     facts |= {"tokenizer_sha256": vocabulary}
-    manifest = write_rollouts(out, samples, chosen, facts, choice, time.monotonic() - started, tokens)
+    cost = {"servers": backend.tally()} if isinstance(backend, OpenAIServers) else {}
+    manifest = write_rollouts(out, samples, chosen, facts, choice, time.monotonic() - started, tokens, **cost)
     made, left = manifest["all"], manifest["kept"]
     empty = sum(not row["text"] for row in samples)
     print(f"{made['samples']} rollouts, {made['finished']} finished, {empty} empty, {made['correct']} of {made['graded']} "

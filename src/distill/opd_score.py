@@ -5,7 +5,8 @@
 
 The head's product is taken over pieces of the vocabulary, so that no logits of the whole vocabulary are held. The mass of all
 other tokens is kept as one number. The temperature divides the logits and is part of the scores. The output takes its name only
-when it is complete; a killed run goes on with the same command. Format: docs/OPD_INTEGRATION.md.
+when it is complete; a killed run goes on with the same command. Where several processes run it, on any machines that see OUT,
+each scores shards that are missing. Format: docs/OPD_INTEGRATION.md.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hf_model import all_finite, first_nonfinite, load_model, load_tokenizer, lo
 from opd_data import (
     DATA_FORMAT,
     INDEX,
+    ScoredRollouts,
     Scoring,
     batch_option,
     model_identity,
@@ -37,7 +39,7 @@ from opd_data import (
     write_phase,
 )
 from opd_losses import TopK, top_k_of
-from run_dir import staged_directory
+from run_dir import partial_of, share
 from safetensors_file import save_tensors
 from settings import parse_settings
 
@@ -87,9 +89,7 @@ def shard_tensors(rows: Sequence[tuple[list[int], int]], scores: Sequence[TopK])
 def score_rollouts(
     settings: Scoring, teacher: Path, rollouts: Path, out: Path, load: Callable[[Path], torch.nn.Module] = load_teacher
 ) -> None:
-    """Score the kept rollouts into ``out`` by what ``load`` gives. A killed run resumes to the same bytes."""
-    if out.exists():
-        raise UserError(f"{out}: exists; remove it to score again")
+    """Score the kept rollouts into ``out`` by what ``load`` gives, alone or with others that do the same (run_dir.share)."""
     rows, manifest = read_rollouts(rollouts)
     identity, tokenizer = model_identity(teacher), load_tokenizer(teacher)
     started = time.monotonic()
@@ -110,26 +110,42 @@ def score_rollouts(
     shards = [order[start : start + size] for start in range(0, len(order), size)]
     own = {"format": DATA_FORMAT, "rollouts_sha256": manifest["sha256"], "tokenizer_sha256": tokenizer_sha256(tokenizer)}
     own |= {"teacher": identity} | settings.scores()
-    model, listed = None, []
-    job = own | {"shard_rollouts": size, "batch": settings.score_batch}
-    with staged_directory(out.resolve(), False, job) as partial:
-        with progress(sum(len(ids) for ids, _ in encoded), "score", "token", True) as bar:
-            for number, members in enumerate(shards):
-                path = partial / f"scores-{number:05d}.safetensors"
-                if not path.exists():
-                    model = model or load(teacher)
-                    write_shard(path, model, [encoded[i] for i in members], [names[i] for i in members], settings)
-                listed.append({"file": path.name, "sha256": file_sha256(path), "rollouts": [rows[i]["id"] for i in members]})
-                bar.update(sum(len(encoded[i][0]) for i in members))
+    if out.exists():
+        index = ScoredRollouts(out).index
+        if changed := sorted(key for key in own if index.get(key) != own[key]):
+            raise UserError(f"{out}: scores of something else ({', '.join(changed)} differ); remove it to score again")
+        print(f"{out}: complete, nothing is left to score", flush=True)
+        return
+    names_of = {f"scores-{number:05d}.safetensors": members for number, members in enumerate(shards)}
+    model, scored = None, 0
+
+    def make(path: Path) -> None:
+        nonlocal model, scored
+        model, members = model or load(teacher), names_of[path.name]
+        write_shard(path, model, [encoded[i] for i in members], [names[i] for i in members], settings)
+        done = sum(len(encoded[i][0]) for i in members)
+        scored += done
+        bar.update(done)
+
+    def finish(partial: Path) -> None:
         tokens = sum(len(ids) for ids, _ in encoded)
+        listed = [
+            {"file": name, "sha256": file_sha256(partial / name), "rollouts": [rows[i]["id"] for i in members]}
+            for name, members in names_of.items()
+        ]
         index = own | {"tokens": tokens, "positions": tokens - sum(prompt for _, prompt in encoded)}
-        other = sum(read_otherwise(tokenizer, row) for row in rows)
-        index["retokenized"] = other / len(rows)
+        index["retokenized"] = sum(read_otherwise(tokenizer, row) for row in rows) / len(rows)
         write_json(partial / INDEX, index | {"shards": listed})
-        write_phase(partial, "opd_score", time.monotonic() - started, tokens)
-    size = sum(file.stat().st_size for file in out.iterdir())
+        write_phase(partial, "opd_score", time.monotonic() - started, scored)
+
+    out = out.resolve()
+    there = sum(len(encoded[i][0]) for name, part in names_of.items() if (partial_of(out) / name).exists() for i in part)
+    with progress(sum(len(ids) for ids, _ in encoded), "score", "token", True, there) as bar:
+        share(out, own | {"shard_rollouts": size, "batch": settings.score_batch}, list(names_of), make, finish)
+    index = ScoredRollouts(out).index
+    size = sum((out / name).stat().st_size for name in names_of)
     print(f"{len(rows)} rollouts, {index['positions']:,} positions, {size / 1e6:.2f} MB in {out}; scored as generated "
-          f"(the texts of {other} of them would be tokenized otherwise)", flush=True)  # fmt: skip
+          f"(the texts of {100 * index['retokenized']:.1f} % of them would be tokenized otherwise)", flush=True)  # fmt: skip
 
 
 def write_shard(

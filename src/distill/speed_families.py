@@ -36,12 +36,11 @@ from devices import default_device
 from families import FAMILIES, Role, roles_of
 from fsdp_setup import World
 from gguf_format import GgufFile, same_file
-from gguf_kl import server_logprobs
 from gguf_layout import Piece, pieces_of, read_parameter, to_gguf
 from gguf_pack import write_pack
 from hf_model import load_model
 from kl import divergence
-from llamacpp_eval8 import LlamaServer
+from llamacpp_eval8 import LlamaServer, server_logprobs
 from merge_adapter import merge
 from moe_lora import trainable
 from opd_data import Example, TrainSettings, collate, model_identity

@@ -11,6 +11,8 @@
     eval       greedy answers of one GPU, of a copy on each and of layers spread over all: equal ones, tokens/s
     eval35b    the same, spread against one GPU, on the 35B's shape
     vllm       questions and forced lengths through vLLM with its tensor parallelism on 1, 2, 4 GPUs: equal answers, tokens/s
+    servers    rollouts by a vLLM server on each GPU, of which 1, 2, 4 are asked: equal greedy answers of razor-tiny, tokens/s
+               of the 35B's layers
 
 Each part leaves a record, RECORDS/multi_gpu_PART.json, and is skipped where it exists. Without a GPU, processes on the CPU take
 their place. --tiny: the same with sizes for a test. The commands are those of the pipelines; their output is in WORK/PART/log.
@@ -18,17 +20,19 @@ their place. --tiny: the same with sizes for a test. The commands are those of t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,14 +43,16 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from backend import HfBackend, Replicas, Sampling
+from backend_openai import Client
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli, write_json
 from devices import parse_devices
 from families import text_config
 from fsdp_setup import shared_cores
 from hf_model import load_tokenizer
+from llamacpp_eval8 import die_with_parent, free_port
 from opd_budget import budget
-from opd_data import ADAPTER, ADAPTER_JSON, Scoring, tokenizer_sha256, write_rollouts
+from opd_data import ADAPTER, ADAPTER_JSON, PHASE, Scoring, tokenizer_sha256, write_rollouts
 from opd_score import score_rollouts
 from recipe import RECIPE_FILE, Recipe
 from records import REPO, read_result, write_result
@@ -56,6 +62,7 @@ from settings import parse_settings, setting
 from size_model import SHAPES, sizes_of
 from size_model import Shape as ModelShape
 from synthetic_moe import prepare
+from vllm_eval import ENGINE_ENVIRONMENT
 
 RECIPE = ["--expert-bits", 3, "--linear-bits", 4, "--group", 128, "--clip-steps", 16]
 DISTILL = {"TASKS": "tiny_know,tiny_math,tiny_reason", "LIMIT": "32", "STEPS": "40", "ROWS": "16"}
@@ -72,6 +79,7 @@ VLLM_TINY = ["--batches", "1,4", "--prompt", 16, "--generate", 16]
 VLLM_SIZE = ["--batches", "1,16,32", "--prompt", 256, "--generate", 128]
 # no NVLink multicast; on a CPU, cores that others use too
 VLLM_ENVIRONMENT = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "NCCL_NVLS_ENABLE": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+SERVE = 'vllm serve --max-model-len 2048 --generation-config vllm --limit-mm-per-prompt \'{"image": 0, "video": 0}\''
 RAZOR = REPO / "models/razor-tiny"
 VOCABULARY = 32768  # of the quantized layers: the experts are what is measured
 # in a log that ends with torchrun's own summary
@@ -88,7 +96,8 @@ class Bench:
     records: Path = setting(help="directory of multi_gpu_PART.json")
     processes: int = setting(0, "GPUs, or CPU processes; 0: all, at least 2")
     vllm_python: str = setting(sys.executable, "an interpreter that has vLLM, where it stands apart")
-    layers: int = setting(40, "of the 35B in part vllm")
+    serve: str = setting(SERVE, "in part servers: how one is started; a model, --served-model-name and --port follow")
+    layers: int = setting(40, "of the 35B in parts vllm and servers")
     tiny: bool = setting(False, "sizes for a test")
     gpus: int = 0  # 0 where processes on the CPU stand in
 
@@ -404,17 +413,8 @@ def answers(bench: Bench, model: Path, limit: int, tokens: int, copies: bool = T
 def vllm_part(bench: Bench) -> dict[str, Any]:
     """Both through the commands that a user has: eval.sh's on razor-tiny, and forced lengths on the 35B's shape. What a run
     that was killed has measured is not asked for again."""
-    small, large = bench.work / "razor-tiny", bench.work / "35b"
-    shutil.rmtree(small, ignore_errors=True)
     sizes = [n for n in PARALLEL if n <= bench.processes]
-    form, named = "src/eval/vllm_form.py", "qwen3_5" if bench.gpus else "qwen3_next"
-    bench.run(form, "--form", named, "--model", RAZOR, "--out", small, "--key-heads", sizes[-1])
-    if bench.tiny:
-        large = small
-    elif not (large / "preprocessor_config.json").exists():
-        shutil.rmtree(large, ignore_errors=True)
-        synthetic(bench, large, bench.layers, "35b")
-        bench.run(form, "--model", large, "--in-place")
+    small, large = vllm_models(bench, sizes[-1])
     forced = {n: bench.work / f"forced-{n}.json" for n in sizes}
     size = VLLM_TINY if bench.tiny else VLLM_SIZE
     asked = ["--benchmarks", "tiny_know,tiny_math", "--limit", 4 if bench.tiny else 32, "--temperature", 0, "--out", bench.work]
@@ -430,6 +430,73 @@ def vllm_part(bench: Bench) -> dict[str, Any]:
     questions = compared_questions({n: bench.work / f"questions-{n}.samples.jsonl" for n in sizes})
     shutil.rmtree(bench.work / "35b", ignore_errors=True)
     return {"layers": layers, "forced": compared_forced(forced), "questions": questions}
+
+
+def vllm_models(bench: Bench, heads: int, *more: object) -> tuple[Path, Path]:
+    """razor-tiny with ``heads`` key heads and the 35B's shape, changed by ``more``, as vLLM takes them."""
+    small, large = bench.work / "razor-tiny", bench.work / "35b"
+    shutil.rmtree(small, ignore_errors=True)
+    form, named = "src/eval/vllm_form.py", "qwen3_5" if bench.gpus else "qwen3_next"
+    bench.run(form, "--form", named, "--model", RAZOR, "--out", small, "--key-heads", heads)
+    if bench.tiny:
+        large = small
+    elif not (large / "preprocessor_config.json").exists():
+        shutil.rmtree(large, ignore_errors=True)
+        synthetic(bench, large, bench.layers, "35b", *more)
+        bench.run(form, "--model", large, "--in-place")
+    return small, large
+
+
+def servers_part(bench: Bench) -> dict[str, Any]:
+    """Greedy answers of a trained model, and the rates of drawn ones of random weights with the trained one's vocabulary."""
+    known = text_config(Checkpoint(RAZOR).config)["vocab_size"]
+    small, large = (RAZOR, RAZOR) if bench.tiny else vllm_models(bench, 2, "--vocab", known)
+    found: dict[str, Any] = {"layers": text_config(Checkpoint(large).config)["num_hidden_layers"], "serve": bench.serve}
+    kinds = (("greedy", small, 0, 512, 64), ("drawn", large, 1, 1024, 512))
+    for name, model, temperature, tokens, limit in kinds[: 1 if bench.tiny else None]:
+        size = ["--max-tokens", 24 if bench.tiny else tokens, "--temperature", temperature, "--tasks", "tiny_know,tiny_math"]
+        outs = {n: bench.work / f"{name}-{n}" for n in (0, *PARALLEL) if n <= bench.processes and (n or not bench.tiny)}
+        with served(bench, model) as urls:
+            for n, out in outs.items():  # all first, which compiles
+                shutil.rmtree(out, ignore_errors=True)
+                how = ["--backend", "openai", "--base-url", ",".join(urls[: n or len(urls)]), "--parallel", 64]
+                how += ["--limit", 4 if bench.tiny or not n else limit]
+                bench.run("src/distill/opd_gen.py", "--model", model, "--out", out, *size, *how)
+        phases = {n: read_json(out / PHASE) for n, out in outs.items() if n}
+        found[name] = {
+            "phases": {str(n): phase for n, phase in phases.items()},
+            "times_one": {str(n): phase["tokens_per_second"] / phases[1]["tokens_per_second"] for n, phase in phases.items()},
+            "answers": compared_questions({n: outs[n] / "samples.jsonl" for n in phases}),
+        }
+    shutil.rmtree(bench.work / "35b", ignore_errors=True)
+    return found
+
+
+@contextlib.contextmanager
+def served(bench: Bench, model: Path) -> Iterator[list[str]]:
+    """Addresses of a server of ``model`` on each GPU, when all answer; they end with the block."""
+    command = [*shlex.split(bench.serve), str(model), "--served-model-name", model.name, "--host", "127.0.0.1", "--port"]
+    started: dict[str, subprocess.Popen[bytes]] = {}
+
+    def check() -> None:
+        if ended := [process.returncode for process in started.values() if process.poll() is not None]:
+            raise UserError(f"part {bench.part}: a server ended with code {ended[0]}; the log is {bench.log}")
+
+    try:
+        with bench.log.open("a", encoding="utf-8") as log:
+            for number in range(bench.processes):  # all at once: each takes minutes
+                port, card = str(free_port()), {"CUDA_VISIBLE_DEVICES": str(number)} if bench.gpus else {}
+                started[f"http://127.0.0.1:{port}/v1"] = subprocess.Popen(
+                    [*command, port], stdout=log, stderr=log, preexec_fn=die_with_parent(os.getpid()),
+                    env=os.environ | ENGINE_ENVIRONMENT | VLLM_ENVIRONMENT | card,
+                )  # fmt: skip
+        for url in started:
+            Client(url, patience=1200.0, check=check).call("/models")
+        yield list(started)
+    finally:
+        for process in started.values():
+            process.terminate()
+            process.wait()
 
 
 def compared_questions(logs: Mapping[int, Path]) -> dict[str, Any]:
@@ -475,7 +542,7 @@ def same_tokens(one: Sequence[str], two: Sequence[str]) -> dict[str, int]:
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "quantize": quantize_part, "distill": distill_part, "train35b": train35b_part, "train122b": train122b_part,
-    "fit122b": fit122b_part, "eval": eval_part, "eval35b": eval35b_part, "vllm": vllm_part,
+    "fit122b": fit122b_part, "eval": eval_part, "eval35b": eval35b_part, "vllm": vllm_part, "servers": servers_part,
 }  # fmt: skip
 
 

@@ -119,8 +119,10 @@ def teacher_texts(study: StudySettings, name: str, limit: int, prompts: Path | N
     """The teacher's texts in the directory ``name`` of WORK, scored in the answers."""
     if not (study.work / name / "scores" / INDEX).exists():
         own = dataclasses.replace(study, limit=limit, prompts=prompts)
-        made = ["--teacher", study.teacher, "--out", study.work / name, *typed(own, Generation), *typed(own, Scoring)]
-        run_inside("src/distill/cache_teacher.py", *made)
+        rollouts, scores = (study.work / name / phase for phase in ("rollouts", "scores"))
+        run_inside("src/distill/opd_gen.py", "--model", study.teacher, "--out", rollouts, *typed(own, Generation))
+        paths = ["--teacher", study.teacher, "--rollouts", rollouts, "--out", scores]
+        run_inside("src/distill/opd_score.py", *paths, *typed(own, Scoring))
 
 
 def make_cache(study: StudySettings) -> None:

@@ -33,6 +33,7 @@ from console import UserError, read_json
 from families import text_config
 from graders import THOUGHTS, opens_thinking
 from hf_model import end_token_ids, ids_sha256, load_tokenizer, render_chat, tokenizer_files_sha256
+from settings import setting
 
 # A server that is loading, full, failed once, or lies behind a proxy that lost it for a moment.
 BUSY = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
@@ -521,6 +522,31 @@ def read_addresses(addresses: str) -> list[str]:
     for url in urls:
         Client(url)
     return urls
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Servers of one model and how they are asked: options of eval.sh, keys of distill.sh."""
+
+    base_url: str = setting("", "of the backend openai: http://localhost:8000/v1; of several: URL,URL or @FILE", file=True)
+    tokenizer: Path | None = setting(None, "directory of tokenizer and chat template, where they are not the model's own")
+    parallel: int = setting(4, "requests at once, at each server; slots of llama-server")
+    timeout: float | None = setting(None, "seconds that a server may take for one answer (empty: 600, and 1 a token)")
+    api_key_env: str = setting("", "environment variable that holds the server's key")
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UserError` on values that make no sense."""
+        if self.parallel < 1 or self.timeout is not None and not self.timeout > 0:
+            raise UserError(f"--parallel {self.parallel}, --timeout {self.timeout}: must be at least 1, and above 0")
+
+    @property
+    def several(self) -> bool:
+        return "," in self.base_url or self.base_url.startswith("@")
+
+    def one(self, model: str, tokenizer: Path, context: int, **how: Any) -> OpenAIBackend:
+        """How the model that servers call ``model`` is asked; it speaks to the first of them."""
+        first, key = read_addresses(self.base_url)[0], api_key(self.api_key_env)
+        return OpenAIBackend(first, model, tokenizer, context, key=key, parallel=self.parallel, timeout=self.timeout, **how)
 
 
 Ask = Callable[[OpenAIBackend, int], Completion]

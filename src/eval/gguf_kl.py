@@ -7,7 +7,8 @@ A reference directory runs in transformers and its log-probabilities are written
 them itself. llama-perplexity judges the GGUF by them. Ours takes the GGUF's own log-probabilities, as llama-perplexity writes
 them, and transformers' logits. llama-perplexity reads a text as if it held no special tokens, which makes chat transcripts
 foreign to the model (razor-tiny at Q4_K_M: KL 0.051 instead of 0.0013); it is therefore given a temporary copy of the file
-whose control tokens are marked as user-defined. A file above --copy-gib is not copied: llama-server gives ours instead.
+whose control tokens are marked as user-defined. Only the second half of each chunk is scored; `moe_eval --server=` asks
+llama-server for every position, and copies nothing.
 
 The format (llama.cpp tools/perplexity/perplexity.cpp): "_logits_", uint32 context, int32 vocabulary, int32 chunks, int32
 tokens [chunks, context]; then for each chunk and each position context/2 .. context-2 one row of uint16: float32 scale and
@@ -38,10 +39,11 @@ from gguf_format import bos_of, describe_gguf, gguf_files, is_gguf, metadata, op
 from hf_model import finite_logits, load_model, load_tokenizer, prefix_ids, text_ids
 from kl import summarize_kl, tiny_texts
 from llama_cpp import Incomplete, asked, tool, watched
-from llamacpp_eval8 import LlamaServer, die_with_parent, thread_arguments
+from llamacpp_eval8 import die_with_parent, thread_arguments
 from records import add_tag_arguments, data_entry, describe_model, tagged_record, write_result
 
 MAGIC = b"_logits_"
+JUDGE = "llama-perplexity, second halves of windows of"
 DEPTH = 16.0  # nats below the likeliest token that the format resolves
 PRINTED = {
     "mean": r"Mean\s+KLD:\s+(\S+) ± +(\S+)",
@@ -53,7 +55,6 @@ PRINTED = {
     "ppl_reference": r"Mean PPL\(base\)\s+:\s+(\S+) ± +(\S+)",
     "top1": r"Same top p:\s+(\S+) ± +(\S+) %",
 }
-RUNNING = re.compile(r"^ *(\d+) +\S+ ± +\S+ +\S+ ± +\S+ +(\S+) ± +\S+ ", re.MULTILINE)
 
 
 def first_scored(context: int) -> int:
@@ -142,13 +143,13 @@ def dump_logprobs(model: Path, text: Path, out: Path, context: int, chunks: int,
     return read_logprobs(out)
 
 
-def tool_kl(model: Path, base: Path, context: int, options: Sequence[str] = ()) -> tuple[dict[str, float], list[float]]:
-    """(llama-perplexity's statistics of ``model`` against a file of log-probabilities, its mean after each chunk)."""
+def tool_kl(model: Path, base: Path, context: int, options: Sequence[str] = ()) -> dict[str, float]:
+    """llama-perplexity's statistics of ``model`` against a file of log-probabilities."""
     fixed = ["--model", model, "--kl-divergence", "--kl-divergence-base", base]
     return asked(lambda: parse_tool(run_tool(context, *fixed, *options)))
 
 
-def parse_tool(output: str) -> tuple[dict[str, float], list[float]]:
+def parse_tool(output: str) -> dict[str, float]:
     """Numbers in nats; top1 as a fraction; NAME_error is the standard error that the tool prints."""
     found: dict[str, float] = {}
     for name, pattern in PRINTED.items():
@@ -159,7 +160,7 @@ def parse_tool(output: str) -> tuple[dict[str, float], list[float]]:
         found[name] = float(match[1]) * unit
         if match.lastindex == 2:
             found[f"{name}_error"] = float(match[2]) * unit
-    return found, [float(mean) for _, mean in RUNNING.findall(output)]
+    return found
 
 
 @torch.inference_mode()
@@ -170,22 +171,6 @@ def transformers_logits(model: torch.nn.Module, tokens: np.ndarray) -> Iterator[
             ids = torch.from_numpy(chunk.astype(np.int64))[None].to(model.device)
             yield finite_logits(model, input_ids=ids)[0, first_scored(len(chunk)) : -1].float().cpu()
             bar.update(len(chunk))
-
-
-def server_logprobs(server: LlamaServer, chunk: np.ndarray, vocabulary: int, first: int | None = None) -> torch.Tensor:
-    """Log-probabilities [positions, V] that llama-server gives after each position from ``first`` (the first that is scored):
-    one request a position, of which the prompt cache leaves one token to compute. It tells them before its sampler, which is
-    made to take a token of whole characters: to another it answers without them."""
-    first = first_scored(len(chunk)) if first is None else first
-    table = torch.full((len(chunk) - 1 - first, vocabulary), -torch.inf)
-    whole = server.client.call("/tokenize", {"content": "0", "add_special": False})["tokens"][-1]
-    fixed = {"n_predict": 1, "n_probs": vocabulary, "temperature": 0.0, "cache_prompt": True, "id_slot": 0}
-    fixed |= {"logit_bias": [[whole, 1e6]]}
-    for row, position in zip(table, range(first, len(chunk) - 1), strict=True):
-        answer = server.client.call("/completion", fixed | {"prompt": chunk[: position + 1].tolist()})
-        likely = answer["completion_probabilities"][0]["top_logprobs"]
-        row[torch.tensor([entry["id"] for entry in likely])] = torch.tensor([entry["logprob"] for entry in likely])
-    return table
 
 
 def with_parsed_control_tokens(model: Path, folder: Path) -> tuple[Path, dict[str, str]]:
@@ -237,10 +222,6 @@ def chunked(ids: Sequence[int], context: int, limit: int) -> np.ndarray:
     return np.array(ids[: count * context], dtype=np.int32).reshape(count, context)
 
 
-def small(args: argparse.Namespace, model: Path) -> bool:
-    return sum(file.stat().st_size for file in gguf_files(model)) <= args.copy_gib * 2**30
-
-
 def text_of(args: argparse.Namespace, tokenizer: Path | None) -> tuple[str, dict[str, Any]]:
     """The text to measure on and its record."""
     if args.text:
@@ -253,13 +234,10 @@ def text_of(args: argparse.Namespace, tokenizer: Path | None) -> tuple[str, dict
 
 
 def own_logprobs(args: argparse.Namespace, model: Path, text: str, work: Path, name: str) -> LogProbs:
-    """What llama.cpp predicts for the text, special tokens included where the file is small enough to copy."""
-    if small(args, model):
-        model, names = with_parsed_control_tokens(model, work / f"{name}.gguf")
-        for old, new in names.items():
-            text = text.replace(old, new)
-    else:
-        print(f"{model}: above --copy-gib: special tokens of the text are read as plain text", file=sys.stderr, flush=True)
+    """What llama.cpp predicts for the text, special tokens included."""
+    model, names = with_parsed_control_tokens(model, work / f"{name}.gguf")
+    for old, new in names.items():
+        text = text.replace(old, new)
     (work / "text").write_text(text, encoding="utf-8")
     return dump_logprobs(model, work / "text", work / name, args.context, args.chunks, shlex.split(args.tool_args))
 
@@ -280,8 +258,8 @@ def check_same_tokens(model: Path, found: np.ndarray, expected: np.ndarray) -> N
         raise UserError(f"{model} reads the text as other tokens than the checkpoint's tokenizer does")
 
 
-def reference_logits(args: argparse.Namespace, tokens: np.ndarray, keep: int, out: Path) -> list[torch.Tensor]:
-    """Write transformers' log-probabilities of all chunks; return those of the first ``keep``."""
+def reference_logits(args: argparse.Namespace, tokens: np.ndarray, out: Path) -> list[torch.Tensor]:
+    """Write transformers' log-probabilities of all chunks, and return them."""
     model = load_model(args.reference)
     vocabulary = int(model.config.get_text_config().vocab_size)
     known = len(metadata(open_gguf(args.model), "tokenizer.ggml.tokens"))
@@ -291,8 +269,7 @@ def reference_logits(args: argparse.Namespace, tokens: np.ndarray, keep: int, ou
 
     def remembered() -> Iterator[torch.Tensor]:
         for logits in transformers_logits(model, as_evaluated(tokens, bos_of(args.model))):
-            if len(kept) < keep:
-                kept.append(logits.log_softmax(-1))
+            kept.append(logits.log_softmax(-1))
             yield logits
 
     write_logprobs(out, tokens, vocabulary, remembered())
@@ -312,23 +289,11 @@ def against_directory(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Metrics with transformers as the reference."""
     text, entry = text_of(args, args.reference)
     tokens = token_chunks(args, args.reference, text)
-    copied = small(args, args.model)
-    compared = len(tokens) if copied else min(len(tokens), args.server_chunks)
-    kept = reference_logits(args, tokens, compared, work / "reference")
-    options = shlex.split(args.tool_args)
-    tool, running = tool_kl(args.model, work / "reference", args.context, options)
-    if copied:
-        own = own_logprobs(args, args.model, text, work, "model")
-        check_same_tokens(args.model, own.tokens, tokens)
-        mine = ours(kept, map(own.chunk, range(compared)))
-    else:
-        vocabulary = kept[0].shape[1]
-        with LlamaServer(args.model, args.context, 1, options) as server, progress(compared, "ours", "chunk") as bar:
-            chunks = as_evaluated(tokens, bos_of(args.model))[:compared]
-            tables = (server_logprobs(server, chunk, vocabulary) for chunk in chunks)
-            mine = ours(kept, (table for table in tables if bar.update() is not False))
-    same = tool["mean"] if compared == len(tokens) else running[compared - 1]
-    return {"tokens": int(tokens.size), "kl": mine, "tool": tool, "tool_mean_same_chunks": same, "data": entry}
+    kept = reference_logits(args, tokens, work / "reference")
+    tool = tool_kl(args.model, work / "reference", args.context, shlex.split(args.tool_args))
+    own = own_logprobs(args, args.model, text, work, "model")
+    check_same_tokens(args.model, own.tokens, tokens)
+    return {"tokens": int(tokens.size), "kl": ours(kept, map(own.chunk, range(len(tokens)))), "tool": tool, "data": entry}
 
 
 def against_gguf(args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -338,12 +303,12 @@ def against_gguf(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     model = own_logprobs(args, args.model, text, work, "model")
     if reference.vocabulary != model.vocabulary or not np.array_equal(reference.tokens, model.tokens):
         raise UserError(f"{args.model} and {args.reference} read the text as different tokens: KL between them means nothing")
-    if args.tokenizer and small(args, args.model):
+    if args.tokenizer:
         check_same_tokens(args.model, model.tokens, token_chunks(args, args.tokenizer, text))
-    tool, _ = tool_kl(args.model, work / "reference", args.context, shlex.split(args.tool_args))
+    tool = tool_kl(args.model, work / "reference", args.context, shlex.split(args.tool_args))
     count = range(len(reference.tokens))
     mine, size = ours(map(reference.chunk, count), map(model.chunk, count)), int(reference.tokens.size)
-    return {"tokens": size, "kl": mine, "tool": tool, "tool_mean_same_chunks": tool["mean"], "data": entry}
+    return {"tokens": size, "kl": mine, "tool": tool, "data": entry}
 
 
 def parse_args() -> argparse.Namespace:
@@ -356,16 +321,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="tokens of a chunk; its second half is scored")
     parser.add_argument("--chunks", type=int, default=0, help="at most so many chunks (default: all)")
     parser.add_argument("--tokenizer", type=Path, help="directory whose chat template makes the transcripts (reference GGUF)")
-    parser.add_argument("--copy-gib", type=float, default=4.0, help="largest file that is copied to mark its control tokens")
-    parser.add_argument("--server-chunks", type=int, default=1, help="chunks for ours through llama-server, for larger files")
     parser.add_argument("--tool-args", default="", help='options for llama.cpp, as "-ngl 99 -fa off"')
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    if args.context < 16 or args.items < 1 or args.server_chunks < 1 or args.chunks < 0:
-        raise UserError("--context must be at least 16, --items and --server-chunks at least 1, --chunks not negative")
+    if args.context < 16 or args.items < 1 or args.chunks < 0:
+        raise UserError("--context must be at least 16, --items at least 1, --chunks not negative")
     result = tagged_record(args)
     started = time.time()
     described = describe_gguf(args.model)
@@ -376,13 +339,12 @@ def main() -> None:
     entry = metrics.pop("data")
     write_result(
         result, kind="kl", tag=args.tag, started=started, model=described, data=[entry], metrics=metrics,
-        extra={"reference": reference, "context": args.context},
+        extra={"reference": reference, "context": args.context, "judge": f"{JUDGE} {args.context}"},
     )  # fmt: skip
     kl, tool = metrics["kl"], metrics["tool"]
     for name, k, error in (("llama.cpp", tool, tool["mean_error"]), ("ours", kl, kl["standard_error"])):
         shown = f"{k['mean']:.6f} +- {error:.6f}  99 % {k['p99']:.5f}  99.9 % {k['p99_9']:.5f}  max {k['max']:.5f}"
         print(f"{name:<10}KL {shown}  top-1 {100 * k['top1']:.2f} %")
-    print(f"same chunks: llama.cpp {metrics['tool_mean_same_chunks']:.6f}, ours {kl['mean']:.6f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ difference, Statistics in Medicine 17:891). Quantiles and roots are scipy's.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -143,15 +144,21 @@ def paired_ratio(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, 
     return math.exp(logs.mean()), math.exp(bounds.low), math.exp(bounds.high)
 
 
-def resampled(strata: Sequence[int], draws: int = 1000, seed: int = 0) -> np.ndarray:
-    """[draws + 1, documents]: how often each document stands in a sample drawn with replacement from those of its stratum
-    (Efron's bootstrap). The first row is the sample itself, so that a statistic of rows has its own value there."""
+@functools.lru_cache(maxsize=4)
+def _drawn(strata: tuple[int, ...], draws: int, seed: int) -> np.ndarray:
     rng, own = np.random.default_rng(seed), np.asarray(strata)
     weights = np.ones((draws + 1, len(own)))
     for stratum in np.unique(own):
         places = np.flatnonzero(own == stratum)
         weights[1:, places] = rng.multinomial(len(places), np.full(len(places), 1 / len(places)), draws)
+    weights.flags.writeable = False
     return weights
+
+
+def resampled(strata: Sequence[int], draws: int = 1000, seed: int = 0) -> np.ndarray:
+    """[draws + 1, documents]: how often each document stands in a sample drawn with replacement from those of its stratum
+    (Efron's bootstrap). The first row is the sample itself, so that a statistic of rows has its own value there."""
+    return _drawn(tuple(strata), draws, seed)
 
 
 def weighted_means(weights: np.ndarray, sums: Sequence[float] | np.ndarray, counts: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -160,13 +167,26 @@ def weighted_means(weights: np.ndarray, sums: Sequence[float] | np.ndarray, coun
 
 
 def weighted_quantiles(weights: np.ndarray, owner: np.ndarray, values: np.ndarray, shares: Sequence[float]) -> np.ndarray:
-    """Quantiles over positions [draws + 1, shares]; ``owner`` [positions]: the document of each of the ``values``."""
+    """Quantiles over positions [draws + 1, shares]; ``owner`` [positions]: the document of each of the ``values``.
+
+    The sorted values are cut into blocks, whose mass in every draw is one matrix product; only the block of a quantile is then
+    looked at value by value.
+    """
     order = np.argsort(values)
-    sorted_values, owners, found = values[order], owner[order], []
-    for row in weights:
-        mass = np.cumsum(row[owners])
-        found.append(sorted_values[np.minimum(np.searchsorted(mass, np.asarray(shares) * mass[-1]), len(values) - 1)])
-    return np.asarray(found)
+    sorted_values, owners, size = values[order], owner[order], max(1, math.isqrt(len(values)))
+    blocks = -(-len(values) // size)
+    counts = np.zeros((blocks, weights.shape[1]))
+    np.add.at(counts, (np.arange(len(values)) // size, owners), 1)
+    mass = np.cumsum(weights @ counts.T, 1)
+    found = np.empty((len(weights), len(shares)))
+    for row, own, out in zip(weights, mass, found, strict=True):
+        for number, wanted in enumerate(np.asarray(shares) * own[-1]):
+            block = min(int(np.searchsorted(own, wanted)), blocks - 1)
+            part = slice(block * size, (block + 1) * size)
+            inside = np.cumsum(row[owners[part]]) + (own[block - 1] if block else 0.0)
+            place = min(int(np.searchsorted(inside, wanted)), len(inside) - 1)
+            out[number] = sorted_values[part][place]
+    return found
 
 
 def bounds(found: np.ndarray) -> tuple[float, float, float]:

@@ -24,6 +24,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import torch
+
 from backend import Completion, Sampling, seed_of, stuck
 from backend_openai import NEUTRAL, Client, ServerBackend
 from console import UserError
@@ -175,6 +178,21 @@ class LlamaServer(LocalServer):
         command = [str(tool("llama-server")), "--model", str(model), *sizes, *own, *threads, *arguments]
         super().__init__(model, command, loading or 120 + 20 * size / 1e9, port)
         self.context = int(self.client.call("/props")["default_generation_settings"]["n_ctx"])
+
+
+def server_logprobs(server: LlamaServer, ids: np.ndarray, vocabulary: int, first: int) -> torch.Tensor:
+    """Log-probabilities [positions, V] that llama-server gives after each position of ``ids`` but the last, from ``first`` on:
+    one request a position, of which the prompt cache leaves one token to compute. It tells them before its sampler, which is
+    made to take a token of whole characters: to another it answers without them."""
+    table = torch.full((len(ids) - 1 - first, vocabulary), -torch.inf)
+    whole = server.client.call("/tokenize", {"content": "0", "add_special": False})["tokens"][-1]
+    fixed: dict[str, Any] = {"n_predict": 1, "n_probs": vocabulary, "temperature": 0.0, "cache_prompt": True, "id_slot": 0}
+    fixed |= {"logit_bias": [[whole, 1e6]]}
+    for row, position in zip(table, range(first, len(ids) - 1), strict=True):
+        answer = server.client.call("/completion", fixed | {"prompt": ids[: position + 1].tolist()})
+        likely = answer["completion_probabilities"][0]["top_logprobs"]
+        row[torch.tensor([entry["id"] for entry in likely])] = torch.tensor([entry["logprob"] for entry in likely])
+    return table
 
 
 class GgufTokenizer:

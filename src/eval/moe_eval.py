@@ -1,92 +1,50 @@
-"""Perplexity and full-vocabulary KL divergence to a reference model on held-out text, and the balance of its routers.
+"""KL divergence to a reference model over the whole vocabulary on held-out text, perplexity, and the balance of the routers.
 
-    python src/eval/moe_eval.py --model work/w3 --reference models/razor-tiny --tag razor_tiny_w3 [--items 64]
-        [--text FILE [--window 512] [--scored half] | --pictures] [--out results/kl] [--force]
+    python src/eval/moe_eval.py --model work/w3 --reference models/razor-tiny --tag razor_tiny_w3
+        [--model work/iq3.gguf --tag razor_tiny_iq3 ... --pair razor_tiny_iq3/razor_tiny_w3 --pairs razor_tiny_pairs]
+        [--items 640 | --text FILE [--window 512] [--scored half] | --pictures] [--server="-ngl 99"] [--out results/kl]
 
-Text: held-out transcripts of the tiny tasks (prompt and reference turn); --pictures: those of the tiny tasks with pictures, by
-a vision-language model; --text: a file. It is read in windows of 512 tokens whose second halves are scored, as llama-perplexity
-does (the same figure on the same weights); `--window 2048 --scored all` is what papers on quantization tabulate; `--window 0`
-takes the parts between empty lines one by one. Every window begins with what the tokenizer puts before a text.
-KL(reference || model) is over the whole vocabulary at every position, in float32; `answer` counts only the positions of the
-assistant's turn. Without --reference only perplexity and routing are measured.
+Text: 640 held-out transcripts of each tiny task (prompt and reference turn), read one by one, every position scored;
+--pictures: those of the tiny tasks with pictures, by a vision-language model; --text: a file. It is read in windows of 512
+tokens whose second halves are scored, as llama-perplexity does (the same figure on the same weights); `--window 2048 --scored
+all` is what papers on quantization tabulate; `--window 0` takes the parts between empty lines one by one. The judge is that of
+text_judge.py: standard errors and intervals by bootstrap over documents (transcripts), a GGUF as the checkpoint that it decodes
+to, or with --server in llama-server, every position asked for. `answer` counts only the positions of the assistant's turn,
+`confidence` tells positions apart by the reference's certainty.
+
+Models of one call are judged against the same states of the reference. --pairs NAME keeps the sums of each document in
+OUT/NAME.json, with what an earlier call left there on the same text, so that any two of its models are compared in pairs, in
+the same samples of the bootstrap: those of --pair (default: each model with the first). Without --reference only perplexity
+and routing are measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from console import UserError, progress, read_text, run_cli
-from hf_model import context_of, finite_logits, load_model, load_tokenizer, load_weights, prefix_ids, text_ids
-from kl import Batch, batches, file_texts, measured, split_documents, text_windows, tiny_texts
+from console import UserError, progress, run_cli
+from gguf_format import is_gguf
+from hf_model import load_weights
+from kl import divergence, summarize_kl
 from pictures import Prompt, config_with_eyes, load_processor, render_messages
 from recipe import recipe_record
-from records import add_tag_arguments, data_entry, describe_model, tagged_record, write_result
+from records import add_tag_arguments, data_entry, read_result, tagged_record, write_result
 from runner import describe_checkpoint, item_record
+from tasks_text import paired_kl
 from tasks_tiny import TINY_VISION_TASKS, VISION_REVISION
+from text_judge import open_judge
 
-
-class RouterCounter:
-    """Counts how often each expert is chosen, by hooks on the routers of a transformers model."""
-
-    def __init__(self, model: torch.nn.Module, top_k: int) -> None:
-        self.top_k = top_k
-        self.counts: dict[str, torch.Tensor] = {}
-        self.mask: torch.Tensor | None = None
-        for name, module in model.named_modules():
-            if name.endswith(".mlp.gate") and hasattr(module, "weight") and module.weight.ndim == 2:
-                module.register_forward_hook(lambda m, a, out, name=name: self._count(name, m, a[0]))
-
-    def _count(self, name: str, router: torch.nn.Module, hidden: torch.Tensor) -> None:
-        logits = F.linear(hidden.reshape(-1, hidden.shape[-1]).float(), router.weight.float())
-        chosen = logits.topk(self.top_k, -1).indices
-        if self.mask is not None:
-            chosen = chosen[self.mask.flatten()]
-        count = torch.bincount(chosen.flatten(), minlength=logits.shape[-1])
-        self.counts[name] = self.counts.get(name, 0) + count
-
-    def summary(self) -> dict[str, Any] | None:
-        """Normalised entropy of the expert load (1 is even), over layers, and the least load as a share of the mean."""
-        if not self.counts:
-            return None
-        loads = torch.stack(list(self.counts.values())).double()
-        shares = loads / loads.sum(-1, keepdim=True)
-        entropy = -(shares * shares.clamp_min(1e-300).log()).sum(-1) / math.log(shares.shape[-1])
-        return {
-            "layers": len(shares),
-            "experts": shares.shape[-1],
-            "entropy_mean": entropy.mean().item(),
-            "entropy_min": entropy.min().item(),
-            "min_load": (shares.min() * shares.shape[-1]).item(),
-        }
-
-
-@torch.inference_mode()
-def measure(model: torch.nn.Module, reference: torch.nn.Module | None, data: list[Batch]) -> dict[str, Any]:
-    """Metrics over all batches; the last position of a row predicts nothing and is left out."""
-    config = model.config.get_text_config()
-    counter = RouterCounter(model, getattr(config, "num_experts_per_tok", 0) or 1)
-    tokens = sum(int(batch.real.sum()) for batch in data)
-
-    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
-        with progress(tokens, "kl" if reference is not None else "perplexity", "token", True) as bar:
-            for ids, real, scored, answer in data:
-                ids, counter.mask, kept = ids.to(model.device), real.to(model.device), scored[:, 1:]
-                inputs = {"input_ids": ids, "attention_mask": counter.mask}
-                logits = finite_logits(model, **inputs)[:, :-1][kept]
-                expected = finite_logits(reference, **inputs)[:, :-1][kept] if reference is not None else None
-                yield logits, expected, ids[:, 1:][kept], answer[:, 1:][kept]
-                bar.update(int(real.sum()))
-
-    metrics, routing = measured(parts()), counter.summary()
-    return metrics | ({"routing": routing} if routing else {})
+Metrics = dict[str, Any]
 
 
 def held_out(processor: Any, count: int) -> tuple[list[tuple[Prompt, str]], dict[str, Any]]:
@@ -124,27 +82,34 @@ def measure_pictures(
 ) -> dict[str, Any]:
     """Metrics over all pairs; the last position of a row predicts nothing and is left out."""
 
-    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
-        with progress(len(pairs), "kl", "picture") as bar:
-            for start in range(0, len(pairs), batch):
-                part = pairs[start : start + batch]
-                inputs, answer = inputs_of(processor, part)
-                kept, target = inputs["attention_mask"].bool()[:, 1:], inputs["input_ids"][:, 1:]
-                inputs = inputs.to(model.device)
-                found, expected = (m(**inputs, use_cache=False).logits[:, :-1].float().cpu()[kept] for m in (model, reference))
-                yield found, expected, target[kept], answer[:, 1:][kept]
-                bar.update(len(part))
-
-    return {"pictures": len(pairs)} | measured(parts())
+    found: list[tuple[torch.Tensor, ...]] = []
+    with progress(len(pairs), "kl", "picture") as bar:
+        for start in range(0, len(pairs), batch):
+            part = pairs[start : start + batch]
+            inputs, answer = inputs_of(processor, part)
+            kept, target = inputs["attention_mask"].bool()[:, 1:], inputs["input_ids"][:, 1:]
+            inputs = inputs.to(model.device)
+            own, expected = (m(**inputs, use_cache=False).logits[:, :-1].float().cpu()[kept] for m in (model, reference))
+            loss = F.cross_entropy(own, target[kept], reduction="none").double()
+            found.append((loss, *divergence(expected, own), answer[:, 1:][kept]))
+            bar.update(len(part))
+    loss, kl, agree, answer = (torch.cat(each).numpy() for each in zip(*found, strict=True))
+    metrics = {"pictures": len(pairs), "tokens": len(loss), "ppl": float(np.exp(loss.mean()))}
+    metrics |= {"ppl_answer": float(np.exp(loss[answer].mean())), "kl": summarize_kl(kl.astype(np.float64), agree)}
+    return metrics | {"kl_answer": summarize_kl(kl[answer].astype(np.float64), agree[answer])}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", type=Path, required=True, help="the checkpoint to judge")
+    parser.add_argument("--model", type=Path, action="append", required=True, help="a checkpoint or GGUF; may be given again")
     parser.add_argument("--reference", type=Path, help="the BF16 model that KL is taken to")
-    add_tag_arguments(parser, "kl")
-    parser.add_argument("--items", type=int, help="held-out transcripts of each tiny task (default 64); of --text: at most so "
-                        "many windows, or documents (default: all)")  # fmt: skip
+    add_tag_arguments(parser, "kl", several=True)
+    parser.add_argument(
+        "--pair", action="append", default=[], metavar="TAG/BASE", help="two tags to compare; may be given again"
+    )
+    parser.add_argument("--pairs", metavar="NAME", help="keep the comparisons in OUT/NAME.json")
+    parser.add_argument("--items", type=int, help="held-out transcripts of each tiny task (default 640), or pictures (64); of "
+                        "--text: at most so many windows, or documents (default: all)")  # fmt: skip
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", type=Path, help="measure on this text file instead")
     text.add_argument(
@@ -152,85 +117,146 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--window", type=int, help="tokens of a window of --text (default 512); 0: one document at a time")
     parser.add_argument("--scored", choices=("half", "all"), help="of each window: its second half (default), or all")
-    parser.add_argument("--batch", type=int, help="texts or pictures at once (default 16; of --text's windows 4,096 tokens)")
+    parser.add_argument("--server", metavar="OPTIONS", help="judge GGUFs in llama-server with these options (may be empty)")
+    parser.add_argument("--batch", type=int, default=16, help="pictures at once (default 16)")
     return parser.parse_args()
 
 
-def of_pictures(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+def of_pictures(args: argparse.Namespace) -> tuple[Metrics, dict[str, Any]]:
     """(metrics, data entry) on pictures, by the whole model."""
-    if not args.reference:
-        raise UserError("--pictures: KL is taken to a --reference")
-    config, other = config_with_eyes(args.model), config_with_eyes(args.reference)
-    check_vocabularies(args, config["text_config"]["vocab_size"], other["text_config"]["vocab_size"])
+    if not args.reference or len(args.model) > 1:
+        raise UserError("--pictures: the KL of one --model is taken to a --reference")
+    (model,) = args.model
+    config, other = config_with_eyes(model), config_with_eyes(args.reference)
+    if config["text_config"]["vocab_size"] != other["text_config"]["vocab_size"]:
+        raise UserError(f"{model} and {args.reference} have different vocabularies: KL between them means nothing")
     processor = load_processor(args.reference)
     processor.tokenizer.padding_side = "right"
     pairs, entry = held_out(processor, args.items or 64)
-    models = (load_with_eyes(args.model), load_with_eyes(args.reference))
-    return measure_pictures(*models, processor, pairs, args.batch or 16), entry
+    models = (load_with_eyes(model), load_with_eyes(args.reference))
+    return measure_pictures(*models, processor, pairs, args.batch), entry
 
 
-def of_text(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metrics, data entry) on text, by the text model."""
-    tokenizer = load_tokenizer(args.reference or args.model, chat=not args.text)
-    context = context_of(args.model)
-    if args.text and args.window != 0:
-        data, entry = windows_of(args, tokenizer, context)
-    else:
-        pairs, entry = file_texts(args.text, args.items or 1 << 40) if args.text else tiny_texts(tokenizer, args.items or 64)
-        data = batches(tokenizer, pairs, args.batch or 16, min(context, 4096))
-    print(f"{sum(int(batch.scored[:, 1:].sum()) for batch in data):,} positions are scored", flush=True)
-    model = load_model(args.model)
-    reference = load_model(args.reference) if args.reference else None
-    config = model.config.get_text_config()
-    if reference is not None:
-        check_vocabularies(args, config.vocab_size, reference.config.get_text_config().vocab_size)
-    return measure(model, reference, data), entry
+def metrics_of(made: Mapping[str, Any]) -> Metrics:
+    """What a record of this kind says, of what the judge found."""
+    whole, answer = dict(made["strata"]["all"]), dict(made["answer"] or {})
+    metrics: Metrics = {"tokens": whole["positions"], **{key: whole.pop(key) for key in ("ppl", "ppl_error")}}
+    metrics |= {"ppl_answer": answer.pop("ppl")} if answer else {}
+    if "mean" in whole:
+        metrics |= {"kl": whole} | ({"kl_answer": answer} if answer else {})
+        metrics |= {"strata": {name: own for name, own in made["strata"].items() if name != "all"}}
+        metrics |= {"confidence": made["confidence"]}
+    return metrics | ({"routing": made["routing"]} if made.get("routing") else {})
 
 
-def windows_of(args: argparse.Namespace, tokenizer: Any, context: int) -> tuple[list[Batch], dict[str, Any]]:
-    """The windows of --text and their record."""
-    text, length, half = read_text(args.text), args.window or 512, args.scored != "all"
-    if length > context:
-        raise UserError(f"--window {length}: {args.model} reads at most {context} positions (max_position_embeddings)")
-    ids, prefix = text_ids(tokenizer, text), prefix_ids(tokenizer)
-    tokens, documents = len(prefix) + len(ids), len(split_documents(text))
-    found, count = tokens // length, min(tokens // length, args.items or tokens)
-    if not count or length < 2 * len(prefix) + 2:
-        raise UserError(f"{args.text}: {tokens:,} tokens make no window of {length}; give more text, or another --window")
-    print(f"{args.text}: {documents:,} documents, {tokens:,} tokens; {count:,} of {found:,} windows of {length:,}, "
-          f"{'the second half of each' if half else 'all of each'} scored; {tokens - count * length:,} tokens behind them are "
-          f"left out; {f'each begins with {prefix}' if prefix else 'nothing is put before them'}")  # fmt: skip
-    batch = args.batch or max(1, 4096 // length)
-    entry = data_entry(args.text.name, "file", [text]) | {"documents": documents, "tokens": tokens, "prefix": prefix}
-    entry |= {"window": length, "windows": count, "scored": "half" if half else "all"}
-    return text_windows(ids[: count * length], prefix, length, half, batch), entry
+def shown(metrics: Metrics) -> str:
+    line = f"ppl {metrics['ppl']:.4f} on {metrics['tokens']:,} positions"
+    if kl := metrics.get("kl"):
+        line += f"  KL {kl['mean']:.5f} +- {kl['standard_error']:.5f}"
+        line += f"  median {kl['median']:.6f}" if "median" in kl else ""
+        line += f"  99 % {kl['p99']:.4f}  99.9 % {kl['p99_9']:.4f}  top-1 {100 * kl['top1']:.2f} %"
+    return line
 
 
-def check_vocabularies(args: argparse.Namespace, own: int, other: int) -> None:
-    if own != other:
-        raise UserError(f"{args.model} and {args.reference} have different vocabularies: KL between them means nothing")
+class Pairs:
+    """The sums of KL of each document, of the models of this call and of earlier ones on the same text, and the comparisons."""
+
+    def __init__(self, args: argparse.Namespace, facts: Mapping[str, Any], entry: dict[str, Any], reference: Mapping[str, Any]):
+        self.facts, self.entry, self.reference, self.tag = facts, entry, reference, args.pairs
+        self.file = args.out / f"{args.pairs}.json" if args.pairs else None
+        self.sums: dict[str, Any] = {}
+        self.wanted = [tuple(pair.split("/")) for pair in args.pair] or [(tag, args.tag[0]) for tag in args.tag[1:]]
+        known = {*self._kept(), *args.tag}
+        if unknown := [pair for pair in self.wanted if len(pair) != 2 or not known.issuperset(pair)]:
+            raise UserError(f"--pair {'/'.join(unknown[0])}: give TAG/BASE, two of {', '.join(sorted(known))}")
+
+    def _kept(self) -> dict[str, Any]:
+        """Take over what is in the file; its sums."""
+        if not self.file or not self.file.exists():
+            return {}
+        kept = read_result(self.file, "kl")
+        if not {"pairs", "sums"} <= kept["metrics"].keys():
+            raise UserError(f"{self.file}: holds no pairs but the record of a model; give another --pairs")
+        for key, now in (("data", [self.entry]), ("reference", self.reference)):
+            if kept.get(key) != now:
+                raise UserError(f"{self.file}: its models were judged on another {key}; give another --pairs, or remove it")
+        earlier = [(pair["other"], pair["base"]) for pair in kept["metrics"]["pairs"].values()]
+        self.wanted = list(dict.fromkeys([*earlier, *self.wanted]))
+        return kept["metrics"]["sums"]
+
+    def add(self, tag: str, made: Mapping[str, Any]) -> None:
+        self.sums[tag] = {"judge": made["judge"], "kl": " ".join(f"{value:.4g}" for value in made["kl_sums"])}
+
+    def write(self, started: float) -> None:
+        """Say each comparison of this call, and keep all where a record is wanted; another call may have written meanwhile."""
+        if not self.file:
+            return self._write(self.sums, started)
+        with filelock.FileLock(self.file.with_name(f".{self.file.name}.lock")):
+            self._write(self._kept() | self.sums, started)
+
+    def _write(self, sums: Mapping[str, Any], started: float) -> None:
+        made, found = {tag: {"kl_sums": list(map(float, own["kl"].split()))} for tag, own in sums.items()}, {}
+        for other, base in self.wanted:
+            own = paired_kl(self.facts, made[base], made[other])
+            judges = " / ".join(dict.fromkeys(sums[name]["judge"] for name in (other, base)))
+            found[f"{base}__{other}".replace(".", "_")] = {"base": base, "other": other, "judge": judges, **own}
+            if own["ratio"] and {base, other} & self.sums.keys():
+                print(
+                    f"{other} / {base}: KL {own['ratio']:.3f} ({own['ratio_low']:.3f} to {own['ratio_high']:.3f})", flush=True
+                )
+        if self.file:
+            text = {key: " ".join(map(str, values)) for key, values in self.facts.items()}
+            write_result(
+                self.file, kind="kl", tag=self.tag, started=started, model=self.reference, data=[self.entry],
+                metrics={"pairs": found, "text": text, "sums": dict(sorted(sums.items()))}, extra={"reference": self.reference},
+            )  # fmt: skip
+
+
+def judge_texts(args: argparse.Namespace, files: Sequence[Path]) -> None:
+    """A record of each model on text, and one of their comparisons."""
+    started, reference = time.time(), args.reference or args.model[0]
+    judge = open_judge(argparse.Namespace(**vars(args) | {"reference": reference, "positions": 0}), args.items)
+    pairs = Pairs(args, judge.facts, judge.text.entry, judge.made["model"])
+    server = None if args.server is None else shlex.split(args.server)
+    for model, tag, file in zip(args.model, args.tag, files, strict=True):
+        begun = time.time()
+        made = judge.judged(model, server if is_gguf(model) else None) if args.reference else judge.made
+        metrics = metrics_of(made)
+        print(f"{tag}: {shown(metrics)}" if len(args.model) > 1 else shown(metrics), flush=True)
+        write_result(
+            file, kind="kl", tag=tag, started=started if model is args.model[0] else begun, model=made["model"],
+            recipe=made.get("recipe"), data=[judge.text.entry], metrics=metrics,
+            extra={"judge": made["judge"], "reference": judge.made["model"] if args.reference else None},
+        )  # fmt: skip
+        if args.reference:
+            pairs.add(tag, made)
+    if args.reference:
+        pairs.write(started)
 
 
 def main() -> None:
     args = parse_args()
-    if min(args.items or 1, args.batch or 1) < 1 or args.items == 0 or args.batch == 0:
+    if min(args.items or 1, args.batch) < 1 or args.items == 0:
         raise UserError("--items and --batch must be at least 1")
+    if len(args.tag) != len(args.model) or len(set(args.tag)) < len(args.tag):
+        raise UserError(f"{len(args.model)} --model and {len(args.tag)} --tag: give each model a tag of its own")
     if (args.window is not None or args.scored) and not args.text or args.scored and args.window == 0:
         raise UserError("--window and --scored: of the windows of --text")
     if args.window is not None and args.window != 0 and args.window < 16:
         raise UserError(f"--window {args.window}: at least 16, or 0 for one document at a time")
-    result, started = tagged_record(args), time.time()
-    describe = describe_checkpoint if args.pictures else describe_model
-    described, other = (describe(path) if path else None for path in (args.model, args.reference))
-    metrics, entry = of_pictures(args) if args.pictures else of_text(args)
-    shown = f"ppl {metrics['ppl']:.4f} on {metrics['tokens']:,} positions"
-    if kl := metrics.get("kl"):
-        shown += f"  KL {kl['mean']:.5f} +- {kl['standard_error']:.5f}  99 % {kl['p99']:.4f}  99.9 % {kl['p99_9']:.4f}"
-        shown += f"  top-1 {100 * kl['top1']:.2f} %"
-    print(shown, flush=True)
+    if args.text and args.text.is_dir():
+        raise UserError(f"{args.text}: a directory; pipelines/judge_text.sh judges on a corpus")
+    if (len(args.model) > 1 or args.pair or args.pairs) and not args.reference:
+        raise UserError("several models, --pair and --pairs: models are compared by their KL to a --reference")
+    files, started = [tagged_record(args, tag) for tag in args.tag], time.time()
+    if not args.pictures:
+        return judge_texts(args, files)
+    described, other = (describe_checkpoint(path) if path else None for path in (args.model[0], args.reference))
+    metrics, entry = of_pictures(args)
+    print(shown(metrics), flush=True)
     write_result(
-        result, kind="kl", tag=args.tag, started=started, model=described, recipe=recipe_record(args.model), data=[entry],
-        metrics=metrics, extra={"reference": other},
+        files[0], kind="kl", tag=args.tag[0], started=started, model=described, recipe=recipe_record(args.model[0]),
+        data=[entry], metrics=metrics, extra={"judge": "transformers", "reference": other},
     )  # fmt: skip
 
 

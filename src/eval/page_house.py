@@ -52,7 +52,7 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
         "formats": "recipe run_dir packed_format gguf_format gguf_layout",
         "passes": """mtp calibration calibration_text token_weights calibrated_pass rounders size_model plans pack_plan
             pack_reference write_checkpoint sensitivity""",
-        "commands": "quant_save gguf_pack gguf_dequant packed_export moe_probe moe_alloc moe_study",
+        "commands": "quant_save gguf_pack gguf_dequant packed_export moe_probe moe_alloc",
         "measuring": "synthetic_moe speed_quant",
         "pages": "page_sizes",
     },
@@ -70,7 +70,7 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
     "distill": {
         "ground": "opd_losses target_grid fsdp_setup moe_lora opd_data",
         "passes": "opd_student opd_trainer opd_budget",
-        "commands": "opd_gen opd_score cache_teacher opd_train_fsdp merge_adapter distill_run",
+        "commands": "opd_gen opd_score opd_train_fsdp merge_adapter distill_run",
         "measuring": "tiny_data tiny_corpus tiny_model tiny_train study_recovery speed_multi_gpu speed_families",
     },
 }

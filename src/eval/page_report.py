@@ -235,9 +235,9 @@ def save(figure: Figure, path: Path) -> None:
     print(f"wrote {path}", flush=True)
 
 
-def tags_kl(results: Path, by: str = "kl") -> dict[str, dict[str, Any]]:
-    """{tag: what moe_eval measured of its KL, or a ``tool`` of llama.cpp}."""
-    return {r["tag"]: r["metrics"][by] for _, r in records(results, "kl") if by in r["metrics"]}
+def tags_kl(results: Path) -> dict[str, dict[str, Any]]:
+    """{tag: its KL}."""
+    return {r["tag"]: r["metrics"]["kl"] for _, r in records(results, "kl") if "kl" in r["metrics"]}
 
 
 def methods_picture(results: Path, path: Path) -> None:
@@ -263,7 +263,7 @@ def methods_picture(results: Path, path: Path) -> None:
 def gguf_points(results: Path) -> dict[str, dict[str, tuple[float, float]]]:
     """{method: {base type: (MB, mean KL)}} of the types that llama-quantize has a file of; ours are those with its type of
     every tensor, the least KL where there are several."""
-    kl = tags_kl(results, "tool")
+    kl = tags_kl(results)
     made = [r for _, r in records(results, "pack") if r["tag"] in kl and r["recipe"]["method"] in GGUF_METHODS]
     types = {r["recipe"]["base_type"]: r["recipe"]["types"] for r in made if r["recipe"]["method"] == "llama-quantize"}
     found: dict[str, dict[str, tuple[float, float]]] = {method: {} for method in GGUF_METHODS}

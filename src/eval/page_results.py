@@ -15,7 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from console import atomic_path, run_cli
-from page_tables import BLANK, Cell, Found, Record, Section, cite, made_of, markdown, pipeline_of, records, sections
+from page_tables import (
+    BLANK,
+    Cell,
+    Found,
+    Record,
+    Section,
+    cite,
+    figure,
+    judge,
+    made_of,
+    markdown,
+    pipeline_of,
+    records,
+    sections,
+)  # fmt: skip
 from records import lookup
 from sensitivity import STRATEGIES
 
@@ -47,9 +61,9 @@ src/eval/check_results.py docs/LADDER_RESULTS.md` compares them. Never edited by
 wide, `8` experts a layer, two of them a token. What it says about a large model is not measured.
 
 A rung is the bits of the routed experts; attention, shared experts, embedding and head have `4` throughout. KL is to
-the BF16 model over the whole vocabulary, in nats, mean and `99.9` % percentile; accuracy is the share of right
-answers, truncated ones counted wrong. `absmax`, `clip16`: no text. `gptq_refit`: calibrated. `mix`: bits of each
-matrix by measured KL, at the same bytes.
+the BF16 model over the whole vocabulary, in nats, mean and `99.9` % percentile, where it stands with its `95` %
+interval by bootstrap over transcripts; accuracy is the share of right answers, truncated ones counted wrong.
+`absmax`, `clip16`: no text. `gptq_refit`: calibrated. `mix`: bits of each matrix by measured KL, at the same bytes.
 """
 READING = """
 How each row is made: `bash pipelines/results.sh tiny study gguf`; the command of every record stands in it and in
@@ -86,40 +100,44 @@ def page(directory: Path) -> str:
 
 
 def rungs(
-    results: Path, kind: str, by: str, names: Callable[[Record], Sequence[str]], columns: Sequence[Sequence[Any]],
+    results: Path, kind: str, names: Callable[[Record], Sequence[str]], columns: Sequence[Sequence[Any]],
     order: Callable[[Record], float], wants: Callable[[Record], bool] = lambda record: True,
 ) -> Iterator[list[Cell]]:  # fmt: skip
-    """A row for each record of a kind with KL ``by`` this measure: its figures, that KL and its accuracies, blank where it was
-    not evaluated; from most to least bits, within a rung the least KL first."""
+    """A row for each record of a kind with a record of KL: its figures, that KL with its judge and its accuracies, blank where
+    it was not evaluated; from most to least bits, within a rung the least KL first."""
     sized, kls, evaluated = (
         {r["tag"]: (f"../{results.name}/{file}", r) for file, r in records(results, each)} for each in (kind, "kl", "eval")
     )
-    kl = {tag: r["metrics"][by]["mean"] for tag, (_, r) in kls.items() if by in r["metrics"]}
+    kl = {tag: r["metrics"]["kl"]["mean"] for tag, (_, r) in kls.items() if "kl" in r["metrics"]}
     tags = [tag for tag, (_, r) in sized.items() if tag in kl and wants(r)]
     for tag in sorted(tags, key=lambda tag: (-order(sized[tag][1]), kl[tag])):
         file, record = sized[tag]
         row = [*(Cell(name) for name in (tag, *names(record))), *(cite(record, file, *column) for column in columns)]
         file, record = kls[tag]
-        row += [cite(record, file, f"metrics.{by}.{path}", 5) for path in ("mean", "p99_9")]
+        row += [figure(record, file, {}, f"metrics.kl.{path}?", 5) for path in ("mean", "low", "high", "p99_9")]
+        row += [Cell(judge(record))]
         file, record = evaluated.get(tag, ("", {"metrics": {}}))
         yield row + [cite(record, file, f"metrics.{a}.acc", 1, " %") if a in record["metrics"] else BLANK for a in AXES]
 
 
 def ladder(results: Path) -> str:
-    bits, judged = "metrics.roles.routed_expert.bits", ["mean KL", "`99.9` %", *(f"`{axis}`" for axis in AXES)]
+    bits, judged = (
+        "metrics.roles.routed_expert.bits",
+        ["mean KL", "from", "to", "`99.9` %", "judge", *(f"`{axis}`" for axis in AXES)],
+    )
     columns: list[Sequence[Any]] = [(bits, 2), ("metrics.overall_bits", 2), ("metrics.packed_bytes", 2, " MB")]
 
     def uniform(r: Record) -> bool:  # allocations by signals are the study's, not the ladder's
         return made_of(r) and "routed_expert" in r["metrics"]["roles"] and not any(name in r["tag"] for name in STRATEGIES)
 
-    integer = rungs(results, "quantize", "kl", lambda r: (), columns, lambda r: lookup(r, bits), uniform)
+    integer = rungs(results, "quantize", lambda r: (), columns, lambda r: lookup(r, bits), uniform)
     head = ["model", "bits of the experts", "of the whole model", "packed", *judged]
     lines = [LADDER, *markdown(Section("Integer grids", "", head, [*integer]))]
     columns = [("metrics.bits_per_weight", 2), ("metrics.file_bytes", 2, " MB")]
     types, size = lambda r: (r["recipe"]["base_type"], r["recipe"]["method"]), lambda r: r["metrics"]["file_bytes"]
-    note = "KL by `llama-perplexity` on chunks of its own: it compares files with one another, not with the table above."
+    note = "A figure may be compared with others of the same judge, here and above."
     head = ["file", "base type", "method", "bits a weight", "size", *judged]
-    lines += markdown(Section("GGUF files", note, head, [*rungs(results, "pack", "tool", types, columns, size)]))
+    lines += markdown(Section("GGUF files", note, head, [*rungs(results, "pack", types, columns, size)]))
     return "\n".join(lines).rstrip() + "\n" + READING
 
 

@@ -47,6 +47,13 @@ def made_of(record: Mapping[str, Any], model: str = "razor-tiny") -> bool:
     return Path(record["model"]["path"]).name == model
 
 
+def judge(r: Mapping[str, Any]) -> str:
+    """Who judged a model, and what of a window it scored; records before 2026-11-29 do not say it themselves."""
+    if r["kind"] == "spread" or "tool" in r["metrics"]:
+        return str(r.get("judge", f"llama-perplexity, second halves of windows of {r.get('context', 512)}"))
+    return str(r.get("judge", "transformers"))
+
+
 def hardware(r: Record) -> str:
     """The GPUs of a record, equal ones counted, or its processor."""
     if not r["hardware"]["gpu"]:
@@ -230,9 +237,14 @@ def differences(found: Found) -> Section:
 # ---------------------------------------------------------------- rows of more than one line or place
 
 
+def pair_rows(r: Record) -> Rows:
+    for name, made in r["metrics"]["pairs"].items():
+        yield (made["other"], made["base"], made["judge"]), {"at": f"metrics.pairs.{name}"}
+
+
 def spread_rows(r: Record) -> Rows:
     for key, name, digits in (("mean", "mean", "5"), ("p99", "percentile 99", "4"), ("p99_9", "percentile 99.9", "3")):
-        yield (r["base_type"], name), {"at": f"metrics.{key}", "digits": digits}
+        yield (r["base_type"], judge(r), name), {"at": f"metrics.{key}", "digits": digits}
 
 
 def family_rows(r: Record) -> Rows:
@@ -340,7 +352,9 @@ def text_rows(r: Record) -> Rows:
     places = [f"metrics.models.{number}" for number in range(len(r["metrics"]["models"]))] or ["metrics.reference"]
     for at in places:
         name = Path(lookup(r, at)["model"]["path"]).name
-        yield (r["tag"] if len(places) == 1 else f"{r['tag']}: {name}",), {"at": at, "all": f"{at}.strata.all"}
+        label = r["tag"] if len(places) == 1 else f"{r['tag']}: {name}"
+        half = f", second halves of windows of {r['data'][0]['window']}" if r["data"][0].get("scored") == "half" else ""
+        yield (label, lookup(r, at).get("judge", f"transformers{half}")), {"at": at, "all": f"{at}.strata.all"}
 
 
 def published(r: Record) -> bool:
@@ -366,28 +380,54 @@ MEMORY = ("memory of the fullest GPU, MiB", "{memory}?")
 TABLES = (
     Table(
         "kl", "Fidelity",
-        "KL divergence to the unquantized model over the whole vocabulary, in nats, on held-out transcripts.",
-        ("model",), (
-            ("perplexity", "metrics.ppl", 4), ("mean KL", "metrics.kl.mean?", 5),
-            ("standard error", "metrics.kl.standard_error?", 5), ("percentile `99`", "metrics.kl.p99?", 4),
-            ("percentile `99.9`", "metrics.kl.p99_9?", 4), ("same top token", "metrics.kl.top1?", 2, " %"),
-        ), wants=lambda record: "tool" not in record["metrics"],
+        "KL divergence to the unquantized model over the whole vocabulary, in nats, on held-out transcripts. Where `95` % "
+        "bounds stand, they and the standard errors are by bootstrap over transcripts; a GGUF is judged as what it decodes to.",
+        ("model", "judge"), (
+            ("positions", "metrics.tokens?"), ("perplexity", "metrics.ppl", 4), ("mean KL", "metrics.kl.mean?", 5),
+            ("from", "metrics.kl.low?", 5), ("to", "metrics.kl.high?", 5),
+            ("standard error", "metrics.kl.standard_error?", 5), ("median", "metrics.kl.median?", 8),
+            ("percentile `99`", "metrics.kl.p99?", 4), ("percentile `99.9`", "metrics.kl.p99_9?", 4),
+            ("its error", "metrics.kl.p99_9_error?", 4), ("same top token", "metrics.kl.top1?", 2, " %"),
+        ), labelled(tag, judge), lambda record: not {"tool", "pairs"} & record["metrics"].keys(),
     ),
     Table(
-        "kl", "Fidelity of GGUF files",
-        "KL of GGUF files to the unquantized model: by `llama-perplexity`, and by our own reading of the same logits.",
-        ("file",), (
+        "kl", "Fidelity, in pairs",
+        "Mean KL of one model over that of another on the same transcripts, and their difference; bounds of the `95` % "
+        "intervals by bootstrap over transcripts, both in the same samples.",
+        ("model", "beside", "judge"), (
+            ("ratio of KL", "{at}.ratio?", 3), ("from", "{at}.ratio_low?", 3), ("to", "{at}.ratio_high?", 3),
+            ("difference", "{at}.difference", 6), ("from", "{at}.difference_low", 6), ("to", "{at}.difference_high", 6),
+            ("positions", "{at}.positions"), ("transcripts", "{at}.documents"),
+        ), pair_rows, measures("pairs"),
+    ),
+    Table(
+        "kl", "Fidelity where the original is certain, and where it is not",
+        "Mean KL by the probability that the original gives its likeliest token, and the share of all KL that falls there.",
+        ("model", "judge"), tuple(
+            column
+            for low, head in (("0", "below `0.5`"), ("0_5", "`0.5` to `0.9`"), ("0_9", "`0.9` to `0.99`"),
+                              ("0_99", "`0.99` to `0.999`"), ("0_999", "above"))
+            for column in ((head, f"metrics.confidence.from_{low}.mean?", 6),
+                           ("share", f"metrics.confidence.from_{low}.share?", 1, " %"))
+        ), labelled(tag, judge), measures("confidence"),
+    ),
+    Table(
+        "kl", "Fidelity of GGUF files in llama.cpp",
+        "KL of GGUF files to the unquantized model by `llama-perplexity`, and by our own reading of the same logits. Only the "
+        "second half of each window is scored: text that begins in the middle, where files differ most, is hidden.",
+        ("file", "judge"), (
+            ("positions", "metrics.kl.positions"),
             ("mean KL", "metrics.tool.mean", 5), ("error", "metrics.tool.mean_error", 5),
             ("percentile `99`", "metrics.tool.p99", 4), ("percentile `99.9`", "metrics.tool.p99_9", 4),
             ("same top token", "metrics.tool.top1", 2, " %"), ("ours: mean", "metrics.kl.mean", 5),
             ("ours: `99.9`", "metrics.kl.p99_9", 4),
-        ), wants=measures("tool"),
+        ), labelled(tag, judge), measures("tool"),
     ),
     Table(
         "spread", "Fidelity over calibration texts",
         "The same over several calibration texts, each seen by both: mean and standard deviation of the KL over the texts, and "
         "our share of llama-quantize's (geometric mean, `95` % interval of Student).",
-        ("type", "of the KL"), (
+        ("type", "judge", "of the KL"), (
             ("texts", "texts"), ("llama-quantize", "{at}.llama.mean", "digits"),
             ("deviation", "{at}.llama.deviation", "digits"), ("ours", "{at}.ours.mean", "digits"),
             ("deviation", "{at}.ours.deviation", "digits"), ("share", "{at}.ratio", 2),
@@ -534,7 +574,7 @@ TABLES = (
         "KL to the original over the whole vocabulary, in nats, and perplexity on held-out text, equal shares of five strata "
         "(the record has each of them); standard errors by bootstrap over documents. Tasks of four choices: the true "
         "continuation, recall of facts of the training text, the line that closes a block. `cN`: calibration text N.",
-        ("model",), TEXT_COLUMNS, text_rows, lambda record: "models" in record["metrics"] and not published(record),
+        ("model", "judge"), TEXT_COLUMNS, text_rows, lambda record: "models" in record["metrics"] and not published(record),
     ),
     Table(
         "text", "A published model of real text",
@@ -543,7 +583,7 @@ TABLES = (
         "(Q4_1, the embedding Q8_0), which flatters int4 and types of `4` bits. `_kept`: the embedding in BF16. Of a GGUF only "
         "`ffn_down` has the type of the row's name; other rows are `576` long, no multiple of `256`, and get iq4_nl for "
         "IQ3_XXS and q5_0 for Q4_K, from llama-quantize and from us.",
-        ("model",), TEXT_COLUMNS, text_rows, lambda record: "models" in record["metrics"] and published(record),
+        ("model", "judge"), TEXT_COLUMNS, text_rows, lambda record: "models" in record["metrics"] and published(record),
     ),
     Table(
         "text", "Models of real text, in pairs",
@@ -609,6 +649,7 @@ PIPELINES = (
     ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
     ("bench/multi_gpu_eval35b", "multi_gpu.sh eval35b"),
     ("bench/multi_gpu_vllm", "multi_gpu.sh vllm"),
+    ("bench/multi_gpu_servers", "multi_gpu.sh servers"),
     ("bench/multi_gpu_*", "multi_gpu.sh"),
     ("bench/families", "bench.sh families --result results/bench/families.json --tag families"),
     ("bench/hub", "bench.sh hub --model models/razor-tiny --work work/hub --result results/bench/hub.json --tag hub"),
@@ -623,6 +664,7 @@ PIPELINES = (
     ("eval/recovery_iq2_xs_*", "recovery.sh gguf"),
     ("compare/recovery_iq2_xs_*", "recovery.sh gguf"),
     ("*/recovery_*", "recovery.sh"),
+    ("kl/razor_tiny_pairs", "results.sh tiny study gguf size"),
     ("*/razor_tiny_bf16", "results.sh tiny"),
     ("*/*razor_tiny_int4", "results.sh tiny"),
     ("*/*razor_tiny_int3_int4_clip16", "results.sh tiny"),

@@ -94,8 +94,8 @@ def add_run_arguments(parser: argparse.ArgumentParser, benchmarks: str, backends
 def check_args(args: argparse.Namespace) -> None:
     if not args.tag or any(not (c.isalnum() or c in "._-") for c in args.tag) or args.tag.startswith("."):
         raise UserError(f"--tag {args.tag!r}: use letters, digits, '.', '_' and '-'")
-    for name in ("limit", "samples", "batch", "tensor_parallel", "parallel"):
-        value = getattr(args, name, None)  # mm_eval has no server
+    for name in ("limit", "samples", "batch", "tensor_parallel"):
+        value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if file := next((part for part in (args.out, *args.out.parents) if part.exists() and not part.is_dir()), None):

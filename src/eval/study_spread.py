@@ -4,7 +4,8 @@
 
 Which way a near tie rounds decides whether a rare fact survives, and a few such positions make up the tail of the KL: other
 text, or another number of threads, moves the 99.9th percentile by a quarter. Both sides get the same text, the same types
-and so the same bytes. Each file is judged by gguf_kl, whose record stays in W; a killed run goes on behind the last one.
+and so the same bytes. Each file is judged by moe_eval, as the checkpoint that it decodes to; its record stays in W, and a
+killed run goes on behind the last one.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def measured(args: argparse.Namespace, text: str, side: str) -> dict[str, Any]:
         run_script("src/quant/gguf_pack.py", *made, *(["--reference"] if side == "llama" else ["--token-weights", weights]))
         file = out / f"{args.model.resolve().name}-{args.base_type.upper()}.gguf"
         judged = ["--model", file, "--reference", args.model, "--items", args.items]
-        run_script("src/eval/gguf_kl.py", *judged, "--tag", tag, "--out", args.work)
+        run_script("src/eval/moe_eval.py", *judged, "--tag", tag, "--out", args.work)
     return read_result(record, "kl")
 
 
@@ -59,8 +60,8 @@ def check_pairs(pairs: Sequence[Sequence[dict[str, Any]]]) -> None:
         sizes = [record["model"]["bytes"] for record in (a, b)]
         if abs(sizes[0] - sizes[1]) > MOST_APART * sizes[0]:
             raise UserError(f"{a['tag']} has {sizes[0]:,} bytes, {b['tag']} {sizes[1]:,}: not the same types")
-    if len({(record["data"][0]["sha256"], record["context"]) for pair in pairs for record in pair}) > 1:
-        raise UserError("the records in --work were made on different transcripts; give another --work")
+    if len({(record["data"][0]["sha256"], record.get("judge")) for pair in pairs for record in pair}) > 1:
+        raise UserError("the records in --work are of different transcripts or judges; give another --work")
 
 
 def main() -> None:
@@ -69,7 +70,7 @@ def main() -> None:
     add_settings(parser, TypeSettings)
     parser.set_defaults(tensor_types="configs/gguf_tensor_types_iq3.txt")
     parser.add_argument("--texts", nargs="+", required=True, help="calibration texts, each as --calib of gguf_pack")
-    parser.add_argument("--items", type=int, default=128, help="transcripts of each tiny task (default 128)")
+    parser.add_argument("--items", type=int, default=640, help="transcripts of each tiny task (default 640)")
     parser.add_argument("--work", type=Path, required=True, help="directory for the files and the record of each")
     add_tag_arguments(parser, "spread")
     args = parser.parse_args()
@@ -86,9 +87,10 @@ def main() -> None:
             bar.update(2)
     check_pairs(pairs)
     metrics = {
-        figure: spread([[record["metrics"]["tool"][figure] for record in side] for side in zip(*pairs)]) for figure in FIGURES
+        figure: spread([[record["metrics"]["kl"][figure] for record in side] for side in zip(*pairs)]) for figure in FIGURES
     }
     extra = {"base_type": args.base_type.upper(), "texts": len(args.texts), "calibration": args.texts}
+    extra |= {"judge": pairs[0][0]["judge"], "positions": pairs[0][0]["metrics"]["tokens"]}
     seconds = sum(record["seconds"] for pair in pairs for record in pair)
     write_result(
         result, kind="spread", tag=args.tag, started=started, seconds=max(seconds, time.time() - started), model=model,

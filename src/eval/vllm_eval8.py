@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from backend import PROMPT_ROOM, Backend, HfBackend, Replicas, choose_backend
-from backend_openai import OpenAIBackend, OpenAIServers, api_key, read_addresses
+from backend_openai import OpenAIServers, ServerSettings
 from checkpoint import Checkpoint
 from console import UserError, read_json, run_cli
 from devices import parse_devices
@@ -35,6 +35,7 @@ from runner import (
     make_plan,
     run_evaluation,
 )
+from settings import add_settings, settings_of
 from vllm_eval import VllmBackend
 
 
@@ -46,17 +47,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--devices", default="", help=devices)
     parser.add_argument("--spread", action="store_true", help="one copy, its layers in equal runs on --devices")
     group = parser.add_argument_group("a GGUF file, or a server (--backend openai)")
-    group.add_argument("--tokenizer", type=Path, help="directory of tokenizer and chat template (default: those of the GGUF)")
-    group.add_argument("--parallel", type=int, default=4, help="requests at once, at each server; slots of llama-server (4)")
+    add_settings(group, ServerSettings)
     group.add_argument("--server-args", default="", help='further options of llama-server, as "-ngl 99 --cpu-moe"')
-    group.add_argument("--base-url", help="server of --backend openai, as http://localhost:8000/v1; several: URL,URL or @FILE")
-    group.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the server's key")
-    group.add_argument("--timeout", type=float, help="seconds that a server may take for one answer (600, and 1 a token)")
     group.add_argument("--prompt-text", action="store_true", help="send text, not token ids (openai)")
     group.add_argument("--plain-fields", action="store_true", help="send only the fields of OpenAI's own API (openai)")
     args = parser.parse_args()
     check_args(args)
-    if args.backend == "openai" and not (args.base_url and args.tokenizer):
+    args.servers = settings_of(ServerSettings, args)
+    if args.backend == "openai" and not (args.servers.base_url and args.servers.tokenizer):
         raise UserError("--backend openai needs --base-url and --tokenizer DIR")
     if args.backend in ("hf", "vllm", "llamacpp") and is_gguf(args.model) != (args.backend == "llamacpp"):
         raise UserError(f"{args.model}: not for --backend {args.backend}; llamacpp takes .gguf files, hf and vllm directories")
@@ -74,7 +72,7 @@ def check_model(model: Path) -> None:
 def config_of(name: str, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """(how a record names the model, its config.json or what stands for it); a server tells no more than the name."""
     if name == "openai":
-        config = args.tokenizer / "config.json"
+        config = args.servers.tokenizer / "config.json"
         return str(args.model), read_json(config) if config.is_file() else {}
     check_model(args.model)
     config = config_of_gguf(args.model) if name == "llamacpp" else Checkpoint(args.model).config
@@ -86,25 +84,19 @@ def described(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if name == "llamacpp":
         return describe_gguf(args.model)
     if name == "openai":
-        one = None if several(args.base_url) else args.base_url
+        one = None if args.servers.several else args.servers.base_url
         return {"path": str(args.model), "base_url": one, "weights_sha256": None}
     return describe_checkpoint(args.model)
 
 
-def several(base_url: str) -> bool:
-    return "," in base_url or base_url.startswith("@")
-
-
 def make_backend(name: str, args: argparse.Namespace, budget: int) -> Backend:
-    context = budget + PROMPT_ROOM
+    context, servers = budget + PROMPT_ROOM, args.servers
     if name == "llamacpp":
-        return LlamaCppBackend(args.model, context, args.tokenizer, args.parallel, shlex.split(args.server_args), args.timeout)
+        arguments = shlex.split(args.server_args)
+        return LlamaCppBackend(args.model, context, servers.tokenizer, servers.parallel, arguments, servers.timeout)
     if name == "openai":
-        one = OpenAIBackend(
-            read_addresses(args.base_url)[0], str(args.model), args.tokenizer, context, key=api_key(args.api_key_env),
-            parallel=args.parallel, send_text=args.prompt_text, plain=args.plain_fields, timeout=args.timeout,
-        )  # fmt: skip
-        return OpenAIServers(args.base_url, one) if several(args.base_url) else one
+        one = servers.one(str(args.model), servers.tokenizer, context, send_text=args.prompt_text, plain=args.plain_fields)
+        return OpenAIServers(servers.base_url, one) if servers.several else one
     if name == "vllm":
         return VllmBackend(args.model, context, tensor_parallel=args.tensor_parallel)
     devices = parse_devices(args.devices)

@@ -329,13 +329,15 @@ def check_first(checkpoint: Checkpoint) -> None:
                 check_finite(chunk, name, checkpoint.path)
 
 
-def load_model(path: str | Path, devices: Sequence[torch.device] = ()) -> torch.nn.Module:
-    """A causal language model for inference: bfloat16 on a GPU, float32 on a CPU; its layers in equal runs on ``devices``
-    where there are several (default: the first GPU, or the CPU)."""
+def load_model(
+    path: str | Path, devices: Sequence[torch.device] = (), dtype: torch.dtype | None = None
+) -> torch.nn.Module:  # fmt: skip
+    """A causal language model for inference (default: bfloat16 on a GPU, float32 on a CPU); its layers in equal runs on
+    ``devices`` where there are several (default: the first GPU, or the CPU)."""
     from transformers import AutoModelForCausalLM
 
     devices = tuple(devices) or (default_device(),)
-    dtype = torch.bfloat16 if devices[0].type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if devices[0].type == "cuda" else torch.float32)
     places = {name: place(own) for name, own in spread_map(path, devices).items()} if len(devices) > 1 else None
     model = load_weights(AutoModelForCausalLM, path, dtype, places)
     return (model if places else model.to(devices[0])).eval()

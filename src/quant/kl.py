@@ -45,29 +45,6 @@ def summarize_kl(kl: np.ndarray, agree: np.ndarray) -> dict[str, Any]:
     }
 
 
-def measured(parts: Iterable[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
-    """Metrics over all parts of (logits [N, V], the reference's or None, next tokens [N], mask [N] of the assistant's turn);
-    ``answer`` in their names: over its positions only."""
-    kls, agrees, answers, losses = [], [], [], []
-    for logits, expected, target, answer in parts:
-        losses.append(F.cross_entropy(logits.float(), target, reduction="none").cpu())
-        answers.append(answer)
-        if expected is not None:
-            kl, agree = divergence(expected, logits)
-            kls.append(kl.cpu())
-            agrees.append(agree.cpu())
-    loss, answer = torch.cat(losses), torch.cat(answers)
-    metrics: dict[str, Any] = {
-        "tokens": len(loss),
-        "ppl": loss.double().mean().exp().item(),
-        "ppl_answer": loss[answer].double().mean().exp().item(),
-    }
-    if kls:
-        kl, agree, answer = torch.cat(kls).double().numpy(), torch.cat(agrees).numpy(), answer.numpy()
-        metrics |= {"kl": summarize_kl(kl, agree), "kl_answer": summarize_kl(kl[answer], agree[answer])}
-    return metrics
-
-
 def tiny_texts(tokenizer: Any, count: int, split: str = "test") -> tuple[list[tuple[str, str]], dict[str, Any]]:
     """(prompt, assistant turn) of ``count`` items of every tiny task, held out by default, and their record."""
     pairs = []
@@ -105,26 +82,40 @@ class Batch(NamedTuple):
 
 
 def batches(tokenizer: Any, pairs: list[tuple[str, str]], size: int, context: int) -> list[Batch]:
-    """(prompt, turn) pairs right-padded, in batches of like length. A text without a prompt begins as the tokenizer lets it
-    begin; a longer one than ``context`` is cut, and that is said."""
-    rows, cut, prefix = [], [], prefix_ids(tokenizer)
+    """(prompt, turn) pairs in batches of like length, as :func:`padded` makes them of :func:`encoded`."""
+    rows = sorted(encoded(tokenizer, pairs, context), key=lambda row: len(row.ids))
+    return [padded(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+class Row(NamedTuple):
+    """A text's token ids; the turn begins at place ``head``, and predictions count from place ``first`` on."""
+
+    ids: list[int]
+    head: int
+    first: int
+
+
+def encoded(tokenizer: Any, pairs: Iterable[tuple[str, str]], context: int) -> list[Row]:
+    """(prompt, turn) pairs as token ids. A text without a prompt begins as the tokenizer lets it begin; a longer one than
+    ``context`` is cut, and that is said."""
+    rows, cut, prefix = list[Row](), list[int](), prefix_ids(tokenizer)
     for prompt, turn in pairs:
         head = text_ids(tokenizer, prompt) if prompt else prefix
         whole = head + text_ids(tokenizer, turn)
         cut += [len(whole) - context] if len(whole) > context else []
-        rows.append((len(head), 1 if prompt else len(head), whole[:context]))
+        rows.append(Row(whole[:context], len(head), 1 if prompt else len(head)))
     if cut:
         print(f"cut at {context:,} tokens: {len(cut):,} of {len(rows):,} texts, {sum(cut):,} tokens not judged", flush=True)
-    rows.sort(key=lambda row: len(row[2]))
-    result = []
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        ids = pad_sequence([torch.tensor(row) for _, _, row in part], batch_first=True)
-        heads, firsts, lengths = torch.tensor([[head, first, len(row)] for head, first, row in part]).t()[:, :, None]
-        place = torch.arange(ids.shape[1])
-        real = place < lengths
-        result.append(Batch(ids, real, real & (place >= firsts), real & (place >= heads)))
-    return result
+    return rows
+
+
+def padded(rows: list[Row]) -> Batch:
+    """Rows padded on the right to the longest of them."""
+    ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+    heads, firsts, lengths = torch.tensor([[row.head, row.first, len(row.ids)] for row in rows]).t()[:, :, None]
+    place = torch.arange(ids.shape[1])
+    real = place < lengths
+    return Batch(ids, real, real & (place >= firsts), real & (place >= heads))
 
 
 def text_windows(ids: list[int], prefix: list[int], length: int, half: bool, size: int) -> list[Batch]:

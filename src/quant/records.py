@@ -203,16 +203,19 @@ def check_record_arguments(args: argparse.Namespace) -> None:
         check_writable(args.result)
 
 
-def add_tag_arguments(parser: argparse.ArgumentParser, kind: str) -> None:
-    """The --tag, --out and --force of every command that always records what it measures, in OUT/TAG.json."""
-    parser.add_argument("--tag", required=True, help=f"name of the run: results/{kind}/TAG.json")
+def add_tag_arguments(parser: argparse.ArgumentParser, kind: str, several: bool = False) -> None:
+    """The --tag, --out and --force of every command that always records what it measures, in OUT/TAG.json; ``several``: a --tag
+    for each of several models."""
+    more: dict[str, Any] = {"action": "append"} if several else {}
+    parser.add_argument("--tag", required=True, help=f"name of the run: results/{kind}/TAG.json", **more)
     parser.add_argument("--out", type=Path, default=Path("results") / kind, help=f"directory of it (default results/{kind})")
     parser.add_argument("--force", action="store_true", help="replace an earlier result of this tag")
 
 
-def tagged_record(args: argparse.Namespace) -> Path:
-    """The file of those arguments; one that exists is a :class:`UserError` unless --force was given."""
-    file = args.out / f"{args.tag}.json"
+def tagged_record(args: argparse.Namespace, tag: str | None = None) -> Path:
+    """The file of those arguments, or of one of several tags; one that exists is a :class:`UserError` unless --force was
+    given."""
+    file = args.out / f"{tag or args.tag}.json"
     if file.exists() and not args.force:
         raise UserError(f"{file}: exists; give another --tag, or --force to replace it")
     check_writable(file)

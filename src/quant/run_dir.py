@@ -3,15 +3,17 @@
 Not a command. The work lies in `.NAME.partial` beside the output, with the settings of the run and the identity of its inputs
 (checkpoint.source_identity) in job.json and a lock that dies with its process. Ctrl-C and bad input remove it; after `kill -9`,
 a crash or a full disk the same command resumes it, and a command with other settings or inputs is refused. What only a run
-that resumes needs lies in its folder `run`, which is no part of the output.
+that resumes needs lies in its folder `run`, which is no part of the output. :func:`share` is for work that several processes,
+on any machines that see the disk, do together.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,13 @@ def check_output(model: Path, out: Path, force: bool, needed: int, mark: str = R
 
 def check_resume(out: Path, job: Mapping[str, Any]) -> bool:
     """Whether an unfinished run of the same settings is there; other settings are a :class:`UserError`."""
-    path = partial_of(out) / JOB
     check_alone(out)
+    return same_job(out, job)
+
+
+def same_job(out: Path, job: Mapping[str, Any]) -> bool:
+    """The same, whoever is at work there."""
+    path = partial_of(out) / JOB
     if not path.exists():
         return False
     before = read_object(path)
@@ -119,34 +126,48 @@ def staged_directory(out: Path, force: bool, job: Mapping[str, Any]) -> Iterator
         shutil.rmtree(replaced_of(out)) if out.exists() else replaced_of(out).rename(out)
     partial = partial_of(out)
     resumed = check_resume(out, job)
-    created = [parent for parent in out.parents if not parent.exists()]  # innermost first
+    created = _make(out)
+    with _locked(partial), _kept_or_removed(partial, created):
+        for file in partial.iterdir():
+            if file.name != LOCK and (not resumed or file.name.startswith(".")):  # dots: half-written by a killed run
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        if not resumed:
+            write_json(partial / JOB, dict(job))
+        (partial / RUN).mkdir(exist_ok=True)
+        yield partial
+        _publish(partial, out, force)
+
+
+def _make(out: Path) -> list[Path]:
+    """Make the directory of the work; the parents that were made for it, the innermost first."""
+    created = [parent for parent in out.parents if not parent.exists()]
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        partial_of(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be created ({error.strerror})") from None
-    with _locked(partial):
-        try:
-            for file in partial.iterdir():
-                if file.name != LOCK and (not resumed or file.name.startswith(".")):  # dots: half-written by a killed run
-                    shutil.rmtree(file) if file.is_dir() else file.unlink()
-            if not resumed:
-                write_json(partial / JOB, dict(job))
-            (partial / RUN).mkdir(exist_ok=True)
-            yield partial
-            _publish(partial, out, force)
-        except SourceError as error:
-            raise SourceError(f"{error}; what is done is kept in {partial}") from None
-        except (WriteError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in FULL:
-                raise
-            said = error if isinstance(error, WriteError) else f"{partial}: cannot write ({error.strerror})"
-            raise WriteError(f"{said}; what is done is kept in {partial}: make room and run the same command again") from None
-        except (UserError, KeyboardInterrupt):
+    return created
+
+
+@contextlib.contextmanager
+def _kept_or_removed(partial: Path, created: Sequence[Path], alone: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """A full disk keeps the directory of the work; bad input or Ctrl-C removes it, with the parents ``created`` for it, if
+    nobody else is at work there."""
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(f"{error}; what is done is kept in {partial}") from None
+    except (WriteError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in FULL:
+            raise
+        said = error if isinstance(error, WriteError) else f"{partial}: cannot write ({error.strerror})"
+        raise WriteError(f"{said}; what is done is kept in {partial}: make room and run the same command again") from None
+    except (UserError, KeyboardInterrupt):
+        if alone():
             shutil.rmtree(partial, ignore_errors=True)
             with contextlib.suppress(OSError):  # a parent that another program has filled meanwhile stays
                 for parent in created:
                     parent.rmdir()
-            raise
+        raise
 
 
 def _publish(partial: Path, out: Path, force: bool) -> None:
@@ -159,3 +180,58 @@ def _publish(partial: Path, out: Path, force: bool) -> None:
         out.rename(replaced_of(out))
     partial.rename(out)
     shutil.rmtree(replaced_of(out), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(path: Path, how: int, waiting: str = "") -> Iterator[bool]:
+    """Hold the lock of a file as flock has it, or yield False; ``waiting`` is said, and then it is waited for. It dies with the
+    process."""
+    with path.open("a+") as file:  # a shared lock on a network's disk needs a file that can be read
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waiting:
+                yield False
+                return
+            print(waiting, flush=True)
+            fcntl.flock(file, how)
+        yield True
+
+
+def share(
+    out: Path, job: Mapping[str, Any], names: Sequence[str], make: Callable[[Path], None], finish: Callable[[Path], None]
+) -> None:
+    """Make the output ``out`` of the files ``names`` with every process that is called with the same ``job``, on any machine
+    that sees the disk: each takes a file that is missing and that nobody is at, and ``make(path)`` writes it at once. Who ends
+    last calls ``finish(partial)`` and gives the output its name; the others wait for that. A process that dies leaves its file
+    to them."""
+    partial, created = partial_of(out), _make(out)
+    lock = partial / LOCK
+
+    def alone() -> bool:
+        with _held(lock, fcntl.LOCK_EX) as got:
+            return got
+
+    with _held(partial / f".{JOB}.lock", fcntl.LOCK_EX, f"{partial}: another process begins"):
+        if not same_job(out, job):
+            write_json(partial / JOB, dict(job))
+    try:
+        with _kept_or_removed(partial, created, alone):
+            while not out.exists():
+                with _held(lock, fcntl.LOCK_SH, f"{partial}: another process ends"):
+                    for name in names:
+                        with _held(partial / f".{name}.lock", fcntl.LOCK_EX) as mine:
+                            if mine and not (partial / name).exists():
+                                make(partial / name)
+                with _held(lock, fcntl.LOCK_EX, f"{partial}: waiting for the files that other processes are at"):
+                    if not out.exists() and all((partial / name).exists() for name in names):
+                        finish(partial)
+                        for file in partial.glob(".*"):  # locks, and what a killed process has half written
+                            file.unlink()
+                        partial.rename(out)
+                        for name in (JOB, LOCK):
+                            (out / name).unlink()
+    except FileNotFoundError:  # between two looks the directory has taken its name
+        if not out.exists():
+            raise
+    shutil.rmtree(partial, ignore_errors=True)  # made again by a process that came late

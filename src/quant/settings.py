@@ -109,7 +109,7 @@ def made(cls: type[T], values: Mapping[str, Any]) -> T:
     return cls(**found)
 
 
-def add_settings(parser: argparse.ArgumentParser, cls: type) -> None:
+def add_settings(parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls: type) -> None:
     """An option for every setting of a dataclass."""
     for key in keys_of(cls):
         shown = key.help if key.default in (NOTHING, None, "", False) else f"{key.help} (default {key.default})"
@@ -168,6 +168,8 @@ def from_caller(text: str) -> str:
 
 def typed_path(key: Key, text: str) -> str:
     """What was typed for a setting: a path, or a text that is the name of a file, as :func:`from_caller` has it."""
+    if key.file and text.startswith("@"):  # a list in a file, which may come to be there later
+        return f"@{from_caller(text[1:])}"
     found = from_caller(text) if key.kind is Path or key.file else text
     return found if key.kind is Path or os.path.isfile(found) else text
 
