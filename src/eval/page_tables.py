@@ -579,8 +579,8 @@ TABLES = (
     Table(
         "text", "A published model of real text",
         "The same of SmolLM2-135M-Instruct (dense, its embedding is the head too; groups of `64`), on held-out text and "
-        "(`_wiki`) WikiText-2's test file in windows of `512`, second halves. Its weights lie on a `4`-bit grid already (Q4_1, "
-        "the embedding Q8_0), which flatters int4 and types of `4` bits. `_kept`: the embedding in BF16. Of a GGUF only "
+        "(`_wiki`) the test file of `WikiText-2` in windows of `512`, second halves. Its weights lie on a `4`-bit grid already "
+        "(Q4_1, the embedding Q8_0), which flatters int4 and types of `4` bits. `_kept`: the embedding in BF16. Of a GGUF only "
         "`ffn_down` has the type of the row's name; other rows are `576` long, no multiple of `256`, and get iq4_nl for "
         "IQ3_XXS and q5_0 for Q4_K, from llama-quantize and from us.",
         ("model", "judge"), TEXT_COLUMNS, text_rows, lambda record: "models" in record["metrics"] and published(record),
