@@ -32,7 +32,6 @@ from gguf_format import GgufWriter, read_imatrix
 from gguf_layout import MTP_PATTERN, MTP_TYPE, patterns_of, read_patterns
 from hf_model import check_first
 from hub import HubSettings, opened, remote_of
-from moe_alloc import allocate_types
 from pack_plan import (
     Blocks,
     GgufSink,
@@ -54,6 +53,7 @@ from recipe import RECIPE_FILE, quantized_note
 from records import DECODED_MARK, describe_model, sha256_json, write_result
 from rounders import GgmlRounder, RoundingSettings
 from run_dir import RUN, alone, check_output, check_resume, staged_directory
+from sensitivity import allocate_types
 from settings import add_dry_run, parse_settings, part, same, setting
 from size_model import BASE_BYTES
 from token_weights import kept_bytes
@@ -137,6 +137,7 @@ def allocated_types(settings: PackSettings) -> PackSettings:
             allocate_types(
                 checkpoint, calibration, settings.target_gib, types, patterns, method=method, damping=damping,
                 weights_file=rounding.token_weights, mark=f"{mark}\n", mtp=settings.block,
+                hand=(settings.types.base, settings.types.patterns()),
             )  # fmt: skip
     return dataclasses.replace(settings, types=dataclasses.replace(settings.types, tensor_types=types), target_gib=0.0)
 
