@@ -94,6 +94,9 @@ def test_bits_of_a_checkpoint_fit_its_size_and_beat_the_recipe_by_hand(random_ti
     units = {unit_of(Checkpoint(random_tiny).sources[name][0]): width for name, width in bits.items()}
     assert all(units[unit_of(Checkpoint(random_tiny).sources[name][0])] == width for name, width in bits.items())
     assert len(set(bits.values())) > 1 and ("lm_head.weight" in bits) and ("model.embed_tokens.weight" in bits) != packed
+    if packed:
+        again = command("src/quant/quant_save.py", *flags, "--out", out, "--force")
+        assert again.returncode == 0 and f"kept {out}.bits.json" in again.stdout, again.stderr
     again = command("src/quant/quant_save.py", *flags, "--out", out, "--target-gib", 0.001)
     assert again.returncode == 2 and "solved: exists" in again.stderr
     if not packed:

@@ -124,8 +124,9 @@ def allocated_types(settings: PackSettings) -> PackSettings:
     types, checkpoint = Path(f"{str(settings.out).rstrip('/')}.types.txt"), Checkpoint(settings.model)
     rounding, patterns = settings.rounding, read_patterns(settings.protected) if settings.protected else []
     calibration = settings.calibration(rounding.method)
-    method, damping = rounding.method, rounding.moments.damping
+    method, damping, hand = rounding.method, rounding.moments.damping, (settings.types.base, settings.types.patterns())
     made_of: dict[str, Any] = {"source": checkpoint.identity, "calibration": calibration.settings(), "fixed": patterns}
+    made_of["hand"] = hand
     made_of |= {"method": method, "damping": damping, "gib": settings.target_gib} | ({} if settings.mtp else {"mtp": False})
     mark = f"# made of {sha256_json(made_of)}"
     with alone(settings.out.resolve()):
@@ -136,8 +137,7 @@ def allocated_types(settings: PackSettings) -> PackSettings:
         else:
             allocate_types(
                 checkpoint, calibration, settings.target_gib, types, patterns, method=method, damping=damping,
-                weights_file=rounding.token_weights, mark=f"{mark}\n", mtp=settings.block,
-                hand=(settings.types.base, settings.types.patterns()),
+                weights_file=rounding.token_weights, mark=f"{mark}\n", mtp=settings.block, hand=hand,
             )  # fmt: skip
     return dataclasses.replace(settings, types=dataclasses.replace(settings.types, tensor_types=types), target_gib=0.0)
 
