@@ -18,7 +18,7 @@ from kl import divergence
 from packed_format import unit_of
 from recipe import read_recipe
 from records import read_result
-from sensitivity import choose, options_of, type_losses
+from sensitivity import choose, kl_of_choices, options_of, outcome, type_losses
 
 KINDS = ("iq2_xs", "q4_K", "q8_0")
 
@@ -40,6 +40,17 @@ def test_the_choice_is_the_best_of_all_within_the_budget():
         assert chosen == best
     with pytest.raises(UserError, match="the smallest need"):
         choose(sizes, losses, least - 1)
+
+
+def test_a_choice_whose_errors_do_not_add_up_never_loses_to_the_recipe_by_hand():
+    sizes, losses = {"a": {"2": 2, "4": 4}, "b": {"2": 2, "4": 4}}, {"a": {"2": 0.5, "4": 0.1}, "b": {"2": 0.4, "4": 0.1}}
+    chosen, hand = {"a": "4", "b": "2"}, {"a": "2", "b": "4"}
+    for own, other, kept in ((3.0, 2.0, hand), (2.0, 3.0, chosen)):
+        found, facts = outcome(6 / 2**30, 0, sizes, losses, chosen, hand, lambda ways, kl=(own, other): list(kl))
+        assert found == kept and facts["measured_kl"] == 2.0 and facts["by_hand"]["measured_kl"] == other
+    small = {name: {bits: 1e-3 * value for bits, value in row.items()} for name, row in losses.items()}
+    found, facts = outcome(6 / 2**30, 0, sizes, small, chosen, hand, lambda ways: pytest.fail("no need to measure"))
+    assert found == chosen and "measured_kl" not in facts
 
 
 def test_nats_are_the_kl_of_a_whole_model_with_that_parameter_rounded(random_tiny, tmp_path, monkeypatch):
@@ -71,6 +82,14 @@ def test_nats_are_the_kl_of_a_whole_model_with_that_parameter_rounded(random_tin
             parameter.copy_(original)
             assert nats[piece.parameter] == pytest.approx(kl.double().mean().item(), rel=0.01), piece.name
             assert 0 < losses[piece.name]["q8_0"] < 0.05 * nats[piece.parameter]
+        choices = [dict.fromkeys(wanted, "q2_K"), dict.fromkeys(wanted, "q8_0")]
+        inner = [p for p in pieces if p.layer in (1, 2)]
+        for piece in inner:
+            value = to_gguf(piece, read_parameter(checkpoint, piece)).float()
+            into_parameter(piece, plain(value, "q2_K"), model.get_parameter(piece.parameter).data)
+        kl, _ = divergence(expected, model(ids).logits[:, 32:].flatten(0, 1))
+        low, high = kl_of_choices(checkpoint, calibration, inner, choices, plain, 2)
+        assert low == pytest.approx(kl.double().mean().item(), rel=0.01) and 0 < high < 0.05 * low
 
 
 @pytest.mark.parametrize("method,packed", [("wclip", False), ("clip", True)])

@@ -227,7 +227,7 @@ def bits_by_signal(
 
 CANDIDATES = "iq2_xxs,iq2_xs,iq2_s,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
 PROBE, PROBE_BITS, PROBE_SEQUENCES = "q3_K", "3", 32
-STEEP = 1.5  # power of the error by which KL grows above that of the probe; below it, KL is proportional
+ADDITIVE = 0.002  # predicted KL above which errors do not add up, and the choice is compared with the recipe by hand
 STEPS = 1_000_000  # of a file's budget in the dynamic program
 BITS = (2, 3, 4, 5, 6, 8)  # of a grid
 OPEN = ""  # the chosen type of a piece that no pattern names
@@ -343,8 +343,7 @@ def type_losses(
             if piece.parameter == key:
                 hessian, value = ordered_hessian(piece, statistics.hessian), to_gguf(piece, original)
                 value = value.reshape(hessian.shape[0], -1, value.shape[-1])
-                kinds = dict.fromkeys([*options[piece.name], probes[piece.name]])
-                found = errors_of(value, hessian, list(kinds), probes[piece.name], rounded)
+                found = errors_of(value, hessian, options[piece.name], probes[piece.name], rounded)
                 errors[piece.name], probe_errors[key] = found[0], probe_errors[key] + found[1]
                 into_parameter(piece, found[2].view(piece.shape), into)
 
@@ -392,12 +391,45 @@ def type_losses(
         value = original.clone()
         probed_value(head, original, moments, value)
     nats = divergences(stream, hidden[:count], changed, {head: value} if head else {})
-    losses: dict[str, dict[str, float]] = {}
-    for piece in pieces:
-        worth = nats[piece.parameter] / max(probe_errors[piece.parameter], 1e-30)  # nats per error
-        own, probe = errors[piece.name], max(errors[piece.name][probes[piece.name]], 1e-30)
-        losses[piece.name] = {k: worth * own[k] * max(1.0, own[k] / probe) ** (STEEP - 1) for k in options[piece.name]}
+    worth = {key: found / max(probe_errors[key], 1e-30) for key, found in nats.items()}  # nats per error
+    losses = {p.name: {kind: error * worth[p.parameter] for kind, error in errors[p.name].items()} for p in pieces}
     return losses, nats
+
+
+@torch.no_grad()
+def kl_of_choices(
+    checkpoint: Checkpoint, calibration: Calibration, pieces: Sequence[Piece], choices: Sequence[Mapping[str, str]],
+    rounded: Rounded, probed: int,
+) -> list[float]:  # fmt: skip
+    """The KL, over the second halves of the last ``probed`` sequences, of the model with all ``pieces`` of its layers rounded
+    as each of ``choices`` says: with what the sum of :func:`type_losses` leaves out. Ends stay as they are."""
+    stream, parts = LayerStream(checkpoint, calibration.device, calibration.dtype), calibration.batches()
+    kwargs, hidden = stream.arguments(parts[0]), stream.embed(parts)
+    count = -(-probed // len(parts[0]))
+    changed = {str(number): hidden[-count:] for number in range(len(choices))}
+    with progress(len(stream.layers), "check", "layer") as bar:
+        for index, layer in enumerate(stream.layers):
+            prefix = f"model.layers.{index}."
+            stream.fill(layer, prefix)
+            wanted = dict.fromkeys(piece.parameter for piece in pieces if piece.layer == index)
+            collector = Collector(layer, {key.removeprefix(prefix) for key in wanted})
+            hidden = [out.cpu() for out in stream.run(layer, hidden, kwargs[index])]
+            collector.remove()
+            originals = {key: layer.get_parameter(key.removeprefix(prefix)).detach().clone() for key in wanted}
+            for number, chosen in enumerate(choices):
+                for piece in pieces:
+                    if piece.parameter in wanted:
+                        name = piece.parameter.removeprefix(prefix)
+                        moments = collector.moments[name]
+                        statistics = moments.statistics(calibration.floor * moments.shape[-1], 0.0, calibration.shrinkage)
+                        hessian, value = ordered_hessian(piece, statistics.hessian), to_gguf(piece, originals[piece.parameter])
+                        value = value.reshape(hessian.shape[0], -1, value.shape[-1])
+                        decoded = errors_of(value, hessian, (), chosen[piece.name], rounded)[2]
+                        into_parameter(piece, decoded.view(piece.shape), layer.get_parameter(name))
+                changed[str(number)] = [out.cpu() for out in stream.run(layer, changed[str(number)], kwargs[index])]
+            stream.empty(layer)
+            bar.update()
+    return list(divergences(stream, hidden[-count:], changed, {}).values())
 
 
 def divergences(
@@ -497,9 +529,12 @@ def allocate_types(
     losses, nats = type_losses(
         checkpoint, calibration, open_pieces, options, probes, rounded, weights_file, probe_sequences
     )  # fmt: skip
-    types = fixed | choose(sizes, losses, budget)
-    types = {piece.name: types[piece.name] for piece in pieces}
-    facts = outcome(target_gib, taken, sizes, losses, types, by_hand)
+
+    def measure(ways: Sequence[Mapping[str, str]]) -> list[float]:
+        return kl_of_choices(checkpoint, calibration, open_pieces, ways, rounded, probe_sequences)
+
+    chosen, facts = outcome(target_gib, taken, sizes, losses, choose(sizes, losses, budget), by_hand, measure)
+    types = {piece.name: chosen.get(piece.name) or fixed[piece.name] for piece in pieces}
     metrics = facts | {
         "types": dict(collections.Counter(types[piece.name] for piece in open_pieces)),
         "chosen": {piece.name: types[piece.name] for piece in open_pieces if is_quantized(types[piece.name])},
@@ -515,21 +550,31 @@ def allocate_types(
 
 
 def outcome(
-    target_gib: float, rest: int, sizes: Sizes, losses: Mapping[str, Mapping[str, float]], chosen: Mapping[str, str],
-    by_hand: Mapping[str, str],
-) -> dict[str, Any]:  # fmt: skip
-    """Bytes and predicted KL of what was chosen, and of a recipe ``by_hand``, printed too; ``rest``: bytes of all else."""
+    target_gib: float, rest: int, sizes: Sizes, losses: Mapping[str, Mapping[str, float]], chosen: dict[str, str],
+    by_hand: Mapping[str, str], measure: Callable[[Sequence[Mapping[str, str]]], list[float]],
+) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
+    """(what is taken; its bytes and predicted KL, printed, and those of a recipe ``by_hand``). ``rest``: bytes of all else.
+    Where the predictions are so large that errors do not add up, ``measure`` tells the KL of both, and the better one is taken
+    if both fit."""
 
-    def told(options: Mapping[str, str]) -> dict[str, Any]:
-        size = rest + sum(row[options[name]] for name, row in sizes.items())
-        return {"bytes": size, "predicted_kl": sum(losses[name][options[name]] for name in sizes)}
+    def told(name: str, options: Mapping[str, str]) -> dict[str, Any]:
+        size = rest + sum(row[options[key]] for key, row in sizes.items())
+        predicted, share = sum(losses[key][options[key]] for key in sizes), 100 * size / (target_gib * 2**30)
+        print(f"{name}: {size / 2**30:.6f} GiB ({share:.3f} % of the budget), predicted KL {predicted:.5f}", flush=True)
+        return {"bytes": size, "predicted_kl": predicted}
 
-    found, share = told(chosen), 100 / (target_gib * 2**30)
-    lines = {"chosen": found} | ({"by hand": told(by_hand)} if by_hand else {})
-    for name, each in lines.items():
-        size = each["bytes"]
-        print(f"{name}: {size / 2**30:.6f} GiB ({size * share:.3f} % of the budget), predicted KL {each['predicted_kl']:.5f}")
-    return found | {"target_gib": target_gib, "by_hand": lines.get("by hand")}
+    found = told("chosen", chosen) | {"target_gib": target_gib}
+    if not by_hand:
+        return chosen, found
+    hand = told("by hand", by_hand)
+    found["by_hand"] = dict(hand)
+    if hand["bytes"] <= target_gib * 2**30 and hand["predicted_kl"] > ADDITIVE:
+        found["measured_kl"], found["by_hand"]["measured_kl"] = own, other = measure([chosen, by_hand])
+        print(f"measured KL of the layers: chosen {own:.5f}, by hand {other:.5f}", flush=True)
+        if other < own:
+            print("what the recipe says is kept", flush=True)
+            return {name: by_hand[name] for name in sizes}, found | hand | {"measured_kl": other}
+    return chosen, found
 
 
 def bits_sizes(
@@ -602,11 +647,16 @@ def allocate_bits(
     by_piece, nats = type_losses(checkpoint, calibration, open_pieces, options, probes, rounded, None, PROBE_SEQUENCES)
     losses = {unit: {b: sum(by_piece[p.name][b] for p in own) for b in sizes[unit]} for unit, own in units.items()}
     chosen = choose(sizes, losses, budget)
-    overrides = {piece.name: int(chosen[unit]) for unit, own in units.items() for piece in own}
-    print("\n".join(f"{bits} bits  {unit}" for unit, bits in chosen.items()))
     by_hand = {unit: str(jobs[own[0].name].bits) for unit, own in units.items()}
     by_hand = by_hand if all(bits in sizes[unit] for unit, bits in by_hand.items()) else {}  # 2.5 bits are no option
-    found = outcome(target_gib, rest, sizes, losses, chosen, by_hand)
+
+    def measure(ways: Sequence[Mapping[str, str]]) -> list[float]:
+        each = [{piece.name: way[unit] for unit, own in units.items() for piece in own} for way in ways]
+        return kl_of_choices(checkpoint, calibration, open_pieces, each, rounded, PROBE_SEQUENCES)
+
+    chosen, found = outcome(target_gib, rest, sizes, losses, chosen, by_hand, measure)
+    overrides = {piece.name: int(chosen[unit]) for unit, own in units.items() for piece in own}
+    print("\n".join(f"{bits} bits  {unit}" for unit, bits in chosen.items()))
     write_json(out, {"made_of": made_of, "overrides": overrides})
     print(f"wrote {out} in {time.time() - started:.1f} s", flush=True)
     return found | {"chosen": chosen, "nats": nats, "losses": losses}
