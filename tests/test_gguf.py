@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llama_cpp
-import moe_alloc
 import pack_plan
+import sensitivity
 from calibration import Calibration
 from calibration_text import calibration_ids
 from checkpoint import Checkpoint, source_identity
@@ -382,7 +382,9 @@ def packed(model, out, *more, method="nearest"):
 def test_a_killed_pack_of_chosen_types_goes_on_and_only_with_its_own(random_tiny, tmp_path, command, monkeypatch):
     (tmp_path / "fixed.txt").write_text("token_embd|^output=q8_0\nattn|ssm|shexp=q8_0\n")
     monkeypatch.setattr(
-        moe_alloc, "type_losses", lambda c, t, pieces, options, *_: ({n: dict.fromkeys(k, 0.0) for n, k in options.items()}, {})
+        sensitivity,
+        "type_losses",
+        lambda c, t, pieces, options, *_: ({n: dict.fromkeys(k, 0.0) for n, k in options.items()}, {}),
     )
     sized = ["--target-gib", 0.004, "--protected", tmp_path / "fixed.txt"]
     with monkeypatch.context() as patch:

@@ -32,7 +32,6 @@ from gguf_format import GgufWriter, read_imatrix
 from gguf_layout import MTP_PATTERN, MTP_TYPE, patterns_of, read_patterns
 from hf_model import check_first
 from hub import HubSettings, opened, remote_of
-from moe_alloc import allocate_types
 from pack_plan import (
     Blocks,
     GgufSink,
@@ -54,6 +53,7 @@ from recipe import RECIPE_FILE, quantized_note
 from records import DECODED_MARK, describe_model, sha256_json, write_result
 from rounders import GgmlRounder, RoundingSettings
 from run_dir import RUN, alone, check_output, check_resume, staged_directory
+from sensitivity import allocate_types
 from settings import add_dry_run, parse_settings, part, same, setting
 from size_model import BASE_BYTES
 from token_weights import kept_bytes
@@ -124,8 +124,9 @@ def allocated_types(settings: PackSettings) -> PackSettings:
     types, checkpoint = Path(f"{str(settings.out).rstrip('/')}.types.txt"), Checkpoint(settings.model)
     rounding, patterns = settings.rounding, read_patterns(settings.protected) if settings.protected else []
     calibration = settings.calibration(rounding.method)
-    method, damping = rounding.method, rounding.moments.damping
+    method, damping, hand = rounding.method, rounding.moments.damping, (settings.types.base, settings.types.patterns())
     made_of: dict[str, Any] = {"source": checkpoint.identity, "calibration": calibration.settings(), "fixed": patterns}
+    made_of["hand"] = hand
     made_of |= {"method": method, "damping": damping, "gib": settings.target_gib} | ({} if settings.mtp else {"mtp": False})
     mark = f"# made of {sha256_json(made_of)}"
     with alone(settings.out.resolve()):
@@ -136,7 +137,7 @@ def allocated_types(settings: PackSettings) -> PackSettings:
         else:
             allocate_types(
                 checkpoint, calibration, settings.target_gib, types, patterns, method=method, damping=damping,
-                weights_file=rounding.token_weights, mark=f"{mark}\n", mtp=settings.block,
+                weights_file=rounding.token_weights, mark=f"{mark}\n", mtp=settings.block, hand=hand,
             )  # fmt: skip
     return dataclasses.replace(settings, types=dataclasses.replace(settings.types, tensor_types=types), target_gib=0.0)
 

@@ -22,138 +22,39 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from calibration import Calibration
 from calibration_text import CalibrationSettings
 from checkpoint import Checkpoint, different_file
-from console import UserError, atomic_path, check_writable, run_cli, write_json
-from families import Role
-from ggml_codecs import decode_rows
-from ggml_types import fallback
-from gguf_format import make_header, padded, tensor_bytes
+from console import UserError, check_writable, run_cli, write_json
 from gguf_layout import (
-    MTP_PATTERN,
-    MTP_TYPE,
-    Piece,
-    chosen_type,
-    exact_patterns,
-    extra_keys,
-    file_type,
-    patterns_of,
-    pieces_of,
     read_patterns,
     type_named,
 )
-from hf_model import context_of, generation_ends, load_model, load_tokenizer
+from hf_model import context_of, load_model, load_tokenizer
 from hub import HubSettings, opened
 from kl import batches, file_texts, tiny_texts
 from pack_plan import SizeSettings, TypeSettings
 from plans import RecordSettings
 from recipe import Recipe
 from records import describe_model, read_result, write_result
-from rounders import DAMPING, RoundingSettings, encoded, fed_pieces, is_quantized
-from sensitivity import STRATEGIES, bits_by_signal, grid_losses, signals_of, solve, type_losses
+from rounders import RoundingSettings
+from sensitivity import (
+    CANDIDATES,
+    PROBE,
+    PROBE_SEQUENCES,
+    STRATEGIES,
+    allocate_types,
+    bits_by_signal,
+    grid_losses,
+    signals_of,
+    solve,
+)
 from settings import parse_settings, part, same, setting
-
-CANDIDATES = "iq2_xs,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
-PROBE, PROBE_SEQUENCES = "q3_K", 32
-STEPS = 1_000_000  # of a file's budget in the dynamic program
-OPEN = ""  # the chosen type of a piece that no pattern names
-UNMEASURED = "q8_0"  # that of one whose inputs no calibrated pass sees
-
-
-def options_of(pieces: Sequence[Piece], candidates: Sequence[str]) -> dict[str, list[str]]:
-    """The types that each piece may have: the candidates, or what llama.cpp takes for its row length, without repeats."""
-    return {p.name: list(dict.fromkeys(fallback(kind, p.shape[-1]) for kind in candidates)) for p in pieces}
-
-
-def choose(pieces: Sequence[Piece], losses: Mapping[str, Mapping[str, float]], budget: int) -> dict[str, str]:
-    """The type of each piece: least summed loss within ``budget`` bytes, counted in steps of a millionth of it."""
-    unit = max(1, budget // STEPS)
-    kinds = [list(losses[piece.name]) for piece in pieces]
-    costs = [[-(-padded(tensor_bytes(p.shape, kind)) // unit) for kind in row] for p, row in zip(pieces, kinds, strict=True)]
-    values = [[losses[p.name][kind] for kind in row] for p, row in zip(pieces, kinds, strict=True)]
-    floor = unit * sum(min(row) for row in costs)
-    if floor > budget:
-        raise UserError(
-            f"--target-gib leaves {budget / 2**30:.4f} GiB for the open tensors, the smallest need {floor / 2**30:.4f}"
-        )
-    picked = solve(costs, values, budget // unit)
-    return {piece.name: row[index] for piece, row, index in zip(pieces, kinds, picked, strict=True)}
-
-
-def fixed_types(pieces: Sequence[Piece], patterns: Sequence[tuple[str, str]], fed: Collection[str]) -> dict[str, str]:
-    """The types that are not chosen: of what llama-quantize keeps, of what ``patterns`` name, and of the rest that is not
-    ``fed``: what rounding it costs is not measured."""
-    top = (Role.EMBEDDING, Role.LM_HEAD)
-    wanted = {
-        p.name: p.kept or chosen_type(p.name, OPEN if p.name in fed or p.role in top else UNMEASURED, patterns) for p in pieces
-    }
-    unmeasured = next((p.name for p in pieces if not wanted[p.name] and p.role in top), None)
-    if unmeasured:
-        raise UserError(f"--tensor-types: {unmeasured} needs a type; its sensitivity is not measured")
-    return {p.name: fallback(wanted[p.name], p.shape[-1]) for p in pieces if wanted[p.name]}
-
-
-def allocate_types(
-    checkpoint: Checkpoint, calibration: Calibration, target_gib: float, out: Path, patterns: Sequence[tuple[str, str]] = (),
-    *, method: str = "ldlq", damping: float = DAMPING, weights_file: Path | None = None,
-    candidates: Sequence[str] = tuple(CANDIDATES.split(",")), probe: str = PROBE, probe_sequences: int = PROBE_SEQUENCES,
-    mark: str = "", mtp: str = "file",
-) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
-    """Write the file of types ``out`` for a GGUF of at most ``target_gib``, rounded by ``method``; returns (the type of every
-    tensor of the file by its name, metrics). ``patterns``: (pattern, type) of the tensors whose types are fixed; ``mark``:
-    lines for the head of the file; ``mtp``: of gguf_layout.traced. The block of multi-token prediction changes no prediction
-    of the model: its types are those of ``patterns``, or MTP_TYPE."""
-
-    def rounded(value: Tensor, kind: str, hessian: Tensor) -> Tensor:
-        return decode_rows(encoded(value.contiguous(), kind, method, hessian, damping), kind)
-
-    started, pieces = time.time(), pieces_of(checkpoint, mtp)
-    mtp = mtp if any(piece.role is Role.MTP for piece in pieces) else "none"
-    own = patterns_of([*patterns, (MTP_PATTERN, MTP_TYPE)], pieces)
-    fixed = fixed_types(pieces, own, fed_pieces(checkpoint, pieces))
-    open_pieces = [piece for piece in pieces if piece.name not in fixed]
-    if not open_pieces:
-        raise UserError(f"{checkpoint.path}: no tensor's inputs are known, so no types can be measured; give TENSOR_TYPES")
-    options = options_of(open_pieces, candidates)
-    with tempfile.TemporaryDirectory() as work:  # the size of a header does not depend on the types
-        rows = [(p.name, p.shape, fixed.get(p.name, "f16")) for p in pieces]
-        more = (extra_keys(checkpoint), generation_ends(checkpoint.path))
-        header = len(make_header(checkpoint.path, rows, file_type("iq3_xxs"), Path(work), mtp, *more))
-    taken = header + sum(padded(tensor_bytes(p.shape, fixed[p.name])) for p in pieces if p.name in fixed)
-    budget = int(target_gib * 2**30) - taken
-    choose(open_pieces, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now
-    losses, nats = type_losses(
-        checkpoint, calibration, open_pieces, options, probe, rounded, weights_file, probe_sequences
-    )  # fmt: skip
-    types = fixed | choose(open_pieces, losses, budget)
-    types = {piece.name: types[piece.name] for piece in pieces}
-    size = taken + sum(padded(tensor_bytes(p.shape, types[p.name])) for p in open_pieces)
-    metrics = {
-        "target_gib": target_gib,
-        "file_bytes": size,
-        "predicted_kl": sum(losses[piece.name][types[piece.name]] for piece in open_pieces),
-        "types": dict(collections.Counter(types[piece.name] for piece in open_pieces)),
-        "chosen": {piece.name: types[piece.name] for piece in open_pieces if is_quantized(types[piece.name])},
-        "nats": {f"{layer}.{group}": value for (layer, group), value in nats.items()},
-        "losses": losses,
-    }
-    print("\n".join(f"{count:>6} {kind}" for kind, count in metrics["types"].items()))
-    share = 100 * size / (target_gib * 2**30)
-    print(f"{size / 2**30:.6f} GiB ({share:.3f} % of the budget), predicted KL {metrics['predicted_kl']:.5f}")
-    with atomic_path(out) as temporary:
-        text = f"# {size / 2**30:.6f} GiB of at most {target_gib}\n{mark}" + exact_patterns(types)
-        temporary.write_text(text, encoding="utf-8")
-    print(f"wrote {out} in {time.time() - started:.1f} s", flush=True)
-    return types, metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,7 +79,7 @@ class AllocSettings:
     measured: Path | None = setting(None, "record of an earlier run: take its sensitivities, another budget")
     tensor_types: Path | None = same(TypeSettings, "tensor_types")
     candidates: str = setting(CANDIDATES, "of a GGUF: types to choose from")
-    probe_type: str = setting(PROBE, "of a GGUF: type at which the KL of a group is measured")
+    probe_type: str = setting(PROBE, "of a GGUF: type at which the KL of a parameter is measured")
     probe_sequences: int = setting(PROBE_SEQUENCES, "of the calibration sequences, on how many KL is taken")
     rounding: RoundingSettings = part(RoundingSettings)
     record: RecordSettings = part(RecordSettings)

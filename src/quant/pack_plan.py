@@ -94,9 +94,11 @@ class TypeSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SizeSettings:
-    """How large a GGUF may be."""
+    """How large what is made may be."""
 
-    target_gib: float | None = setting(None, "above 0: types chosen by measured sensitivity, the file at most this large")
+    target_gib: float | None = setting(
+        None, "above 0: types, or bits, chosen by measured KL; the file (a checkpoint's codes and scales) at most this large"
+    )
 
 
 class Blocks:

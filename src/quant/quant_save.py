@@ -6,9 +6,10 @@
     METHOD=gptq_refit OUT=work/w3 python src/quant/quant_save.py --config configs/clip_122b.env     # pipelines/quantize.sh
 
 Routed experts get --expert-bits; every other linear, the embedding and the head --linear-bits; the matrices of multi-token
-prediction --mtp-bits; router, norms, ssm state, biases and vision are copied byte for byte. Methods that need no inputs (clip,
-absmax, ...) stream tensor by tensor; the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks'
-training split. Several --devices round shards (or, calibrated, the experts of a layer) at the same time, to the same bytes.
+prediction --mtp-bits; router, norms, ssm state, biases and vision are copied byte for byte. --target-gib chooses the bits of
+all but the copied ones and mtp, by the KL that each costs (moe_alloc). Methods that need no inputs (clip, absmax, ...) stream
+tensor by tensor; the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks' training split.
+Several --devices round shards (or, calibrated, the experts of a layer) at the same time, to the same bytes.
 recipe.json is written beside the weights. --packed writes codes of the recipe's own bits, as vLLM reads them, and leaves what
 has no such form unrounded (docs/PACKED.md). The output appears under its name only when it is complete; Ctrl-C or an error
 leaves nothing behind, and after `kill -9` the same command goes on where it stopped.
@@ -28,12 +29,13 @@ from calibrated_pass import CalibratedPass, MomentSettings
 from calibration import Calibration, LayerStream, plan_memory
 from calibration_text import CalibrationSettings
 from checkpoint import CONSUMED, Checkpoint, SourceShards, is_synthetic, model_name
-from console import UserError, progress, run_cli, write_json
+from console import UserError, progress, read_json, run_cli, write_json
 from devices import default_device, device_peaks, lanes, parse_devices
 from hf_model import check_first
 from hub import HubSettings, opened, remote_of
 from moe_probe import probe_model
 from moe_ptq import CALIBRATED, WORKING_BYTES
+from pack_plan import SizeSettings
 from packed_format import Container, PackingSettings, open_writer, plan_container, summary
 from plans import (
     CHUNK_BYTES,
@@ -52,10 +54,11 @@ from plans import (
     table,
 )  # fmt: skip
 from recipe import NOT_GIVEN, RECIPE_FILE, Job, Recipe, quantized_note, read_allocation
-from records import describe_model, write_result
+from records import describe_model, sha256_json, write_result
 from rounders import GridRounder, is_uncalibrated
-from run_dir import check_output, check_resume, staged_directory
-from settings import add_dry_run, parse_settings, part, setting
+from run_dir import alone, check_output, check_resume, staged_directory
+from sensitivity import allocate_bits
+from settings import add_dry_run, parse_settings, part, same, setting
 from token_weights import kept_bytes
 from write_checkpoint import ErrorLog, LayerSink, Sink, in_layers, sample_seconds, stream
 
@@ -68,6 +71,7 @@ class QuantizeSettings:
     out: Path = setting(help="the directory to make")
     recipe: Recipe = part(Recipe, expert_bits=NOT_GIVEN)
     allocation: Path | None = setting(None, "JSON of moe_alloc: bits by parameter, in place of those of the experts")
+    target_gib: float = same(SizeSettings, "target_gib", 0.0)
     text: CalibrationSettings = part(CalibrationSettings)
     moments: MomentSettings = part(MomentSettings)
     propagate: str = setting("quantized", "with text: whose activations go on, `quantized` or `bf16`", ("quantized", "bf16"))
@@ -87,6 +91,10 @@ class QuantizeSettings:
         known = ", ".join(CALIBRATED)
         if any(dataclasses.astuple(self.moments)) and not self.calibrated:
             raise UserError(f"--token-power, --damping, --shrinkage: of a calibrated method: {known}")
+        if not 0 <= self.target_gib < float("inf"):
+            raise UserError(f"TARGET_GIB={self.target_gib}: must be above 0 (or 0 for the bits of the recipe)")
+        if self.target_gib and self.allocation:
+            raise UserError("TARGET_GIB chooses the bits that --allocation gives: leave one of them out")
         if self.consume_source and not (self.consume_real_source or is_synthetic(self.model)):
             raise UserError(
                 f"--consume-source: {self.model} is not of synthetic_moe.py; "
@@ -109,12 +117,32 @@ class QuantizeSettings:
 
     def calibration(self, device: torch.device, dry_run: bool) -> Calibration | None:
         """What the method is calibrated on; a dry run needs its size alone."""
-        if not self.calibrated:
-            return None
+        return self.read(device, dry_run) if self.calibrated else None
+
+    def read(self, device: torch.device, dry_run: bool = False) -> Calibration:
+        """The text and how it counts."""
         Checkpoint(self.model)  # its errors first: they are clearer than a tokenizer's
         ids, entry = self.text.size(self.model) if dry_run else self.text.ids(self.model)
         how = dataclasses.asdict(self.moments) | {"propagate": self.propagate}
         return Calibration(ids, entry, **how, device=device)
+
+
+def allocated_bits(settings: QuantizeSettings, device: torch.device) -> Path:
+    """The file beside the output of bits that fit --target-gib. A killed run finds those that it chose; one that is of other
+    settings, or that a user wrote, is refused."""
+    path, checkpoint = Path(f"{str(settings.out).rstrip('/')}.bits.json"), Checkpoint(settings.model)
+    calibration, recipe = settings.read(device), settings.recipe
+    packed_bits = settings.packing.packed_bits if settings.packed else None
+    made_of: dict[str, Any] = {"source": checkpoint.identity, "calibration": calibration.settings(), "recipe": recipe.to_json()}
+    mark = sha256_json(made_of | {"gib": settings.target_gib, "packed": packed_bits})
+    with alone(settings.out.resolve()):
+        if path.exists() and read_json(path).get("made_of") == mark:
+            print(f"kept {path}", flush=True)
+        elif path.exists() and not settings.record.force:
+            raise UserError(f"{path}: made with other settings or for another model; use --force to replace it")
+        else:
+            allocate_bits(checkpoint, calibration, recipe, settings.target_gib, path, packed_bits, mark)
+    return path
 
 
 def write_calibrated(
@@ -243,8 +271,14 @@ def quantize_checkpoint(
 def main() -> None:
     settings, args = parse_settings(QuantizeSettings, __doc__, add_dry_run)
     result, settings = settings.record.file("quantize"), opened(settings)
-    allocation: dict[str, Any] = read_allocation(settings.allocation) if settings.allocation else {}
-    recipe, devices = dataclasses.replace(settings.recipe, **allocation), settings.workers()
+    devices, chosen = settings.workers(), settings.allocation
+    if settings.target_gib and args.dry_run:
+        print(f"TARGET_GIB={settings.target_gib:g}: the bits below are the recipe's, the run measures and chooses its own")
+    elif settings.target_gib:
+        check_output(settings.model, settings.out.resolve(), settings.record.force, 0)
+        chosen = allocated_bits(settings, devices[0])
+    allocation: dict[str, Any] = read_allocation(chosen) if chosen else {}
+    recipe = dataclasses.replace(settings.recipe, **allocation)
     if settings.probe and not args.dry_run:
         probe_model(settings.model, Calibration(*settings.text.ids(settings.model)))
     started = time.time()

@@ -3,17 +3,22 @@
 Not a command; moe_alloc drives it.
 
 `grid_losses` rounds the experts' gate_up or down matrices of one layer alone (clip search), all else stays as it is, and takes
-the mean KL to the model on text. `type_losses` streams the checkpoint once. There the cost of a type for a tensor is the error
-tr(D H D^T) of its output (on a sample of its rows) times nats per error, which is measured for every group of a layer (experts'
-gate and up, experts' down, shared expert, attention): the group is rounded to one type, the activations that this changes are
-carried to the end beside the true ones, and the KL of the predictions taken.
+the mean KL to the model on text. `type_losses` streams the checkpoint once, for types of ggml and for bits of a grid alike.
+There the cost of an option for a matrix is the error tr(D H D^T) of its output (on a sample of its rows) times nats per error,
+which is measured for every parameter: it is rounded to one option, the activations that this changes are carried to the end
+beside the true ones, and the KL of the predictions taken. Nats per error differ a hundredfold between the matrices of a layer
+(an input of the delta rule, its output), so no two share them.
 """
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +27,37 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from calibration import Calibration, Collector, LayerStream, Moments
+from calibration import Calibration, Collector, LayerStream, Moments, calibrated_shapes
 from checkpoint import Checkpoint
-from console import UserError, progress, scratch_folder
-from families import Role
+from console import UserError, atomic_path, progress, scratch_folder, write_json
+from families import LAYER_PREFIX, Role
+from ggml_codecs import decode_rows
 from ggml_round import COPIES
 from ggml_types import fallback
-from gguf_format import Entry
-from gguf_layout import Piece, into_parameter, ordered_hessian, pieces_of, to_gguf
-from hf_model import finite_logits
+from gguf_format import Entry, make_header, padded, tensor_bytes
+from gguf_layout import (
+    MTP_PATTERN,
+    MTP_TYPE,
+    Piece,
+    chosen_type,
+    exact_patterns,
+    extra_keys,
+    file_type,
+    into_parameter,
+    ordered_hessian,
+    patterns_of,
+    pieces_of,
+    to_gguf,
+    types_of,
+)
+from hf_model import finite_logits, generation_ends
 from kl import Batch, divergence
-from moe_ptq import WORKING_BYTES, rounding_parts
+from moe_ptq import WORKING_BYTES, Grid, Statistics, damped, round_weight, rounding_parts
 from moe_quant import fake_quant
-from rounders import squared_error
+from packed_format import bytes_of, plan_container, unit_of
+from plans import plan_jobs
+from recipe import Recipe
+from rounders import DAMPING, encoded, fed_pieces, is_quantized, squared_error
 from token_weights import token_weights
 
 SIGNALS = ("frequency", "wmass", "asal", "wfro")
@@ -202,8 +225,15 @@ def bits_by_signal(
     return {module: bits_by_score(scores(strategy, own, seed), mean, options, share) for module, own in signals.items()}
 
 
+CANDIDATES = "iq2_xxs,iq2_xs,iq2_s,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
+PROBE, PROBE_BITS, PROBE_SEQUENCES = "q3_K", "3", 32
+ADDITIVE = 0.002  # predicted KL above which errors do not add up, and the choice is compared with the recipe by hand
+STEPS = 1_000_000  # of a file's budget in the dynamic program
+BITS = (2, 3, 4, 5, 6, 8)  # of a grid
+OPEN = ""  # the chosen type of a piece that no pattern names
+UNMEASURED = "q8_0"  # that of one whose inputs no calibrated pass sees
 SAMPLE_EXPERTS, SAMPLE_ROWS = 8, 32
-Group = tuple[int, str]
+CARRIED_BYTES = 24 << 30  # of the host's memory: the changed activations
 Rounded = Callable[[Tensor, str, Tensor], Tensor]  # a value [E, O, I] as a type gives it back, second moments [E, I, I] given
 
 
@@ -261,12 +291,6 @@ def grid_losses(
     return losses
 
 
-def group_of(piece: Piece) -> Group:
-    """Pieces whose nats per error are measured together."""
-    part = piece.parameter.rpartition(".")[2] if piece.role is Role.ROUTED_EXPERT else str(piece.role)
-    return piece.layer, "attention" if piece.role in (Role.ATTENTION, Role.LINEAR_ATTENTION) else part
-
-
 def sampled(value: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, float]:
     """Some rows of some matrices of [E, O, I], their second moments, and how many times more rows there are."""
     experts = torch.linspace(0, len(value) - 1, min(SAMPLE_EXPERTS, len(value))).round().long().to(value.device)
@@ -284,74 +308,355 @@ def errors_of(
     decoded, total = torch.empty_like(value), 0.0
     for experts, rows in rounding_parts(value.shape, WORKING_BYTES[value.device.type], COPIES):
         given, moments = value[experts, rows].float(), hessian[experts]
-        found = rounded(given, fallback(probe, value.shape[-1]), moments)
+        found = rounded(given, probe, moments)
         total, decoded[experts, rows] = squared_error(given - found, moments, total), found.to(decoded.dtype)
     return errors, total, decoded
 
 
 @torch.no_grad()
 def type_losses(
-    checkpoint: Checkpoint, calibration: Calibration, pieces: Sequence[Piece], options: Mapping[str, Sequence[str]], probe: str,
-    rounded: Rounded, weights_file: Path | None = None, probed: int | None = None,
-) -> tuple[dict[str, dict[str, float]], dict[Group, float]]:  # fmt: skip
-    """(predicted KL by piece and type of ``options``; by group, the KL that rounding it to ``probe`` costs on the first
-    ``probed`` sequences, None: all)."""
+    checkpoint: Checkpoint, calibration: Calibration, pieces: Sequence[Piece], options: Mapping[str, Sequence[str]],
+    probes: Mapping[str, str], rounded: Rounded, weights_file: Path | None = None, probed: int | None = None,
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:  # fmt: skip
+    """(predicted KL by piece and each of its ``options``; by parameter, the KL that rounding it to its ``probes`` costs on the
+    first ``probed`` sequences, None: all, and no more than CARRIED_BYTES hold). KL is taken on the second half of each:
+    sequences begin in mid-text, and before a model has read some of it, errors of its first layers cost a thousand times what
+    they cost later."""
     stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
     with scratch_folder() as work:
         weights = token_weights(stream, calibration, work, weights_file)
-    kwargs, hidden = stream.arguments(calibration.batches()[0]), stream.embed(calibration.batches())
-    count = None if probed is None else -(-probed // len(hidden[0]))  # batches
-    changed: dict[Group, list[Tensor]] = {}  # the activations behind a rounded group
+    parts = calibration.batches()
+    kwargs, hidden = stream.arguments(parts[0]), stream.embed(parts)
+    room = CARRIED_BYTES // (len({piece.parameter for piece in pieces}) * hidden[0].nbytes)
+    count = max(1, min(room, len(parts) if probed is None else -(-probed // len(parts[0]))))  # batches
+    print(f"sensitivity: KL on {count * parts[0].numel() // 2:,} positions of {count * len(parts[0]):,} sequences", flush=True)
+    changed: dict[str, list[Tensor]] = {}  # the activations behind a rounded parameter
     errors: dict[str, dict[str, float]] = {}
-    probe_errors: dict[Group, float] = {}
+    probe_errors: dict[str, float] = {}
     layers = len(stream.layers)
+
+    def probed_value(key: str, original: Tensor, moments: Moments, into: Tensor) -> None:
+        """Measure the errors of the pieces of a parameter, and put what their probes give into a tensor of its shape."""
+        statistics = moments.statistics(calibration.floor * moments.shape[-1], 0.0, calibration.shrinkage)
+        probe_errors[key] = 0.0
+        for piece in pieces:
+            if piece.parameter == key:
+                hessian, value = ordered_hessian(piece, statistics.hessian), to_gguf(piece, original)
+                value = value.reshape(hessian.shape[0], -1, value.shape[-1])
+                found = errors_of(value, hessian, options[piece.name], probes[piece.name], rounded)
+                errors[piece.name], probe_errors[key] = found[0], probe_errors[key] + found[1]
+                into_parameter(piece, found[2].view(piece.shape), into)
+
+    for piece in pieces:
+        if piece.role is Role.EMBEDDING:  # its inputs are single tokens: the error of a row counts as it is
+            (source,) = piece.sources
+            original = checkpoint.read(source).to(stream.device, stream.dtype)
+            identity = Moments(1, original.shape[-1], stream.device)
+            identity.total += torch.eye(original.shape[-1], device=stream.device)
+            identity.weight += 1
+            identity.square += 1
+            value = original.clone()
+            probed_value(piece.parameter, original, identity, value)
+            changed[piece.parameter] = stream.embed(parts[:count], {source: value.cpu()})
     with progress(layers * (layers + 1) // 2, "sensitivity", "pass") as bar:  # each layer carries the changes before
         for index, layer in enumerate(stream.layers):
-            stream.fill(layer, f"model.layers.{index}.")
-            names = {p: p.parameter.removeprefix(f"model.layers.{index}.") for p in pieces if p.layer == index}
-            groups: dict[Group, list[Piece]] = {}
-            for piece in names:
-                groups.setdefault(group_of(piece), []).append(piece)
-            collector = Collector(layer, set(names.values()), None if weights is None else weights[index])
+            prefix = f"model.layers.{index}."
+            stream.fill(layer, prefix)
+            wanted = dict.fromkeys(piece.parameter for piece in pieces if piece.layer == index)
+            names = {key.removeprefix(prefix) for key in wanted}
+            collector = Collector(layer, names, None if weights is None else weights[index])
             after = [out.cpu() for out in stream.run(layer, hidden, kwargs[index])]
             collector.remove()
             for key, carried in changed.items():
                 changed[key] = [out.cpu() for out in stream.run(layer, carried, kwargs[index])]
-            for key, members in groups.items():
-                originals = {names[piece]: layer.get_parameter(names[piece]).detach().clone() for piece in members}
-                probe_errors[key] = 0.0
-                for piece in members:
-                    name = names[piece]
-                    if name not in collector.moments:
-                        raise UserError(f"{piece.parameter}: no calibration activation reached it; give more calibration text")
-                    moments = collector.moments[name]
-                    statistics = moments.statistics(calibration.floor * moments.shape[-1], 0.0, calibration.shrinkage)
-                    hessian = ordered_hessian(piece, statistics.hessian)
-                    value = to_gguf(piece, originals[name])
-                    value = value.reshape(hessian.shape[0], -1, value.shape[-1])
-                    errors[piece.name], error, decoded = errors_of(value, hessian, options[piece.name], probe, rounded)
-                    probe_errors[key] += error
-                    into_parameter(piece, decoded.view(piece.shape), layer.get_parameter(name))
+            for key in wanted:
+                name = key.removeprefix(prefix)
+                if name not in collector.moments:
+                    raise UserError(f"{key}: no calibration activation reached it; give more calibration text")
+                parameter = layer.get_parameter(name)
+                original = parameter.detach().clone()
+                probed_value(key, original, collector.moments.pop(name), parameter)
                 changed[key] = [out.cpu() for out in stream.run(layer, hidden[:count], kwargs[index])]
-                for name, original in originals.items():
-                    layer.get_parameter(name).copy_(original)
+                parameter.copy_(original)
             hidden = after
             stream.empty(layer)
             bar.update(index + 1)
-    nats = divergences(stream, hidden[:count], changed)
-    worth = {key: value / max(probe_errors[key], 1e-30) for key, value in nats.items()}  # nats per error
-    losses = {p.name: {kind: error * worth[group_of(p)] for kind, error in errors[p.name].items()} for p in pieces}
+    head = next((piece.parameter for piece in pieces if piece.role is Role.LM_HEAD), "")
+    if head:
+        moments = Moments(1, stream.model.lm_head.in_features, stream.device)
+        with stream.ending() as inputs_of:
+            for own in hidden:
+                moments.add(0, inputs_of(own.to(stream.device)).flatten(0, 1))
+        original = checkpoint.read(checkpoint.sources[head][0]).to(stream.device, stream.dtype)
+        value = original.clone()
+        probed_value(head, original, moments, value)
+    nats = divergences(stream, hidden[:count], changed, {head: value} if head else {})
+    worth = {key: found / max(probe_errors[key], 1e-30) for key, found in nats.items()}  # nats per error
+    losses = {p.name: {kind: error * worth[p.parameter] for kind, error in errors[p.name].items()} for p in pieces}
     return losses, nats
 
 
-def divergences(stream: LayerStream, hidden: Sequence[Tensor], changed: Mapping[Group, Sequence[Tensor]]) -> dict[Group, float]:
-    """The mean KL of the predictions behind each group's activations to those behind ``hidden``."""
-    sums, count = dict.fromkeys(changed, 0.0), 0
+@torch.no_grad()
+def kl_of_choices(
+    checkpoint: Checkpoint, calibration: Calibration, pieces: Sequence[Piece], choices: Sequence[Mapping[str, str]],
+    rounded: Rounded, probed: int,
+) -> list[float]:  # fmt: skip
+    """The KL, over the second halves of the last ``probed`` sequences, of the model with all ``pieces`` of its layers rounded
+    as each of ``choices`` says: with what the sum of :func:`type_losses` leaves out. Ends stay as they are."""
+    stream, parts = LayerStream(checkpoint, calibration.device, calibration.dtype), calibration.batches()
+    kwargs, hidden = stream.arguments(parts[0]), stream.embed(parts)
+    count = -(-probed // len(parts[0]))
+    changed = {str(number): hidden[-count:] for number in range(len(choices))}
+    with progress(len(stream.layers), "check", "layer") as bar:
+        for index, layer in enumerate(stream.layers):
+            prefix = f"model.layers.{index}."
+            stream.fill(layer, prefix)
+            wanted = dict.fromkeys(piece.parameter for piece in pieces if piece.layer == index)
+            collector = Collector(layer, {key.removeprefix(prefix) for key in wanted})
+            hidden = [out.cpu() for out in stream.run(layer, hidden, kwargs[index])]
+            collector.remove()
+            originals = {key: layer.get_parameter(key.removeprefix(prefix)).detach().clone() for key in wanted}
+            for number, chosen in enumerate(choices):
+                for piece in pieces:
+                    if piece.parameter in wanted:
+                        name = piece.parameter.removeprefix(prefix)
+                        moments = collector.moments[name]
+                        statistics = moments.statistics(calibration.floor * moments.shape[-1], 0.0, calibration.shrinkage)
+                        hessian, value = ordered_hessian(piece, statistics.hessian), to_gguf(piece, originals[piece.parameter])
+                        value = value.reshape(hessian.shape[0], -1, value.shape[-1])
+                        decoded = errors_of(value, hessian, (), chosen[piece.name], rounded)[2]
+                        into_parameter(piece, decoded.view(piece.shape), layer.get_parameter(name))
+                changed[str(number)] = [out.cpu() for out in stream.run(layer, changed[str(number)], kwargs[index])]
+            stream.empty(layer)
+            bar.update()
+    return list(divergences(stream, hidden[-count:], changed, {}).values())
+
+
+def divergences(
+    stream: LayerStream, hidden: Sequence[Tensor], changed: Mapping[str, Sequence[Tensor]], heads: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The mean KL, to the predictions behind ``hidden``, of those behind each of the ``changed`` activations and of those of
+    each other head: over the second half of each sequence."""
+    sums, count = dict.fromkeys([*changed, *heads], 0.0), 0
     with stream.predictions() as logits:
+        head = stream.model.lm_head.weight
+
+        def predicted(value: Tensor) -> Tensor:
+            return logits(value[:, value.shape[1] // 2 :].to(stream.device)).flatten(0, 1)
+
         for place, own in enumerate(hidden):
-            expected = logits(own.to(stream.device)).flatten(0, 1)
+            expected = predicted(own)
             count += len(expected)
             for key, carried in changed.items():
-                kl, _ = divergence(expected, logits(carried[place].to(stream.device)).flatten(0, 1))
-                sums[key] += kl.double().sum().item()
+                sums[key] += divergence(expected, predicted(carried[place]))[0].double().sum().item()
+            for key, weight in heads.items():
+                true = head.clone()
+                head.copy_(weight)
+                sums[key] += divergence(expected, predicted(own))[0].double().sum().item()
+                head.copy_(true)
     return {key: total / count for key, total in sums.items()}
+
+
+def options_of(pieces: Sequence[Piece], candidates: Sequence[str]) -> dict[str, list[str]]:
+    """The types that each piece may have: the candidates, or what llama.cpp takes for its row length, without repeats."""
+    return {p.name: list(dict.fromkeys(fallback(kind, p.shape[-1]) for kind in candidates)) for p in pieces}
+
+
+Sizes = Mapping[str, Mapping[str, int]]  # bytes by what is chosen for, and its options
+
+
+def choose(sizes: Sizes, losses: Mapping[str, Mapping[str, float]], budget: int) -> dict[str, str]:
+    """The option of each: least summed loss within ``budget`` bytes, counted in steps of a millionth of it."""
+    unit = max(1, budget // STEPS)
+    costs = [[-(-size // unit) for size in row.values()] for row in sizes.values()]
+    values = [[losses[name][option] for option in row] for name, row in sizes.items()]
+    floor = sum(min(row.values()) for row in sizes.values())
+    if unit * sum(min(row) for row in costs) > budget:
+        raise UserError(
+            f"--target-gib leaves {budget / 2**30:.4f} GiB for the open tensors, the smallest need {floor / 2**30:.4f}"
+        )
+    picked = solve(costs, values, budget // unit)
+    return {name: list(row)[index] for (name, row), index in zip(sizes.items(), picked, strict=True)}
+
+
+def fixed_types(pieces: Sequence[Piece], patterns: Sequence[tuple[str, str]], fed: Collection[str]) -> dict[str, str]:
+    """The types that are not chosen: of what llama-quantize keeps, of what ``patterns`` name, and of the rest whose rounding is
+    not measured: what is not ``fed``, and an embedding that is the head too."""
+    ends = (Role.EMBEDDING, Role.LM_HEAD)
+    tied = not any(piece.role is Role.LM_HEAD for piece in pieces)
+    wanted = {}
+    for piece in pieces:
+        known = not tied if piece.role in ends else piece.name in fed
+        wanted[piece.name] = piece.kept or chosen_type(piece.name, OPEN if known else UNMEASURED, patterns)
+    return {p.name: fallback(wanted[p.name], p.shape[-1]) for p in pieces if wanted[p.name]}
+
+
+def allocate_types(
+    checkpoint: Checkpoint, calibration: Calibration, target_gib: float, out: Path, patterns: Sequence[tuple[str, str]] = (),
+    *, method: str = "ldlq", damping: float = DAMPING, weights_file: Path | None = None,
+    candidates: Sequence[str] = tuple(CANDIDATES.split(",")), probe: str = PROBE, probe_sequences: int = PROBE_SEQUENCES,
+    mark: str = "", mtp: str = "file", hand: tuple[str, Sequence[tuple[str, str]]] | None = None,
+) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
+    """Write the file of types ``out`` for a GGUF of at most ``target_gib``, rounded by ``method``; returns (the type of every
+    tensor of the file by its name, metrics). ``patterns``: (pattern, type) of the tensors whose types are fixed; ``mark``:
+    lines for the head of the file; ``mtp``: of gguf_layout.traced. The block of multi-token prediction changes no prediction
+    of the model: its types are those of ``patterns``, or MTP_TYPE. ``hand``: (base type, patterns) of a recipe, whose types are
+    candidates too, so that what is chosen is predicted to be no worse at the same bytes."""
+
+    def rounded(value: Tensor, kind: str, hessian: Tensor) -> Tensor:
+        return decode_rows(encoded(value.contiguous(), kind, method, hessian, damping), kind)
+
+    started, pieces = time.time(), pieces_of(checkpoint, mtp)
+    mtp = mtp if any(piece.role is Role.MTP for piece in pieces) else "none"
+    own = patterns_of([*patterns, (MTP_PATTERN, MTP_TYPE)], pieces)
+    fixed = fixed_types(pieces, own, fed_pieces(checkpoint, pieces))
+    open_pieces = [piece for piece in pieces if piece.name not in fixed]
+    if not open_pieces:
+        raise UserError(f"{checkpoint.path}: no tensor's inputs are known, so no types can be measured; give TENSOR_TYPES")
+    options, by_hand = options_of(open_pieces, candidates), {}
+    if hand:
+        by_hand = fixed | types_of({p.name: p.shape for p in open_pieces}, hand[0], patterns_of(hand[1], pieces))[0]
+        options = {name: list(dict.fromkeys([*kinds, by_hand[name]])) for name, kinds in options.items()}
+    with tempfile.TemporaryDirectory() as work:  # the size of a header does not depend on the types
+        rows = [(p.name, p.shape, fixed.get(p.name, "f16")) for p in pieces]
+        more = (extra_keys(checkpoint), generation_ends(checkpoint.path))
+        header = len(make_header(checkpoint.path, rows, file_type("iq3_xxs"), Path(work), mtp, *more))
+    taken = header + sum(padded(tensor_bytes(p.shape, fixed[p.name])) for p in pieces if p.name in fixed)
+    budget = int(target_gib * 2**30) - taken
+    sizes = {p.name: {kind: padded(tensor_bytes(p.shape, kind)) for kind in options[p.name]} for p in open_pieces}
+    choose(sizes, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now
+    probes = {p.name: fallback(probe, p.shape[-1]) for p in open_pieces}
+    losses, nats = type_losses(
+        checkpoint, calibration, open_pieces, options, probes, rounded, weights_file, probe_sequences
+    )  # fmt: skip
+
+    def measure(ways: Sequence[Mapping[str, str]]) -> list[float]:
+        return kl_of_choices(checkpoint, calibration, open_pieces, ways, rounded, probe_sequences)
+
+    chosen, facts = outcome(target_gib, taken, sizes, losses, choose(sizes, losses, budget), by_hand, measure)
+    types = {piece.name: chosen.get(piece.name) or fixed[piece.name] for piece in pieces}
+    metrics = facts | {
+        "types": dict(collections.Counter(types[piece.name] for piece in open_pieces)),
+        "chosen": {piece.name: types[piece.name] for piece in open_pieces if is_quantized(types[piece.name])},
+        "nats": nats,
+        "losses": losses,
+    }
+    print("\n".join(f"{count:>6} {kind}" for kind, count in metrics["types"].items()))
+    with atomic_path(out) as temporary:
+        text = f"# {facts['bytes'] / 2**30:.6f} GiB of at most {target_gib}\n{mark}" + exact_patterns(types)
+        temporary.write_text(text, encoding="utf-8")
+    print(f"wrote {out} in {time.time() - started:.1f} s", flush=True)
+    return types, metrics
+
+
+def outcome(
+    target_gib: float, rest: int, sizes: Sizes, losses: Mapping[str, Mapping[str, float]], chosen: dict[str, str],
+    by_hand: Mapping[str, str], measure: Callable[[Sequence[Mapping[str, str]]], list[float]],
+) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
+    """(what is taken; its bytes and predicted KL, printed, and those of a recipe ``by_hand``). ``rest``: bytes of all else.
+    Where the predictions are so large that errors do not add up, ``measure`` tells the KL of both, and the better one is taken
+    if both fit."""
+
+    def told(name: str, options: Mapping[str, str]) -> dict[str, Any]:
+        size = rest + sum(row[options[key]] for key, row in sizes.items())
+        predicted, share = sum(losses[key][options[key]] for key in sizes), 100 * size / (target_gib * 2**30)
+        print(f"{name}: {size / 2**30:.6f} GiB ({share:.3f} % of the budget), predicted KL {predicted:.5f}", flush=True)
+        return {"bytes": size, "predicted_kl": predicted}
+
+    found = told("chosen", chosen) | {"target_gib": target_gib}
+    if not by_hand:
+        return chosen, found
+    hand = told("by hand", by_hand)
+    found["by_hand"] = dict(hand)
+    if hand["bytes"] <= target_gib * 2**30 and hand["predicted_kl"] > ADDITIVE:
+        found["measured_kl"], found["by_hand"]["measured_kl"] = own, other = measure([chosen, by_hand])
+        print(f"measured KL of the layers: chosen {own:.5f}, by hand {other:.5f}", flush=True)
+        if other < own:
+            print("what the recipe says is kept", flush=True)
+            return {name: by_hand[name] for name in sizes}, found | hand | {"measured_kl": other}
+    return chosen, found
+
+
+def bits_sizes(
+    checkpoint: Checkpoint, recipe: Recipe, pieces: Mapping[str, Piece], packed_bits: int | None
+) -> tuple[dict[str, dict[str, int]], int]:
+    """(bytes of each unit of vLLM by its bits, bytes of the rest) of a checkpoint whose ``pieces`` are chosen: of codes and
+    scales, or with ``packed_bits`` of the container."""
+
+    def sizes(own: Recipe) -> tuple[dict[str, int], int]:
+        jobs, found, rest = plan_jobs(checkpoint, own), collections.Counter[str](), 0
+        container = None
+        if packed_bits is not None:
+            container = plan_container(jobs, own, least=packed_bits, ends=checkpoint.family.packed_ends)
+        for job in jobs:
+            if container is None:
+                size = job.packed_bytes(own)
+            else:
+                packed = job.name in container.packed
+                size = bytes_of(container.stored(job.name, job.info.shape)) if packed else job.info.bytes
+            if checkpoint.places[job.name].parameter in pieces and (container is None or job.name in container.packed):
+                found[unit_of(job.name)] += size
+            else:
+                rest += size
+        return found, rest
+
+    made: dict[str, dict[str, int]] = {}
+    for bits in BITS:
+        for unit, size in sizes(dataclasses.replace(recipe, expert_bits=bits, linear_bits=bits))[0].items():
+            made.setdefault(unit, {})[str(bits)] = size
+    return made, sizes(recipe)[1]
+
+
+def allocate_bits(
+    checkpoint: Checkpoint, calibration: Calibration, recipe: Recipe, target_gib: float, out: Path,
+    packed_bits: int | None = None, made_of: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """Write the bits ``out`` of a checkpoint of at most ``target_gib``: of codes and scales, or with ``packed_bits`` of the
+    container. What vLLM makes one matrix of has the same bits. Returns metrics; the rest keeps the bits of ``recipe``."""
+    started = time.time()
+    pieces = {}
+    shapes, places = calibrated_shapes(checkpoint), checkpoint.places
+    jobs = {places[job.name].parameter: job for job in plan_jobs(checkpoint, recipe)}
+    tied = not any(job.role is Role.LM_HEAD for job in jobs.values())
+    for parameter, job in jobs.items():
+        layer, shape = LAYER_PREFIX.match(parameter), checkpoint.parameter_shape(parameter)
+        known = not tied if job.role in (Role.EMBEDDING, Role.LM_HEAD) else layer and parameter in shapes
+        if job.bits is not None and known:
+            turned = len(shape) == 3 and checkpoint.family.is_turned(shape)
+            shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+            number = int(layer[1]) if layer else -1
+            sources = tuple(checkpoint.sources[parameter])
+            pieces[parameter] = Piece(parameter, shape, parameter, sources, job.role, number, transposed=turned)
+    sizes, rest = bits_sizes(checkpoint, recipe, pieces, packed_bits)
+    units: dict[str, list[Piece]] = {}
+    for piece in pieces.values():
+        units.setdefault(unit_of(piece.sources[0]), []).append(piece)
+    units = {unit: units[unit] for unit in sizes}
+    budget = int(target_gib * 2**30) - rest
+    choose(sizes, {unit: dict.fromkeys(row, 0.0) for unit, row in sizes.items()}, budget)  # too small: said now
+
+    def rounded(value: Tensor, bits: str, hessian: Tensor) -> Tensor:
+        grid = Grid(int(bits), recipe.group, recipe.clip_steps, recipe.clip_low)
+        with damped(hessian, calibration.damping):
+            tokens = torch.ones(len(hessian), device=hessian.device)
+            return round_weight(value.contiguous(), grid, Statistics(hessian, tokens), recipe.method)
+
+    open_pieces = [piece for own in units.values() for piece in own]
+    options = {piece.name: [str(bits) for bits in BITS] for piece in open_pieces}
+    probes = dict.fromkeys(options, PROBE_BITS)
+    by_piece, nats = type_losses(checkpoint, calibration, open_pieces, options, probes, rounded, None, PROBE_SEQUENCES)
+    losses = {unit: {b: sum(by_piece[p.name][b] for p in own) for b in sizes[unit]} for unit, own in units.items()}
+    chosen = choose(sizes, losses, budget)
+    by_hand = {unit: str(jobs[own[0].name].bits) for unit, own in units.items()}
+    by_hand = by_hand if all(bits in sizes[unit] for unit, bits in by_hand.items()) else {}  # 2.5 bits are no option
+
+    def measure(ways: Sequence[Mapping[str, str]]) -> list[float]:
+        each = [{piece.name: way[unit] for unit, own in units.items() for piece in own} for way in ways]
+        return kl_of_choices(checkpoint, calibration, open_pieces, each, rounded, PROBE_SEQUENCES)
+
+    chosen, found = outcome(target_gib, rest, sizes, losses, chosen, by_hand, measure)
+    overrides = {piece.name: int(chosen[unit]) for unit, own in units.items() for piece in own}
+    print("\n".join(f"{bits} bits  {unit}" for unit, bits in chosen.items()))
+    write_json(out, {"made_of": made_of, "overrides": overrides})
+    print(f"wrote {out} in {time.time() - started:.1f} s", flush=True)
+    return found | {"chosen": chosen, "nats": nats, "losses": losses}
