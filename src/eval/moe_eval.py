@@ -81,7 +81,6 @@ def measure_pictures(
     model: torch.nn.Module, reference: torch.nn.Module, processor: Any, pairs: list[tuple[Prompt, str]], batch: int
 ) -> dict[str, Any]:
     """Metrics over all pairs; the last position of a row predicts nothing and is left out."""
-
     found: list[tuple[torch.Tensor, ...]] = []
     with progress(len(pairs), "kl", "picture") as bar:
         for start in range(0, len(pairs), batch):
@@ -94,7 +93,7 @@ def measure_pictures(
             found.append((loss, *divergence(expected, own), answer[:, 1:][kept]))
             bar.update(len(part))
     loss, kl, agree, answer = (torch.cat(each).numpy() for each in zip(*found, strict=True))
-    metrics = {"pictures": len(pairs), "tokens": len(loss), "ppl": float(np.exp(loss.mean()))}
+    metrics: Metrics = {"pictures": len(pairs), "tokens": len(loss), "ppl": float(np.exp(loss.mean()))}
     metrics |= {"ppl_answer": float(np.exp(loss[answer].mean())), "kl": summarize_kl(kl.astype(np.float64), agree)}
     return metrics | {"kl_answer": summarize_kl(kl[answer].astype(np.float64), agree[answer])}
 

@@ -349,11 +349,12 @@ class Judge:
         self.weights = resampled(self.facts["strata"])
         if dtype is torch.float32:
             torch.backends.cudnn.allow_tf32 = False  # what convolutions take by default
+        described = {"model": describe_model(reference), "recipe": recipe_record(reference)}
         self.reference = Judged(reference, batch, dtype)
         self.hidden = self.reference.states(text)
         self.likeliest = np.zeros(0)
         self.nll, _, _ = self._positions(self.reference.logits, self.hidden)
-        self.made: dict[str, Any] = {"model": describe_model(reference), "judge": self.name}
+        self.made: dict[str, Any] = described | {"judge": self.name}
         self.made |= {"strata": stratum_metrics(text, self.weights, self.nll), "tasks": self._tasks(self.reference)}
         self.made |= {"routing": self.reference.routers.summary(), "answer": self._answer(self.nll)}
 
