@@ -220,4 +220,6 @@ def test_a_study_keeps_a_tied_embedding_in_some_rows(tmp_path, documents, comman
         json.loads((tmp_path / f"r/text/small_int3{which}_clip.json").read_text())["metrics"] for which in ("", "_kept")
     )
     assert kept["bytes"] - rounded["bytes"] == words * width * (16 - 3 - 16 / 32) / 8
+    made = [metrics["models"][0]["model"]["path"].split("/")[-1] for metrics in (rounded, kept)]
+    assert made == ["int3_clip", "int3_kept_clip"]  # what a killed row left is not in the way of another
     assert kept["models"][0]["recipe"]["linear_bits"] == 3 and rounded["models"][0]["strata"]["all"]["mean"] > 0

@@ -140,9 +140,9 @@ class Study:
 
     def make(self, row: Made) -> tuple[Path, dict[str, Any]]:
         """(what a row makes, its own record)."""
-        record, out = self.work / "made.json", self.work / "made"
+        record, out = self.work / "made.json", self.work / row.name  # a killed run of another row is none of its business
         reference = self.work / f"llama-{row.text}"  # keeps the imatrix for other types
-        self.clean()
+        self.clean(row)
         given = [] if row.text is None else self.calibration(row.text)
         given += ["--model", self.model, "--result", record, "--tag", row.name, "--force"]
         if row.kind in GRIDS:
@@ -168,9 +168,9 @@ class Study:
         run_inside("src/quant/gguf_pack.py", "--out", out, *given)
         return out / read_result(record)["metrics"]["file"], read_result(record)
 
-    def clean(self) -> None:
-        shutil.rmtree(self.work / "made", ignore_errors=True)
-        for file in (self.work / "made.json", self.work / "made.types.txt", *self.work.glob("llama-*/*Q[0-9]_*.gguf")):
+    def clean(self, row: Made) -> None:
+        shutil.rmtree(self.work / row.name, ignore_errors=True)
+        for file in (self.work / "made.json", self.work / f"{row.name}.types.txt", *self.work.glob("llama-*/*Q[0-9]_*.gguf")):
             file.unlink(missing_ok=True)
 
     def missing(self, name: str) -> list[str]:
@@ -185,7 +185,7 @@ class Study:
         facts = {"bytes": size, "calibration": metrics.get("calibration")}
         for text in self.missing(row.name):
             self.write(row.name, text, [self.judge(text).judged(made)], started, facts, recipe, own["data"], row)
-        self.clean()
+        self.clean(row)
 
     def write(
         self, name: str, text: str, models: list[Any], started: float, facts: Mapping[str, Any] | None = None,
