@@ -4,8 +4,7 @@
 # for the largest), tried with llama-bench and removed; everything found so far stands in $FOUND (default work/decoding.json).
 # LIMIT seconds in all (default 390): what is left when it is near is not tried, and said. HEADERS=DIR holds 6.bin, 12.bin, 24.bin,
 # 48.bin and narrow.bin of `bash pipelines/bench_decode.sh headers DIR`, made where llama.cpp's converter is. TINY=1: seconds on a CPU.
-# LENGTHS="narrow 12":
-# these files alone. PYTHON=python3 uses that interpreter as it is, without env.sh.
+# LENGTHS="narrow 12": these files alone. PYTHON=python3 uses that interpreter as it is, without env.sh.
 set -uo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 started=$(date +%s)

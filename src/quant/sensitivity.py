@@ -313,6 +313,17 @@ def errors_of(
     return errors, total, decoded
 
 
+def put_rounded(
+    piece: Piece, original: Tensor, hessian: Tensor, kinds: Sequence[str], kind: str, rounded: Rounded, into: Tensor
+) -> tuple[dict[str, float], float]:
+    """Round a piece of the parameter ``original`` to ``kind`` within ``into``, a tensor of that shape; ``hessian``: of the
+    parameter. Returns (output error of the piece in each of ``kinds``, that of ``kind``)."""
+    own, value = ordered_hessian(piece, hessian), to_gguf(piece, original)
+    errors, error, decoded = errors_of(value.reshape(own.shape[0], -1, value.shape[-1]), own, kinds, kind, rounded)
+    into_parameter(piece, decoded.view(piece.shape), into)
+    return errors, error
+
+
 @torch.no_grad()
 def type_losses(
     checkpoint: Checkpoint, calibration: Calibration, pieces: Sequence[Piece], options: Mapping[str, Sequence[str]],
@@ -341,11 +352,9 @@ def type_losses(
         probe_errors[key] = 0.0
         for piece in pieces:
             if piece.parameter == key:
-                hessian, value = ordered_hessian(piece, statistics.hessian), to_gguf(piece, original)
-                value = value.reshape(hessian.shape[0], -1, value.shape[-1])
-                found = errors_of(value, hessian, options[piece.name], probes[piece.name], rounded)
-                errors[piece.name], probe_errors[key] = found[0], probe_errors[key] + found[1]
-                into_parameter(piece, found[2].view(piece.shape), into)
+                kinds, kind = options[piece.name], probes[piece.name]
+                errors[piece.name], error = put_rounded(piece, original, statistics.hessian, kinds, kind, rounded, into)
+                probe_errors[key] += error
 
     for piece in pieces:
         if piece.role is Role.EMBEDDING:  # its inputs are single tokens: the error of a row counts as it is
@@ -422,10 +431,8 @@ def kl_of_choices(
                         name = piece.parameter.removeprefix(prefix)
                         moments = collector.moments[name]
                         statistics = moments.statistics(calibration.floor * moments.shape[-1], 0.0, calibration.shrinkage)
-                        hessian, value = ordered_hessian(piece, statistics.hessian), to_gguf(piece, originals[piece.parameter])
-                        value = value.reshape(hessian.shape[0], -1, value.shape[-1])
-                        decoded = errors_of(value, hessian, (), chosen[piece.name], rounded)[2]
-                        into_parameter(piece, decoded.view(piece.shape), layer.get_parameter(name))
+                        original, kind = originals[piece.parameter], chosen[piece.name]
+                        put_rounded(piece, original, statistics.hessian, (), kind, rounded, layer.get_parameter(name))
                 changed[str(number)] = [out.cpu() for out in stream.run(layer, changed[str(number)], kwargs[index])]
             stream.empty(layer)
             bar.update()
