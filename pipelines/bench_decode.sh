@@ -29,7 +29,8 @@ shape() { # name: options of synthetic_moe
     if [ "$1" = narrow ]; then printf '%s\n' "${narrow[@]}"; else echo "--layers $1"; fi
 }
 
-make() { # name: its file, where there is time
+make() { # name: its file, where there is time; one that is there is taken
+    [ ! -e "$shm/122b-$1.gguf" ] || return 0
     local more=()
     [ -z "${HEADERS:-}" ] || more=(--header "$HEADERS/$1.bin")
     # shellcheck disable=SC2046
