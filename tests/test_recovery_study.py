@@ -16,7 +16,7 @@ from gguf_pack import write_pack
 from merge_adapter import GGML_FILE
 from pack_plan import Blocks, plan_pack
 from settings import parse_settings
-from study_recovery import STUDY, StudySettings, run_part, stages
+from study_recovery import STUDY, StudySettings, recipes, run_part, stages
 
 
 def study_of(changes):
@@ -102,7 +102,10 @@ def test_every_part_of_the_study_has_the_same_steps():
     parts = stages(study)
     tags = [stage.tag for part in parts.values() for stage in part]
     assert len(set(tags)) == len(tags)
-    for name in parts.keys() - {"long", "wide"}:
-        part = parts[name]
+    for name, part in parts.items():
         steps = [stage.changes.get("steps", study.steps) for stage in part]
-        assert sum(steps) == study.steps - (study.steps // 2 if name == "policy_all" else 0), name
+        assert name == "long" or sum(steps) == study.steps or name in recipes(study), name
+        if name in recipes(study):  # all cells go on by as many steps from one warm start
+            assert set(steps) == {study.recipe_steps} and len(part) == 6
+            assert {stage.changes["init"] for stage in part[1:]} == {study.work / part[0].tag / "adapter"}
+    assert len(recipes(study)) == 3 * study.seeds
