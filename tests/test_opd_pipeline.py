@@ -37,7 +37,7 @@ from sample_log import log_line, sealed
 from settings import parse_settings
 
 GENERATE = ["--tasks", "tiny_know,tiny_math", "--limit", 4, "--max-tokens", 12, "--backend", "hf", "--temperature", 1.0]
-TRAIN = ["--steps", 5, "--rows", 4, "--micro-rows", 2, "--rank", 4, "--lr", 0.1, "--save-every", 1, "--warmup", 0]
+TRAIN = ["--steps", 5, "--rows", 4, "--micro-rows", 2, "--rank", 4, "--lr", 0.1, "--save-every", 1, "--warmup", 0, "--norms"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 

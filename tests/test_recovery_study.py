@@ -15,6 +15,7 @@ from gguf_layout import pieces_of, read_parameter, to_gguf
 from gguf_pack import write_pack
 from merge_adapter import GGML_FILE
 from pack_plan import Blocks, plan_pack
+from page_tables import learned, recovery_cells
 from settings import parse_settings
 from study_recovery import STUDY, StudySettings, recipes, run_part, stages
 
@@ -109,3 +110,32 @@ def test_every_part_of_the_study_has_the_same_steps():
             assert set(steps) == {study.recipe_steps} and len(part) == 6
             assert {stage.changes["init"] for stage in part[1:]} == {study.work / part[0].tag / "adapter"}
     assert len(recipes(study)) == 3 * study.seeds
+
+
+def test_the_cells_of_the_study_stand_by_seed():
+    def record(part, seed, **settings):
+        metrics = {"kl_answer_after": seed / 100, "kl_after": {"mean": seed / 10}}
+        own = {"seed": seed, "teacher_loss": "forward_kl", "student_loss": "reverse_kl"} | settings
+        return f"distill/{part}_{seed}.json", {
+            "tag": f"recovery_recipe_lora_{seed}_{part}",
+            "settings": own,
+            "metrics": metrics,
+        }
+
+    found = [record("mixture", seed, trajectories="mixture") for seed in (2, 0)]
+    found += [record("warm", 0, trajectories="teacher"), ("distill/other.json", {"tag": "recovery_int2_policy"})]
+    section = recovery_cells(found)
+    assert section.head[2:] == ["in answers, `0`", "in answers, `2`", "all, `0`", "all, `2`"]
+    warm, mixture = sorted(section.rows, key=lambda row: row[1].text, reverse=True)
+    assert [cell.text for cell in mixture] == [
+        "lora",
+        "forward_kl, teacher; reverse_kl, student",
+        "0.00000",
+        "0.02000",
+        "0.00000",
+        "0.20000",
+    ]
+    assert [cell.text for cell in warm] == ["lora", "warm start: forward_kl, teacher", "0.00000", "", "0.00000", ""]
+    assert mixture[5].source == "distill/mixture_2.json#metrics.kl_after.mean" and recovery_cells(found[-1:]) is None
+    old = {"settings": {"loss": "cross_entropy", "trajectories": "teacher"}}
+    assert learned(old) == "cross_entropy, teacher"

@@ -166,11 +166,10 @@ class Run:
         found = {key: source_identity(path) for key, path in models.items() if path}
         if config.init:
             found["init"] = source_identity(config.init / ADAPTER)
-        for source in self.sources:
-            if not source.made:
-                found[f"{source.own}cache"] = source_identity(source.rollouts / MANIFEST) | source_identity(
-                    source.scores / INDEX
-                )
+        for own, rollouts, scores in (
+            (source.own, source.rollouts, source.scores) for source in self.sources if not source.made
+        ):
+            found[f"{own}cache"] = source_identity(rollouts / MANIFEST) | source_identity(scores / INDEX)
         return found
 
     def claim(self) -> None:
@@ -406,12 +405,12 @@ def plan(config: DistillSettings, result: Path) -> str:
     texts, trained = rollouts * config.max_tokens, config.steps * config.rows * config.max_tokens
     for name, phase, done, what, tokens in (
         *(
-            (f"A rollouts of the {source.whose}", "opd_gen", source.rollouts / MANIFEST, f"{rollouts:,} rollouts", texts)
-            for source in run.sources
-        ),
-        *(
-            (f"B scores of the {source.whose}'s", "opd_score", source.scores / INDEX, f"{rollouts:,} rollouts", texts)
-            for source in run.sources
+            (f"{what} ({s.whose}'s texts)", phase, place, f"{rollouts:,} rollouts", texts)
+            for s in run.sources
+            for what, phase, place in (
+                ("A rollouts", "opd_gen", s.rollouts / MANIFEST),
+                ("B scores", "opd_score", s.scores / INDEX),
+            )
         ),
         ("C training", "opd_train", run.adapter / ADAPTER_JSON, f"{config.steps:,} steps of {config.rows} rollouts", trained),
     ):

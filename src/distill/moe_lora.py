@@ -72,12 +72,6 @@ class Adapter(nn.Module):
 
     def __init__(self, name: str, grid: Grid, flat: bool, mode: str, rank: int, seed: int = 0) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise UserError(f"mode {mode!r} is unknown; known: {', '.join(MODES)}")
-        if mode != "lora" and not grid.scales:
-            raise UserError(f"{name}: the scales of a ggml type cannot be trained; use mode lora")
-        if mode != "scales" and rank < 1:
-            raise UserError(f"rank {rank} must be at least 1")
         self.name, self.grid, self.flat, self.mode, self.rank = name, grid, flat, mode, rank
         experts, outputs, inputs = grid.shape
         device = grid.scale.device
@@ -233,12 +227,9 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 Maker = Callable[[str], Adapter | None]
 
 
-def adapt_layer(layer: nn.Module, prefix: str, linears: bool, norms: bool, make: Maker) -> list[str]:
-    """Attach what ``make`` gives for the name of each adaptable parameter (None leaves it); the names that got one."""
-    names = []
+def adapt_layer(layer: nn.Module, prefix: str, linears: bool, norms: bool, make: Maker) -> None:
+    """Attach what ``make`` gives for the name of each adaptable parameter (None leaves it)."""
     for owner, attribute, local, turned in list(adaptable(layer, linears, norms)):
         adapter = make(prefix + local)
         if adapter is not None:
             attach(owner, attribute, adapter, turned)
-            names.append(adapter.name)
-    return names

@@ -180,10 +180,9 @@ def build_student(
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     stream = LayerStream(checkpoint_, world.device, dtype)
     maker = GridMaker(student, teacher, config, world)
-    names: list[str] = []
     with progress(len(stream.layers), "load", "layer") as bar:
         for index, layer in enumerate(stream.layers):
-            names += adapt_layer(layer, f"model.layers.{index}.", config.linears, config.norms, maker.make)
+            adapt_layer(layer, f"model.layers.{index}.", config.linears, config.norms, maker.make)
             stream.fill(layer, f"model.layers.{index}.")  # what no adapter stands in for
             if recompute:
                 checkpoint_layer(layer)

@@ -183,12 +183,13 @@ def compare(study: StudySettings) -> None:
     """What was evaluated, in pairs: each model with the teacher, and recovered ones with their students and one another."""
     tiny, teacher = f"recovery_int{study.grid}", "recovery_bf16"
     first = f"{tiny}_teacher"
-    pairs = [(f"{tiny}_before", first), (first, f"{tiny}_policy"), (first, f"{tiny}_cross_entropy")]
-    pairs += [(f"recovery_{part}_teacher_forward", f"recovery_{part}_student_reverse") for part in recipes(study)]
+    recovered = [(f"{tiny}_before", first), (first, f"{tiny}_policy"), (first, f"{tiny}_cross_entropy")]
+    cells = [(f"recovery_{part}_teacher_forward", f"recovery_{part}_student_reverse", []) for part in recipes(study)]
     parts = [part for name, part in stages(study).items() if name not in recipes(study)]
     tags = [f"{tiny}_before", *(stage.tag for part in parts for stage in part if stage.evaluate)]
-    for base, other, more in [(teacher, tag, []) for tag in tags] + [(*pair, ["--teacher", teacher]) for pair in pairs]:
-        if all((study.results / f"eval/{tag}.json").exists() for tag in (teacher, base, other)):
+    pairs = [*((teacher, tag, []) for tag in tags), *((*pair, ["--teacher", teacher]) for pair in recovered), *cells]
+    for base, other, more in pairs:
+        if all((study.results / f"eval/{tag}.json").exists() for tag in (base, other, *more[1:])):
             run_inside("src/eval/compare_tags.py", "--results", study.results, base, other, *more)
 
 

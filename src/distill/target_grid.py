@@ -78,7 +78,6 @@ def int_cells(student: Tensor, teacher: Tensor | None, bits: Sequence[int], grou
 class IntGrid(nn.Module):
     """Symmetric integers of E matrices; ``bits`` may differ between them."""
 
-    scales = True  # whether the scales can be trained
     chunk = {"cpu": 1 << 18, "cuda": 1 << 27}  # weights worked on at once (whole matrices, at least one)
 
     def __init__(self, cells: Sequence[IntCells], group: int, stored: torch.dtype) -> None:
@@ -151,7 +150,6 @@ class GgmlGrid(nn.Module):
     """A block type of llama.cpp. Scales are fitted once to ``weight`` [E, O, I] and kept, so that packing the trained codes
     moves nothing; a step is the root mean square of a group."""
 
-    scales = False
     chunk = {"cpu": 1 << 16, "cuda": 1 << 24}  # the search of a lattice takes many times the memory of its weights
 
     def __init__(self, weight: Tensor, name: str, stored: torch.dtype) -> None:
@@ -205,7 +203,6 @@ class GgmlGrid(nn.Module):
 class FreeGrid(nn.Module):
     """Values [N] that lie on no grid, such as a norm's; held as [1, 1, N], and moved by the growth itself."""
 
-    scales = True
     chunk = IntGrid.chunk
 
     def __init__(self, value: Tensor) -> None:
