@@ -89,8 +89,7 @@ class GridMaker:
         source = checkpoint.sources[parameter][0]
         role = role_of(source, checkpoint.tensors[source].shape, checkpoint.model_type)
         if role is Role.NORM and self.config.norms:
-            norm = FreeGrid(self.student.read(parameter).to(self.device))
-            return Adapter(parameter, norm, True, "scales", self.config.rank)
+            return Adapter(parameter, FreeGrid(self._finite(self.student, parameter)), True, "scales", self.config.rank)
         bits = self.bits(parameter, role)
         if role in (Role.MTP, Role.EMBEDDING, Role.LM_HEAD) or not bits:
             return None
@@ -98,15 +97,19 @@ class GridMaker:
             other = list(self.teacher.shape(parameter))
             raise UserError(f"{parameter}: {list(shape)} in the student, {other} in the teacher")
         if self.config.ggml and role is Role.ROUTED_EXPERT:
-            teacher = self.teacher.read(parameter)
-            if not all_finite(teacher):
-                raise UserError(f"{self.teacher.checkpoint.path}: {parameter} holds NaN or infinity")
-            grid: Grid = GgmlGrid(teacher.to(self.device), self.config.ggml, teacher.dtype)
+            teacher = self._finite(self.teacher, parameter)
+            grid: Grid = GgmlGrid(teacher, self.config.ggml, teacher.dtype)
         elif torch.equal(*(reader.read(parameter, slice(0, 1)) for reader in (self.student, self.teacher))):
             return None  # quant_save --packed does not round what no kernel reads packed
         else:
             grid = self._int_grid(parameter, shape, bits)
         return Adapter(parameter, grid, len(shape) == 2, self.config.mode, self.config.rank, self.config.seed)
+
+    def _finite(self, reader: ParameterReader, parameter: str) -> Tensor:
+        value = reader.read(parameter)
+        if not all_finite(value):
+            raise UserError(f"{reader.checkpoint.path}: {parameter} holds NaN or infinity")
+        return value.to(self.device)
 
     def _int_grid(self, parameter: str, shape: tuple[int, ...], bits: tuple[int, ...]) -> IntGrid:
         """The grid of all matrices, of which only this process's are read where the bits of the others are known: the rest
