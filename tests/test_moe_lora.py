@@ -113,7 +113,7 @@ def test_every_family_trains_and_merges_to_the_same_logits(family, tmp_path):
     config = TrainSettings(
         rank=4, linears=family != "olmoe", mode="both" if family == "olmoe" else "lora", steps=2, lr=0.5, clip=1e9
     )
-    student = build_student(quantized, teacher, config, ALONE, "reverse_kl", 1.0, recompute=True)
+    student = build_student(quantized, teacher, config, ALONE, ("reverse_kl",) * 2, 1.0, recompute=True)
     batch = batch_of(model)
     loaded = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_a_recomputed_layer_routes_as_its_forward_did(tmp_path):
     batch = batch_of(model)
     gradients = []
     for recompute, disturbed in ((False, False), (True, False), (True, True)):
-        student = build_student(quantized, teacher, AdapterSettings(rank=4), ALONE, "reverse_kl", 1.0, recompute)
+        student = build_student(quantized, teacher, AdapterSettings(rank=4), ALONE, ("reverse_kl",) * 2, 1.0, recompute)
         calls, chosen = [0], []
         for layer in student.layers:
             experts = next(m for m in layer.modules() if is_adapted(m))
@@ -215,8 +215,6 @@ def test_a_ggml_grid_packs_what_it_computed(name):
     assert torch.equal(out.detach(), adapter.baked()) and not torch.equal(packed, encode(weight.float(), name))
     out.square().sum().backward()
     assert (adapter.b.grad.flatten(1).abs().amax(1) > 0).all() and adapter.a.grad.isfinite().all()
-    with pytest.raises(UserError, match="cannot be trained"):
-        Adapter("x", GgmlGrid(weight, name, torch.float32), False, "scales", 4)
 
 
 def test_a_student_on_a_ggml_grid_merges_with_its_blocks(tmp_path):
@@ -224,7 +222,7 @@ def test_a_student_on_a_ggml_grid_merges_with_its_blocks(tmp_path):
 
     teacher, quantized, model = pair(tmp_path, "qwen3_moe", Recipe(2, 4, 32, 1))
     config = TrainSettings(rank=4, ggml="iq4_nl", steps=1, lr=0.3)
-    student = build_student(quantized, teacher, config, ALONE, "forward_kl", 1.0, recompute=False)
+    student = build_student(quantized, teacher, config, ALONE, ("forward_kl",) * 2, 1.0, recompute=False)
     batch = batch_of(model)
     trainer = Trainer(student, config, ALONE, tmp_path / "a", {})
     student(batch).backward()

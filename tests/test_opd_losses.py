@@ -1,7 +1,9 @@
 """The losses on tiny tensors: equal to KL over the whole vocabulary for K = V, a lower bound below, gradients checked."""
 
 import dataclasses
+import itertools
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -15,9 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from console import UserError
 from distill_run import DistillSettings, Run, prompts
 from opd_budget import budget, shape_of
-from opd_data import Generation, Scoring, TrainSettings, read_prompts
+from opd_data import Example, Generation, Scoring, Texts, TrainSettings, collate, read_prompts
 from opd_gen import kept, none_kept
-from opd_losses import TopK, forward_kl, gathered, position_losses, reverse_kl, top_k_of
+from opd_losses import LOSSES, TopK, forward_kl, gathered, losses_by_source, position_losses, reverse_kl, top_k_of
 from quant_save import quantize_checkpoint
 from recipe import Recipe
 from settings import parse_settings, typed
@@ -45,6 +47,65 @@ def test_kl_is_that_of_the_whole_vocabulary_and_a_lower_bound_below(temperature)
     torch.testing.assert_close(
         position_losses(student, targets, None, "cross_entropy", 1.0), F.cross_entropy(student, targets, reduction="none")
     )
+
+
+def slow_loss(teacher, student, target, kind, k, temperature):
+    """Of one position, in double and word by word: over the whole vocabulary, or the teacher's k likeliest and all others."""
+    if kind == "cross_entropy":
+        return -math.log(math.exp(student[target]) / sum(map(math.exp, student)))
+    p, q = (
+        [math.exp(x / temperature) / sum(math.exp(y / temperature) for y in own) for x in own] for own in (teacher, student)
+    )
+    likely = sorted(range(len(p)), key=lambda token: -p[token])[:k]
+    p, q = ([own[token] for token in likely] + [1 - sum(own[token] for token in likely)] * (k < len(own)) for own in (p, q))
+    a, b = (p, q) if kind == "forward_kl" else (q, p)
+    return temperature**2 * sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("k", [3, 23])
+@pytest.mark.parametrize("kinds", list(itertools.product(LOSSES, repeat=2)))
+def test_the_loss_of_a_position_is_that_of_whose_text_it_stands_in(kinds, k):
+    teacher, student = logits_pair(6)
+    own, targets = torch.tensor([False, True, True, False, True, False]), torch.arange(6)
+    student.requires_grad_()
+    found = losses_by_source(student, targets, gathered(teacher, teacher.topk(k).indices, 1.5), own, kinds, 1.5)
+    rows = zip(teacher.double().tolist(), student.double().tolist(), targets.tolist(), own.tolist(), strict=True)
+    expected = [slow_loss(a, b, target, kinds[mine], k, 1.5) for a, b, target, mine in rows]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), student)
+    for mine in (False, True):  # each position has the gradient of its own loss alone
+        alone = position_losses(student, targets, gathered(teacher, teacher.topk(k).indices, 1.5), kinds[mine], 1.5)
+        torch.testing.assert_close(gradient[own == mine], torch.autograd.grad(alone.sum(), student)[0][own == mine])
+
+
+class FakeScores(list):
+    """Rollouts of which only the length of the answer matters."""
+
+    def __init__(self, answers):
+        made = [Example(torch.arange(n + 2), 2, TopK(*(torch.zeros(n, 1),) * 2, torch.zeros(n))) for n in answers]
+        super().__init__(made)
+        self.lengths, self.answers = [n + 2 for n in answers], list(answers)
+
+
+def test_a_mixture_takes_a_growing_share_of_the_students_texts():
+    theirs, mine = FakeScores(range(1, 8)), FakeScores(range(11, 16))
+    texts = Texts(theirs, mine)
+    assert texts.answers == theirs.answers + mine.answers
+    batch = collate([texts[number] for number in (6, 7)])  # the last of the one, the first of the other
+    assert batch.own.tolist() == [False] * 7 + [True] * 11
+    settings = TrainSettings(steps=11, rows=4, trajectories="mixture")
+    plan = texts.order(settings)
+    counts = [sum(number >= 7 for number in step) for step in plan]
+    assert counts[0] == 0 and counts[-1] == 4 and counts == sorted(counts) and sum(counts) == 22
+    assert all(len(step) == 4 for step in plan) and set(sum(plan, [])) == set(range(12))
+    steady = texts.order(dataclasses.replace(settings, share_first=0.3, share_last=0.3))
+    assert [sum(number >= 7 for number in step) for step in steady] == [1, 1, 2, 1, 1, 1, 1, 2, 1, 1, 1]
+    for trajectories, alone in (("teacher", Texts(theirs, None)), ("student", Texts(None, mine))):
+        plan = alone.order(TrainSettings(steps=7, rows=3, trajectories=trajectories))
+        every = sum(plan, [])
+        count = len(alone.answers)
+        assert all(sorted(every[i : i + count]) == list(range(count)) for i in range(0, 21 - count, count))
+        assert alone[0].own is (trajectories == "student")
 
 
 def test_gradients():

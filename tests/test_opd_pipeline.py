@@ -23,7 +23,9 @@ from safetensors.torch import load_file, save_file
 import distill_run
 import merge_adapter
 import opd_score
+from checkpoint import Checkpoint, read_manifest
 from console import UserError, file_sha256
+from families import Role, roles_of
 from fsdp_setup import World, own_rows
 from hf_model import load_tokenizer
 from opd_budget import Plan, memory, shape_of
@@ -35,7 +37,7 @@ from sample_log import log_line, sealed
 from settings import parse_settings
 
 GENERATE = ["--tasks", "tiny_know,tiny_math", "--limit", 4, "--max-tokens", 12, "--backend", "hf", "--temperature", 1.0]
-TRAIN = ["--steps", 5, "--rows", 4, "--micro-rows", 2, "--rank", 4, "--lr", 0.1, "--save-every", 1, "--warmup", 0]
+TRAIN = ["--steps", 5, "--rows", 4, "--micro-rows", 2, "--rank", 4, "--lr", 0.1, "--save-every", 1, "--warmup", 0, "--norms"]
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -313,7 +315,7 @@ def test_a_node_that_is_not_the_first_waits_and_trains(cached, random_tiny, tmp_
     shown = own.step
     own.step = lambda script, *a, **k: (
         shown(script, **k),
-        "score" in script and shutil.copytree(cached / "scores", own.scores),
+        "score" in script and shutil.copytree(cached / "scores", own.sources[0].scores),
     )
     own.join()
     assert [name for name, _ in calls] == ["opd_score", "opd_train_fsdp"]
@@ -475,6 +477,8 @@ def test_a_teacher_or_student_with_a_nan_is_named(cached, random_tiny, tmp_path)
     shutil.rmtree(tmp_path / "c/q")
     with_nan(cached / "q", tmp_path / "c/q", "layers.2.post_attention_layernorm.weight")
     train = training(tmp_path / "c", random_tiny, tmp_path / "a")
+    refused("opd_train_fsdp", train, "c/q: model.layers.2.post_attention_layernorm.weight holds NaN or infinity")
+    train.remove("--norms")
     refused("opd_train_fsdp", train, "model.layers.2.post_attention_layernorm.weight: the weight contains NaN")
 
 
@@ -606,7 +610,7 @@ def test_prompts_are_scored_where_that_is_asked_for(cached, random_tiny, tmp_pat
 
 def test_the_budget_counts_the_bytes_of_a_student(cached, random_tiny):
     world = World(0, 1, torch.device("cpu"))
-    student = build_student(cached / "q", random_tiny, AdapterSettings(rank=4), world, "forward_kl", 1.0, False)
+    student = build_student(cached / "q", random_tiny, AdapterSettings(rank=4), world, ("forward_kl",) * 2, 1.0, False)
     held = {True: 0, False: 0}
     for parameter in student.parameters():
         size = 2 if parameter.dtype is torch.float32 and not parameter.requires_grad else parameter.element_size()
@@ -657,3 +661,49 @@ def test_killed_in_every_phase_ends_with_the_same_bytes(random_tiny, tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     for name in ("rollouts/rollouts.jsonl", "adapter/adapter.safetensors", "recovered/model.safetensors"):
         assert file_sha256(tmp_path / "cut" / name) == file_sha256(tmp_path / "whole" / name), name
+
+
+def test_a_mixture_recovers_a_packed_student_of_several_widths(random_tiny, tmp_path, monkeypatch):
+    """Both texts, norms too; what comes out is packed as what went in was, and only what was trained differs."""
+    experts = tuple((f"model.layers.{layer}.mlp.experts", (2, 3, 4, 3, 2, 3, 2, 4)) for layer in (0, 2))
+    recipe = Recipe(3, 4, overrides=(("*.shared_expert.down_proj.weight", 5),), experts=experts)
+    quantize_checkpoint(random_tiny, tmp_path / "q", recipe, packed=True, packed_bits=4)
+    values = {"TEACHER": random_tiny, "STUDENT": tmp_path / "q", "WORK": tmp_path / "w", "TRAJECTORIES": "mixture", "NORMS": 1}
+    values |= {"TASKS": "tiny_math", "LIMIT": 4, "MAX_TOKENS": 8, "FINISHED_ONLY": 0, "K": 8, "STEPS": 2, "ROWS": 4, "RANK": 2}
+    values |= {"MICRO_ROWS": 2, "LR": 0.5, "WARMUP": 0, "KL_ITEMS": 1, "BACKEND": "hf", "LINEARS": 1}
+    for key, value in values.items():
+        monkeypatch.setenv(key, str(value))
+    config, _ = parse_settings(DistillSettings, "", argv=["--config", str(REPO / "configs/opd_tiny.env")])
+    called = []
+
+    def step(script, *arguments, **_):
+        called.append(Path(script).stem)
+        assert run(Path(script).stem, *arguments) == (0, ""), script
+
+    distill_run.recover(config, tmp_path / "r.json", step)
+    assert [called.count(name) for name in ("packed_export", "opd_gen", "opd_score", "quant_save")] == [2, 2, 2, 0]
+    before, plain, after = (Checkpoint(tmp_path / name) for name in ("q", "w/recovered", "w/packed"))
+    listed = [{name: rest for name, *rest in read_manifest(packed.path)["tensors"]} for packed in (before, after)]
+    assert listed[0] == listed[1] and {rest[-1] for rest in listed[0].values()} == {0, 4, 5}  # 2 and 3 bits in codes of 4
+    roles = roles_of({name: info.shape for name, info in before.tensors.items()}, before.config)
+    changed = [name for name in before.tensors if not torch.equal(before.read(name), after.read(name))]
+    norms = [name for name in changed if roles[name] is Role.NORM]
+    assert (
+        len(norms) > 8
+        and "model.norm.weight" not in norms
+        and {Role.ROUTED_EXPERT, Role.ATTENTION} < {*map(roles.get, changed)}
+    )
+    assert all(roles[name] is Role.NORM or recipe.bits_of(name, roles[name]) for name in changed)
+    assert all(torch.equal(plain.read(name), after.read(name)) for name in before.tensors)
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert [data["revision"] for data in record["data"]] == ["teacher", "student"] and record["metrics"]["own_rollouts"]["kept"]
+    adapter = json.loads((tmp_path / "w/adapter/adapter.json").read_text())
+    assert adapter["training"]["losses"] == {"teacher": "forward_kl", "student": "reverse_kl"} and adapter["data"]["own"]
+    (tmp_path / "r.json").unlink()
+    called.clear()
+    distill_run.recover(config, tmp_path / "r.json", step)  # nothing but the record
+    assert called == []
+    texts = ["--rollouts", tmp_path / "w/teacher/rollouts", "--scores", tmp_path / "w/teacher/scores", "--out", tmp_path / "a"]
+    models = ["--student", tmp_path / "w/student", "--teacher", random_tiny, *TRAIN]
+    refused("opd_train_fsdp", [*models, *texts], "are the teacher's own texts; give --trajectories")
+    refused("opd_train_fsdp", [*models, *texts, "--trajectories", "mixture"], "give all or none")

@@ -15,8 +15,9 @@ from gguf_layout import pieces_of, read_parameter, to_gguf
 from gguf_pack import write_pack
 from merge_adapter import GGML_FILE
 from pack_plan import Blocks, plan_pack
+from page_tables import learned, recovery_cells
 from settings import parse_settings
-from study_recovery import STUDY, StudySettings, run_part, stages
+from study_recovery import STUDY, StudySettings, recipes, run_part, stages
 
 
 def study_of(changes):
@@ -102,7 +103,39 @@ def test_every_part_of_the_study_has_the_same_steps():
     parts = stages(study)
     tags = [stage.tag for part in parts.values() for stage in part]
     assert len(set(tags)) == len(tags)
-    for name in parts.keys() - {"long", "wide"}:
-        part = parts[name]
+    for name, part in parts.items():
         steps = [stage.changes.get("steps", study.steps) for stage in part]
-        assert sum(steps) == study.steps - (study.steps // 2 if name == "policy_all" else 0), name
+        assert name == "long" or sum(steps) == study.steps or name in recipes(study), name
+        if name in recipes(study):  # all cells go on by as many steps from one warm start
+            assert set(steps) == {study.recipe_steps} and len(part) == 6
+            assert {stage.changes["init"] for stage in part[1:]} == {study.work / part[0].tag / "adapter"}
+    assert len(recipes(study)) == 3 * study.seeds
+
+
+def test_the_cells_of_the_study_stand_by_seed():
+    def record(part, seed, **settings):
+        metrics = {"kl_answer_after": seed / 100, "kl_after": {"mean": seed / 10}}
+        own = {"seed": seed, "teacher_loss": "forward_kl", "student_loss": "reverse_kl"} | settings
+        return f"distill/{part}_{seed}.json", {
+            "tag": f"recovery_recipe_lora_{seed}_{part}",
+            "settings": own,
+            "metrics": metrics,
+        }
+
+    found = [record("mixture", seed, trajectories="mixture") for seed in (2, 0)]
+    found += [record("warm", 0, trajectories="teacher"), ("distill/other.json", {"tag": "recovery_int2_policy"})]
+    section = recovery_cells(found)
+    assert section.head[2:] == ["in answers, `0`", "in answers, `2`", "all, `0`", "all, `2`"]
+    warm, mixture = sorted(section.rows, key=lambda row: row[1].text, reverse=True)
+    assert [cell.text for cell in mixture] == [
+        "lora",
+        "forward_kl, teacher; reverse_kl, student",
+        "0.00000",
+        "0.02000",
+        "0.00000",
+        "0.20000",
+    ]
+    assert [cell.text for cell in warm] == ["lora", "warm start: forward_kl, teacher", "0.00000", "", "0.00000", ""]
+    assert mixture[5].source == "distill/mixture_2.json#metrics.kl_after.mean" and recovery_cells(found[-1:]) is None
+    old = {"settings": {"loss": "cross_entropy", "trajectories": "teacher"}}
+    assert learned(old) == "cross_entropy, teacher"

@@ -19,10 +19,10 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from backend_openai import read_addresses
-from checkpoint import Checkpoint, different_file, source_identity
+from checkpoint import PACKED, Checkpoint, different_file, read_manifest, source_identity
 from console import UserError, read_json, run_cli, run_script, write_json
 from fsdp_setup import ONE_NODE, Nodes, launch
 from hf_model import load_tokenizer
@@ -58,6 +58,7 @@ from size_model import RESULTS, Rates, duration, machine, records_of
 SMOKE = {"repeats": 1, "max_tokens": 64, "finished_only": False, "steps": 2, "warmup": 0, "kl_items": 2}
 SMOKE |= {"micro_rows": 2, "eval_limit": 0, "save_every": 1}
 SETTINGS = "settings.json"
+PACK = "src/quant/packed_export.py"
 EVAL_KEYS = ("n", "acc", "acc_low", "acc_high", "acc_finished", "trunc", "mean_tokens")
 # what a run may be resumed with otherwise
 HERE = ("processes", "nnodes", "node_rank", "rdzv", "base_url", "parallel", "timeout", "api_key_env")
@@ -77,25 +78,48 @@ def step(script: str, *arguments: object, processes: int = 1, nodes: Nodes = ONE
         run_script(script, *arguments)
 
 
+def packing(packed: Path) -> list[object]:
+    """The options of packed_export that give a checkpoint of the same recipe the codes of this one."""
+    manifest = read_manifest(packed)
+    bits = {name: own if manifest["format"] > 1 else 4 for name, _, _, own in manifest["tensors"] if own}
+    return ["--packed-bits", min(bits.values()), *([] if any(".experts." in name for name in bits) else ["--keep-experts"])]
+
+
+class Source(NamedTuple):
+    """Whose texts; what the names of a mixture's second begin with; where its rollouts and scores lie; whether this run makes
+    them."""
+
+    whose: str
+    own: str
+    rollouts: Path
+    scores: Path
+    made: bool
+
+
 class Run:
     """The directories of a run and its phases in order."""
 
     def __init__(self, config: DistillSettings, result: Path, step: Step) -> None:
         self.config, self.result, self.step = config, result, step
         self.work, self.teacher = config.work, config.teacher
-        self.student = config.student or self.work / "student"
-        off_policy = config.cache or self.work / ("teacher" if config.trajectories == "teacher" else "")
-        self.rollouts, self.scores = off_policy / "rollouts", off_policy / "scores"
+        self.packed = config.student is not None and (config.student / PACKED).is_file()
+        self.student = self.work / "student" if self.packed or not config.student else config.student
+        self.sources: list[Source] = []
+        for whose, own, given in zip(config.losses, ("", "own_"), (config.cache, config.own_cache), strict=False):
+            place = given or self.work / ("teacher" if whose == "teacher" else "")
+            self.sources.append(Source(whose, own, place / "rollouts", place / "scores", not given))
         self.adapter, self.recovered = self.work / "adapter", self.work / "recovered"
         # what is recovered: on a block type of llama.cpp that is not the student's file, but its weights on that grid
         self.before = self.work / "before" if config.ggml else self.student
 
     def join(self) -> None:
         """The part of a node that is not the first: to score and to train, as soon as the first has made what that needs."""
-        self.wait(self.work / SETTINGS, self.student / RECIPE_FILE, self.rollouts / MANIFEST)
+        texts = [source.rollouts / MANIFEST for source in self.sources]
+        self.wait(self.work / SETTINGS, self.student / RECIPE_FILE, *texts)
         self.check()
         self.claim()
-        self.score()
+        for source in self.sources:
+            self.score(source)
         self.wait(self.before / RECIPE_FILE)
         self.train()
 
@@ -124,25 +148,28 @@ class Run:
         check_adapters(student, teacher, read_recipe(config.student) if config.student else config.recipe, config)
         if config.student:
             same_texts(config.student, self.teacher)
-        if config.cache:
-            check_scored(self.scores, read_rollouts(self.rollouts)[1])
-        elif config.tasks:
-            training_benchmarks(config.tasks.split(","))
-        if config.base_url and not config.cache and not (self.rollouts / MANIFEST).exists():
+        for source in self.sources:
+            if not source.made:
+                check_scored(source.scores, read_rollouts(source.rollouts)[1])
+        if making := [source for source in self.sources if source.made]:
+            training_benchmarks(config.tasks.split(",") if config.tasks else [])
+        if config.base_url and not all((source.rollouts / MANIFEST).exists() for source in making):
             read_addresses(config.base_url)
-        if not config.cache and (most := prompts(config) * config.repeats) < config.rows:
+        if making and (most := prompts(config) * config.repeats) < config.rows:
             raise UserError(f"ROWS={config.rows}: there will be only {most} rollouts; raise LIMIT or REPEATS, or lower ROWS")
 
     def inputs(self) -> dict[str, dict[str, str]]:
         """By key the identity of the files that the settings name."""
         config = self.config
         models = {"teacher": self.teacher, "student": config.student, "rollout_model": config.rollout_model}
-        models["prompts"] = None if config.cache else config.prompts
+        models["prompts"] = config.prompts if any(source.made for source in self.sources) else None
         found = {key: source_identity(path) for key, path in models.items() if path}
         if config.init:
             found["init"] = source_identity(config.init / ADAPTER)
-        if config.cache:
-            found["cache"] = source_identity(self.rollouts / MANIFEST) | source_identity(self.scores / INDEX)
+        for own, rollouts, scores in (
+            (source.own, source.rollouts, source.scores) for source in self.sources if not source.made
+        ):
+            found[f"{own}cache"] = source_identity(rollouts / MANIFEST) | source_identity(scores / INDEX)
         return found
 
     def claim(self) -> None:
@@ -165,33 +192,36 @@ class Run:
                 raise UserError(f"{self.work}: made with another {key.upper()}: {why}; give another WORK or remove it")
 
     def quantize(self) -> None:
-        recipe = self.config.recipe
-        if not self.config.student and not (self.student / RECIPE_FILE).exists():
-            paths = ["--model", self.teacher, "--out", self.student]
-            self.step("src/quant/quant_save.py", *paths, *typed(recipe))
+        if (self.student / RECIPE_FILE).exists():
+            return
+        if self.packed:  # what is trained and judged is what it unpacks to: transformers reads no experts of several widths
+            self.step(PACK, "--unpack", self.config.student, "--out", self.student)
+        else:
+            self.step("src/quant/quant_save.py", "--model", self.teacher, "--out", self.student, *typed(self.config.recipe))
 
     def cache(self) -> None:
         """Phases A and B, unless CACHE names the output of another run; what is there must be of these models and settings."""
-        config = self.config
-        model = self.teacher if config.trajectories == "teacher" else config.rollout_model or self.student
-        if not config.cache and not (self.rollouts / MANIFEST).exists():
-            if config.base_url and model.suffix == ".gguf" and not config.tokenizer:
-                config = dataclasses.replace(config, tokenizer=self.student)
-            self.step("src/distill/opd_gen.py", "--model", model, "--out", self.rollouts, *typed(config, Generation))
-        _, manifest = read_rollouts(self.rollouts)
-        if why := None if config.cache else different_file(manifest["settings"].get("identity"), source_identity(model)):
-            raise UserError(f"{self.rollouts}: not of {model} as it is now: {why}; give another WORK or remove {self.work}")
-        if (kept := manifest["kept"]["samples"]) < config.rows:
-            mend = "lower ROWS, or raise LIMIT, REPEATS or MAX_TOKENS, in another WORK"
-            raise UserError(f"ROWS={config.rows}: only {kept} rollouts are kept in {self.rollouts}; {mend}")
-        self.score()
+        for source in self.sources:
+            config, rollouts = self.config, source.rollouts
+            model = self.teacher if source.whose == "teacher" else config.rollout_model or self.student
+            if source.made and not (rollouts / MANIFEST).exists():
+                if config.base_url and model.suffix == ".gguf" and not config.tokenizer:
+                    config = dataclasses.replace(config, tokenizer=self.student)
+                self.step("src/distill/opd_gen.py", "--model", model, "--out", rollouts, *typed(config, Generation))
+            _, manifest = read_rollouts(rollouts)
+            if why := different_file(manifest["settings"].get("identity"), source_identity(model)) if source.made else None:
+                raise UserError(f"{rollouts}: not of {model} as it is now: {why}; give another WORK or remove {self.work}")
+            if (kept := manifest["kept"]["samples"]) < config.rows:
+                mend = "lower ROWS, or raise LIMIT, REPEATS or MAX_TOKENS, in another WORK"
+                raise UserError(f"ROWS={config.rows}: only {kept} rollouts are kept in {rollouts}; {mend}")
+            self.score(source)
 
-    def score(self) -> None:
+    def score(self, source: Source) -> None:
         """Phase B, which every node has a part in: each scores what is missing."""
-        if not (self.scores / INDEX).exists():
-            paths = ["--teacher", self.teacher, "--rollouts", self.rollouts, "--out", self.scores]
+        if not (source.scores / INDEX).exists():
+            paths = ["--teacher", self.teacher, "--rollouts", source.rollouts, "--out", source.scores]
             self.step("src/distill/opd_score.py", *paths, *typed(self.config, Scoring))
-        check_scored(self.scores, read_rollouts(self.rollouts)[1], None if self.config.cache else self.config)
+        check_scored(source.scores, read_rollouts(source.rollouts)[1], self.config if source.made else None)
 
     def start(self) -> None:
         """The weights of a block type before training: an adapter of no steps, merged."""
@@ -205,7 +235,10 @@ class Run:
 
     def fit(self, out: Path, config: DistillSettings) -> None:
         if not (out / ADAPTER_JSON).exists():
-            paths = ["--student", self.student, "--teacher", self.teacher, "--rollouts", self.rollouts, "--scores", self.scores]
+            paths = ["--student", self.student, "--teacher", self.teacher]
+            for source in self.sources:
+                own = source.own.replace("_", "-")
+                paths += [f"--{own}rollouts", source.rollouts, f"--{own}scores", source.scores]
             arguments = [*paths, "--out", out, *typed(config, TrainSettings)]
             nodes = Nodes(config.nnodes, config.node_rank, config.rdzv) if config.nnodes > 1 else ONE_NODE
             self.step("src/distill/opd_train_fsdp.py", *arguments, processes=config.processes, nodes=nodes)
@@ -214,6 +247,9 @@ class Run:
         """Phase D."""
         if not (self.recovered / RECIPE_FILE).exists():
             self.bake(self.adapter, self.recovered)
+        again = self.work / "packed"
+        if self.packed and not self.config.ggml and not (again / RECIPE_FILE).exists():
+            self.step(PACK, "--model", self.recovered, "--out", again, *packing(self.config.student))
 
     def bake(self, adapter: Path, out: Path) -> None:
         paths = ["--student", self.student, "--teacher", self.teacher, "--adapter", adapter]
@@ -238,39 +274,47 @@ class Run:
     def phases(self) -> dict[str, Any]:
         """What each phase cost, from the files that they left."""
         found = {}
-        for directory in (self.rollouts, self.scores, self.adapter, self.recovered):
+        texts = [(source.own, place) for source in self.sources for place in (source.rollouts, source.scores)]
+        for own, directory in (*texts, ("", self.adapter), ("", self.recovered)):
             value = read_json(directory / PHASE)
-            found[value.pop("phase")] = value
+            found[own + value.pop("phase")] = value
         return found
 
-    def chain(self) -> tuple[dict[str, Any], list[float | None]]:
-        """(the manifest of the rollouts, the losses of training); raises :class:`UserError` unless each output in WORK was made
-        of the one before it as that is now."""
-        _, manifest = read_rollouts(self.rollouts)
-        scores, adapter, merged = ScoredRollouts(self.scores), read_adapter(self.adapter), self.recovered / RECIPE_FILE
+    def chain(self) -> tuple[list[dict[str, Any]], list[float | None]]:
+        """(the manifests of the rollouts, the losses of training); raises :class:`UserError` unless each output in WORK was
+        made of the one before it as that is now."""
+        manifests = [read_rollouts(source.rollouts)[1] for source in self.sources]
+        adapter, merged = read_adapter(self.adapter), self.recovered / RECIPE_FILE
         recovery = members(read_json(merged), ("recovery",), merged, f"remove {self.recovered} and run again")["recovery"]
         teacher, student = model_identity(self.teacher), model_identity(self.student)
+        links: list[tuple[Path, Path, bool]] = []
+        for source, manifest in zip(self.sources, manifests, strict=True):
+            scores, trained = ScoredRollouts(source.scores), adapter["data"].get("own", {}) if source.own else adapter["data"]
+            links += [
+                (source.scores, source.rollouts, scores.index["rollouts_sha256"] == manifest["sha256"]),
+                (source.scores, self.teacher, same_model(scores.index["teacher"], teacher)),
+                (self.adapter, source.scores, trained.get("scores_sha256") == scores.check_bytes()),
+            ]
         for made, of, same in (
-            (self.scores, self.rollouts, scores.index["rollouts_sha256"] == manifest["sha256"]),
-            (self.scores, self.teacher, same_model(scores.index["teacher"], teacher)),
-            (self.adapter, self.scores, adapter["data"].get("scores_sha256") == scores.check_bytes()),
+            *links,
             (self.adapter, self.teacher, same_model(adapter["teacher"], teacher)),
             (self.adapter, self.student, same_model(adapter["student"], student)),
             (self.recovered, self.adapter, recovery["adapter_sha256"] == adapter.get("adapter_sha256")),
         ):  # fmt: skip
             if not same:
                 raise UserError(f"{made}: not made of {of} as it is now; remove {made} and what was made of it, and run again")
-        return manifest, [loss for _, loss, _ in adapter["curve"]] or [None]
+        return manifests, [loss for _, loss, _ in adapter["curve"]] or [None]
 
     def record(self, started: float) -> dict[str, Any]:
         """Write the record of the run; returns its metrics."""
         before, after = (read_result(self.work / f"kl/{tag}.json", "kl")["metrics"] for tag in ("before", "after"))
-        manifest, losses = self.chain()
+        manifests, losses = self.chain()
+        texts = list(zip(self.sources, manifests, strict=True))
         metrics: dict[str, Any] = {
             "kl_before": before["kl"], "kl_after": after["kl"],
             "kl_removed": 1 - after["kl"]["mean"] / before["kl"]["mean"] if before["kl"]["mean"] else 0.0,
             "kl_answer_before": before["kl_answer"]["mean"], "kl_answer_after": after["kl_answer"]["mean"],
-            "rollouts": {"all": manifest["all"], "kept": manifest["kept"], "choice": manifest["choice"]},
+            **{f"{source.own}rollouts": {key: made[key] for key in ("all", "kept", "choice")} for source, made in texts},
             "loss_first": losses[0], "loss_last": losses[-1], "phases": self.phases(),
             "changed_weights": read_json(self.recovered / RECIPE_FILE)["recovery"]["changed_weights"],
         }  # fmt: skip
@@ -286,9 +330,9 @@ class Run:
         write_result(
             self.result, kind="distill", tag=self.config.tag, started=started, model=describe_model(self.recovered),
             seconds=sum(phase["seconds"] for phase in metrics["phases"].values()), recipe=recipe_record(self.recovered),
-            data=[{"name": "rollouts", "revision": self.config.trajectories, "sha256": manifest["sha256"],
-                   "n": manifest["kept"]["samples"]}],
-            sampling=manifest["settings"]["sampling"], metrics=metrics, extra={"settings": public},
+            data=[{"name": "rollouts", "revision": source.whose, "sha256": made["sha256"], "n": made["kept"]["samples"]}
+                  for source, made in texts],
+            sampling=manifests[0]["settings"]["sampling"], metrics=metrics, extra={"settings": public},
         )  # fmt: skip
         return metrics
 
@@ -355,13 +399,19 @@ def plan(config: DistillSettings, result: Path) -> str:
     lines = [
         f"teacher {config.teacher}: {shape['parameters']:,.0f} parameters, "
         f"{100 * shape['routed'] / shape['parameters']:.1f} % in experts",
-        f"student {student}; {config.trajectories}'s trajectories; loss {config.loss}; "
+        f"student {student}; " + ", ".join(f"{loss} on the {whose}'s texts" for whose, loss in config.losses.items()) + "; "
         f"{config.nnodes * config.processes} process(es)",
     ]
     texts, trained = rollouts * config.max_tokens, config.steps * config.rows * config.max_tokens
     for name, phase, done, what, tokens in (
-        ("A rollouts", "opd_gen", run.rollouts / MANIFEST, f"{rollouts:,} rollouts", texts),
-        ("B scores", "opd_score", run.scores / INDEX, f"{rollouts:,} rollouts", texts),
+        *(
+            (f"{what} ({s.whose}'s texts)", phase, place, f"{rollouts:,} rollouts", texts)
+            for s in run.sources
+            for what, phase, place in (
+                ("A rollouts", "opd_gen", s.rollouts / MANIFEST),
+                ("B scores", "opd_score", s.scores / INDEX),
+            )
+        ),
         ("C training", "opd_train", run.adapter / ADAPTER_JSON, f"{config.steps:,} steps of {config.rows} rollouts", trained),
     ):
         lines.append(f"{name}: {what}, at most {tokens:,} tokens" + (" (done: skipped)" if done.exists() else ""))

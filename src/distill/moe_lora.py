@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from calibration import Layout
 from console import UserError
-from target_grid import GgmlGrid, IntGrid, parts_of
+from target_grid import FreeGrid, Grid, parts_of
 
 MODES = ("lora", "scales", "both", "steps")
 DIGEST_PIECE = 1 << 24  # bytes of a tensor that are digested at once
@@ -37,7 +37,7 @@ class _OnGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, grid: IntGrid | GgmlGrid, a: Tensor | None, b: Tensor | None, growth: Tensor | None, dtype: Any, follow: bool
+        ctx: Any, grid: Grid, a: Tensor | None, b: Tensor | None, growth: Tensor | None, dtype: Any, follow: bool
     ) -> Tensor:
         ctx.grid, ctx.follow = grid, follow
         ctx.save_for_backward(a, b, growth)
@@ -70,14 +70,8 @@ class Adapter(nn.Module):
     A starts as noise that depends on ``seed`` and ``name`` alone, B and the growth at zero: the first forward is the student's.
     """
 
-    def __init__(self, name: str, grid: IntGrid | GgmlGrid, flat: bool, mode: str, rank: int, seed: int = 0) -> None:
+    def __init__(self, name: str, grid: Grid, flat: bool, mode: str, rank: int, seed: int = 0) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise UserError(f"mode {mode!r} is unknown; known: {', '.join(MODES)}")
-        if mode != "lora" and not grid.scales:
-            raise UserError(f"{name}: the scales of a ggml type cannot be trained; use mode lora")
-        if mode != "scales" and rank < 1:
-            raise UserError(f"rank {rank} must be at least 1")
         self.name, self.grid, self.flat, self.mode, self.rank = name, grid, flat, mode, rank
         experts, outputs, inputs = grid.shape
         device = grid.scale.device
@@ -91,9 +85,9 @@ class Adapter(nn.Module):
             self.growth = nn.Parameter(torch.zeros(grid.scale.shape, device=device))
 
     def forward(self, dtype: torch.dtype) -> Tensor:
-        """The weights [E, O, I] (or [O, I]) on the grid, in ``dtype``."""
+        """The weights [E, O, I] (or [O, I], or [N] of a norm) on the grid, in ``dtype``."""
         weights = _OnGrid.apply(self.grid, self.a, self.b, self.growth, dtype, self.mode == "steps")
-        return weights[0] if self.flat else weights
+        return weights.flatten() if isinstance(self.grid, FreeGrid) else weights[0] if self.flat else weights
 
     @torch.no_grad()
     def baked(self) -> Tensor:
@@ -127,14 +121,17 @@ def experts_of(module: nn.Module) -> Layout | None:
     return Layout.of(module)
 
 
-def adaptable(layer: nn.Module, linears: bool) -> Iterator[tuple[nn.Module, str, str, bool]]:
+def adaptable(layer: nn.Module, linears: bool, norms: bool) -> Iterator[tuple[nn.Module, str, str, bool]]:
     """(module, attribute, parameter's name in the layer, whether it lies as [E, I, O]) of everything in a decoder layer that
     can have an adapter."""
     for name, module in layer.named_modules():
         if (layout := experts_of(module)) is not None:
             for attribute in (layout.first, "down_proj"):
                 yield module, attribute, f"{name}.{attribute}", layout.transposed
-        elif linears and isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear):
+            if linears:
+                yield module, "weight", f"{name}.weight", False
+        elif norms and getattr(getattr(module, "weight", None), "ndim", 0) == 1:
             yield module, "weight", f"{name}.weight", False
 
 
@@ -230,12 +227,9 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 Maker = Callable[[str], Adapter | None]
 
 
-def adapt_layer(layer: nn.Module, prefix: str, linears: bool, make: Maker) -> list[str]:
-    """Attach what ``make`` gives for the name of each adaptable parameter (None leaves it); the names that got one."""
-    names = []
-    for owner, attribute, local, turned in list(adaptable(layer, linears)):
+def adapt_layer(layer: nn.Module, prefix: str, linears: bool, norms: bool, make: Maker) -> None:
+    """Attach what ``make`` gives for the name of each adaptable parameter (None leaves it)."""
+    for owner, attribute, local, turned in list(adaptable(layer, linears, norms)):
         adapter = make(prefix + local)
         if adapter is not None:
             attach(owner, attribute, adapter, turned)
-            names.append(adapter.name)
-    return names

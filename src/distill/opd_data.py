@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import random
@@ -232,11 +233,13 @@ def rollout_ids(row: dict[str, Any]) -> tuple[list[int], int]:
 
 
 class Example(NamedTuple):
-    """One rollout with its scores: ids [T], the prompt's length P, and for the T - P completion tokens the teacher's top-k."""
+    """One rollout with its scores: ids [T], the prompt's length P, for the T - P completion tokens the teacher's top-k, and
+    whether the text is the student's own."""
 
     ids: Tensor
     prompt: int
     teacher: TopK
+    own: bool = False
 
 
 class ScoredRollouts:
@@ -287,6 +290,33 @@ class ScoredRollouts:
         return file_sha256(self.directory / INDEX)
 
 
+class Texts:
+    """What is trained on, rollout by rollout: the teacher's texts, then the student's own; either may be absent."""
+
+    def __init__(self, teacher: ScoredRollouts | None, student: ScoredRollouts | None) -> None:
+        self.parts = [(scores, scores is student) for scores in (teacher, student) if scores is not None]
+        self.theirs, self.mine = (0 if scores is None else len(scores) for scores in (teacher, student))
+        self.lengths = [length for scores, _ in self.parts for length in scores.lengths]
+        self.answers = [count for scores, _ in self.parts for count in scores.answers]
+
+    def __getitem__(self, number: int) -> Example:
+        scores, own = self.parts[-1 if number >= self.theirs else 0]
+        return scores[number - self.theirs if own else number]._replace(own=own)
+
+    def order(self, settings: TrainSettings) -> list[list[int]]:
+        """The rollouts of each step: ``rows`` from seeded permutations, of a mixture so many of the student's that their share
+        of all steps so far is that of the settings."""
+        theirs, mine = (drawn(count, settings.seed) for count in (self.theirs, self.mine))
+        plan, share, before = [], 0.0, 0
+        for step in range(settings.steps):
+            share += settings.share(step)
+            count = min(settings.rows, math.floor(settings.rows * share + 0.5) - before)
+            before += count
+            own = [self.theirs + number for number in itertools.islice(mine, count)]
+            plan.append([*itertools.islice(theirs, settings.rows - count), *own])
+        return plan
+
+
 def check_belongs(scores: ScoredRollouts, rollouts: dict[str, Any], tokenizer: Any) -> None:
     """Raise :class:`UserError` unless the scores are of these rollouts and in this tokenizer's ids."""
     index = scores.index
@@ -315,11 +345,12 @@ def read_adapter(directory: Path) -> dict[str, Any]:
         known = False
     if not known:
         raise UserError(f"{path}: not an adapter of opd_train_fsdp of format {FORMAT}; {again}")
-    expected = {"lora": ("a", "b"), "scales": ("growth",)}.get(config["mode"], ("a", "b", "growth"))
+    by_mode = {"lora": ("a", "b"), "scales": ("growth",)}.get(config["mode"], ("a", "b", "growth"))
+    leaves = {name: ("growth",) if entry["grid"] == "none" else by_mode for name, entry in parameters.items()}
     path = directory / ADAPTER
     with opened(path, again) as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
-        if set(shapes) != {f"{name}.{leaf}" for name in parameters for leaf in expected}:
+        if set(shapes) != {f"{name}.{leaf}" for name in parameters for leaf in leaves[name]}:
             raise UserError(f"{path}: its tensors are not those that {ADAPTER_JSON} lists; {again}")
         for name, shape in shapes.items():
             rank = {"a": shape[1], "b": shape[-1]}.get(name.rpartition(".")[2], config["rank"])
@@ -341,18 +372,19 @@ def check_scored(directory: Path, rollouts: dict[str, Any], settings: Scoring | 
 
 
 class Batch(NamedTuple):
-    """Right-padded rollouts: ids and mask [B, T]; where a token is predicted that counts [B, T]; those tokens and the
-    teacher's view of them, in the order of the mask."""
+    """Right-padded rollouts: ids and mask [B, T]; where a token is predicted that counts [B, T]; those tokens, the teacher's
+    view of them and whether the student wrote them, in the order of the mask."""
 
     ids: Tensor
     mask: Tensor
     predicts: Tensor
     targets: Tensor
     teacher: TopK
+    own: Tensor
 
     def to(self, device: torch.device) -> Batch:
         teacher = TopK(*(part.to(device) for part in self.teacher))
-        return Batch(*(part.to(device) for part in self[:4]), teacher)
+        return Batch(*(part.to(device) for part in self[:4]), teacher, self.own.to(device))
 
 
 def collate(examples: Sequence[Example]) -> Batch:
@@ -366,21 +398,16 @@ def collate(examples: Sequence[Example]) -> Batch:
         predicts[row, example.prompt - 1 : len(example.ids) - 1] = True
     targets = torch.cat([example.ids[example.prompt :] for example in examples])
     teacher = TopK(*(torch.cat(parts) for parts in zip(*[example.teacher for example in examples], strict=True)))
-    return Batch(ids, mask, predicts, targets, teacher)
+    own = torch.cat([torch.full((len(example.ids) - example.prompt,), example.own) for example in examples])
+    return Batch(ids, mask, predicts, targets, teacher, own)
 
 
-def row_order(count: int, rows: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """The rollouts of each step: ``rows`` from a new seeded permutation of all ``count`` whenever one is used up."""
-    waiting: list[int] = []
-    epoch = 0
-    for _ in range(steps):
-        while len(waiting) < rows:
-            order = list(range(count))
-            random.Random(f"{seed}:{epoch}").shuffle(order)
-            waiting += order
-            epoch += 1
-        yield waiting[:rows]
-        waiting = waiting[rows:]
+def drawn(count: int, seed: int) -> Iterator[int]:
+    """Numbers below ``count``, without end: a new seeded permutation of all whenever one is used up."""
+    for epoch in itertools.count() if count else ():
+        order = list(range(count))
+        random.Random(f"{seed}:{epoch}").shuffle(order)
+        yield from order
 
 
 def peak_memory() -> dict[str, int | None]:
@@ -479,6 +506,7 @@ class AdapterSettings(Seed):
     rank: int = setting(16, "of the adapters")
     mode: str = setting("lora", ", ".join(MODES), choices=MODES)
     linears: bool = setting(False, "adapters on the other quantized linears too")
+    norms: bool = setting(False, "train the weights of the layers' norms too")
     base: str = setting(
         "teacher", "where a latent weight lies in its cell: towards the teacher's, or (codes) in the middle",
         choices=("teacher", "codes"),
@@ -496,7 +524,7 @@ class AdapterSettings(Seed):
 
     def adapter(self) -> dict[str, Any]:
         """What adapter.json says of an adapter, and merging reads."""
-        return {name: getattr(self, name) for name in ("rank", "mode", "linears", "base", "ggml", "seed")}
+        return {name: getattr(self, name) for name in ("rank", "mode", "linears", "norms", "base", "ggml", "seed")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -505,7 +533,13 @@ class TrainSettings(AdapterSettings):
 
     steps: int = setting(help="0: an adapter that changes nothing but the grid")
     init: Path | None = setting(None, "an adapter of the same student and rank to go on from, on other rollouts")
-    loss: str = setting("reverse_kl", ", ".join(LOSSES), choices=LOSSES)
+    trajectories: str = setting(
+        "student", "whose texts: on-policy, the teacher's own, or a mixture of both", choices=("student", "teacher", "mixture")
+    )
+    teacher_loss: str = setting("forward_kl", f"on the teacher's texts: {', '.join(LOSSES)}", choices=LOSSES)
+    student_loss: str = setting("reverse_kl", "on the student's own texts: one of the same", choices=LOSSES)
+    share_first: float = setting(0.0, "share of the student's texts in the first step of a mixture")
+    share_last: float = setting(1.0, "the same in the last step; in between it grows evenly")
     lr: float = setting(0.01, "in steps of the grid")
     warmup: int = setting(5, "steps of the rising rate")
     clip: float = setting(1.0, "largest norm of the gradient")
@@ -518,6 +552,8 @@ class TrainSettings(AdapterSettings):
         super().__post_init__()
         if min(self.rows, self.micro_rows, self.save_every) < 1 or min(self.steps, self.warmup) < 0:
             raise UserError("--rows, --micro-rows and --save-every must be at least 1, --steps and --warmup at least 0")
+        if not (0 <= self.share_first <= 1 and 0 <= self.share_last <= 1):
+            raise UserError("--share-first and --share-last must be between 0 and 1")
         if not 0 < self.lr < math.inf or not self.clip > 0:
             raise UserError("--lr and --clip must be above 0, --lr a number")
 
@@ -528,10 +564,23 @@ class TrainSettings(AdapterSettings):
         part_ = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * (0.55 + 0.45 * math.cos(math.pi * part_))
 
+    def share(self, step: int) -> float:
+        """The share of the student's texts in a step."""
+        if self.trajectories != "mixture":
+            return float(self.trajectories == "student")
+        return self.share_first + (self.share_last - self.share_first) * step / max(1, self.steps - 1)
+
+    @property
+    def losses(self) -> dict[str, str]:
+        """The loss by whose text it is computed on, of the sources that there are."""
+        both = {"teacher": self.teacher_loss, "student": self.student_loss}
+        return {source: loss for source, loss in both.items() if self.trajectories in (source, "mixture")}
+
     def training(self) -> dict[str, Any]:
         """What must be the same for a state to be resumed; how often it is saved need not."""
-        names = ("steps", "rows", "micro_rows", "lr", "warmup", "loss", "clip", "seed")
-        return {name: getattr(self, name) for name in names}
+        names = ["steps", "rows", "micro_rows", "lr", "warmup", "clip", "seed"]
+        names += ["share_first", "share_last"] if self.trajectories == "mixture" else []
+        return {name: getattr(self, name) for name in names} | {"losses": self.losses}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -551,8 +600,10 @@ class DistillSettings(AllPhases):
     student: Path | None = setting(None, "a checkpoint of quant_save; empty: quantize the teacher into WORK/student")
     recipe: Recipe = part(Recipe)
     tag: str = setting(help="name of the record, results/distill/TAG.json")
-    cache: Path | None = setting(None, "rollouts/ and scores/ of another run instead of phases A and B")
-    trajectories: str = setting("student", "whose texts: on-policy, or the teacher's own", choices=("student", "teacher"))
+    cache: Path | None = setting(
+        None, "rollouts/ and scores/ of another run instead of phases A and B; of a mixture those of the teacher's texts"
+    )
+    own_cache: Path | None = setting(None, "the same of the student's texts in a mixture")
     rollout_model: Path | None = setting(None, "what generates, when it is not the student's checkpoint: its GGUF")
     processes: int = setting(1, "of torchrun on each node: GPUs")
     nnodes: int = setting(1, "nodes that train together; the same command runs on each, WORK is a directory that all see")
@@ -561,7 +612,10 @@ class DistillSettings(AllPhases):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.init and not self.cache and self.trajectories == "student" and not self.rollout_model:
+        if self.own_cache and self.trajectories != "mixture":
+            raise UserError(f"OWN_CACHE with TRAJECTORIES={self.trajectories}: it is of a mixture; CACHE names the only texts")
+        made = not (self.own_cache if self.trajectories == "mixture" else self.cache)
+        if self.init and made and self.trajectories != "teacher" and not self.rollout_model:
             raise UserError("INIT with rollouts of the student: set ROLLOUT_MODEL to what INIT's run recovered")
         if self.processes < 1:
             raise UserError(f"PROCESSES={self.processes}: must be at least 1")

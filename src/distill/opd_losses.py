@@ -78,3 +78,13 @@ def position_losses(logits: Tensor, targets: Tensor, teacher: TopK | None, kind:
     student = gathered(logits, teacher.ids, temperature)
     divergence = forward_kl if kind == "forward_kl" else reverse_kl
     return temperature**2 * divergence(teacher, student)
+
+
+def losses_by_source(
+    logits: Tensor, targets: Tensor, teacher: TopK | None, own: Tensor, kinds: tuple[str, str], temperature: float
+) -> Tensor:
+    """The loss of each position, [N]: the first of ``kinds`` in the teacher's text, the second where ``own`` [N] says that the
+    text is the student's."""
+    theirs, mine = kinds
+    found = {kind: position_losses(logits, targets, teacher, kind, temperature) for kind in set(kinds)}
+    return found[theirs] if theirs == mine else torch.where(own, found[mine], found[theirs])

@@ -23,9 +23,9 @@ from hf_model import all_finite, scaled_logits
 from moe_lora import Adapter, adapt_layer, checkpoint_layer
 from moe_ptq import SYMMETRIC
 from opd_data import AdapterSettings, Batch
-from opd_losses import LOSSES, TopK, position_losses
+from opd_losses import TopK, losses_by_source
 from recipe import Recipe, read_recipe
-from target_grid import GgmlGrid, IntCells, IntGrid, int_cells
+from target_grid import FreeGrid, GgmlGrid, Grid, IntCells, IntGrid, int_cells
 
 HEAD_CHUNK = 2048  # positions whose logits exist at once
 
@@ -88,6 +88,8 @@ class GridMaker:
         checkpoint = self.student.checkpoint
         source = checkpoint.sources[parameter][0]
         role = role_of(source, checkpoint.tensors[source].shape, checkpoint.model_type)
+        if role is Role.NORM and self.config.norms:
+            return Adapter(parameter, FreeGrid(self._finite(self.student, parameter)), True, "scales", self.config.rank)
         bits = self.bits(parameter, role)
         if role in (Role.MTP, Role.EMBEDDING, Role.LM_HEAD) or not bits:
             return None
@@ -95,13 +97,19 @@ class GridMaker:
             other = list(self.teacher.shape(parameter))
             raise UserError(f"{parameter}: {list(shape)} in the student, {other} in the teacher")
         if self.config.ggml and role is Role.ROUTED_EXPERT:
-            teacher = self.teacher.read(parameter)
-            if not all_finite(teacher):
-                raise UserError(f"{self.teacher.checkpoint.path}: {parameter} holds NaN or infinity")
-            grid: IntGrid | GgmlGrid = GgmlGrid(teacher.to(self.device), self.config.ggml, teacher.dtype)
+            teacher = self._finite(self.teacher, parameter)
+            grid: Grid = GgmlGrid(teacher, self.config.ggml, teacher.dtype)
+        elif torch.equal(*(reader.read(parameter, slice(0, 1)) for reader in (self.student, self.teacher))):
+            return None  # quant_save --packed does not round what no kernel reads packed
         else:
             grid = self._int_grid(parameter, shape, bits)
         return Adapter(parameter, grid, len(shape) == 2, self.config.mode, self.config.rank, self.config.seed)
+
+    def _finite(self, reader: ParameterReader, parameter: str) -> Tensor:
+        value = reader.read(parameter)
+        if not all_finite(value):
+            raise UserError(f"{reader.checkpoint.path}: {parameter} holds NaN or infinity")
+        return value.to(self.device)
 
     def _int_grid(self, parameter: str, shape: tuple[int, ...], bits: tuple[int, ...]) -> IntGrid:
         """The grid of all matrices, of which only this process's are read where the bits of the others are known: the rest
@@ -132,13 +140,12 @@ class GridMaker:
 
 
 class Student(nn.Module):
-    """Decoder, head and loss in one module, so that FSDP's root covers all of it; ``forward`` sums a batch's losses."""
+    """Decoder, head and loss in one module, so that FSDP's root covers all of it; ``forward`` sums a batch's losses, which are
+    ``losses`` on the teacher's text and on the student's."""
 
-    def __init__(self, model: nn.Module, loss: str, temperature: float) -> None:
+    def __init__(self, model: nn.Module, losses: tuple[str, str], temperature: float) -> None:
         super().__init__()
-        if loss not in LOSSES:
-            raise UserError(f"loss {loss!r} is unknown; known: {', '.join(LOSSES)}")
-        self.model, self.loss, self.temperature = model, loss, temperature
+        self.model, self.losses, self.temperature = model, losses, temperature
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -152,12 +159,14 @@ class Student(nn.Module):
             part = slice(start, start + HEAD_CHUNK)
             teacher = TopK(*(field[part] for field in batch.teacher))
             # recomputed in the backward: the logits of the whole vocabulary are the largest tensors of a step
-            total = total + checkpoint(self._chunk, kept[part], batch.targets[part], teacher, use_reentrant=False)
+            total = total + checkpoint(
+                self._chunk, kept[part], batch.targets[part], teacher, batch.own[part], use_reentrant=False
+            )
         return total
 
-    def _chunk(self, hidden: Tensor, targets: Tensor, teacher: TopK) -> Tensor:
+    def _chunk(self, hidden: Tensor, targets: Tensor, teacher: TopK, own: Tensor) -> Tensor:
         logits = scaled_logits(self.model.lm_head(hidden), self.model.config)
-        return position_losses(logits, targets, teacher, self.loss, self.temperature).sum()
+        return losses_by_source(logits, targets, teacher, own, self.losses, self.temperature).sum()
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits [B, T, V] of token ids, for tests and checks."""
@@ -165,25 +174,25 @@ class Student(nn.Module):
 
 
 def build_student(
-    student: Path, teacher: Path, config: AdapterSettings, world: World, loss: str, temperature: float, recompute: bool
-) -> Student:
+    student: Path, teacher: Path, config: AdapterSettings, world: World, losses: tuple[str, str], temperature: float,
+    recompute: bool,
+) -> Student:  # fmt: skip
     """The student on this process's device, sharded where there are several; every parameter but the adapters' is frozen."""
     checkpoint_ = Checkpoint(student)
     check_adapters(checkpoint_, Checkpoint(teacher), read_recipe(student), config)
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     stream = LayerStream(checkpoint_, world.device, dtype)
     maker = GridMaker(student, teacher, config, world)
-    names: list[str] = []
     with progress(len(stream.layers), "load", "layer") as bar:
         for index, layer in enumerate(stream.layers):
-            names += adapt_layer(layer, f"model.layers.{index}.", config.linears, maker.make)
+            adapt_layer(layer, f"model.layers.{index}.", config.linears, config.norms, maker.make)
             stream.fill(layer, f"model.layers.{index}.")  # what no adapter stands in for
             if recompute:
                 checkpoint_layer(layer)
             shard(layer, world)
             bar.update()
     fill_rest(stream)
-    whole = Student(stream.model, loss, temperature)
+    whole = Student(stream.model, losses, temperature)
     shard(whole, world)
     return whole
 

@@ -30,12 +30,11 @@ from opd_data import (
     ADAPTER,
     ADAPTER_JSON,
     FORMAT,
-    ScoredRollouts,
+    Texts,
     TrainSettings,
     collate,
     opened,
     peak_memory,
-    row_order,
     write_phase,
 )
 from opd_student import Student
@@ -59,14 +58,14 @@ class Trainer:
         if saved := from_each(sorted((out / STATE).glob(f"*/{LAST}")), world)[0]:
             self.restore(saved[-1].parent)
 
-    def micro_batches(self, rows: Sequence[int], scores: ScoredRollouts) -> Iterator[list[int]]:
+    def micro_batches(self, rows: Sequence[int], scores: Texts) -> Iterator[list[int]]:
         """This process's share of a step's rollouts, longest first, ``micro_rows`` at a time; equally many on each process."""
         ordered = sorted(rows, key=lambda row: (-scores.lengths[row], row))
         size = self.config.micro_rows
         pieces = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         yield from pieces[self.world.rank :: self.world.size]
 
-    def train_step(self, rows: Sequence[int], scores: ScoredRollouts) -> None:
+    def train_step(self, rows: Sequence[int], scores: Texts) -> None:
         """One update; raises on a loss or gradient that is not finite, before anything is changed."""
         answers = sum(scores.answers[row] for row in rows)
         total = torch.zeros((), device=self.world.device)
@@ -90,7 +89,7 @@ class Trainer:
         self.tokens += sum(scores.lengths[row] for row in rows)
         self.curve.append([self.step, round(loss, 6), round(norm, 6)])
 
-    def cause(self, rows: Sequence[int], scores: ScoredRollouts) -> str:
+    def cause(self, rows: Sequence[int], scores: Texts) -> str:
         """Why a loss may not be finite: before anything was trained it is the student; afterwards, the size of the steps."""
         if self.step or self.world.size > 1:
             return "lower --lr"
@@ -141,11 +140,11 @@ class Trainer:
         self.step = self.saved = facts["step"]
         self.seconds, self.tokens, self.curve = facts["seconds"], facts["tokens"], facts["curve"]
 
-    def run(self, scores: ScoredRollouts, stop: int | None = None) -> None:
+    def run(self, scores: Texts, stop: int | None = None) -> None:
         """The remaining steps (up to ``stop``), with one line a step on the first process."""
         config = self.config
         last = config.steps if stop is None else min(stop, config.steps)
-        plan = list(row_order(len(scores), config.rows, config.steps, config.seed))
+        plan = scores.order(config)
         before, began = self.seconds, time.monotonic()
         bar = progress(config.steps, "train", "step") if self.world.first else None
         if bar is not None:

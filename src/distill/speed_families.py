@@ -263,7 +263,7 @@ def adapter(path: Path, out: Path) -> dict[str, float]:
     merged checkpoint's are its last."""
     quantize_checkpoint(path, out / "q", Recipe(3, 4, 16, 1))
     config, alone = TrainSettings(rank=2, linears=True, steps=2, lr=0.5, clip=1e9), World(0, 1, default_device())
-    student = build_student(out / "q", path, config, alone, "forward_kl", 1.0, recompute=True)
+    student = build_student(out / "q", path, config, alone, ("forward_kl", "forward_kl"), 1.0, recompute=True)
     ids = IDS[:4]
     with torch.no_grad():
         first = student.logits(ids.to(alone.device)).float().cpu()

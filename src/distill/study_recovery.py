@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -38,11 +39,12 @@ class StudySettings(AllPhases):
     grid: int = setting(help="bits of the experts in the table of stages")
     wait: int = setting(help="seconds that a part waits for what another part makes")
     long_steps: int = setting(help="of part long")
-    wide_steps: int = setting(help="of part wide")
-    long_rows: int = setting(help="rollouts of a step in both")
-    long_limit: int = setting(help="training prompts of each task for both")
-    long_free: int = setting(help="their texts of the teacher from an empty prompt")
-    long_rank: int = setting(help="rank of their adapters")
+    long_rows: int = setting(help="its rollouts of a step")
+    long_limit: int = setting(help="its training prompts of each task")
+    long_free: int = setting(help="its texts of the teacher from an empty prompt")
+    long_rank: int = setting(help="rank of its adapters")
+    seeds: int = setting(help="of the parts recipe_TRAINED_SEED")
+    recipe_steps: int = setting(help="of their warm start, and as many of each cell")
 
     def student(self, bits: int) -> Path:
         return self.work / f"int{bits}"
@@ -54,43 +56,68 @@ class StudySettings(AllPhases):
 
 @dataclass(frozen=True)
 class Stage:
-    """One run of distill_run: its tag, what differs from the study's settings, whether its model answers the tasks, and the
-    file of another part that it waits for."""
+    """One run of distill_run: its tag, what differs from the study's settings, and whether its model answers the tasks."""
 
     tag: str
     changes: dict[str, Any]
     evaluate: bool = True
-    after: Path | None = None
+
+
+TRAINED: dict[str, dict[str, Any]] = {
+    "lora": {"mode": "lora"}, "scales": {"mode": "scales", "norms": True}, "both": {"mode": "steps", "norms": True},
+}  # fmt: skip
+# whose texts with which loss, the most important first; a mixture has of each text the loss that goes with it
+CELLS: dict[str, dict[str, Any]] = {
+    "teacher_forward": {"trajectories": "teacher", "teacher_loss": "forward_kl"},
+    "student_reverse": {"trajectories": "student", "student_loss": "reverse_kl"},
+    "mixture": {"trajectories": "mixture"},
+    "student_forward": {"trajectories": "student", "student_loss": "forward_kl"},
+    "teacher_reverse": {"trajectories": "teacher", "teacher_loss": "reverse_kl"},
+}
+
+
+def recipes(study: StudySettings) -> dict[str, list[Stage]]:
+    """By what is trained and seed: a warm start on the teacher's texts (forward KL), and from it every cell by as many steps.
+    The warm student writes once, for all cells."""
+    found = {}
+    for seed, (name, kind) in itertools.product(range(study.seeds), TRAINED.items()):
+        part = f"recipe_{name}_{seed}"
+        tag = f"recovery_{part}"
+        warm, own = study.work / f"{tag}_warm", study.work / f"{tag}_student_reverse"
+        shared: dict[str, Any] = {"student": study.student(study.grid), "seed": seed, "steps": study.recipe_steps} | kind
+        second: dict[str, Any] = {"lr": study.second_lr, "init": warm / "adapter"}
+        texts = dict.fromkeys(CELLS, {"cache": study.work / "cache"}) | {"student_forward": {"cache": own}}
+        texts |= {"student_reverse": {"rollout_model": warm / "recovered"}}
+        texts["mixture"] = texts["mixture"] | {"own_cache": own}
+        found[part] = [Stage(f"{tag}_warm", shared | texts["teacher_forward"], False)]
+        found[part] += [Stage(f"{tag}_{cell}", shared | second | how | texts[cell]) for cell, how in CELLS.items()]
+    return found
 
 
 def stages(study: StudySettings) -> dict[str, list[Stage]]:
     """The runs of every part, in the order of their importance."""
     tiny, student = f"recovery_int{study.grid}", {"student": study.student(study.grid)}
     cached = student | {"cache": study.work / "cache"}
-    whole = {"cache": study.work / "cache_whole", "loss": "forward_kl"}
-    own = student | {"trajectories": "student", "loss": "reverse_kl"}
+    whole = {"cache": study.work / "cache_whole"}
+    own = student | {"trajectories": "student"}
     half, warm = study.steps // 2, study.work / f"{tiny}_warm"
     second = own | {"steps": study.steps - half, "init": warm / "adapter", "rollout_model": warm / "recovered"}
     second["lr"] = study.second_lr
-    long = student | {"cache": study.work / "cache_long", "loss": "forward_kl"}
-    long |= {"rank": study.long_rank, "rows": study.long_rows}
+    long: dict[str, Any] = {"cache": study.work / "cache_long", "rank": study.long_rank, "rows": study.long_rows} | student
     blocks = whole | {"mode": "lora", "lr": study.fine_lr, "student": study.student(3)}
     return {
         "policy": [
-            Stage(f"{tiny}_warm", cached | {"loss": "forward_kl", "steps": half}, False),
+            Stage(f"{tiny}_warm", cached | {"steps": half}, False),
             Stage(f"{tiny}_policy", second),
         ],
-        "teacher": [Stage(f"{tiny}_teacher", cached | {"loss": "forward_kl"})],
+        "teacher": [Stage(f"{tiny}_teacher", cached)],
         "int3": [Stage("recovery_int3", whole | {"student": study.student(3), "lr": study.fine_lr})],
         "iq2_xs": [Stage("recovery_iq2_xs", blocks | {"ggml": "iq2_xs"}, False)],
-        "entropy": [Stage(f"{tiny}_cross_entropy", cached | {"loss": "cross_entropy"})],
-        "iq3_xxs": [Stage("recovery_iq3_xxs", blocks | {"ggml": "iq3_xxs"}, False)],
-        "policy_all": [Stage(f"{tiny}_policy_all", second | {"finished_only": False}, after=warm / "recovered" / RECIPE_FILE)],
+        "entropy": [Stage(f"{tiny}_cross_entropy", cached | {"teacher_loss": "cross_entropy"})],
         "cold": [Stage(f"{tiny}_cold", own)],
         "cold_all": [Stage(f"{tiny}_cold_all", own | {"finished_only": False})],
         "long": [Stage(f"{tiny}_long", long | {"steps": study.long_steps})],
-        "wide": [Stage(f"{tiny}_wide", long | {"steps": study.wide_steps, "linears": True})],
-    }
+    } | recipes(study)
 
 
 def wait_for(path: Path | None, seconds: int) -> None:
@@ -150,18 +177,19 @@ def run_stage(study: StudySettings, stage: Stage) -> None:
         own |= {"prompts": study.free_prompts, "trajectories": "teacher"} | stage.changes
         own |= {"work": work, "tag": stage.tag, "eval_limit": 0, "recipe": read_recipe(own["student"])}
         recover(DistillSettings(**own | {"micro_rows": own["rows"]}), result, run_inside)
-    if stage.evaluate:
-        evaluate(study, work / "recovered", stage.tag)
 
 
 def compare(study: StudySettings) -> None:
     """What was evaluated, in pairs: each model with the teacher, and recovered ones with their students and one another."""
     tiny, teacher = f"recovery_int{study.grid}", "recovery_bf16"
     first = f"{tiny}_teacher"
-    pairs = [(f"{tiny}_before", first), (first, f"{tiny}_policy"), (first, f"{tiny}_cross_entropy")]
-    tags = [f"{tiny}_before", *(stage.tag for part in stages(study).values() for stage in part if stage.evaluate)]
-    for base, other, more in [(teacher, tag, []) for tag in tags] + [(*pair, ["--teacher", teacher]) for pair in pairs]:
-        if all((study.results / f"eval/{tag}.json").exists() for tag in (teacher, base, other)):
+    recovered = [(f"{tiny}_before", first), (first, f"{tiny}_policy"), (first, f"{tiny}_cross_entropy")]
+    cells = [(f"recovery_{part}_teacher_forward", f"recovery_{part}_student_reverse", []) for part in recipes(study)]
+    parts = [part for name, part in stages(study).items() if name not in recipes(study)]
+    tags = [f"{tiny}_before", *(stage.tag for part in parts for stage in part if stage.evaluate)]
+    pairs = [*((teacher, tag, []) for tag in tags), *((*pair, ["--teacher", teacher]) for pair in recovered), *cells]
+    for base, other, more in pairs:
+        if all((study.results / f"eval/{tag}.json").exists() for tag in (base, other, *more[1:])):
             run_inside("src/eval/compare_tags.py", "--results", study.results, base, other, *more)
 
 
@@ -180,9 +208,11 @@ def run_part(study: StudySettings, part: str) -> None:
     else:
         for stage in stages(study)[part]:
             cache = stage.changes.get("cache")
-            wait_for(stage.after, study.wait)
             wait_for(cache and cache / "scores" / INDEX, study.wait)
             run_stage(study, stage)
+        for stage in stages(study)[part]:  # the tasks take longer than all that comes before
+            if stage.evaluate:
+                evaluate(study, study.work / stage.tag / "recovered", stage.tag)
 
 
 def choice(parser: argparse.ArgumentParser) -> None:

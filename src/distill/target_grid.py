@@ -4,6 +4,7 @@ Not a command. Letters: E matrices (experts; 1 for a plain linear), O outputs, I
 
     IntGrid    symmetric integers with a bfloat16 scale per group (moe_quant): value = code * scale
     GgmlGrid   a block type of llama.cpp (ggml_types): value = what the packed block decodes to
+    FreeGrid   none: a norm's weights, in the dtype of the checkpoint
 
 A weight is stored in steps of its grid: an adapter moves it by so many steps, which makes one learning rate fit all layers. For
 IntGrid the latent weight is an int8 in 1/R of a step, R = 2**(8 - bits): its nearest code is the student's, its fraction points
@@ -77,7 +78,6 @@ def int_cells(student: Tensor, teacher: Tensor | None, bits: Sequence[int], grou
 class IntGrid(nn.Module):
     """Symmetric integers of E matrices; ``bits`` may differ between them."""
 
-    scales = True  # whether the scales can be trained
     chunk = {"cpu": 1 << 18, "cuda": 1 << 27}  # weights worked on at once (whole matrices, at least one)
 
     def __init__(self, cells: Sequence[IntCells], group: int, stored: torch.dtype) -> None:
@@ -150,7 +150,6 @@ class GgmlGrid(nn.Module):
     """A block type of llama.cpp. Scales are fitted once to ``weight`` [E, O, I] and kept, so that packing the trained codes
     moves nothing; a step is the root mean square of a group."""
 
-    scales = False
     chunk = {"cpu": 1 << 16, "cuda": 1 << 24}  # the search of a lattice takes many times the memory of its weights
 
     def __init__(self, weight: Tensor, name: str, stored: torch.dtype) -> None:
@@ -201,7 +200,32 @@ class GgmlGrid(nn.Module):
         return {"grid": "ggml", "type": self.name}
 
 
-def parts_of(grid: IntGrid | GgmlGrid) -> Iterator[slice]:
+class FreeGrid(nn.Module):
+    """Values [N] that lie on no grid, such as a norm's; held as [1, 1, N], and moved by the growth itself."""
+
+    chunk = IntGrid.chunk
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.scale, self.stored = frozen(value.view(1, 1, -1)), value.dtype
+        self.shape = tuple(self.scale.shape)
+
+    def values(self, part: slice, moved: Tensor | None, growth: Tensor | None, follow: bool = False) -> Tensor:
+        return (self.scale[part].float() + (0 if growth is None else growth)).to(self.stored)
+
+    def growth_gradient(
+        self, part: slice, moved: Tensor | None, growth: Tensor, gradient: Tensor, follow: bool = False
+    ) -> Tensor:
+        return gradient
+
+    def describe(self) -> dict[str, object]:
+        return {"grid": "none"}
+
+
+Grid = IntGrid | GgmlGrid | FreeGrid
+
+
+def parts_of(grid: Grid) -> Iterator[slice]:
     """Runs of whole matrices of a grid that are worked on together."""
     experts, outputs, inputs = grid.shape
     count = max(1, grid.chunk[grid.scale.device.type] // max(1, outputs * inputs))

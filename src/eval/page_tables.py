@@ -362,6 +362,35 @@ def published(r: Record) -> bool:
     return r["tag"].startswith("smollm2_")
 
 
+CELL = "recovery_recipe_"
+
+
+def learned(r: Record) -> str:
+    """The loss and whose texts it is of, of a recovery; records before 2026-11-29 name one loss."""
+    made = r["settings"]
+    sources = [whose for whose in ("teacher", "student") if made["trajectories"] in (whose, "mixture")]
+    return "; ".join(f"{made.get('loss') or made[f'{whose}_loss']}, {whose}" for whose in sources)
+
+
+def recovery_cells(found: Found) -> Section | None:
+    """One row what was trained and whose texts with which loss, columns by seed; what stood before by its warm start."""
+    rows: dict[tuple[str, str], dict[int, tuple[str, Record]]] = {}
+    chosen = [(file, r) for file, r in found if r["tag"].startswith(CELL)]
+    for file, r in chosen:
+        cell = "warm start: " * r["tag"].endswith("_warm") + learned(r)
+        rows.setdefault((r["tag"].removeprefix(CELL).partition("_")[0], cell), {})[r["settings"]["seed"]] = file, r
+    seeds = sorted({seed for own in rows.values() for seed in own})
+    paths = {"in answers": "metrics.kl_answer_after", "all": "metrics.kl_after.mean"}
+    cells = [
+        [*map(Cell, key), *(cite(own[seed][1], own[seed][0], path, 5) if seed in own else BLANK
+                            for path in paths.values() for seed in seeds)]
+        for key, own in sorted(rows.items())
+    ]  # fmt: skip
+    note = "KL to the unquantized model after as many steps from one warm start, in answers and over all positions, by seed."
+    heads = ["trained", "loss, texts", *(f"{name}, `{seed}`" for name in paths for seed in seeds)]
+    return Section("Recovery: whose texts with which loss", note, heads, cells, chosen) if chosen else None
+
+
 def text_pair_rows(r: Record) -> Rows:
     for name, made in r["metrics"]["pairs"].items():
         yield (r["tag"].removesuffix("_pairs"), f"{name} / {made['base']}"), {"at": f"metrics.pairs.{name}"}
@@ -613,8 +642,7 @@ TABLES = (
             ("removed", "metrics.kl_removed", 1, " %"),
             ("in answers before", "metrics.kl_answer_before", 5), ("after", "metrics.kl_answer_after", 5),
             ("seconds of training", "{at}.seconds"), ("MiB", "{at}.peak_vram_mib|{at}.peak_rss_mib"),
-        ), labelled(machine, lambda r: f"{r['settings']['loss']}, {r['settings']['trajectories']}"),
-        at="metrics.phases.opd_train",
+        ), labelled(machine, learned), lambda r: not r["tag"].startswith(CELL), "metrics.phases.opd_train",
     ),
 )  # fmt: skip
 
@@ -623,7 +651,8 @@ def sections(directory: Path, accuracy_of: Callable[[Found], Section] = accuracy
     """All tables of the records of a directory; one without records is left out. ``accuracy_of``: the first of them."""
     found = {kind: records(directory, kind) for kind in ("eval", "compare", *dict.fromkeys(table.kind for table in TABLES))}
     made = [table(found[kind]) for kind, table in (("eval", accuracy_of), ("compare", differences)) if found[kind]]
-    return made + [section for table in TABLES if (section := table.section(found[table.kind]))]
+    more = [recovery_cells(found["distill"])]
+    return made + [section for section in [*(table.section(found[table.kind]) for table in TABLES), *more] if section]
 
 
 # ---------------------------------------------------------------- what makes a record from nothing
