@@ -60,7 +60,7 @@ def test_loops_of_random_texts_are_those_of_the_slow_search():
 
 
 def test_words_of_self_correction_are_whole_words_in_any_case():
-    text = "Wait, but... WAIT! Hmmm. Let me re-think; butter awaits a rebut. Actually, maybe. Let me double-check. Let me check."
+    text = "Wait, but... WAIT! Hmmm. Let me re-think; butter awaits a rebut. Actually, maybe. Let me double-check. Recheck."
     assert count_waits(text) == 9
     assert count_waits("so x = 4, and therefore the answer is 4") == 0
 

@@ -1,11 +1,11 @@
 """Write results/report.html and the documents' pictures from the records: python src/eval/page_report.py [--results results]
 
-One page that needs no network: the tables of RESULTS.md, accuracy with its intervals and the gate, plots of KL and accuracy
-against bytes, and samples to browse. All text of a model is escaped or set as text. The questions beside the samples come from
-the generated tiny tasks and, with --data-dir DIR, from benchmarks whose files lie there. Where docs/ lies beside the records:
-docs/razor_tiny_gguf.png, KL of GGUF files against their size, ours beside those of llama-quantize with the same types, and KL
-of the integer grids at 3 bits; docs/razor_tiny_methods.png, KL against packed bytes for every quantized razor-tiny that has
-both records.
+One page that needs no network: the tables of RESULTS.md, accuracy with its intervals and the gate, how reasoning drifts, the KL
+panel with its floor, plots of them and of KL and accuracy against bytes, and samples to browse. All text of a model is escaped
+or set as text. The questions beside the samples come from the generated tiny tasks and, with --data-dir DIR, from benchmarks
+whose files lie there. Where docs/ lies beside the records: docs/razor_tiny_gguf.png, KL of GGUF files against their size, ours
+beside those of llama-quantize with the same types, and KL of the integer grids at 3 bits; docs/razor_tiny_methods.png, KL
+against packed bytes for every quantized razor-tiny that has both records.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import io
 import itertools
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +28,9 @@ from matplotlib.figure import Figure
 
 from console import UserError, atomic_path, run_cli
 from eval_settings import EvalSettings, gate_axis, load_settings
-from page_tables import Found, Record, Section, accuracy, axes_of, made_of, method_of, percent, records, sections
+from page_tables import Cell, Found, Record, Section, accuracy, axes_of, made_of, method_of, percent, records, sections
 from pictures import pictures_of
+from reasoning import MEASURES, described
 from records import is_original
 from runner import recorded_benchmarks
 from sample_log import find_log, read_evaluation
@@ -40,9 +42,11 @@ EACH = 40  # samples of one benchmark of one evaluation at most, half of them wr
 CLIP = 6000  # characters of one answer
 PICTURE_BYTES = 20_000  # of the pictures of one question
 CHIPS = {"gated": "good", "no target": ""}
+FOREST = 6  # pairs in the plot of lengths
 COLORS = ("#888888", "#0b6e99", "#d1495b")
 GGUF_METHODS = {"llama-quantize": "llama-quantize, imatrix", "nearest": "ours, nearest", "ldlq": "ours, error feedback"}
 Question = tuple[str | None, Sequence[str]]  # and its pictures as data URIs
+Bar = tuple[str, float, tuple[float, float] | None, str]  # row, value, its interval, what the pointer shows
 Points = dict[str, list[tuple[float, float, str]]]  # name of a series: (x, y, what the pointer shows)
 
 
@@ -65,7 +69,7 @@ def scatter(points: Points, name: str, y_label: str, *, lines: bool = False, bar
             **axis: Any) -> str:  # fmt: skip
     """Marks of every series against megabytes; ``name``: of the plot, and unlike that of any other on the page. ``bars``: the
     interval of a mark, by its title; series that have them stand side by side. ``axis``: as of matplotlib's Axes.set."""
-    figure = Figure(figsize=(6.2, 4.0), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.9), layout="constrained")
     axes, titles = figure.add_subplot(), {}
     floor = axis.get("ylim", (None,))[0]
     for index, (series, own) in enumerate(points.items()):
@@ -85,11 +89,35 @@ def scatter(points: Points, name: str, y_label: str, *, lines: bool = False, bar
     if axis.get("xscale") == "log":
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
+    plain(axes)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    return svg(figure, titles)
+
+
+def plain(axes: Any) -> None:
     axes.tick_params(which="both", color="#888888")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
     axes.grid(alpha=0.25, color="#888888")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+
+
+def forest(rows: Sequence[str], series: Mapping[str, Sequence[Bar]], name: str, **axis: Any) -> str:
+    """A value with its interval for each row, from above; the bars of several series lie side by side in their row. A bar
+    without an interval is a tick."""
+    figure = Figure(figsize=(5.2, 1.4 + 0.15 * len(rows) * (1 + len(series))), layout="constrained")
+    axes, titles = figure.add_subplot(), {}
+    for index, (label, bars) in enumerate(series.items()):
+        color, apart = matplotlib.colormaps["tab20"](index % 20), 0.7 * ((index + 0.5) / len(series) - 0.5)
+        axes.plot([], [], "o", color=color, label=label)
+        for row, value, ends, title in bars:
+            gid, place = f"{name}-{len(titles)}", rows.index(row) + apart
+            titles[gid] = title
+            axes.scatter(value, place, 26, color=color if ends else "#888888", marker="o" if ends else "|", gid=gid, zorder=3)
+            if ends:
+                axes.plot(ends, [place] * 2, lw=1.4, alpha=0.6, color=color)
+    axes.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5), **axis)
+    plain(axes)
+    figure.legend(loc="outside lower center", ncols=2 if max(map(len, series)) < 25 else 1, frameon=False, fontsize=8.5)
     return svg(figure, titles)
 
 
@@ -133,6 +161,94 @@ def accuracy_plot(evaluated: Found, packed: Mapping[str, tuple[float, str]]) -> 
     foot = f" (triangles: below {floor:g} %)" if any(y < floor for own in points.values() for _, y, _ in own) else ""
     plot = scatter(points, "accuracy", "accuracy, %", bars=bars, xscale="log", ylim=(floor, 101))
     yield {"title": f"Accuracy against bytes{foot}", "svg": plot}
+
+
+# ---------------------------------------------------------------- reasoning, the panel
+
+
+def drifts(found: Found) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """(file, pair of models, benchmark, how the second reasons) of the comparisons whose record tells it."""
+    for file, r in found:
+        for axis, m in r["metrics"].items():
+            to_teacher = [(r.get("teacher"), r[role], m.get(f"{role}_to_teacher", {})) for role in ("base", "other")]
+            for base, other, made in ((r["base"], r["other"], m), *to_teacher):
+                if "reasoning" in made:
+                    yield file, f"{base} -> {other}", axis, made["reasoning"]
+
+
+def changed(m: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """The chip of a change whose interval excludes none."""
+    low, high, none = (m["ratio_low"], m["ratio_high"], 1) if "ratio" in m else (m["low"], m["high"], 0)
+    if low <= none <= high:
+        return None
+    return ("more", "warn", "the interval lies above none") if low > none else ("less", "good", "the interval lies below none")
+
+
+def reasoning(found: Found) -> Iterator[Section]:
+    """One row a benchmark of a comparison."""
+    rows = []
+    for _, pair, axis, made in drifts(found):
+        cells = [Cell(pair), Cell(axis), Cell(f"{made['length']['n']}" if made["length"] else "")]
+        for name in MEASURES:
+            values, change = described(name, m := made[name])
+            first, _, interval = change.partition(" [")
+            cells.append(Cell(first, small=(values, f"[{interval}"), chip=changed(m)) if m else Cell(values))
+        rows.append(cells)
+    if rows:
+        note = (
+            "The change from the first model to the second on the same items: of the length the ratio, of the others the "
+            "difference, with its 95 % paired interval. Right, not emitted: no final answer, though a line states a right one. "
+            "Waits: words of self-correction. What a log lacks is not recorded; no log tells how a program would be judged."
+        )
+        heads = ["models", "benchmark", "items", *(heading for heading, *_ in MEASURES.values())]
+        yield Section("Reasoning", note, heads, rows, found)
+
+
+def reasoning_plot(found: Found) -> Iterator[dict[str, str]]:
+    """Ratios of lengths of the pairs with the largest changes."""
+    pairs: dict[str, list[Bar]] = {}
+    for _, pair, axis, made in drifts(found):
+        if (m := made["length"]) and m.get("ratio"):
+            title = f"{pair}, {axis}: {', '.join(described('length', m))}"
+            pairs.setdefault(pair, []).append((axis, m["ratio"], (m["ratio_low"], m["ratio_high"]), title))
+    largest = sorted(pairs, key=lambda pair: -max(abs(math.log(bar[1])) for bar in pairs[pair]))[:FOREST]
+    if largest:
+        kept = {pair: pairs[pair] for pair in largest}
+        rows = list(dict.fromkeys(axis for bars in kept.values() for axis, *_ in bars))
+        plot = forest(rows, kept, "lengths", xlabel="length of the answers, times the first model's")
+        yield {"title": f"Longer or shorter reasoning (largest changes, {len(kept)} of {len(pairs)} pairs)", "svg": plot}
+
+
+def panels(found: Found) -> Iterator[tuple[Section, dict[str, str]]]:
+    """Table and plot of every panel: KL by stratum, and the floor below which nothing is claimed."""
+    by_panel: dict[str, list[tuple[str, Record]]] = {}
+    for file, r in found:
+        by_panel.setdefault(r["panel"]["sha256"], []).append((file, r))
+    for number, own in enumerate(by_panel.values()):
+        rows, strata, series = [], list(dict.fromkeys(name for _, r in own for name in r["metrics"]["strata"])), {}
+        for _, r in own:
+            for name, m in r["metrics"]["strata"].items():
+                interval = f"{m['low']:.5f} to {m['high']:.5f}"
+                chip = None if m["claimed"] else ("not above the floor", "warn", "nothing is claimed")
+                shares = [Cell(f"{percent(m[key], 2)} %") for key in ("top1", "flips")]
+                rows.append([
+                    Cell(r["tag"], small=(r["judge"],)), Cell(name, small=(f"{m['positions']:,} positions",)),
+                    Cell(f"{m['mean']:.5f}", small=(interval,), chip=chip), Cell(f"{m['floor']:.6f}"),
+                    *(Cell(f"{m[key]:.5f}") for key in ("median", "p99", "p99_9")), *shares,
+                ])  # fmt: skip
+                bar = (name, m["mean"], (m["low"], m["high"]), f"{r['tag']}, {name}: {m['mean']:.5f} ({interval})")
+                series.setdefault(r["tag"], []).append(bar)
+                if m["floor"] > 0:
+                    floor = (name, m["floor"], None, f"{r['tag']}, {name}: floor {m['floor']:.6f}")
+                    series[r["tag"]].append(floor)
+        model = Path(str((own[0][1]["reference"] or {}).get("path", ""))).name
+        note = (
+            f"KL to {model} on the same frozen tokens, in nats: mean with its 95 % interval over documents. The floor is the "
+            f"KL of an unquantized copy ({own[0][1]['floor']}); what is not above it claims nothing."
+        )
+        heads = ["model", "stratum", "mean KL", "floor", "median", "99 %", "99.9 %", "top-1", "flips"]
+        plot = forest(strata, series, f"panel{number}", xscale="log", xlabel="mean KL, nats; grey ticks: the floor")
+        yield Section(f"Panel of {model}", note, heads, rows, own), {"title": f"KL panel of {model}", "svg": plot}
 
 
 # ---------------------------------------------------------------- samples
@@ -195,7 +311,7 @@ def script_json(value: Any) -> str:
 
 def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) -> str:
     """The whole report."""
-    found = {kind: records(directory, kind) for kind in ("eval", "kl", "quantize")}
+    found = {kind: records(directory, kind) for kind in ("eval", "kl", "quantize", "compare", "panel")}
     evaluated = [r for _, r in found["eval"] if r["model"]]
 
     def gate(record: Record, axis: str) -> tuple[str, str, str] | None:
@@ -204,7 +320,10 @@ def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) 
         judged = gate_axis(record, axis, settings, evaluated)
         return judged.status, CHIPS.get(judged.status, "warn"), judged.reason
 
+    judged = list(panels(found["panel"]))
     tables: list[Section] = sections(directory, lambda own: accuracy(own, gate))
+    place = 1 + max((i for i, table in enumerate(tables) if table.title in ("Accuracy", "Differences")), default=-1)
+    tables[place:place] = [*reasoning(found["compare"]), *(table for table, _ in judged)]
     if not tables:
         raise UserError(f"{directory}: holds no record; bash pipelines/eval.sh --model DIR --tag TAG makes one")
     packed = {r["tag"]: (r["metrics"]["packed_bytes"] / 1e6, method_of(r)) for _, r in found["quantize"]}
@@ -213,7 +332,11 @@ def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.filters["command"] = shlex.join
     return environment.get_template(TEMPLATE).render(
-        plots=[*kl_plots(found["kl"], packed), *accuracy_plot(found["eval"], packed)], tables=tables,
+        plots=[
+            *(plot for _, plot in judged), *kl_plots(found["kl"], packed), *accuracy_plot(found["eval"], packed),
+            *reasoning_plot(found["compare"]),
+        ],
+        tables=tables,
         runs=sorted(runs.values(), key=lambda record: record["started"]), shown=len(shown), each=EACH, data=script_json(shown),
     )  # fmt: skip
 
