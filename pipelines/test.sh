@@ -34,7 +34,7 @@ lock() {
     rm "$all"
 }
 
-# No package of the Python index has a browser in it: they fetch one at their first run. Debian's has, 64 MB without a window.
+# Python packages that drive a browser fetch it from elsewhere at their first run; Debian's has it in it (64 MB).
 browser() {
     local name
     for name in "${CHROMIUM:-chromium}" chromium-headless-shell chromium-browser google-chrome; do

@@ -128,9 +128,7 @@ def test_the_report_in_a_browser(browser, hostile_results, tmp_path):
     assert browser.js("document.getElementById('count').textContent") == "1 to 2 of 2"
     assert HOSTILE in browser.js("document.querySelector('.sample').textContent")
     load_page(browser, tmp_path, REPO / "results", 1200)
-    plots = browser.js(
-        "[...document.querySelectorAll('figure svg')].map(s => [s.clientWidth, s.clientHeight, s.querySelectorAll('path').length])"
-    )
+    plots = every(browser, "figure svg", "[e.clientWidth, e.clientHeight, e.querySelectorAll('path').length]")
     assert len(plots) >= 2 and all(width > 300 and height > 150 and marks > 10 for width, height, marks in plots), plots
     table = "document.querySelector('table')"
     column = COLUMN.format(table=table, column=2)
