@@ -7,7 +7,7 @@ from browser import Page
 from conftest import REPO, log_row, write_evaluation
 
 from eval_settings import load_settings
-from page_report import panels, reasoning
+from page_report import SAMPLE_BYTES, page, panel_plots, reasoning
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">&{{data}}"
 
@@ -48,18 +48,14 @@ def assert_nothing_became_markup(text):
 
 
 def test_the_report_escapes_what_models_wrote(hostile_results):
-    from page_report import page
-
     text = page(hostile_results, load_settings())
     assert_nothing_became_markup(text)
     shown = json.loads(text.split('id="data">')[1].split("</script>")[0])
     assert [entry["text"] for entry in shown] == [HOSTILE, "fine"] and shown[0]["question"] is None
 
 
-def test_the_report_of_our_own_records():
-    from page_report import SAMPLE_BYTES, page
-
-    text = page(REPO / "results", load_settings())
+def test_the_report_of_our_own_records(ours):
+    text = ours.read_text()
     assert len(text.encode()) < SAMPLE_BYTES + 1_000_000 < 3_000_001  # pictures included
     assert text.count("<svg") >= 2 and "razor_tiny_int3_int4_clip16" in text and "98.0 % <" in text and "97.9 to 99.3" in text
     assert "http://" not in text and "https://" not in text.split("<script")[0]  # nothing is fetched
@@ -86,14 +82,17 @@ def test_reasoning_and_the_panel_are_shown_with_their_intervals():
     stratum = dict.fromkeys(("mean", "median", "p99", "p99_9", "top1", "flips"), 0.01) | {"positions": 2000, "floor": 0.009}
     strata = {"all": stratum | {"low": 0.008, "high": 0.012, "claimed": False}}
     record = {"tag": "q", "judge": "transformers", "floor": "a copy", "reference": {"path": "models/m"}}
-    ((section, plot),) = panels([("panel/q.json", record | {"panel": {"sha256": "0"}, "metrics": {"strata": strata}})])
-    cells = dict(zip(section.head, *section.rows))
-    assert (
-        section.title == "Panel of m"
-        and cells["floor"].text == "0.009000"
-        and cells["mean KL"].chip[0] == "not above the floor"
-    )
-    assert "q, all: 0.01000 (0.00800 to 0.01200)" in plot["svg"] and "floor 0.009000" in plot["svg"]
+    found = [("panel/q.json", record | {"panel": {"sha256": "0"}, "metrics": {"strata": strata}})]
+    (plot,) = panel_plots(found)
+    assert plot["title"] == "KL panel of m" and plot["svg"].count("q, all: 0.01000 (0.00800 to 0.01200), floor 0.009000") == 2
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """The page of our own records."""
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(page(REPO / "results", load_settings()))
+    return path
 
 
 @pytest.fixture
@@ -101,15 +100,6 @@ def browser(tmp_path):
     opened = Page(tmp_path / "profile")
     yield opened
     opened.close()
-
-
-def load_page(browser, tmp_path, directory, width):
-    from page_report import page
-
-    path = tmp_path / f"{directory.name}.html"
-    if not path.exists():
-        path.write_text(page(directory, load_settings()))
-    browser.open(path.as_uri(), width)
 
 
 def every(browser, selector, expression):
@@ -121,13 +111,15 @@ COLUMN = "[...{table}.tBodies[0].rows].map(row => row.cells[{column}].firstChild
 
 
 @pytest.mark.slow
-def test_the_report_in_a_browser(browser, hostile_results, tmp_path):
+def test_the_report_in_a_browser(browser, ours, hostile_results):
     """No error on the console; plots are drawn, a table sorts, a sample opens; no text of a model has become markup."""
-    load_page(browser, tmp_path, hostile_results, 1200)
+    hostile = hostile_results / "report.html"
+    hostile.write_text(page(hostile_results, load_settings()))
+    browser.open(hostile.as_uri(), 1200)
     assert browser.js("document.title") == "moe-lowbit: results" and browser.js("document.images.length") == 0
     assert browser.js("document.getElementById('count').textContent") == "1 to 2 of 2"
     assert HOSTILE in browser.js("document.querySelector('.sample').textContent")
-    load_page(browser, tmp_path, REPO / "results", 1200)
+    browser.open(ours.as_uri(), 1200)
     plots = every(browser, "figure svg", "[e.clientWidth, e.clientHeight, e.querySelectorAll('path').length]")
     assert len(plots) >= 2 and all(width > 300 and height > 150 and marks > 10 for width, height, marks in plots), plots
     table = "document.querySelector('table')"
@@ -151,22 +143,18 @@ def test_the_report_in_a_browser(browser, hostile_results, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_report_on_a_phone(browser, tmp_path):
+def test_the_report_on_a_phone(browser, ours):
     """At 390 CSS pixels nothing is wider than the page; tables scroll inside their frames and keep their first column."""
-    load_page(browser, tmp_path, REPO / "results", 390)
+    browser.open(ours.as_uri(), 390)
     assert browser.js("innerWidth") == 390 and browser.js("document.scrollingElement.scrollWidth") <= 390
     frames = every(browser, ".scroll", "[e.clientWidth, e.scrollWidth]")
     assert any(inside > shown for shown, inside in frames) and all(shown <= 390 for shown, _ in frames)
-    plots = browser.js(
-        "[...document.querySelectorAll('figure svg')].map(s => [s.getBoundingClientRect().right, s.clientWidth])"
-    )
+    plots = every(browser, "figure svg", "[e.getBoundingClientRect().right, e.clientWidth]")
     assert plots and all(right <= 390 and width > 300 for right, width in plots), plots
     scrolled = "const frame = document.querySelector('.scroll'); frame.scrollLeft = 150;"
     place = "Math.round(frame.querySelector('td').getBoundingClientRect().left - frame.getBoundingClientRect().left)"
     assert browser.js(f"{{ {scrolled} {place} }}") <= 1, "the first column stays in sight"
-    sizes = browser.js(
-        "[...document.querySelectorAll('td, p, summary, label')].map(e => parseFloat(getComputedStyle(e).fontSize))"
-    )
+    sizes = every(browser, "td, p, summary, label", "parseFloat(getComputedStyle(e).fontSize)")
     assert min(sizes) >= 12
     heights = every(browser, "td:first-child", "e.offsetHeight")
     assert max(heights) < 300, "no cell is squeezed into a column of letters"

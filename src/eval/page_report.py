@@ -30,7 +30,7 @@ from console import UserError, atomic_path, run_cli
 from eval_settings import EvalSettings, gate_axis, load_settings
 from page_tables import Cell, Found, Record, Section, accuracy, axes_of, made_of, method_of, percent, records, sections
 from pictures import pictures_of
-from reasoning import MEASURES, described
+from reasoning import MEASURES, described, direction
 from records import is_original
 from runner import recorded_benchmarks
 from sample_log import find_log, read_evaluation
@@ -101,9 +101,10 @@ def plain(axes: Any) -> None:
     axes.grid(alpha=0.25, color="#888888")
 
 
-def forest(rows: Sequence[str], series: Mapping[str, Sequence[Bar]], name: str, **axis: Any) -> str:
+def forest(series: Mapping[str, Sequence[Bar]], name: str, **axis: Any) -> str:
     """A value with its interval for each row, from above; the bars of several series lie side by side in their row. A bar
     without an interval is a tick."""
+    rows = list(dict.fromkeys(row for bars in series.values() for row, *_ in bars))
     figure = Figure(figsize=(5.2, 1.4 + 0.15 * len(rows) * (1 + len(series))), layout="constrained")
     axes, titles = figure.add_subplot(), {}
     for index, (label, bars) in enumerate(series.items()):
@@ -166,33 +167,29 @@ def accuracy_plot(evaluated: Found, packed: Mapping[str, tuple[float, str]]) -> 
 # ---------------------------------------------------------------- reasoning, the panel
 
 
-def drifts(found: Found) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """(file, pair of models, benchmark, how the second reasons) of the comparisons whose record tells it."""
-    for file, r in found:
+def drifts(found: Found) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(pair of models, benchmark): how the second reasons} of the comparisons whose record tells it."""
+    made: dict[tuple[str, str], dict[str, Any]] = {}
+    for _, r in found:
         for axis, m in r["metrics"].items():
             to_teacher = [(r.get("teacher"), r[role], m.get(f"{role}_to_teacher", {})) for role in ("base", "other")]
-            for base, other, made in ((r["base"], r["other"], m), *to_teacher):
-                if "reasoning" in made:
-                    yield file, f"{base} -> {other}", axis, made["reasoning"]
-
-
-def changed(m: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """The chip of a change whose interval excludes none."""
-    low, high, none = (m["ratio_low"], m["ratio_high"], 1) if "ratio" in m else (m["low"], m["high"], 0)
-    if low <= none <= high:
-        return None
-    return ("more", "warn", "the interval lies above none") if low > none else ("less", "good", "the interval lies below none")
+            for base, other, own in ((r["base"], r["other"], m), *to_teacher):
+                if "reasoning" in own:
+                    made[f"{base} -> {other}", axis] = own["reasoning"]
+    return made
 
 
 def reasoning(found: Found) -> Iterator[Section]:
     """One row a benchmark of a comparison."""
     rows = []
-    for _, pair, axis, made in drifts(found):
+    for (pair, axis), made in drifts(found).items():
         cells = [Cell(pair), Cell(axis), Cell(f"{made['length']['n']}" if made["length"] else "")]
         for name in MEASURES:
             values, change = described(name, m := made[name])
             first, _, interval = change.partition(" [")
-            cells.append(Cell(first, small=(values, f"[{interval}"), chip=changed(m)) if m else Cell(values))
+            way = direction(m)
+            chip = (way, "warn" if way == "more" else "good", "the interval excludes no change") if way else None
+            cells.append(Cell(first, small=(values, f"[{interval}"), chip=chip) if m else Cell(values))
         rows.append(cells)
     if rows:
         note = (
@@ -207,48 +204,31 @@ def reasoning(found: Found) -> Iterator[Section]:
 def reasoning_plot(found: Found) -> Iterator[dict[str, str]]:
     """Ratios of lengths of the pairs with the largest changes."""
     pairs: dict[str, list[Bar]] = {}
-    for _, pair, axis, made in drifts(found):
+    for (pair, axis), made in drifts(found).items():
         if (m := made["length"]) and m.get("ratio"):
             title = f"{pair}, {axis}: {', '.join(described('length', m))}"
             pairs.setdefault(pair, []).append((axis, m["ratio"], (m["ratio_low"], m["ratio_high"]), title))
     largest = sorted(pairs, key=lambda pair: -max(abs(math.log(bar[1])) for bar in pairs[pair]))[:FOREST]
     if largest:
-        kept = {pair: pairs[pair] for pair in largest}
-        rows = list(dict.fromkeys(axis for bars in kept.values() for axis, *_ in bars))
-        plot = forest(rows, kept, "lengths", xlabel="length of the answers, times the first model's")
-        yield {"title": f"Longer or shorter reasoning (largest changes, {len(kept)} of {len(pairs)} pairs)", "svg": plot}
-
-
-def panels(found: Found) -> Iterator[tuple[Section, dict[str, str]]]:
-    """Table and plot of every panel: KL by stratum, and the floor below which nothing is claimed."""
-    by_panel: dict[str, list[tuple[str, Record]]] = {}
-    for file, r in found:
-        by_panel.setdefault(r["panel"]["sha256"], []).append((file, r))
-    for number, own in enumerate(by_panel.values()):
-        rows, strata, series = [], list(dict.fromkeys(name for _, r in own for name in r["metrics"]["strata"])), {}
-        for _, r in own:
-            for name, m in r["metrics"]["strata"].items():
-                interval = f"{m['low']:.5f} to {m['high']:.5f}"
-                chip = None if m["claimed"] else ("not above the floor", "warn", "nothing is claimed")
-                shares = [Cell(f"{percent(m[key], 2)} %") for key in ("top1", "flips")]
-                rows.append([
-                    Cell(r["tag"], small=(r["judge"],)), Cell(name, small=(f"{m['positions']:,} positions",)),
-                    Cell(f"{m['mean']:.5f}", small=(interval,), chip=chip), Cell(f"{m['floor']:.6f}"),
-                    *(Cell(f"{m[key]:.5f}") for key in ("median", "p99", "p99_9")), *shares,
-                ])  # fmt: skip
-                bar = (name, m["mean"], (m["low"], m["high"]), f"{r['tag']}, {name}: {m['mean']:.5f} ({interval})")
-                series.setdefault(r["tag"], []).append(bar)
-                if m["floor"] > 0:
-                    floor = (name, m["floor"], None, f"{r['tag']}, {name}: floor {m['floor']:.6f}")
-                    series[r["tag"]].append(floor)
-        model = Path(str((own[0][1]["reference"] or {}).get("path", ""))).name
-        note = (
-            f"KL to {model} on the same frozen tokens, in nats: mean with its 95 % interval over documents. The floor is the "
-            f"KL of an unquantized copy ({own[0][1]['floor']}); what is not above it claims nothing."
+        plot = forest(
+            {pair: pairs[pair] for pair in largest}, "lengths", xlabel="length of the answers, times the first model's"
         )
-        heads = ["model", "stratum", "mean KL", "floor", "median", "99 %", "99.9 %", "top-1", "flips"]
-        plot = forest(strata, series, f"panel{number}", xscale="log", xlabel="mean KL, nats; grey ticks: the floor")
-        yield Section(f"Panel of {model}", note, heads, rows, own), {"title": f"KL panel of {model}", "svg": plot}
+        yield {"title": f"Longer or shorter reasoning (largest changes, {len(largest)} of {len(pairs)} pairs)", "svg": plot}
+
+
+def panel_plots(found: Found) -> Iterator[dict[str, str]]:
+    """Mean KL by stratum and the floor below which nothing is claimed, a plot for every panel."""
+    judged: dict[str, tuple[str, dict[str, list[Bar]]]] = {}
+    for _, r in found:
+        original = Path(str((r["reference"] or {}).get("path", ""))).name
+        bars = judged.setdefault(r["panel"]["sha256"], (original, {}))[1].setdefault(r["tag"], [])
+        for name, m in r["metrics"]["strata"].items():
+            row = name.replace("_", " ")
+            title = f"{r['tag']}, {row}: {m['mean']:.5f} ({m['low']:.5f} to {m['high']:.5f}), floor {m['floor']:.6f}"
+            bars += [(row, m["mean"], (m["low"], m["high"]), title), (row, m["floor"], None, title)]
+    for number, (original, series) in enumerate(judged.values()):
+        plot = forest(series, f"panel{number}", xscale="log", xlabel="mean KL, nats; grey ticks: the floor")
+        yield {"title": f"KL panel of {original}", "svg": plot}
 
 
 # ---------------------------------------------------------------- samples
@@ -320,10 +300,9 @@ def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) 
         judged = gate_axis(record, axis, settings, evaluated)
         return judged.status, CHIPS.get(judged.status, "warn"), judged.reason
 
-    judged = list(panels(found["panel"]))
     tables: list[Section] = sections(directory, lambda own: accuracy(own, gate))
     place = 1 + max((i for i, table in enumerate(tables) if table.title in ("Accuracy", "Differences")), default=-1)
-    tables[place:place] = [*reasoning(found["compare"]), *(table for table, _ in judged)]
+    tables[place:place] = [*reasoning(found["compare"])]
     if not tables:
         raise UserError(f"{directory}: holds no record; bash pipelines/eval.sh --model DIR --tag TAG makes one")
     packed = {r["tag"]: (r["metrics"]["packed_bytes"] / 1e6, method_of(r)) for _, r in found["quantize"]}
@@ -333,7 +312,7 @@ def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) 
     environment.filters["command"] = shlex.join
     return environment.get_template(TEMPLATE).render(
         plots=[
-            *(plot for _, plot in judged), *kl_plots(found["kl"], packed), *accuracy_plot(found["eval"], packed),
+            *panel_plots(found["panel"]), *kl_plots(found["kl"], packed), *accuracy_plot(found["eval"], packed),
             *reasoning_plot(found["compare"]),
         ],
         tables=tables,

@@ -58,11 +58,6 @@ def count_waits(text: str) -> int:
     return len(_WAITS.findall(text))
 
 
-def judged_by_text(gold: str) -> bool:
-    """Whether a gold answer can be looked for in a text: programs cannot, which tests judge."""
-    return bool(gold.strip()) and "\n" not in gold
-
-
 def stated(text: str, gold: str) -> list[str]:
     """The different answers that lines of a text state, as the graders find them: the letter of "the answer is B" where the
     gold answer is one, else boxes and what follows "answer is". A letter or number that only occurs is none."""
@@ -76,22 +71,20 @@ def stated(text: str, gold: str) -> list[str]:
 
 def right_but_unemitted(rows: Sequence[Row]) -> list[float | None]:
     """For each answer 1 if no final answer was found in it (it was cut, its thought never ended) though it states a right one,
-    else 0; None where the log does not tell. Mathematics is judged as the benchmarks judge it."""
+    else 0; None where the log does not tell, or a program is asked for. Mathematics is judged as the benchmarks judge it."""
     made: list[float | None] = []
     pairs: list[tuple[str, str]] = []
     places: list[int] = []
     for place, row in enumerate(rows):
-        known = "extracted" in row and row.get("text") is not None and judged_by_text(row.get("gold") or "")
-        made.append(0.0 if known else None)
-        for answer in stated(row["text"], row["gold"]) if known and row["extracted"] is None else ():
-            whole = parse_integer(row["gold"])
-            if answer.strip().casefold() == row["gold"].strip().casefold():
-                made[place] = 1.0
-            elif whole is not None:
-                made[place] = max(made[place], float(parse_integer(answer) == whole))
-            elif re.search(r"[\d\\]", row["gold"]):
-                pairs.append((answer, row["gold"]))
-                places.append(place)
+        gold = (row.get("gold") or "").strip()
+        known = gold and "\n" not in gold and "extracted" in row and row.get("text") is not None
+        answers = stated(row["text"], gold) if known and row["extracted"] is None else []
+        whole = parse_integer(gold)
+        right = any(a.casefold() == gold.casefold() or whole is not None and parse_integer(a) == whole for a in answers)
+        made.append(float(right) if known else None)
+        if whole is None and not right and re.search(r"[\d\\]", gold):
+            pairs += [(answer, gold) for answer in answers]
+            places += [place] * len(answers)
     for place, right in zip(places, judge_math(pairs) if pairs else (), strict=True):
         made[place] = max(made[place], float(right))
     return made
@@ -162,6 +155,14 @@ def resampled_means(values: np.ndarray, unit: str = "", over: np.ndarray | None 
     if unit and over is None and (base > 0).all():
         made["ratio"], made["ratio_low"], made["ratio_high"] = bounds(other / base)
     return made
+
+
+def direction(m: Mapping[str, Any] | None) -> str:
+    """ "more" or "less" where the interval excludes no change, else nothing."""
+    low, high = (m["low"], m["high"]) if m else (0, 0)
+    if m and "ratio" in m:
+        low, high = m["ratio_low"] - 1, m["ratio_high"] - 1
+    return "more" if low > 0 else "less" if high < 0 else ""
 
 
 def described(name: str, m: Mapping[str, Any] | None) -> tuple[str, str]:
