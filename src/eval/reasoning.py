@@ -158,11 +158,11 @@ def resampled_means(values: np.ndarray, unit: str = "", over: np.ndarray | None 
 
 
 def direction(m: Mapping[str, Any] | None) -> str:
-    """ "more" or "less" where the interval excludes no change, else nothing."""
-    low, high = (m["low"], m["high"]) if m else (0, 0)
-    if m and "ratio" in m:
-        low, high = m["ratio_low"] - 1, m["ratio_high"] - 1
-    return "more" if low > 0 else "less" if high < 0 else ""
+    """Whether there is more or less of a measure; nothing where its interval holds no change, or it is not recorded."""
+    if m is None:
+        return ""
+    low, high, none = (m["ratio_low"], m["ratio_high"], 1) if "ratio" in m else (m["low"], m["high"], 0)
+    return "more" if low > none else "less" if high < none else ""
 
 
 def described(name: str, m: Mapping[str, Any] | None) -> tuple[str, str]:
