@@ -2,7 +2,8 @@
 # Runs the checks and the tests in the project's environment:  bash pipelines/test.sh [pytest arguments]
 #     bash pipelines/test.sh --lock [--upgrade]    makes configs/lock-*.txt anew from the requirements files; needs the package index
 # First: ruff, shellcheck, mypy, the locks, the licences, the cited figures, and llama.cpp (built once, 5 minutes on two cores:
-# llama_cpp.sh). Tests run side by side, one a core (TEST_WORKERS=1: one after the other). That of vLLM runs where its environment
+# llama_cpp.sh), and a headless Chromium, in which the report is looked at ($CHROMIUM names another): root installs Debian's where
+# there is none. Tests run side by side, one a core (TEST_WORKERS=1: one after the other). That of vLLM runs where its environment
 # is: pipelines/vllm_cpu_env.sh.
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/../env.sh"
@@ -33,6 +34,21 @@ lock() {
     rm "$all"
 }
 
+# Python packages that drive a browser fetch it from elsewhere at their first run; Debian's has it in it (64 MB).
+browser() {
+    local name
+    for name in "${CHROMIUM:-chromium}" chromium-headless-shell chromium-browser google-chrome; do
+        ! command -v "$name" >/dev/null || return 0
+    done
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "test.sh: installing Debian's chromium-headless-shell, in which the report page is tested" >&2
+        apt-get update -qq >&2 && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium-headless-shell >&2 &&
+            return 0
+    fi
+    echo "test.sh: no Chromium here, so the report page is not looked at; apt-get install chromium-headless-shell as root, or set CHROMIUM" >&2
+    [ -z "${CI:-}" ] # where CI is set that is a failure
+}
+
 if [ "${1:-}" = --lock ]; then
     lock "${@:2}"
     exit
@@ -52,6 +68,7 @@ pip-licenses --from=mixed --partial-match --fail-on="GPL;General Public;EUPL;SSP
 python src/eval/check_results.py results/RESULTS.md docs/EVAL_PROTOCOL.md docs/LADDER_RESULTS.md
 python src/eval/check_results.py --citations-only README.md docs/MOE_FINDINGS.md docs/MOE_PIPELINE.md docs/MULTIMODAL.md \
     docs/MULTI_GPU.md docs/OPD_INTEGRATION.md docs/PACKED.md docs/SHORTFALLS.md
+browser
 LLAMA_CPP=$(bash pipelines/llama_cpp.sh | tail -n 1)
 workers=${TEST_WORKERS:-$(nproc)} # before OMP_NUM_THREADS, which nproc heeds
 export LLAMA_CPP OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

@@ -5,7 +5,9 @@ the same budget, number of samples and grader, and have sampled alike or each as
 or of none that is known, must also have seen the same tokens: another chat template is no other model (--other-templates).
 Per benchmark: the difference in accuracy with Tango's score interval, McNemar's exact p, items lost and won, and a verdict,
 which is given only when the interval excludes zero and the exact p is below 0.05. With --teacher its accuracy stands beside
-them, and the record says how far each is behind it. Writes results/compare/BASE__OTHER.json (TEACHER__BASE__OTHER.json).
+them, and the record says how far each is behind it. A second table tells how the reasoning drifted: length, loops, answers
+that were there and not emitted, words of self-correction, truncation. Writes results/compare/BASE__OTHER.json
+(TEACHER__BASE__OTHER.json).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 from console import UserError, run_cli
 from eval_settings import eval_records, gate_axis, load_settings
 from intervals import clustered_mcnemar, discordance, fewest_items, items_needed, minimum_detectable, paired_interval
+from reasoning import MEASURES, described, drift
 from records import data_entry, write_result
 from sample_log import ASKED, changed_fields, find_log, read_evaluation
 
@@ -188,9 +191,22 @@ def mission_table(teacher: str, base: str, other: str, metrics: dict[str, dict[s
         accuracies = [f"{100 * m[key]:.1f}" for key in ("acc_teacher", "acc_base", "acc_other")]
         gates = ", ".join(dict.fromkeys(m["gate"].values()))
         rows.append([name, *accuracies, points(m).strip(), names.get(m["verdict"]) or verdict_text(m), gates])
+    return "\n".join([f"difference: {other} - {base}, percentage points with 95 % paired interval", *columns(rows)])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"difference: {other} - {base}, percentage points with 95 % paired interval", *lines])
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def reasoning_table(base: str, other: str, metrics: dict[str, dict[str, Any]]) -> str:
+    """How the other model reasons, a row a measure and benchmark; ``n``: the items that both logs tell it of."""
+    rows = [["reasoning", "benchmark", f"{base} -> {other}", "change with 95 % paired interval", "n"]]
+    for measure, (heading, *_) in MEASURES.items():
+        for name, m in metrics.items():
+            made = m["reasoning"][measure]
+            rows.append([heading, name, *described(measure, made), f"{made['n']}" if made else ""])
+    return "\n".join(columns(rows))
 
 
 def behind_teacher(teacher: Evaluation, judged: dict[str, Evaluation], name: str) -> dict[str, Any]:
@@ -198,6 +214,7 @@ def behind_teacher(teacher: Evaluation, judged: dict[str, Evaluation], name: str
     found: dict[str, Any] = {}
     for role, evaluation in judged.items():
         made = compare(*right_answers(teacher, evaluation, name), teacher.samples)
+        made["reasoning"] = drift([(a, b) for _, a, b in paired(teacher, evaluation, name)])
         found["acc_teacher"] = made["acc_base"]
         found[f"{role}_to_teacher"] = {key: value for key, value in made.items() if not key.startswith("acc_")}
     return found
@@ -224,6 +241,7 @@ def compare_all(
         pairs = [(base, other)] + ([(teacher, base), (teacher, other)] if teacher else [])
         differing = max(other_prompts(*pair, name, templates) for pair in pairs)
         metrics[name] = compare(*right_answers(base, other, name), base.samples) | {"other_prompts": differing}
+        metrics[name]["reasoning"] = drift([(a, b) for _, a, b in paired(base, other, name)])
         if teacher:
             metrics[name] |= behind_teacher(teacher, {"base": base, "other": other}, name)
         metrics[name]["gate"] = {r["tag"]: gate_axis(r, name, settings, records).status for r in judged}
@@ -251,7 +269,7 @@ def main() -> None:
     for name, m in metrics.items():
         if m["other_prompts"]:
             notes.append(f"{name}: {m['other_prompts']} of {m['n']} items reached the two as other tokens (templates differ)")
-    print("\n".join([made, *notes]), flush=True)
+    print("\n".join([made, *notes, reasoning_table(*shown)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
     },
     "eval": {
         "ground": "intervals task pictures sample_log",
-        "grading": "graders math_answers sandbox_child code_sandbox",
+        "grading": "graders math_answers reasoning sandbox_child code_sandbox",
         "benchmarks": "tasks_code tasks_text tasks_tiny tau2_runner bench8_loaders bench_mm",
         "engines": "backend eval_settings vllm_eval backend_openai llamacpp_eval8",
         "evaluation": "runner",

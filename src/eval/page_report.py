@@ -1,11 +1,11 @@
 """Write results/report.html and the documents' pictures from the records: python src/eval/page_report.py [--results results]
 
-One page that needs no network: the tables of RESULTS.md, accuracy with its intervals and the gate, plots of KL and accuracy
-against bytes, and samples to browse. All text of a model is escaped or set as text. The questions beside the samples come from
-the generated tiny tasks and, with --data-dir DIR, from benchmarks whose files lie there. Where docs/ lies beside the records:
-docs/razor_tiny_gguf.png, KL of GGUF files against their size, ours beside those of llama-quantize with the same types, and KL
-of the integer grids at 3 bits; docs/razor_tiny_methods.png, KL against packed bytes for every quantized razor-tiny that has
-both records.
+One page that needs no network: the tables of RESULTS.md, accuracy with its intervals and the gate, how reasoning drifts, the KL
+panel with its floor, plots of them and of KL and accuracy against bytes, and samples to browse. All text of a model is escaped
+or set as text. The questions beside the samples come from the generated tiny tasks and, with --data-dir DIR, from benchmarks
+whose files lie there. Where docs/ lies beside the records: docs/razor_tiny_gguf.png, KL of GGUF files against their size, ours
+beside those of llama-quantize with the same types, and KL of the integer grids at 3 bits; docs/razor_tiny_methods.png, KL
+against packed bytes for every quantized razor-tiny that has both records.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import io
 import itertools
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +28,9 @@ from matplotlib.figure import Figure
 
 from console import UserError, atomic_path, run_cli
 from eval_settings import EvalSettings, gate_axis, load_settings
-from page_tables import Found, Record, Section, accuracy, axes_of, made_of, method_of, percent, records, sections
+from page_tables import Cell, Found, Record, Section, accuracy, axes_of, made_of, method_of, percent, records, sections
 from pictures import pictures_of
+from reasoning import MEASURES, described, direction
 from records import is_original
 from runner import recorded_benchmarks
 from sample_log import find_log, read_evaluation
@@ -40,9 +42,11 @@ EACH = 40  # samples of one benchmark of one evaluation at most, half of them wr
 CLIP = 6000  # characters of one answer
 PICTURE_BYTES = 20_000  # of the pictures of one question
 CHIPS = {"gated": "good", "no target": ""}
+FOREST = 6  # pairs in the plot of lengths
 COLORS = ("#888888", "#0b6e99", "#d1495b")
 GGUF_METHODS = {"llama-quantize": "llama-quantize, imatrix", "nearest": "ours, nearest", "ldlq": "ours, error feedback"}
 Question = tuple[str | None, Sequence[str]]  # and its pictures as data URIs
+Bar = tuple[str, float, tuple[float, float] | None, str]  # row, value, its interval, what the pointer shows
 Points = dict[str, list[tuple[float, float, str]]]  # name of a series: (x, y, what the pointer shows)
 
 
@@ -65,7 +69,7 @@ def scatter(points: Points, name: str, y_label: str, *, lines: bool = False, bar
             **axis: Any) -> str:  # fmt: skip
     """Marks of every series against megabytes; ``name``: of the plot, and unlike that of any other on the page. ``bars``: the
     interval of a mark, by its title; series that have them stand side by side. ``axis``: as of matplotlib's Axes.set."""
-    figure = Figure(figsize=(6.2, 4.0), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.9), layout="constrained")
     axes, titles = figure.add_subplot(), {}
     floor = axis.get("ylim", (None,))[0]
     for index, (series, own) in enumerate(points.items()):
@@ -85,11 +89,36 @@ def scatter(points: Points, name: str, y_label: str, *, lines: bool = False, bar
     if axis.get("xscale") == "log":
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
+    plain(axes)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    return svg(figure, titles)
+
+
+def plain(axes: Any) -> None:
     axes.tick_params(which="both", color="#888888")
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#888888")
     axes.grid(alpha=0.25, color="#888888")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+
+
+def forest(series: Mapping[str, Sequence[Bar]], name: str, **axis: Any) -> str:
+    """A value with its interval for each row, from above; the bars of several series lie side by side in their row. A bar
+    without an interval is a tick."""
+    rows = list(dict.fromkeys(row for bars in series.values() for row, *_ in bars))
+    figure = Figure(figsize=(5.2, 1.4 + 0.15 * len(rows) * (1 + len(series))), layout="constrained")
+    axes, titles = figure.add_subplot(), {}
+    for index, (label, bars) in enumerate(series.items()):
+        color, apart = matplotlib.colormaps["tab20"](index % 20), 0.7 * ((index + 0.5) / len(series) - 0.5)
+        axes.plot([], [], "o", color=color, label=label)
+        for row, value, ends, title in bars:
+            gid, place = f"{name}-{len(titles)}", rows.index(row) + apart
+            titles[gid] = title
+            axes.scatter(value, place, 26, color=color if ends else "#888888", marker="o" if ends else "|", gid=gid, zorder=3)
+            if ends:
+                axes.plot(ends, [place] * 2, lw=1.4, alpha=0.6, color=color)
+    axes.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5), **axis)
+    plain(axes)
+    figure.legend(loc="outside lower center", ncols=2 if max(map(len, series)) < 25 else 1, frameon=False, fontsize=8.5)
     return svg(figure, titles)
 
 
@@ -133,6 +162,73 @@ def accuracy_plot(evaluated: Found, packed: Mapping[str, tuple[float, str]]) -> 
     foot = f" (triangles: below {floor:g} %)" if any(y < floor for own in points.values() for _, y, _ in own) else ""
     plot = scatter(points, "accuracy", "accuracy, %", bars=bars, xscale="log", ylim=(floor, 101))
     yield {"title": f"Accuracy against bytes{foot}", "svg": plot}
+
+
+# ---------------------------------------------------------------- reasoning, the panel
+
+
+def drifts(found: Found) -> dict[tuple[str, str], dict[str, Any]]:
+    """{(pair of models, benchmark): how the second reasons} of the comparisons whose record tells it."""
+    made: dict[tuple[str, str], dict[str, Any]] = {}
+    for _, r in found:
+        for axis, m in r["metrics"].items():
+            to_teacher = [(r.get("teacher"), r[role], m.get(f"{role}_to_teacher", {})) for role in ("base", "other")]
+            for base, other, own in ((r["base"], r["other"], m), *to_teacher):
+                if "reasoning" in own:
+                    made[f"{base} -> {other}", axis] = own["reasoning"]
+    return made
+
+
+def reasoning(found: Found) -> Iterator[Section]:
+    """One row a benchmark of a comparison."""
+    rows = []
+    for (pair, axis), made in drifts(found).items():
+        cells = [Cell(pair), Cell(axis), Cell(f"{made['length']['n']}" if made["length"] else "")]
+        for name in MEASURES:
+            values, change = described(name, m := made[name])
+            first, _, interval = change.partition(" [")
+            way = direction(m)
+            chip = (way, "warn" if way == "more" else "good", "the interval excludes no change") if way else None
+            cells.append(Cell(first, small=(values, f"[{interval}"), chip=chip) if m else Cell(values))
+        rows.append(cells)
+    if rows:
+        note = (
+            "The change from the first model to the second on the same items: of the length the ratio, of the others the "
+            "difference, with its 95 % paired interval. Right, not emitted: no final answer, though a line states a right one. "
+            "Waits: words of self-correction. What a log lacks is not recorded; no log tells how a program would be judged."
+        )
+        heads = ["models", "benchmark", "items", *(heading for heading, *_ in MEASURES.values())]
+        yield Section("Reasoning", note, heads, rows, found)
+
+
+def reasoning_plot(found: Found) -> Iterator[dict[str, str]]:
+    """Ratios of lengths of the pairs with the largest changes."""
+    pairs: dict[str, list[Bar]] = {}
+    for (pair, axis), made in drifts(found).items():
+        if (m := made["length"]) and m.get("ratio"):
+            title = f"{pair}, {axis}: {', '.join(described('length', m))}"
+            pairs.setdefault(pair, []).append((axis, m["ratio"], (m["ratio_low"], m["ratio_high"]), title))
+    largest = sorted(pairs, key=lambda pair: -max(abs(math.log(bar[1])) for bar in pairs[pair]))[:FOREST]
+    if largest:
+        plot = forest(
+            {pair: pairs[pair] for pair in largest}, "lengths", xlabel="length of the answers, times the first model's"
+        )
+        yield {"title": f"Longer or shorter reasoning (largest changes, {len(largest)} of {len(pairs)} pairs)", "svg": plot}
+
+
+def panel_plots(found: Found) -> Iterator[dict[str, str]]:
+    """Mean KL by stratum and the floor below which nothing is claimed, a plot for every panel."""
+    judged: dict[str, tuple[str, dict[str, list[Bar]]]] = {}
+    for _, r in found:
+        original = Path(str((r["reference"] or {}).get("path", ""))).name
+        bars = judged.setdefault(r["panel"]["sha256"], (original, {}))[1].setdefault(r["tag"], [])
+        for name, m in r["metrics"]["strata"].items():
+            row = name.replace("_", " ")
+            title = f"{r['tag']}, {row}: {m['mean']:.5f} ({m['low']:.5f} to {m['high']:.5f}), floor {m['floor']:.6f}"
+            bars += [(row, m["mean"], (m["low"], m["high"]), title), (row, m["floor"], None, title)]
+    for number, (original, series) in enumerate(judged.values()):
+        plot = forest(series, f"panel{number}", xscale="log", xlabel="mean KL, nats; grey ticks: the floor")
+        yield {"title": f"KL panel of {original}", "svg": plot}
 
 
 # ---------------------------------------------------------------- samples
@@ -195,7 +291,7 @@ def script_json(value: Any) -> str:
 
 def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) -> str:
     """The whole report."""
-    found = {kind: records(directory, kind) for kind in ("eval", "kl", "quantize")}
+    found = {kind: records(directory, kind) for kind in ("eval", "kl", "quantize", "compare", "panel")}
     evaluated = [r for _, r in found["eval"] if r["model"]]
 
     def gate(record: Record, axis: str) -> tuple[str, str, str] | None:
@@ -205,6 +301,8 @@ def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) 
         return judged.status, CHIPS.get(judged.status, "warn"), judged.reason
 
     tables: list[Section] = sections(directory, lambda own: accuracy(own, gate))
+    place = 1 + max((i for i, table in enumerate(tables) if table.title in ("Accuracy", "Differences")), default=-1)
+    tables[place:place] = [*reasoning(found["compare"])]
     if not tables:
         raise UserError(f"{directory}: holds no record; bash pipelines/eval.sh --model DIR --tag TAG makes one")
     packed = {r["tag"]: (r["metrics"]["packed_bytes"] / 1e6, method_of(r)) for _, r in found["quantize"]}
@@ -213,7 +311,11 @@ def page(directory: Path, settings: EvalSettings, data_dir: Path | None = None) 
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.filters["command"] = shlex.join
     return environment.get_template(TEMPLATE).render(
-        plots=[*kl_plots(found["kl"], packed), *accuracy_plot(found["eval"], packed)], tables=tables,
+        plots=[
+            *panel_plots(found["panel"]), *kl_plots(found["kl"], packed), *accuracy_plot(found["eval"], packed),
+            *reasoning_plot(found["compare"]),
+        ],
+        tables=tables,
         runs=sorted(runs.values(), key=lambda record: record["started"]), shown=len(shown), each=EACH, data=script_json(shown),
     )  # fmt: skip
 
