@@ -542,6 +542,7 @@ def talked(server, items=ITEMS):
 
 
 SETS = [item for item in ITEMS if any("set_level" in name for turn in item.meta["turns"] for name, _ in turn["calls"])]
+QUESTIONS = [item for item in ITEMS if any(turn["answer"] is not None for turn in item.meta["turns"])]
 MUTE = lambda turn: "I cannot."  # noqa: E731
 CALLERS = {
     "right": (caller(), ITEMS, 1, {}, "stop"),
@@ -554,13 +555,7 @@ CALLERS = {
     "guess": (caller(lambda *_: None), [i for i in ITEMS if i.gold.endswith('"changes": {}}')], 1, set(), "stop"),
     "loop": (caller(lambda item, turn, step, call: turn["calls"][0]), ITEMS[:15], 0, {"loop"}, "stop"),
     "cut": (caller(reason="length"), ITEMS[:15], 0, set(), "length"),
-    "mute": (
-        caller(speaks=MUTE),
-        [i for i in ITEMS if "Answer: " in i.gold or '"answers": [null' not in i.gold],
-        0,
-        set(),
-        "stop",
-    ),
+    "mute": (caller(speaks=MUTE), QUESTIONS, 0, set(), "stop"),
 }
 
 
@@ -570,15 +565,14 @@ def test_callers_are_told_apart(scripted, name):
     rows, metrics = talked(scripted([(200, answer)]), items)
     assert len(items) >= 10 and metrics["acc"] == share and {row["finish_reason"] for row in rows} == {reason}
     seen = {kind for kind, count in metrics["faults"].items() if count["times"]}
-    assert seen >= faults if name == "loop" else seen == faults
+    assert seen >= faults if name in ("loop", "wrong_call") else seen == faults
     if faults and name != "wrong_call":
         assert all(metrics["faults"][kind]["dialogues"] == len(items) for kind in faults)
     assert metrics["malformed"] == float(bool(faults & set(MALFORMED)))
     assert sum(own["n"] for own in metrics["by_tools"].values()) == len(items) == metrics["n"]
     transcripts = [json.loads(row["text"]) for row in rows]
-    assert all(
-        "<" not in row["text"] and own[0]["content"] == item.question for row, own, item in zip(rows, transcripts, items)
-    )
+    assert [own[0]["content"] for own in transcripts] == [item.question for item in items]
+    assert not any("<" in row["text"] for row in rows)
     if name == "bad_json":  # what the model wrote is in the log, what a server is told is JSON
         assert transcripts[0][1]["tool_calls"][0]["function"]["arguments"] == '{"name": '
         assert "error" in json.loads(transcripts[0][2]["content"])
@@ -622,7 +616,7 @@ def test_a_server_that_takes_no_tools_is_one_line(scripted, answer, told):
 
 
 def test_an_evaluation_with_tools(scripted, command, tmp_path):
-    """The command: plan, record with intervals, transcripts in the log, a second run that asks for nothing, grades made anew."""
+    """The command: a record with intervals, transcripts in the log, grades made anew, a second run that asks for nothing."""
     server = scripted([(200, caller(level_off))])
     model = ("--model", "m", "--backend", "openai", "--base-url", server.url, "--tokenizer", MODEL)
     run = (*model, "--benchmarks", "tool_calls", "--limit", 30, "--out", tmp_path / "eval", "--tag", "t")
@@ -646,7 +640,7 @@ def test_the_world_of_tools():
     """Every item is solved by its reference calls, needs each of them, and is always the same."""
     assert len({item.id for item in ITEMS}) == 150 and [item.id for item in ToolCalls().load(7)] == [i.id for i in ITEMS[:7]]
     assert {len(item.meta["tools"]) for item in ITEMS} == {1, 5, 15, 30, 60}
-    assert sha256_json([ToolCalls().standard(item) for item in ITEMS])[:16] == "DIGEST"  # else another revision
+    assert sha256_json([ToolCalls().standard(item) for item in ITEMS])[:16] == "3924fce4971bd500"  # else another revision
     for item in ITEMS:
         solved = replayed(item, json.dumps([{"role": "assistant", "content": "Done."}] * len(item.meta["turns"])))
         assert not all(solved.right), item.id
@@ -697,7 +691,8 @@ def test_a_call_is_executed_or_told_why_not(tool, arguments, kind):
     [
         ("Done.\nAnswer: 42", 42), ("**Answer:** 42.", 42), ("answer: the level is 42", 42), ("Answer: -5", -5),
         ("Answer: \\boxed{42}", 42), ("Answer: 1\nAnswer: 2", 2), ("Answer: 42.5", None), ("Answer: 1,042", None),
-        ("The answer is 42", None), ("Answer: many", None), ("<think>\nAnswer: 1\n</think>\nAnswer: 2", 2), ("<think>Answer: 1", None),
+        ("The answer is 42", None), ("Answer: many", None),
+        ("<think>\nAnswer: 1\n</think>\nAnswer: 2", 2), ("<think>Answer: 1", None),
     ],
 )  # fmt: skip
 def test_a_number_that_was_asked_for(text, found):

@@ -25,7 +25,7 @@ from task_text import PERSONS, Item
 
 Turn = dict[str, Any]  # a message of the protocol
 Things = dict[str, dict[str, Any]]  # of one kind, by name: {"level": int, "mode": str}
-Call = tuple[str, dict[str, Any]]  # tool, arguments
+Request = tuple[str, list[tuple[str, dict[str, Any]]], str, Callable[[Any], int] | None]
 
 TOOL_COUNTS, TURN_COUNTS, ITEMS_EACH = (1, 5, 15, 30, 60), (1, 2, 4), 10
 REPLIES = 8  # of the model to one turn of the user; reference calls need three at most
@@ -46,10 +46,6 @@ VERBS: dict[str, tuple[str, dict[str, Any]]] = {  # of the tool lamp_read: what 
     "list": ("List the {}s in a mode with their levels.", {"mode": MODE, "names_only": {"type": "boolean"}}),
 }
 OPTIONAL = "names_only"
-FORMS = {  # what a user may ask for, and the tools that it needs
-    "read": ("read",), "set": ("set_level",), "mode": ("set_mode",), "move": ("move",), "count": ("list",), "sum": ("list",),
-    "copy": ("read", "set_level"), "sweep": ("list", "set_mode"), "drain": ("read", "move"),
-}  # fmt: skip
 TYPES = {"string": str, "integer": int, "boolean": bool, "array": list}
 # A call that cannot be executed; then one that is refused (no such thing, not enough units), one that leaves a value that the
 # turn does not ask for, a turn that went wrong without any call, and one with REPLIES replies and no end.
@@ -146,61 +142,48 @@ def changes(state: Mapping[str, Things], other: Mapping[str, Things]) -> dict[st
 # ---- what a user asks for ----
 
 
-def request(form: str, kind: str, things: Things, rng: random.Random, before: str) -> tuple[str, list[Call], str]:
-    """(words, reference calls, the one thing that it speaks of or ""). ``before``: the thing of this kind that the turn before
-    spoke of, which is then called the same one."""
+def requests(kind: str, things: Things, rng: random.Random, before: str) -> list[Request]:
+    """(words, reference calls, the one thing that it speaks of or "", the number asked for as a function of what the last call
+    tells). ``before``: the thing of this kind that the turn before spoke of, which is then called the same one."""
     a, b = rng.sample(sorted(things), 2)
     a, b = (before, a if a != before else b) if before else (a, b)
     mode, other = rng.sample(MODES, 2)
-    one, two, n = f"the same {kind}" if before else f"the {kind} {a}", f"the {kind} {b}", rng.randint(2, 9)
-    read: Call = ("read", {"name": a})
-    listed: Call = ("list", {"mode": mode})
-    found, level = [name for name, own in things.items() if own["mode"] == mode], rng.randint(0, TOP)
+    one, two = f"the same {kind}" if before else f"the {kind} {a}", f"the {kind} {b}"
+    n, level = rng.randint(2, 9), rng.randint(0, TOP)
+    read, listed = ("read", {"name": a}), ("list", {"mode": mode})
+    found = [name for name, own in things.items() if own["mode"] == mode]
     move, more = {"source": a, "target": b}, {"name": a, "level": things[b]["level"] + n}
-    forms: dict[str, tuple[str, list[Call], str]] = {
-        "read": (f"What is the level of {one}?", [read], a),
-        "count": (f"How many {kind}s are in mode {mode}?", [listed], ""),
-        "sum": (f"What do the levels of all {kind}s in mode {mode} add up to?", [listed], ""),
-        "set": (f"Set the level of {one} to {level}.", [("set_level", {"name": a, "level": level})], a),
-        "mode": (f"Put {one} and {two} into mode {mode}.", [("set_mode", {"names": [a, b], "mode": mode})], ""),
-        "move": (f"Move {n} units from {one} to {two}.", [("move", move | {"amount": n})], ""),
-        "copy": (f"Set the level of {one} to {n} more than that of {two}.", [("read", {"name": b}), ("set_level", more)], ""),
-        "sweep": (
-            f"Put every {kind} that is in mode {mode} into mode {other}.",
-            [listed, ("set_mode", {"names": found, "mode": other})], "",
-        ),
-        "drain": (f"Move all units of {one} to {two}.", [read, ("move", move | {"amount": things[a]["level"]})], ""),
-    }  # fmt: skip
-    return forms[form]
+    sweep = [listed, ("set_mode", {"names": found, "mode": other})]
+    return [
+        (f"What is the level of {one}?", [read], a, lambda told: told["level"]),
+        (f"How many {kind}s are in mode {mode}?", [listed], "", len),
+        (f"What do the levels of all {kind}s in mode {mode} add up to?", [listed], "", lambda told: sum(told.values())),
+        (f"Set the level of {one} to {level}.", [("set_level", {"name": a, "level": level})], a, None),
+        (f"Put {one} and {two} into mode {mode}.", [("set_mode", {"names": [a, b], "mode": mode})], "", None),
+        (f"Move {n} units from {one} to {two}.", [("move", move | {"amount": n})], "", None),
+        (f"Set the level of {one} to {n} more than that of {two}.", [("read", {"name": b}), ("set_level", more)], "", None),
+        (f"Put every {kind} that is in mode {mode} into mode {other}.", sweep, "", None),
+        (f"Move all units of {one} to {two}.", [read, ("move", move | {"amount": things[a]["level"]})], "", None),
+    ]
 
 
 def make_turns(rng: random.Random, tools: Sequence[str], state: dict[str, Things], count: int) -> list[Turn]:
     """``count`` turns of a user: words, reference calls, the answer to a question, and the state after each."""
-    able = [(form, kind) for kind in state for form, verbs in FORMS.items() if all(f"{kind}_{verb}" in tools for verb in verbs)]
     made, last, spoken = list[Turn](), "", ""
     while len(made) < count:
-        near = [pair for pair in able if pair[1] == last]
-        form, kind = rng.choice(near if near and rng.random() < 0.5 else able)
-        before = spoken if kind == last and rng.random() < 0.5 else ""
-        text, calls, own = request(form, kind, state[kind], rng, before)
-        told, after, answer = None, copy.deepcopy(state), None
+        kind = last if last and rng.random() < 0.5 else rng.choice(list(state))
+        text, calls, own, number = rng.choice(requests(kind, state[kind], rng, spoken if kind == last else ""))
+        told, after = None, copy.deepcopy(state)
         try:
             for verb, arguments in calls:
                 told = execute(after[kind], verb, checked(tools, f"{kind}_{verb}", arguments))
-        except Fault:  # more units than there are: something else, then
+        except Fault:  # a tool that is not there, more units than there are
             continue
-        if form in ("read", "count", "sum"):
-            answer = told["level"] if form == "read" else len(told) if form == "count" else sum(told.values())
-        elif after == state:
-            continue
-        reference = [(f"{kind}_{verb}", arguments) for verb, arguments in calls]
-        made.append({"text": text, "calls": reference, "answer": answer, "after": after})
-        state, last, spoken = after, kind, own
+        if number or after != state:
+            reference = [(f"{kind}_{verb}", arguments) for verb, arguments in calls]
+            made.append({"text": text, "calls": reference, "answer": number(told) if number else None, "after": after})
+            state, last, spoken = after, kind, own
     return made
-
-
-def thing(rng: random.Random) -> dict[str, Any]:
-    return {"level": rng.randint(5, 60), "mode": rng.choice(MODES)}
 
 
 def make_item(number: int, count: int, turns: int) -> Item:
@@ -208,8 +191,10 @@ def make_item(number: int, count: int, turns: int) -> Item:
     rng = random.Random(f"{ToolCalls.revision}:{count}:{turns}:{number}")
     kinds = rng.sample(KINDS, -(-count // len(VERBS)))
     tools = rng.sample([f"{kind}_{verb}" for kind in kinds for verb in VERBS], count)
-    used = sorted({tool.partition("_")[0] for tool in tools})
-    state = {kind: {name: thing(rng) for name in rng.sample(PERSONS, rng.randint(3, 6))} for kind in used}
+    state: dict[str, Things] = {kind: {} for kind in sorted({tool.partition("_")[0] for tool in tools})}
+    for things in state.values():
+        for name in rng.sample(PERSONS, rng.randint(3, 6)):
+            things[name] = {"level": rng.randint(5, 60), "mode": rng.choice(MODES)}
     asked = make_turns(rng, tools, state, turns)
     gold = {"answers": [turn["answer"] for turn in asked], "changes": changes(state, asked[-1]["after"])}
     meta, name = {"tools": tools, "state": state, "turns": asked}, f"tool_calls-{count:02d}-{turns}-{number:03d}"
@@ -267,7 +252,8 @@ class Episode:
         self.right.append(self.answers[-1] == asked["answer"] and self.state == asked["after"])
         self.faults["no_call"] += not (self.right[-1] or self.called)
         self.replies, self.called = 0, False
-        self.open, self.whole = len(self.answers) < len(self.turns), len(self.answers) == len(self.turns)
+        self.whole = len(self.answers) == len(self.turns)
+        self.open = not self.whole
         if self.open:
             self.messages.append({"role": "user", "content": self.turns[len(self.answers)]["text"]})
 
