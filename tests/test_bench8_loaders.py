@@ -399,8 +399,11 @@ def test_tau2_counts_tasks_and_trials(command, tmp_path) -> None:  # noqa: ANN00
     assert metrics["pass^2"] == pytest.approx((3 / 6 + 1 + 0) / 3) and metrics["pass^4"] == pytest.approx(1 / 3)
     with pytest.raises(UserError, match="3 of 4 trials"):
         summarize(rows[1:], 4)
-    with pytest.raises(UserError, match="1 dialogues were lost by a server"):
-        summarize([*rows, {"task_id": "t3", "termination_reason": "infrastructure_error"}], 4)
+    error = {"termination_reason": "infrastructure_error", "info": {"error": "no", "error_traceback": "File judge.py"}}
+    assert summarize([{**rows[0], **error}, *rows[1:]], 4)["ended"]["infrastructure_error"] == 1  # an error of its own
+    error["info"]["error_traceback"] = "File litellm/main.py"
+    with pytest.raises(UserError, match="a server lost t1"):
+        summarize([{**rows[0], **error}, *rows[1:]], 4)
     run = ("src/eval/tau2_runner.py", "--endpoint", "http://localhost:1/v1", "--model", "m", "--tag", "t", "--out", tmp_path)
     for python, told in (((), "not installed"), (("--python", "/nowhere/python"), "/nowhere/python: No such file")):
         done = command(*run, *python)

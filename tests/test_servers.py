@@ -545,7 +545,7 @@ SETS = [item for item in ITEMS if any("set_level" in name for turn in item.meta[
 QUESTIONS = [item for item in ITEMS if any(turn["answer"] is not None for turn in item.meta["turns"])]
 MUTE = lambda turn: "I cannot."  # noqa: E731
 CALLERS = {
-    "right": (caller(), ITEMS, 1, {}, "stop"),
+    "right": (caller(), ITEMS, 1, set(), "stop"),
     "bad_json": (caller(first_broken(arguments='{"name": ')), ITEMS[:15], 1, {"bad_json"}, "stop"),
     "no_object": (caller(first_broken(arguments="[1]")), ITEMS[:15], 1, {"bad_json"}, "stop"),
     "unknown_tool": (caller(first_broken(name="lamp_explode")), ITEMS[:15], 1, {"unknown_tool"}, "stop"),
@@ -565,7 +565,7 @@ def test_callers_are_told_apart(scripted, name):
     rows, metrics = talked(scripted([(200, answer)]), items)
     assert len(items) >= 10 and metrics["acc"] == share and {row["finish_reason"] for row in rows} == {reason}
     seen = {kind for kind, count in metrics["faults"].items() if count["times"]}
-    assert seen >= faults if name in ("loop", "wrong_call") else seen == faults
+    assert seen >= faults and (name in ("loop", "wrong_call") or seen == faults), metrics["faults"]
     if faults and name != "wrong_call":
         assert all(metrics["faults"][kind]["dialogues"] == len(items) for kind in faults)
     assert metrics["malformed"] == float(bool(faults & set(MALFORMED)))

@@ -58,8 +58,11 @@ def summarize(simulations: Sequence[Mapping[str, Any]], trials: int) -> dict[str
     """pass^1 ... pass^trials over tasks, from tau2's log. A dialogue that ended without a reward has failed."""
     tasks: dict[str, list[bool]] = {}
     ended = Counter(str(simulation.get("termination_reason")) for simulation in simulations)
-    if lost := ended["infrastructure_error"]:  # tau2 repeats them; they say nothing about the model
-        raise UserError(f"tau2: {lost} dialogues were lost by a server; see to it and run the same command again")
+    for simulation in simulations:  # tau2 calls every error one of its infrastructure, a model's too, and repeats it
+        info = simulation.get("info") or {}
+        if simulation.get("termination_reason") == "infrastructure_error" and "litellm" in str(info.get("error_traceback")):
+            told = " ".join(str(info.get("error")).split())[:200]
+            raise UserError(f"tau2: a server lost {simulation['task_id']} ({told}); see to it and run the same command again")
     for simulation in simulations:
         reward = (simulation.get("reward_info") or {}).get("reward") or 0.0
         tasks.setdefault(str(simulation["task_id"]), []).append(reward >= 1 - 1e-6)
