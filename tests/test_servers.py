@@ -578,7 +578,7 @@ def test_callers_are_told_apart(scripted, name):
         assert "error" in json.loads(transcripts[0][2]["content"])
         assert re.fullmatch(r"[a-z0-9]{9}", transcripts[0][1]["tool_calls"][0]["id"])
     for row, item in zip(rows, items):  # graded anew from the log alone
-        again = extract_answer(ToolCalls(), item, row["text"], row["finish_reason"])
+        again = extract_answer(ToolCalls(), item, row["text"], row["finish_reason"], row["prompt_opens_thinking"])
         assert again == row["extracted"] and (again == item.gold) == row["correct"]
 
 
