@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import pickle
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -388,18 +389,53 @@ def test_reference_programs_pass(name: str, file: str, n: int, tmp_path: Path, m
     assert not [item.id for item, verdict in zip(items, verdicts, strict=True) if not verdict]
 
 
-def test_tau2_counts_tasks_and_trials(command) -> None:  # noqa: ANN001
+def test_tau2_counts_tasks_and_trials(command, tmp_path) -> None:  # noqa: ANN001
     from tau2_runner import summarize
 
     rewards = {"t1": (1.0, 1.0, 0.0, 1.0), "t2": (1.0, 1.0, 1.0, 1.0), "t3": (None, 0.0, 0.0, 0.0)}
     rows = [{"task_id": t, "reward_info": None if r is None else {"reward": r}} for t, four in rewards.items() for r in four]
     metrics = summarize(rows, 4)
-    assert metrics["n"] == 3 and metrics["acc"] == pytest.approx(7 / 12)
+    assert metrics["n"] == 3 and metrics["acc"] == pytest.approx(7 / 12) and metrics["acc_low"] < 7 / 12 < metrics["acc_high"]
     assert metrics["pass^2"] == pytest.approx((3 / 6 + 1 + 0) / 3) and metrics["pass^4"] == pytest.approx(1 / 3)
     with pytest.raises(UserError, match="3 of 4 trials"):
         summarize(rows[1:], 4)
-    done = command("src/eval/tau2_runner.py", "--endpoint", "http://localhost:1/v1", "--model", "m", "--tag", "t")
-    assert done.returncode == 2 and "not installed" in done.stderr
+    error = {"termination_reason": "infrastructure_error", "info": {"error": "no", "error_traceback": "File judge.py"}}
+    assert summarize([{**rows[0], **error}, *rows[1:]], 4)["ended"]["infrastructure_error"] == 1  # an error of its own
+    error["info"]["error_traceback"] = "File litellm/main.py"
+    with pytest.raises(UserError, match="a server lost t1"):
+        summarize([{**rows[0], **error}, *rows[1:]], 4)
+    run = ("src/eval/tau2_runner.py", "--endpoint", "http://localhost:1/v1", "--model", "m", "--tag", "t", "--out", tmp_path)
+    for python, told in (((), "not installed"), (("--python", "/nowhere/python"), "/nowhere/python: No such file")):
+        done = command(*run, *python)
+        assert done.returncode == 2 and told in done.stderr
+
+
+def test_tau2_is_started_and_its_log_read(command, tmp_path) -> None:  # noqa: ANN001
+    """A package that writes the log as version 1.0 does: a folder of the run, which goes on with one of its name."""
+    python = tmp_path / "python"
+    python.write_text(
+        f"""#!{sys.executable}
+import json, pathlib, sys
+data = pathlib.Path({str(tmp_path)!r})
+if sys.argv[1] == "-c":
+    print("noise", data, sep="\\n")
+else:
+    log = data / "simulations" / sys.argv[sys.argv.index("--save-to") + 1]
+    kept = json.loads((log / "results.json").read_text())["simulations"] if log.exists() else []
+    log.mkdir(parents=True, exist_ok=True)
+    new = [{{"task_id": "a", "reward_info": {{"reward": 1.0}}, "termination_reason": "user_stop"}}]
+    (log / "results.json").write_text(json.dumps({{"simulations": kept + new}}))
+"""
+    )
+    python.chmod(0o755)
+    run = ("src/eval/tau2_runner.py", "--endpoint", "http://localhost:1/v1", "--model", "m", "--tag", "t", "--domains", "mock")
+    run += ("--out", tmp_path / "eval", "--python", python, "--trials", "1")
+    for more in ((), ("--force",), ("--force", "--agent-args", '{"temperature": 1.0}')):
+        done = command(*run, *more)
+        assert done.returncode == 0, done.stderr
+        metrics = json.loads((tmp_path / "eval/t.json").read_text())["metrics"]["tau2_mock"]
+        assert (metrics["n"], metrics["acc"], metrics["ended"]) == (1, 1.0, {"user_stop": 1})
+    assert len(list((tmp_path / "simulations").iterdir())) == 2  # other settings, another log
 
 
 def test_helpers_of_the_tests_are_those_of_the_prompt() -> None:

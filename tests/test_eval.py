@@ -127,6 +127,10 @@ def test_models_of_several_calls_are_compared_on_the_same_transcripts(random_tin
         (["--limit", "0"], "--limit 0"),
         (["--benchmarks", "gsm8k,math500", "--data-dir", "data"], "data: has no math500.jsonl"),  # gsm8k is there
         (["--benchmarks", "tiny_know,tau2"], "tau2 is a dialogue"),
+        (
+            ["--benchmarks", "tiny_know,tool_calls", "--backend", "hf"],
+            "tool_calls: a dialogue with tools, which a server holds",
+        ),
         (["--out", "data/gsm8k.jsonl"], "--out data/gsm8k.jsonl: data/gsm8k.jsonl is a file"),
         (["--out", "data/gsm8k.jsonl/eval"], "data/gsm8k.jsonl is a file"),
         (["--model", "data"], "data: a directory that holds a GGUF; give the file, --model data/x.gguf"),

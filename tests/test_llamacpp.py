@@ -225,14 +225,12 @@ def test_weights_that_are_not_finite_stop_a_run(bf16_gguf, tmp_path, prompts, ca
         backend.server.stop()
 
 
-def test_a_server_that_hides_special_tokens(bf16_gguf, tmp_path, prompts, greedy, monkeypatch):
+def test_a_server_that_hides_special_tokens(bf16_gguf, tmp_path, prompts, greedy):
     """llama-server without --special, of a file in which </think> is a control token: its ids are read; its text is refused."""
     thought = load_tokenizer(MODEL).convert_tokens_to_ids("</think>")
     hidden = changed(
         bf16_gguf, tmp_path / "hidden.gguf", "tokenizer.ggml.token_type", lambda parts: parts[thought].fill(3)
     )  # fmt: skip
-    start = LlamaServer._start
-    monkeypatch.setattr(LlamaServer, "_start", lambda self: (self.command.remove("--special"), start(self)))
     with LlamaServer(hidden, 2048, 2, ["--repeat-penalty", "1.5", "--top-k", "1", "--mirostat", "2", "--temp", "3"]) as server:
         openai = OpenAIBackend(server.client.base_url + "/v1", "m", MODEL, 2048, key=server.key)
         got = in_order(openai, prompts[:4], Sampling(max_tokens=512))

@@ -16,6 +16,9 @@ from backend_openai import Answer, Client, Dispatch, OpenAIBackend, OpenAIServer
 from console import UserError
 from hf_model import load_tokenizer
 from llamacpp_eval8 import free_port
+from records import sha256_json
+from runner import benchmark_metrics, extract_answer, graded_rows
+from tasks_tools import MALFORMED, VERBS, Dialogue, Fault, ToolCalls, checked, execute, replayed
 
 MODEL = REPO / "models" / "razor-tiny"
 TOKENIZER = load_tokenizer(MODEL)
@@ -474,3 +477,224 @@ def test_a_file_of_servers_is_read_again(scripted, soon, tmp_path, capfd):
             several(f"@{listed}")
     with pytest.raises(UserError, match="No such file"):
         several(f"@{listed}.gone")
+
+
+# ---- dialogues with tools: a server plays callers of every kind, whose calls are executed ----
+
+ITEMS = ToolCalls().load()
+BY_OPENING = {(item.question, tuple(item.meta["tools"])): item for item in ITEMS}
+
+
+def said(content="Done.", calls=(), reason=None, asked=None):
+    """The answer of a server; its prompt has as many tokens as the request has signs."""
+    listed = [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]
+    message = {"role": "assistant", "content": None if listed else content} | ({"tool_calls": listed} if listed else {})
+    choice = {"message": message, "finish_reason": reason or ("tool_calls" if listed else "stop")}
+    usage = {"prompt_tokens": len(json.dumps(asked)), "completion_tokens": 5}
+    return {"model": "m", "choices": [choice], "usage": usage}
+
+
+def caller(play=lambda item, turn, step, call: call, speaks=lambda turn: f"Done.\n**Answer:** {turn['answer']}.", reason=None):
+    """A server that makes the reference calls, each as ``play`` changes it: None stops calling; a text is sent as it is."""
+
+    def answer(asked):
+        if "prompt" in asked or len(asked["messages"]) == 1 and asked["messages"][0]["content"] == "Hello":
+            return good(asked) if "prompt" in asked else said(asked=asked)
+        names = tuple(tool["function"]["name"] for tool in asked["tools"])
+        item = BY_OPENING[asked["messages"][0]["content"], names]
+        history = [call["function"]["arguments"] for m in asked["messages"] for call in m.get("tool_calls") or ()]
+        assert all(isinstance(json.loads(arguments), dict) for arguments in history)  # as llama-server and vLLM ask for
+        users = [place for place, message in enumerate(asked["messages"]) if message["role"] == "user"]
+        turn, step = item.meta["turns"][len(users) - 1], sum(m["role"] == "tool" for m in asked["messages"][users[-1] :])
+        call = play(item, turn, step, turn["calls"][step] if step < len(turn["calls"]) else None)
+        if call is None:
+            return said(speaks(turn), asked=asked, reason=reason)
+        name, arguments = call
+        return said(calls=[(name, arguments if isinstance(arguments, str) else json.dumps(arguments))], asked=asked)
+
+    return answer
+
+
+def first_broken(name=None, arguments=None):
+    """A caller whose first call of each turn is broken, and who then goes on as it should."""
+
+    def play(item, turn, step, call):
+        if step == 0:
+            return name or turn["calls"][0][0], "{}" if arguments is None else arguments
+        return turn["calls"][step - 1] if step <= len(turn["calls"]) else None
+
+    return play
+
+
+def level_off(item, turn, step, call):
+    """Levels that are set are one too high or too low."""
+    if call is None or "level" not in call[1]:
+        return call
+    return call[0], call[1] | {"level": call[1]["level"] + (1 if call[1]["level"] < 50 else -1)}
+
+
+def talked(server, items=ITEMS):
+    """(log rows, metrics) of dialogues."""
+    benchmark = ToolCalls()
+    done = dict(engine(server).generate([benchmark.given(item, None) for item in items], Sampling(max_tokens=100)))
+    rows = graded_rows(benchmark, items, [Dialogue(item) for item in items], [done[i] for i in range(len(items))])
+    return rows, benchmark_metrics(benchmark, items, rows)
+
+
+SETS = [item for item in ITEMS if any("set_level" in name for turn in item.meta["turns"] for name, _ in turn["calls"])]
+QUESTIONS = [item for item in ITEMS if any(turn["answer"] is not None for turn in item.meta["turns"])]
+MUTE = lambda turn: "I cannot."  # noqa: E731
+CALLERS = {
+    "right": (caller(), ITEMS, 1, set(), "stop"),
+    "bad_json": (caller(first_broken(arguments='{"name": ')), ITEMS[:15], 1, {"bad_json"}, "stop"),
+    "no_object": (caller(first_broken(arguments="[1]")), ITEMS[:15], 1, {"bad_json"}, "stop"),
+    "unknown_tool": (caller(first_broken(name="lamp_explode")), ITEMS[:15], 1, {"unknown_tool"}, "stop"),
+    "missing_argument": (caller(first_broken()), ITEMS[:15], 1, {"missing_argument"}, "stop"),
+    "wrong_call": (caller(level_off), SETS, 0, {"wrong_call"}, "stop"),
+    "no_call": (caller(lambda *_: None, MUTE), ITEMS[:15], 0, {"no_call"}, "stop"),
+    "guess": (caller(lambda *_: None), [i for i in ITEMS if i.gold.endswith('"changes": {}}')], 1, set(), "stop"),
+    "loop": (caller(lambda item, turn, step, call: turn["calls"][0]), ITEMS[:15], 0, {"loop"}, "stop"),
+    "cut": (caller(reason="length"), ITEMS[:15], 0, set(), "length"),
+    "mute": (caller(speaks=MUTE), QUESTIONS, 0, set(), "stop"),
+}
+
+
+@pytest.mark.parametrize("name", CALLERS)
+def test_callers_are_told_apart(scripted, name):
+    answer, items, share, faults, reason = CALLERS[name]
+    rows, metrics = talked(scripted([(200, answer)]), items)
+    assert len(items) >= 10 and metrics["acc"] == share and {row["finish_reason"] for row in rows} == {reason}
+    seen = {kind for kind, count in metrics["faults"].items() if count["times"]}
+    assert seen >= faults and (name in ("loop", "wrong_call") or seen == faults), metrics["faults"]
+    if faults and name != "wrong_call":
+        assert all(metrics["faults"][kind]["dialogues"] == len(items) for kind in faults)
+    assert metrics["malformed"] == float(bool(faults & set(MALFORMED)))
+    assert sum(own["n"] for own in metrics["by_tools"].values()) == len(items) == metrics["n"]
+    transcripts = [json.loads(row["text"]) for row in rows]
+    assert [own[0]["content"] for own in transcripts] == [item.question for item in items]
+    assert not any("<" in row["text"] for row in rows)
+    if name == "bad_json":  # what the model wrote is in the log, what a server is told is JSON
+        assert transcripts[0][1]["tool_calls"][0]["function"]["arguments"] == '{"name": '
+        assert "error" in json.loads(transcripts[0][2]["content"])
+        assert re.fullmatch(r"[a-z0-9]{9}", transcripts[0][1]["tool_calls"][0]["id"])
+    for row, item in zip(rows, items):  # graded anew from the log alone
+        again = extract_answer(ToolCalls(), item, row["text"], row["finish_reason"], row["prompt_opens_thinking"])
+        assert again == row["extracted"] and (again == item.gold) == row["correct"]
+
+
+def test_a_reply_that_the_server_cannot_read_is_the_models_fault(scripted):
+    error = {"error": {"message": "The model produced output that does not match the expected peg-native format"}}
+    server = scripted([(200, caller()), (200, caller()), (200, caller()), (500, error)])
+    rows, metrics = talked(server, ITEMS[:1])
+    assert metrics["faults"]["unreadable"] == {"times": 1, "dialogues": 1} and metrics["malformed"] == 1
+    assert rows[0]["extracted"] is None and "does not match" in json.loads(rows[0]["text"])[-1]["why"]
+
+
+def test_a_context_that_is_full_cuts_a_dialogue(scripted):
+    """The prompt of the next reply is known to need more tokens than the server has."""
+    item = ITEMS[0]
+    server = scripted([(200, caller(lambda item, turn, step, call: turn["calls"][0]))], models={"data": [{"id": "m"}]})
+    server.models["data"][0]["max_model_len"] = len(json.dumps(Dialogue(item))) + 1500
+    rows, metrics = talked(server, [item])
+    assert rows[0]["finish_reason"] == "length" and metrics["trunc"] == 1 and not metrics["faults"]["loop"]["times"]
+
+
+@pytest.mark.parametrize(
+    "answer,told",
+    [
+        (
+            lambda asked: good(asked) if "prompt" in asked else said(asked=asked["messages"]),
+            "m: its chat template does not know",
+        ),
+        (lambda asked: good(asked) if "prompt" in asked else said(asked=asked, reason="abort"), "finish_reason 'abort'"),
+        (lambda asked: good(asked) if "prompt" in asked else said(asked=asked, calls=[("a", 3)]), "function.arguments is 3"),
+    ],
+)
+def test_a_server_that_takes_no_tools_is_one_line(scripted, answer, told):
+    with pytest.raises(UserError, match=told):
+        talked(scripted([(200, answer)]), ITEMS[:1])
+
+
+def test_an_evaluation_with_tools(scripted, command, tmp_path):
+    """The command: a record with intervals, transcripts in the log, grades made anew, a second run that asks for nothing."""
+    server = scripted([(200, caller(level_off))])
+    model = ("--model", "m", "--backend", "openai", "--base-url", server.url, "--tokenizer", MODEL)
+    run = (*model, "--benchmarks", "tool_calls", "--limit", 30, "--out", tmp_path / "eval", "--tag", "t")
+    done = command("src/eval/vllm_eval8.py", *run)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "eval/t.json").read_text())["metrics"]["tool_calls"]
+    assert metrics["n"] == 30 and 0 < metrics["acc_low"] < metrics["acc"] < metrics["acc_high"] < 1
+    assert [own["n"] for own in metrics["by_tools"].values()] == [6] * 5
+    assert [own["n"] for own in metrics["by_turns"].values()] == [10] * 3
+    assert metrics["faults"]["wrong_call"]["times"] and metrics["calls"] > 30
+    asked = len(server.asked)
+    regraded = command("src/eval/regrade.py", "t", "--results", tmp_path)
+    assert regraded.returncode == 0 and "0 verdicts changed" in regraded.stdout, regraded.stderr
+    assert json.loads((tmp_path / "eval/t.json").read_text())["metrics"]["tool_calls"] == metrics
+    (tmp_path / "eval/t.json").unlink()
+    assert command("src/eval/vllm_eval8.py", *run).returncode == 0
+    assert all("messages" not in sent for sent in server.asked[asked:])  # one look at the server, nothing more
+
+
+def test_the_world_of_tools():
+    """Every item is solved by its reference calls, needs each of them, and is always the same."""
+    assert len({item.id for item in ITEMS}) == 150 and [item.id for item in ToolCalls().load(7)] == [i.id for i in ITEMS[:7]]
+    assert {len(item.meta["tools"]) for item in ITEMS} == {1, 5, 15, 30, 60}
+    assert sha256_json([ToolCalls().standard(item) for item in ITEMS])[:16] == "3924fce4971bd500"  # else another revision
+    for item in ITEMS:
+        solved = replayed(item, json.dumps([{"role": "assistant", "content": "Done."}] * len(item.meta["turns"])))
+        assert not all(solved.right), item.id
+
+
+@pytest.mark.parametrize(
+    "tool,arguments,kind",
+    [
+        ("lamp_read", '{"name": "Ada"}', None),
+        ("lamp_read", {"name": "Ada"}, None),
+        ("lamp_set_level", '{"name": "Ada", "level": 5.0}', None),  # JSON schema calls it an integer
+        ("lamp_list", '{"mode": "slow"}', None),
+        ("lamp_list", '{"mode": "slow", "names_only": true}', None),
+        ("lamp_list", '{"mode": "slow", "names_only": "yes"}', "wrong_type"),
+        ("lamp_read", "{'name': 'Ada'}", "bad_json"),
+        ("lamp_read", "null", "bad_json"),
+        ("lamp_read", '{"a":' * 100_000, "bad_json"),
+        ("door_read", '{"name": "Ada"}', "unknown_tool"),
+        ("lamp_read", "{}", "missing_argument"),
+        ("lamp_read", '{"name": "Ada", "colour": 1}', "unknown_argument"),
+        ("lamp_read", '{"name": 3}', "wrong_type"),
+        ("lamp_set_level", '{"name": "Ada", "level": "5"}', "wrong_type"),
+        ("lamp_set_level", '{"name": "Ada", "level": true}', "wrong_type"),
+        ("lamp_set_level", '{"name": "Ada", "level": 5.5}', "wrong_type"),
+        ("lamp_set_mode", '{"names": ["Ada", 3], "mode": "off"}', "wrong_type"),
+        ("lamp_set_level", '{"name": "Ada", "level": 100}', "wrong_value"),
+        ("lamp_set_mode", '{"names": ["Ada"], "mode": "warp"}', "wrong_value"),
+        ("lamp_read", '{"name": "Zoe"}', "refused"),
+        ("lamp_move", '{"source": "Ada", "target": "Ada", "amount": 1}', "refused"),
+        ("lamp_move", '{"source": "Ada", "target": "Ben", "amount": 8}', "refused"),
+        ("lamp_move", '{"source": "Ada", "target": "Ben", "amount": 7}', None),
+    ],
+)
+def test_a_call_is_executed_or_told_why_not(tool, arguments, kind):
+    tools = [f"lamp_{verb}" for verb in VERBS]
+    things = {"Ada": {"level": 7, "mode": "slow"}, "Ben": {"level": 3, "mode": "off"}}
+    try:
+        execute(things, tool.partition("_")[2], checked(tools, tool, arguments))
+        found = None
+    except Fault as fault:
+        found = fault.kind
+    assert found == kind
+    assert things["Ada"]["level"] == (0 if kind is None and tool == "lamp_move" else 5 if "5.0" in str(arguments) else 7)
+
+
+@pytest.mark.parametrize(
+    "text,found",
+    [
+        ("Done.\nAnswer: 42", 42), ("**Answer:** 42.", 42), ("answer: the level is 42", 42), ("Answer: -5", -5),
+        ("Answer: \\boxed{42}", 42), ("Answer: 1\nAnswer: 2", 2), ("Answer: 42.5", None), ("Answer: 1,042", None),
+        ("The answer is 42", None), ("Answer: many", None),
+        ("<think>\nAnswer: 1\n</think>\nAnswer: 2", 2), ("<think>Answer: 1", None),
+    ],
+)  # fmt: skip
+def test_a_number_that_was_asked_for(text, found):
+    item = next(item for item in ITEMS if item.meta["turns"][0]["answer"] is not None)
+    assert replayed(item, json.dumps([{"role": "assistant", "content": text}])).answers == [found]

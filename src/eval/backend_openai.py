@@ -32,8 +32,9 @@ from backend import Backend, Completion, Sampling, completion_of, seed_of
 from console import UserError, read_json
 from families import text_config
 from graders import THOUGHTS, opens_thinking
-from hf_model import end_token_ids, ids_sha256, load_tokenizer, render_chat, tokenizer_files_sha256
+from hf_model import CHAT, end_token_ids, ids_sha256, load_tokenizer, render_chat, tokenizer_files_sha256
 from settings import setting
+from tasks_tools import Dialogue, Episode, Turn
 
 # A server that is loading, full, failed once, or lies behind a proxy that lost it for a moment.
 BUSY = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
@@ -55,6 +56,7 @@ NEUTRAL = {
     "xtc_probability": 0.0, "dry_multiplier": 0.0, "repeat_penalty": 1.0, "samplers": ["temperature", "top_k", "top_p"],
     "logit_bias": {}, "ignore_eos": False, "repetition_penalty": 1.0, "min_tokens": 0,
 }  # fmt: skip
+UNREAD = "model produced output that does not match"  # llama-server, of a reply that its parser of calls does not understand
 IDENTITY = ("id", "root", "owned_by")  # of a model in /models; vLLM's root is its path
 IDENTITY_META = ("n_vocab", "n_ctx_train", "n_embd", "n_params", "size", "ftype")  # llama-server's
 FIXED, FIXED_TOKENS = "Write one sentence about each of three cities.", 16  # asked of each of several servers
@@ -115,7 +117,7 @@ class Client:
                 return self.once(path, body, limit)
             except urllib.error.HTTPError as error:
                 problem = refusal(error)
-                if error.code not in BUSY:
+                if error.code not in BUSY or UNREAD in problem:
                     raise UserError(f"{where}: {problem}") from None
                 least = float(wanted) if (wanted := error.headers.get("Retry-After") or "").isdigit() else 0.0
             except TimeoutError:
@@ -200,6 +202,8 @@ class ServerBackend(Backend):
     context: int
     served: int | None = None
     timeout: float | None = None
+    model: str | Path
+    takes_tools = False  # the look at its template is done
 
     def render(self, messages: list[dict[str, str]]) -> str:
         return render_chat(self.tokenizer, messages)
@@ -209,7 +213,7 @@ class ServerBackend(Backend):
         if self.served is not None and self.served < min(self.context, sampling.max_tokens):
             print(f"{self.client.base_url}: its context is {self.served:,} tokens where {self.context:,} are asked for; an "
                   "answer that it cuts short will end the run", file=sys.stderr, flush=True)  # fmt: skip
-        work = lambda index: self._complete(prompts[index], sampling)  # noqa: E731
+        work = lambda index: self._answer(prompts[index], sampling)  # noqa: E731
         return in_parallel(work, len(prompts), self.parallel, self._silent)
 
     def _limit(self, sampling: Sampling) -> None:
@@ -221,6 +225,56 @@ class ServerBackend(Backend):
 
     def _complete(self, prompt: str, sampling: Sampling) -> Completion:
         raise NotImplementedError
+
+    def _answer(self, prompt: str, sampling: Sampling) -> Completion:
+        return self._converse(prompt, sampling) if isinstance(prompt, Dialogue) else self._complete(prompt, sampling)
+
+    def _converse(self, dialogue: Dialogue, sampling: Sampling) -> Completion:
+        """A dialogue with tools by the server's own chat template, whose calls are executed here; the text is its transcript.
+        Where the server's context has no room for another reply it is cut: of new messages a token has a byte at least."""
+        if not self.takes_tools:
+            self._check_tools(dialogue)
+        episode, tokens, first, held, known = Episode(dialogue.item), 0, 0, 0, 0
+        while episode.open:
+            messages, room = episode.sent(), sampling.max_tokens
+            if held and self.served:
+                room = min(room, self.served - held - len(json.dumps(messages[known:])))
+            if room < 1:
+                return Completion(episode.transcript(), tokens, first, "length")
+            message, read, made = self._chat(messages, dialogue.tools, sampling, room)
+            episode.take(message)
+            tokens, first, held, known = tokens + made, first or read, read + made, len(messages) + 1
+        return Completion(episode.transcript(), tokens, first, "length" if message.get("cut") == "length" else "stop")
+
+    def _check_tools(self, dialogue: Dialogue) -> None:
+        """Raise :class:`UserError` unless the chat template puts tools into the prompt, which then has more tokens."""
+        hello: list[Turn] = [{"role": "user", "content": "Hello"}]
+        (first, more, _), (_, less, _) = (self._chat(hello, tools, Sampling(), 1) for tools in (dialogue.tools, []))
+        if more <= less and first.get("cut") != "unreadable":  # such a reply has a parser of calls, and no count
+            raise UserError(
+                f"{self.model}: its chat template does not know tools ({less} tokens of a prompt with and without them at "
+                f"{self.client.base_url}); take another model, or serve it with a template that does (llama-server: "
+                '--server-args "--chat-template-file FILE")'
+            )
+        self.takes_tools = True
+
+    def _chat(self, messages: list[Turn], tools: Sequence[Any], sampling: Sampling, room: int) -> tuple[Turn, int, int]:
+        """(the reply to a dialogue, tokens of the prompt, tokens generated)."""
+        fields: dict[str, Any] = self._chat_fields() | {"messages": messages, "max_tokens": room, "top_p": sampling.top_p}
+        fields |= {"temperature": sampling.temperature, "seed": seed_of(json.dumps(messages), sampling.seed) & 0x7FFFFFFF}
+        fields |= ({"tools": list(tools)} if tools else {}) | ({"top_k": sampling.top_k} if sampling.top_k is not None else {})
+        try:
+            answer = self.client.call("/chat/completions", fields)
+        except UserError as error:
+            if UNREAD not in str(error):
+                raise
+            return {"role": "assistant", "content": "", "cut": "unreadable", "why": str(error)}, 0, 0
+        return read_reply(answer, f"{self.client.base_url}/chat/completions", f"call{len(messages):03d}")
+
+    def _chat_fields(self) -> dict[str, Any]:
+        """What every request of a dialogue holds. Thinking is on where a template leaves the choice, as :data:`CHAT` has it."""
+        known = {key: value for key, value in CHAT.items() if isinstance(value, bool)}
+        return NEUTRAL | {"cache_prompt": False, "chat_template_kwargs": known}
 
     def _room(self, ids: Sequence[int], sampling: Sampling) -> tuple[int, int]:
         """(tokens that may follow, how many of them the server has room for)."""
@@ -264,6 +318,38 @@ def finite_rows(told: Any, url: str) -> list[dict[str, Any]]:
     return rows
 
 
+def opened_answer(answer: Any, url: str) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+    """(an answer, its choice, tokens of prompt and completion); anything else than one is a :class:`UserError`."""
+    body = of_kind(answer, dict, f"{url}: the answer")
+    if told := body.get("error"):
+        message = told.get("message", told) if isinstance(told, dict) else told
+        raise UserError(f"{url}: the server answered with an error: {' '.join(str(message).split())[:300]}")
+    choices = of_kind(body.get("choices"), list, f"{url}: choices")
+    choice = of_kind(choices[0] if choices else None, dict, f"{url}: choices[0]")
+    usage = of_kind(body.get("usage"), dict, f"{url}: usage")
+    return body, choice, [of_kind(usage.get(key), int, f"{url}: usage.{key}") for key in ("prompt_tokens", "completion_tokens")]
+
+
+def read_reply(answer: Any, url: str, mark: str) -> tuple[Turn, int, int]:
+    """(message, tokens of the prompt, tokens generated) of /chat/completions. A call without an id gets ``mark`` and two
+    digits: nine letters and digits, which is what Mistral's templates ask for."""
+    _, choice, counts = opened_answer(answer, url)
+    said, reason = of_kind(choice.get("message"), dict, f"{url}: message"), choice.get("finish_reason")
+    if reason not in ("stop", "tool_calls", "length"):
+        raise UserError(f"{url}: finish_reason {reason!r}; expected stop, tool_calls or length")
+    content = of_kind(said.get("content") or "", str, f"{url}: message.content")
+    message: Turn = {"role": "assistant", "content": content}
+    message |= {key: said[key] for key in ("reasoning_content", "reasoning") if isinstance(said.get(key), str)}
+    calls = []
+    for place, call in enumerate(of_kind(said.get("tool_calls") or [], list, f"{url}: tool_calls")):
+        called = of_kind(of_kind(call, dict, f"{url}: tool_calls").get("function"), dict, f"{url}: tool_calls.function")
+        name, arguments = of_kind(called.get("name"), str, f"{url}: function.name"), called.get("arguments")
+        function = {"name": name, "arguments": of_kind(arguments, (str, dict), f"{url}: function.arguments")}
+        calls.append({"id": call.get("id") or f"{mark}{place:02d}", "type": "function", "function": function})
+    message |= ({"tool_calls": calls} if calls else {}) | ({"cut": "length"} if reason == "length" else {})
+    return message, counts[0], counts[1]
+
+
 @dataclass(frozen=True)
 class Answer:
     """What /completions said. ``ids``: generated, by a server that tells them; ``model``: as it names what it served."""
@@ -279,14 +365,7 @@ class Answer:
     @classmethod
     def read(cls, answer: Any, url: str) -> Answer:
         """From the JSON of an answer; anything else than one is a :class:`UserError`."""
-        body = of_kind(answer, dict, f"{url}: the answer")
-        if told := body.get("error"):
-            message = told.get("message", told) if isinstance(told, dict) else told
-            raise UserError(f"{url}: the server answered with an error: {' '.join(str(message).split())[:300]}")
-        choices = of_kind(body.get("choices"), list, f"{url}: choices")
-        choice = of_kind(choices[0] if choices else None, dict, f"{url}: choices[0]")
-        usage = of_kind(body.get("usage"), dict, f"{url}: usage")
-        counts = [of_kind(usage.get(key), int, f"{url}: usage.{key}") for key in ("prompt_tokens", "completion_tokens")]
+        body, choice, counts = opened_answer(answer, url)
         text = of_kind(choice.get("text"), str, f"{url}: choices[0].text")
         reason = choice.get("finish_reason")
         if reason not in ("stop", "length"):
@@ -397,6 +476,9 @@ class OpenAIBackend(ServerBackend):
             return fields | PENALTIES | {"stop": [self.tokenizer.decode([end]) for end in self.ends[:4]]}
         fields |= NEUTRAL | {"top_k": sampling.top_k, "skip_special_tokens": False, "add_special_tokens": False}
         return fields | {"stop_token_ids": self.ends, "return_token_ids": True, "logprobs": 1}
+
+    def _chat_fields(self) -> dict[str, Any]:
+        return {"model": self.model} | (PENALTIES if self.plain else super()._chat_fields())
 
     def _read(self, answer: Any, ids: Sequence[int]) -> Answer:
         url = self.client.base_url
@@ -684,7 +766,7 @@ class OpenAIServers(Backend):
 
         def ask(server: OpenAIBackend, index: int) -> Completion:
             server._limit(sampling)
-            return server._complete(prompts[index], sampling)
+            return server._answer(prompts[index], sampling)
 
         try:
             for _ in prompts:

@@ -160,8 +160,9 @@ class LocalServer:
                 self.process.wait()
 
 
-# What an evaluation wants otherwise than whoever talks to a model: special tokens in the text, no page, no cache on the side.
-EVALUATING = ("--no-ui", "--no-slots", "--cache-ram", "0", "--special")
+# What an evaluation wants otherwise than whoever talks to a model: no page, no cache on the side. Not --special: a reply that
+# ends in its end token is none that the parser of tool calls reads.
+EVALUATING = ("--no-ui", "--no-slots", "--cache-ram", "0")
 
 
 class LlamaServer(LocalServer):

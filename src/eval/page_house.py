@@ -59,7 +59,7 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
     "eval": {
         "ground": "intervals task pictures sample_log",
         "grading": "graders math_answers reasoning sandbox_child code_sandbox",
-        "benchmarks": "tasks_code tasks_text tasks_tiny tau2_runner bench8_loaders bench_mm",
+        "benchmarks": "tasks_code tasks_text tasks_tiny tasks_tools tau2_runner bench8_loaders bench_mm",
         "engines": "backend eval_settings vllm_eval backend_openai llamacpp_eval8",
         "evaluation": "runner",
         "commands": """vllm_eval8 mm_eval moe_eval gguf_kl text_judge compare_tags gate regrade fetch_gguf deploy check_results

@@ -24,7 +24,7 @@ from eval_settings import GROUPS, EvalSettings, check_sampling, eval_records, ga
 from graders import GRADER_VERSION, opens_thinking, split_thinking
 from hf_model import ids_sha256
 from intervals import clustered_interval
-from pictures import Prompt, pictures_of
+from pictures import pictures_of
 from recipe import recipe_record
 from records import data_entry, describe_model, sha256_json, sha256_text, write_result
 from sample_log import SampleLog, WorkClock, find_log, read_log, read_samples, sample_key
@@ -32,8 +32,9 @@ from size_model import RESULTS, Rates, duration, machine, records_of
 from task import Benchmark, HubBenchmark
 from task_text import Item
 from tasks_tiny import TINY_TASKS, TINY_VISION_TASKS
+from tasks_tools import ToolCalls
 
-OF_TEXT = {kind.name: kind for kind in (*TINY_TASKS, *TEXT_BENCHMARKS)}
+OF_TEXT = {kind.name: kind for kind in (*TINY_TASKS, *TEXT_BENCHMARKS, ToolCalls)}
 OF_PICTURES = {kind.name: kind for kind in (*MM_BENCHMARKS, *TINY_VISION_TASKS)}
 
 
@@ -333,7 +334,7 @@ class Runner:
     def run_all(self, loaded: Loaded) -> dict[str, Any]:
         """{benchmark: its metrics}. The prompts of all samples that the log has are compared before anything is generated."""
         check_kept(self.log, loaded)
-        prompts = [[self.backend.render(benchmark.messages(item)) for item in items] for benchmark, items in loaded]
+        prompts = [[benchmark.given(item, self.backend.render) for item in items] for benchmark, items in loaded]
         asked = {
             (benchmark.name, item.id): prompt
             for (benchmark, items), own in zip(loaded, prompts, strict=True)
@@ -346,9 +347,10 @@ class Runner:
         }
 
     def _prompt_fields(self, prompt: str) -> dict[str, str]:
-        """What of a row says how a question was put to this model; a processor alone knows the ids of one with pictures."""
+        """What of a row says how a question was put to this model; a processor or a server alone knows
+        the ids of one with pictures and of a dialogue."""
         fields, tokenizer = {"prompt_sha256": sha256_text(prompt)}, getattr(self.backend, "tokenizer", None)
-        if tokenizer is not None and not isinstance(prompt, Prompt):
+        if tokenizer is not None and type(prompt) is str:
             fields["prompt_ids_sha256"] = ids_sha256(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         return fields
 

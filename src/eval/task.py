@@ -34,6 +34,8 @@ class Benchmark:
     def __init__(self, data_dir: Path | None = None) -> None:
         self.data_dir = data_dir  # local rows of a published benchmark
 
+    converses = False  # a dialogue with tools, which a server alone can hold
+
     chosen = "first of a seeded generator"  # how ``load`` takes n items; the record says it
 
     def load(self, n: int | None = None) -> list[Item]:
@@ -43,6 +45,10 @@ class Benchmark:
     def messages(self, item: Item) -> list[dict[str, Any]]:
         """The chat turns that the model is asked to continue. The same for every backend."""
         return [{"role": "user", "content": item.question}]
+
+    def given(self, item: Item, render: Callable[[list[dict[str, Any]]], Any]) -> Any:
+        """What an engine is given."""
+        return render(self.messages(item))
 
     def extract(self, item: Item, answer: str) -> str | None:
         """The final answer found in the text after the thinking, or None."""

@@ -108,6 +108,11 @@ def main() -> None:
     args = parse_args()
     benchmarks = get_benchmarks(args.benchmarks.split(","), args.data_dir)
     name = choose_backend(args.backend, args.model)
+    if name in ("hf", "vllm") and (asking := next((each.name for each in benchmarks if each.converses), "")):
+        raise UserError(
+            f"--benchmarks {asking}: a dialogue with tools, which a server holds: give a GGUF, or --backend openai with the "
+            "address of vllm serve MODEL --enable-auto-tool-choice --tool-call-parser NAME"
+        )
     plan = make_plan(args, name, *config_of(name, args))
     if name == "openai" and args.plain_fields:  # a record must not list what was not sent
         source = f"{plan.source}; top_k {plan.sampling.top_k} is not sent (--plain-fields), the server's own holds"
