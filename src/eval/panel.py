@@ -38,7 +38,7 @@ from torch import Tensor
 from backend import HfBackend, Sampling
 from calibration import LayerStream
 from checkpoint import Checkpoint, different_file, model_name, source_identity
-from console import UserError, check_writable, file_sha256, progress, read_text, run_cli, scratch_folder
+from console import UserError, file_sha256, progress, read_text, run_cli, scratch_folder
 from devices import default_device, free_memory
 from gguf_format import bos_of, describe_gguf, is_gguf
 from hf_model import (
@@ -56,7 +56,7 @@ from intervals import by_confidence, by_document, resampled, stratum_metrics
 from kl import EXACT, compared, compared_top, split_documents
 from llamacpp_logprobs import DEPTH, decode_rows, dump_logprobs, first_scored, with_parsed_control_tokens
 from recipe import recipe_record
-from records import REPO, data_entry, describe_model, write_result
+from records import REPO, data_entry, describe_model, tagged_record, write_result
 from run_dir import RUN, staged_directory
 from runner import recorded_benchmarks
 from safetensors_file import save_tensors
@@ -84,9 +84,6 @@ class Window(NamedTuple):
     ids: list[int]
     first: int
     last: int
-
-
-Strata = dict[str, list[Window]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -632,9 +629,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("results/panel"), help="directory of it (default results/panel)")
     parser.add_argument("--work", type=Path, default=scratch / "panel", help="directory of panels (default $SCRATCH/panel)")
     parser.add_argument("--force", action="store_true", help="judge again, or without --judge make the panel again")
-    parser.add_argument(
-        "--text", action="append", default=[], metavar="NAME=FILE", help="the text of a stratum; again for more"
-    )
+    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="text of a stratum; again for more")
     parser.add_argument("--corpus", type=Path, default=scratch / "text", help="directory of make_text.sh")
     parser.add_argument("--prompts", type=Path, help="prompts, between empty lines (default: the tiny tasks' questions)")
     parser.add_argument("--max-tokens", type=int, default=1024, help="of an answer made here (default 1,024)")
@@ -654,12 +649,9 @@ def main() -> None:
         raise UserError("--positions, --top-k and --max-tokens must be at least 1")
     if bool(args.judge) != bool(args.tag):
         raise UserError("--judge and --tag go together")
-    result = args.out / f"{args.tag}.json"
-    if args.tag:
-        check_writable(result)
-        if result.exists() and not args.force:
-            raise UserError(f"{result}: exists; give another --tag, or --force to replace it")
-    model = located(args.reference)
+    result, model = tagged_record(args) if args.tag else None, located(args.reference)
+    path = located(args.judge) if args.judge else None
+    described = None if path is None else describe_gguf(path) if is_gguf(path) else describe_model(path)
     out = args.work / model_name(model)
     panel = make_panel(args, model, out)
     strata, marks = np.array(panel.facts["strata"])[panel.tensors["stratum"].numpy()][panel.owner], panel.marks.numpy()
@@ -669,23 +661,21 @@ def main() -> None:
         print(f"{name:<16}{own.sum():>9,} positions, {(own & (marks == EVERYWHERE)).sum():,} seen by every judge; {noise}")
     for name, why in panel.facts["left_out"].items():
         print(f"{name:<16}left out: {why}")
-    if not args.judge:
+    if path is None or result is None:
         return
-    path, floor = located(args.judge), panel.tensors["floor_kl"].double().numpy()
+    floor = panel.tensors["floor_kl"].double().numpy()
     if args.floor:
         facts, values = load(out.with_name(f"{out.name}.{args.floor}") / VALUES)
         if facts["panel"] != panel.facts["sha256"]:
             raise UserError(f"--floor {args.floor}: was judged on another panel; judge it again")
         floor = values["kl"].numpy()
-    gguf = is_gguf(path)
-    described = describe_gguf(path) if gguf else describe_model(path)
     found = judged(args, panel, model, path, out.with_name(f"{out.name}.{args.tag}"))
     metrics = metrics_of(panel, found, floor)
     print("\n".join(table(metrics["strata"])), flush=True)
     print(error_bar(metrics["strata"]["all"]), flush=True)
     write_result(
-        result, kind="panel", tag=args.tag, started=started, model=described, recipe=None if gguf else recipe_record(path),
-        data=panel.facts["data"], metrics=metrics,
+        result, kind="panel", tag=args.tag, started=started, model=described, data=panel.facts["data"], metrics=metrics,
+        recipe=None if is_gguf(path) else recipe_record(path),
         extra={
             "judge": engine_of(args, panel, path), "reference": panel.facts["reference"],
             "floor": args.floor or "the original with noise of BF16's size behind every layer",
