@@ -30,6 +30,8 @@ from panel import (
     streamed_states,
 )
 from panel import packed as packed_rows
+from quant_save import quantize_checkpoint
+from recipe import Recipe
 from task_text import TASK_TEXTS
 from vllm_eval import top_rows
 
@@ -162,32 +164,16 @@ def texts(tmp_path_factory):
 def test_a_panel_from_end_to_end(random_tiny, texts, tmp_path, command, monkeypatch):
     """Made, killed and resumed, extended, judged: the model itself claims nothing, a worse one does."""
 
-    def run(*arguments, work="w", fails=0):
-        monkeypatch.setenv("SCRATCH", str(tmp_path))
-        fixed = [
-            "--reference",
-            random_tiny,
-            "--work",
-            tmp_path / work,
-            "--out",
-            tmp_path / "out",
-            "--positions",
-            "500",
-            "--max-tokens",
-            "24",
-        ]
-        done = command("src/eval/panel.py", *fixed, "--corpus", tmp_path / "none", "--prompts", texts / "prompts", *arguments)
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+
+    def run(*arguments, fails=0):
+        fixed = ["--work", tmp_path / "w", "--out", tmp_path / "out", "--positions", 500, "--max-tokens", 48]
+        fixed += ["--reference", random_tiny, "--corpus", tmp_path / "none", "--prompts", texts / "prompts"]
+        done = command("src/eval/panel.py", *fixed, *arguments)
         assert done.returncode == fails, done.stderr
         return done.stdout + done.stderr
 
-    given = [
-        "--text",
-        f"prose={texts / 'prose'}",
-        "--text",
-        f"wikitext-2={texts / 'wikitext-2'}",
-        "--prompts",
-        texts / "prompts",
-    ]
+    given = ["--text", f"prose={texts / 'prose'}", "--text", f"wikitext-2={texts / 'wikitext-2'}"]
     said = run(*given)
     file = tmp_path / "w/random-tiny/panel.safetensors"
     facts, tensors = load(file)
@@ -201,17 +187,20 @@ def test_a_panel_from_end_to_end(random_tiny, texts, tmp_path, command, monkeypa
 
     assert "the panel has" not in run("--text", f"code={texts / 'code'}")  # another stratum, behind the others
     more, added = load(file)
-    assert more["strata"] == [*facts["strata"], "code"] and torch.equal(
-        added["states"][: len(tensors["states"])], tensors["states"]
-    )
+    assert more["strata"] == [*facts["strata"], "code"]
+    assert torch.equal(added["states"][: len(tensors["states"])], tensors["states"])
 
     said = run("--judge", random_tiny, "--tag", "same")
     same = json.loads((tmp_path / "out/same.json").read_text())["metrics"]
     assert same["strata"]["all"]["mean"] == 0 and not same["strata"]["all"]["claimed"] and "nothing is claimed" in said
-    worse = moved(random_tiny, tmp_path / "worse", 0.2)
-    run("--judge", worse, "--tag", "worse")
+    worse, packed = tmp_path / "worse", tmp_path / "packed"
+    for out in (worse, packed):
+        quantize_checkpoint(random_tiny, out, Recipe(2, 2, 64, 1), packed=out == packed)
+        run("--judge", out, "--tag", out.name)
     record = json.loads((tmp_path / "out/worse.json").read_text())
     metrics = record["metrics"]["strata"]
+    codes = json.loads((tmp_path / "out/packed.json").read_text())["metrics"]["strata"]
+    assert codes["all"]["mean"] == pytest.approx(metrics["all"]["mean"], rel=0.05)  # packed, its scales are rounded once more
     assert record["kind"] == "panel" and metrics["all"]["claimed"] and metrics["all"]["flips"] >= metrics["all"]["lost"] > 0
     assert set(metrics) == {"all", *more["strata"]} and metrics["all"]["low"] < metrics["all"]["mean"] < metrics["all"]["high"]
     assert sum(own["positions"] for name, own in metrics.items() if name != "all") == metrics["all"]["positions"]
