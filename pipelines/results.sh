@@ -9,6 +9,7 @@
 #   vl      razor-tiny-vl: accuracy on drawn pictures, KL, a GGUF             five minutes
 #   size    what larger groups and fewer bits in whole layers, which make a packed file smaller, cost in KL     ten minutes
 #   packed  razor-tiny packed bit for bit, and in vLLM on a CPU (pipelines/vllm_cpu_env.sh)     four minutes; FORCE=1 replaces records
+#   panel   an int3 checkpoint and a GGUF on a panel of frozen tokens; WIKI=FILE: the test file of WikiText-2     ten minutes
 # A killed run goes on where it stopped. A record that is there is kept: remove those that you want to make again. Then the pages:
 # bash pipelines/pages.sh
 set -euo pipefail
@@ -207,7 +208,23 @@ packed() {
     same next razor_tiny_vllm_unquantized # how far apart two different models are on the same texts
 }
 
-parts=" tiny study gguf spread vl size packed "
+panel() {
+    local model=models/razor-tiny name=razor_tiny work=$SCRATCH/gguf tag=razor_tiny_int3_int4_gptq_refit gguf=razor_tiny_gguf
+    local text=()
+    [ -z "${WIKI:-}" ] || text=(--text "wikitext-2=$WIKI")
+    lost() {
+        [ -e "results/panel/$1.json" ] ||
+            python src/eval/panel.py --reference "$model" --judge "$2" --tag "$1" "${@:3}" ${text[@]+"${text[@]}"}
+    }
+    quantized "$tag" --expert-bits 3 --linear-bits 4 --method gptq_refit
+    lost "$tag" "$SCRATCH/$tag"
+    pack ${gguf}_bf16 bf16 BASE_TYPE=BF16 TENSOR_TYPES= METHOD=nearest
+    lost ${gguf}_bf16 "$work/bf16/razor-tiny-BF16.gguf"
+    pack ${gguf}_iq3_xxs_ldlq IQ3_XXS-ldlq BASE_TYPE=IQ3_XXS METHOD=ldlq
+    lost ${gguf}_iq3_xxs_ldlq "$work/IQ3_XXS-ldlq/razor-tiny-IQ3_XXS.gguf" --floor ${gguf}_bf16
+}
+
+parts=" tiny study gguf spread vl size packed panel "
 [ $# -gt 0 ] || { echo "error: no part named; known:$parts" >&2; exit 2; }
 for part in "$@"; do
     [[ $parts = *" $part "* ]] || { echo "error: no part $part; known:$parts" >&2; exit 2; }

@@ -70,6 +70,7 @@ SCORE = "src/distill/opd_score.py --teacher m --rollouts rollouts --out"
 TRAIN = "src/distill/opd_train_fsdp.py --student q --teacher m --rollouts rollouts --scores scores --rows 8 --steps 1 --out"
 MERGE = "src/distill/merge_adapter.py --student q --teacher m --adapter adapter --out"
 TEXT_STUDY = "src/eval/study_text.py --model m --text text --work"
+PANEL = "src/eval/panel.py --reference m --text prose=fixed.txt --positions 10"
 DISTILL = "src/distill/distill_run.py --teacher m --tasks tiny_know --steps 1 --expert-bits 2 --linear-bits 4 --tag t --work"
 
 OPEN = ("generation_config.json", "tokenizer_config.json")  # any object may be one
@@ -157,6 +158,7 @@ OUTPUTS = {  # commands without the end of their last option, which says where t
     "moe_eval": KL, "gguf_kl": "src/eval/gguf_kl.py --model g/m-Q8_0.gguf --reference m --items 1 --context 64 --tag t --out",
     "vllm_eval8": EVAL, "mm_eval": EVAL.replace("vllm_eval8", "mm_eval").replace("tiny_know", "tiny_count"),
     "text_judge": "src/eval/text_judge.py --text fixed.txt --reference m --tag t --result",
+    "panel": f"{PANEL} --work", "panel record": f"{PANEL} --judge m --tag t --out",
     "study_text": TEXT_STUDY, "study_text results": f"{TEXT_STUDY} w --results",
     "compare_tags": "src/eval/compare_tags.py a b --results", "regrade": "src/eval/regrade.py a --results",
     "opd_gen": GEN, "opd_score": SCORE, "opd_train_fsdp": TRAIN, "merge_adapter": MERGE, "distill_run": DISTILL,

@@ -35,11 +35,12 @@ from gguf_format import (
     run_converter,
     split_header,
 )
-from gguf_kl import against_directory, against_gguf, decode_rows, encode_rows, read_logprobs, write_logprobs
+from gguf_kl import against_directory, against_gguf
 from hf_model import load_tokenizer, prompt_ids, render_chat
 from kl import tiny_texts
 from llama_cpp import tool
 from llamacpp_eval8 import GgufTokenizer, LlamaCppBackend, LlamaServer, check_same_ids, free_port, more_ends
+from llamacpp_logprobs import decode_rows, encode_rows, read_logprobs, write_logprobs
 from records import read_result
 from runner import get_benchmarks
 from speed_gguf import active_bytes, drafting, fit_decoding

@@ -21,7 +21,7 @@ from settings import parse_settings, read_env_file
 
 KINDS = {
     "vllm_eval8": "eval", "mm_eval": "eval", "compare_tags": "compare", "moe_eval": "kl", "gguf_kl": "kl",
-    "study_spread": "spread",
+    "study_spread": "spread", "panel": "panel",
     "quant_save": "quantize", "packed_export": "quantize", "gguf_pack": "pack", "moe_alloc": "probe", "vllm_tokens": "probe",
     "speed_families": "bench", "speed_gguf": "bench", "speed_eval": "bench", "speed_quant": "bench",
     "speed_multi_gpu": "bench", "tiny_train": "train", "tiny_corpus": "train", "distill_run": "distill",

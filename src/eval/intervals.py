@@ -1,4 +1,4 @@
-"""Intervals for accuracies and for differences of two models on the same items. Pure functions of numbers.
+"""Intervals for accuracies, for KL by stratum, and for differences of two models on the same items. Pure functions of numbers.
 
 Not a command. Sources: Wilson 1927 (score interval); McNemar 1947, exact binomial form; Tango 1998 (score interval of a paired
 difference, Statistics in Medicine 17:891). Quantiles and roots are scipy's.
@@ -7,13 +7,19 @@ difference, Statistics in Medicine 17:891). Quantiles and roots are scipy's.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import optimize, stats
 
+from kl import summarize_kl
+
 Z95 = float(stats.norm.ppf(0.975))
+SHARES = (0.5, 0.99, 0.999)  # quantiles of KL that are told with their errors
+CONFIDENCE = (0.5, 0.9, 0.99, 0.999)  # of the reference's likeliest token: where positions are told apart
 
 
 def wilson(correct: float, n: float, z: float = Z95) -> tuple[float, float]:
@@ -193,3 +199,57 @@ def bounds(found: np.ndarray) -> tuple[float, float, float]:
     """(value, its 95 % percentile interval) of a statistic of :func:`resampled` rows."""
     low, high = np.quantile(found[1:], [0.025, 0.975])
     return float(found[0]), float(low), float(high)
+
+
+def by_document(owner: np.ndarray, values: np.ndarray, documents: int) -> np.ndarray:
+    """Sums [documents] of values [positions]; ``owner``: the document of each."""
+    return np.bincount(owner, values, documents)
+
+
+def stratum_metrics(
+    owner: np.ndarray, strata: Sequence[str], weights: np.ndarray, nll: np.ndarray, base_nll: np.ndarray | None = None,
+    kl: np.ndarray | None = None, agree: np.ndarray | None = None, more: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """By stratum and for all: positions, documents, perplexity with its standard error and, against a reference, its ratio and
+    the statistics of KL, from values [positions]; of ``more`` values the mean and its interval. ``owner``: the document of each
+    position, ``strata``: the stratum of each document, ``weights``: :func:`resampled` documents."""
+    names, made = np.array(strata), {}
+
+    def sums(values: np.ndarray) -> np.ndarray:
+        return by_document(owner, values, len(names))[documents]
+
+    for name in dict.fromkeys(["all", *strata]):
+        documents = np.flatnonzero((names == name) | (name == "all"))
+        kept, own = np.isin(owner, documents), weights[:, documents]
+        counts = sums(np.ones(len(nll)))
+        losses = weighted_means(own, sums(nll), counts)
+        ppl = np.exp(losses)
+        entry = {"positions": int(kept.sum()), "documents": len(documents), "ppl": ppl[0], "ppl_error": ppl[1:].std(ddof=1)}
+        if kl is not None and agree is not None and base_nll is not None:
+            ratio = np.exp(losses - weighted_means(own, sums(base_nll), counts))
+            entry |= dict(zip(("ppl_ratio", "ppl_ratio_low", "ppl_ratio_high"), bounds(ratio), strict=True))
+            entry |= summarize_kl(kl[kept], agree[kept]) | {"median": np.median(kl[kept])}
+            means = weighted_means(own, sums(kl), counts)
+            entry |= {"standard_error": means[1:].std(ddof=1)} | dict(zip(("low", "high"), bounds(means)[1:], strict=True))
+            places = np.searchsorted(documents, owner[kept])
+            tails = weighted_quantiles(own, places, kl[kept], SHARES)[1:].std(0, ddof=1)
+            entry |= dict(zip(("median_error", "p99_error", "p99_9_error"), tails, strict=True))
+        for key, values in (more or {}).items():
+            ends = bounds(weighted_means(own, sums(values), counts))
+            entry |= dict(zip((key, f"{key}_low", f"{key}_high"), ends, strict=True))
+        made[name] = {key: value if isinstance(value, int) else float(value) for key, value in entry.items()}
+    return made
+
+
+def by_confidence(likeliest: np.ndarray, kl: np.ndarray) -> dict[str, dict[str, float]]:
+    """KL by the probability [positions] of the reference's likeliest token: positions, mean and median KL, and the bucket's
+    share of all KL, from the least to the most certain."""
+    found, total, edges = {}, float(kl.sum()), (0.0, *CONFIDENCE, 1.0)
+    place = np.digitize(likeliest, CONFIDENCE)
+    for number, (low, high) in enumerate(itertools.pairwise(edges)):
+        own = kl[place == number]
+        entry = {"low": low, "high": high, "positions": len(own)}
+        if len(own):
+            entry |= {"mean": float(own.mean()), "median": float(np.median(own)), "share": float(own.sum()) / (total or 1.0)}
+        found[f"from_{low:g}".replace(".", "_")] = entry
+    return found

@@ -60,10 +60,10 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
         "ground": "intervals task pictures sample_log",
         "grading": "graders math_answers sandbox_child code_sandbox",
         "benchmarks": "tasks_code tasks_text tasks_tiny tau2_runner bench8_loaders bench_mm",
-        "engines": "backend eval_settings vllm_eval backend_openai llamacpp_eval8",
+        "engines": "backend eval_settings vllm_eval backend_openai llamacpp_eval8 llamacpp_logprobs",
         "evaluation": "runner",
-        "commands": """vllm_eval8 mm_eval moe_eval gguf_kl text_judge compare_tags gate regrade fetch_gguf deploy check_results
-            smoke day_one""",
+        "commands": """vllm_eval8 mm_eval moe_eval gguf_kl text_judge panel compare_tags gate regrade fetch_gguf deploy
+            check_results smoke day_one""",
         "measuring": "vllm_form vllm_tokens speed_eval speed_gguf study_spread study_text",
         "pages": "page_tables page_results page_report page_house",
     },

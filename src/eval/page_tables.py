@@ -324,6 +324,11 @@ def stratum_rows(r: Record) -> Rows:
             yield (split, stratum.replace("_", " ")), {"at": f"metrics.strata.{split}.{stratum}"}
 
 
+def panel_rows(r: Record) -> Rows:
+    for stratum in r["metrics"]["strata"]:
+        yield (tag(r), stratum.replace("_", " ")), {"at": f"metrics.strata.{stratum}"}
+
+
 def heldout_rows(r: Record) -> Rows:
     for stratum in r["metrics"]["heldout"]:
         yield (tag(r), stratum.replace("_", " ")), {"at": f"metrics.heldout.{stratum}"}
@@ -595,6 +600,17 @@ TABLES = (
         ), text_pair_rows, lambda record: "models" not in record["metrics"],
     ),
     Table(
+        "panel", "On the panel",
+        "KL to the original on frozen tokens, in nats: second halves of windows, with the `95` % interval by bootstrap over "
+        "windows; flips: tokens that one has right and the other wrong. Floor: the KL of the original with noise of BF16's "
+        "size behind every layer, or of its BF16 GGUF; what is not above it is no finding.",
+        ("model", "stratum"), (
+            ("positions", "{at}.positions"), ("KL", "{at}.mean", 6), ("low", "{at}.low", 6), ("high", "{at}.high", 6),
+            ("median", "{at}.median", 7), ("`99` %", "{at}.p99", 4), ("`99.9` %", "{at}.p99_9", 4),
+            ("top-1", "{at}.top1", 2, " %"), ("flips", "{at}.flips", 2, " %"), ("floor", "{at}.floor", 7),
+        ), panel_rows,
+    ),
+    Table(
         "train", "Training", "", ("model",), (
             ("parameters", "metrics.parameters"), ("tokens or pictures", "metrics.tokens|metrics.pictures"),
             ("seconds", "seconds"), ("final loss", "metrics.final_loss", 3),
@@ -664,6 +680,7 @@ PIPELINES = (
     ("eval/recovery_iq2_xs_*", "recovery.sh gguf"),
     ("compare/recovery_iq2_xs_*", "recovery.sh gguf"),
     ("*/recovery_*", "recovery.sh"),
+    ("panel/razor_tiny_*", "results.sh panel"),
     ("kl/razor_tiny_pairs", "results.sh tiny study gguf size"),
     ("*/razor_tiny_bf16", "results.sh tiny"),
     ("*/*razor_tiny_int4", "results.sh tiny"),

@@ -38,8 +38,8 @@ from console import UserError, progress, read_object, read_text, run_cli, scratc
 from gguf_dequant import dequantize
 from gguf_format import describe_gguf, is_gguf
 from hf_model import all_finite, context_of, first_nonfinite, load_model, load_tokenizer, prefix_ids, scaled_logits, text_ids
-from intervals import bounds, resampled, weighted_means, weighted_quantiles
-from kl import divergence, encoded, file_texts, padded, split_documents, summarize_kl, text_windows, tiny_texts
+from intervals import by_confidence, by_document, resampled, stratum_metrics
+from kl import EXACT, compared, encoded, file_texts, padded, split_documents, summarize_kl, text_windows, tiny_texts
 from llamacpp_eval8 import LlamaServer, server_logprobs
 from recipe import recipe_record
 from records import add_record_arguments, check_record_arguments, data_entry, describe_model, write_result
@@ -62,13 +62,10 @@ from tasks_text import (
 )
 
 SEED = 24
-SHARES = (0.5, 0.99, 0.999)
 TRAINING = "train.jsonl.gz"
 FACTS = "facts-{}.json"  # beside the corpus, by their number: what recall asks, for machines that have no training text
 TRANSCRIPTS = 640  # of each tiny task: the ruler by which razor-tiny is judged
 LONGEST = 4096  # tokens of a transcript, or of a document of a file
-CONFIDENCE = (0.5, 0.9, 0.99, 0.999)  # of the reference's likeliest token: where positions are told apart
-EXACT = 4 << 30  # bytes of a checkpoint whose layers run in float32 on a GPU too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,51 +288,6 @@ class Judged:
         return likely.sum(1).view(-1, CHOICES).numpy()
 
 
-def by_document(text: Text, values: np.ndarray) -> np.ndarray:
-    return np.bincount(text.owner, values, len(text.strata))
-
-
-def stratum_metrics(
-    text: Text, weights: np.ndarray, nll: np.ndarray, base_nll: np.ndarray | None = None, kl: np.ndarray | None = None,
-    agree: np.ndarray | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """By stratum and for all: positions, documents, perplexity with its standard error and, against a reference, its ratio and
-    the statistics of KL, from values [positions]."""
-    strata, made = np.array(text.strata), {}
-    for name in dict.fromkeys(["all", *text.strata]):
-        documents = np.flatnonzero((strata == name) | (name == "all"))
-        kept, own = np.isin(text.owner, documents), weights[:, documents]
-        counts = by_document(text, np.ones(len(nll)))[documents]
-        losses = weighted_means(own, by_document(text, nll)[documents], counts)
-        ppl = np.exp(losses)
-        entry = {"positions": int(kept.sum()), "documents": len(documents), "ppl": ppl[0], "ppl_error": ppl[1:].std(ddof=1)}
-        if kl is not None and agree is not None and base_nll is not None:
-            ratio = np.exp(losses - weighted_means(own, by_document(text, base_nll)[documents], counts))
-            entry |= dict(zip(("ppl_ratio", "ppl_ratio_low", "ppl_ratio_high"), bounds(ratio), strict=True))
-            entry |= summarize_kl(kl[kept], agree[kept]) | {"median": np.median(kl[kept])}
-            means = weighted_means(own, by_document(text, kl)[documents], counts)
-            entry |= {"standard_error": means[1:].std(ddof=1)} | dict(zip(("low", "high"), bounds(means)[1:], strict=True))
-            places = np.searchsorted(documents, text.owner[kept])
-            tails = weighted_quantiles(own, places, kl[kept], SHARES)[1:].std(0, ddof=1)
-            entry |= dict(zip(("median_error", "p99_error", "p99_9_error"), tails, strict=True))
-        made[name] = {key: value if isinstance(value, int) else float(value) for key, value in entry.items()}
-    return made
-
-
-def by_confidence(likeliest: np.ndarray, kl: np.ndarray) -> dict[str, dict[str, float]]:
-    """KL by the probability [positions] of the reference's likeliest token: positions, mean and median KL, and the bucket's
-    share of all KL, from the least to the most certain."""
-    found, total, edges = {}, float(kl.sum()), (0.0, *CONFIDENCE, 1.0)
-    place = np.digitize(likeliest, CONFIDENCE)
-    for number, (low, high) in enumerate(itertools.pairwise(edges)):
-        own = kl[place == number]
-        entry = {"low": low, "high": high, "positions": len(own)}
-        if len(own):
-            entry |= {"mean": float(own.mean()), "median": float(np.median(own)), "share": float(own.sum()) / (total or 1.0)}
-        found[f"from_{low:g}".replace(".", "_")] = entry
-    return found
-
-
 class Judge:
     """The text, the tasks and what the reference makes of them; :meth:`judged` compares a model with it."""
 
@@ -344,7 +296,7 @@ class Judge:
     ) -> None:
         self.text, self.tasks, self.path, self.batch, self.dtype = text, tasks, reference, batch, dtype
         codes = {name: number for number, name in enumerate(dict.fromkeys(text.strata))}
-        counts = by_document(text, np.ones(len(text.owner))).astype(int)
+        counts = by_document(text.owner, np.ones(len(text.owner)), len(text.strata)).astype(int)
         self.facts = {"strata": [codes[name] for name in text.strata], "positions": counts.tolist()}
         self.weights = resampled(self.facts["strata"])
         if dtype is torch.float32:
@@ -352,10 +304,11 @@ class Judge:
         described = {"model": describe_model(reference), "recipe": recipe_record(reference)}
         self.reference = Judged(reference, batch, dtype)
         self.hidden = self.reference.states(text)
-        self.likeliest = np.zeros(0)
-        self.nll, _, _ = self._positions(self.reference.logits, self.hidden)
+        own = self._positions(self.reference.logits, self.hidden)
+        self.nll, self.likeliest = own["loss"], own["likeliest"]
         self.made: dict[str, Any] = described | {"judge": self.name}
-        self.made |= {"strata": stratum_metrics(text, self.weights, self.nll), "tasks": self._tasks(self.reference)}
+        self.made |= {"strata": stratum_metrics(text.owner, text.strata, self.weights, self.nll)}
+        self.made |= {"tasks": self._tasks(self.reference)}
         self.made |= {"routing": self.reference.routers.summary(), "answer": self._answer(self.nll)}
 
     @property
@@ -363,20 +316,16 @@ class Judge:
         return f"transformers, {str(self.reference.model.dtype).removeprefix('torch.')}{self.text.how}"
 
     @torch.inference_mode()
-    def _positions(self, logits_of: Callable[[Tensor], Tensor], own: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(loss, KL to the reference, agreement with it) [positions], of logits made of the rows of ``own``."""
+    def _positions(self, logits_of: Callable[[Tensor], Tensor], own: Tensor) -> dict[str, np.ndarray]:
+        """What kl.compared tells of the reference and of the logits made of the rows of ``own``, [positions]."""
         size = (1 << (28 if self.reference.model.device.type == "cuda" else 24)) // self.reference.config.vocab_size
-        parts, first = [], own is self.hidden
+        parts = []
         for rows, base, target in zip(own.split(size), self.hidden.split(size), self.text.targets.split(size), strict=True):
-            expected = self.reference.logits(base)
-            logits = expected if first else logits_of(rows).to(expected.device)
-            loss = F.cross_entropy(logits, target.to(logits.device), reduction="none")
-            found = [loss, *divergence(expected, logits), *([expected.softmax(-1).amax(-1)] if first else [])]
-            parts.append([each.cpu() for each in found])
-        loss, kl, agree, *likeliest = (torch.cat(each) for each in zip(*parts, strict=True))
-        if first:
-            self.likeliest = likeliest[0].numpy()
-        return loss.double().numpy(), kl.double().numpy(), agree.numpy()
+            p = self.reference.logits(base).log_softmax(-1)
+            q = p if own is self.hidden else logits_of(rows).to(p.device).log_softmax(-1)
+            parts.append({key: value.cpu() for key, value in compared(p, q, target.to(p.device)).items()})
+        found = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return {key: (own.double() if own.is_floating_point() else own).numpy() for key, own in found.items()}
 
     def _answer(self, nll: np.ndarray, kl: np.ndarray | None = None, agree: np.ndarray | None = None) -> dict[str, Any] | None:
         """Perplexity and KL on the tokens of the assistant's turn, where the text has turns."""
@@ -411,10 +360,11 @@ class Judge:
         return made
 
     def _compared(self, logits_of: Callable[[Tensor], Tensor], own: Tensor) -> dict[str, Any]:
-        nll, kl, agree = self._positions(logits_of, own)
-        made = {"strata": stratum_metrics(self.text, self.weights, nll, self.nll, kl, agree)}
+        found, text = self._positions(logits_of, own), self.text
+        nll, kl, agree = found["loss"], found["kl"], found["agree"]
+        made = {"strata": stratum_metrics(text.owner, text.strata, self.weights, nll, self.nll, kl, agree)}
         made |= {"confidence": by_confidence(self.likeliest, kl), "answer": self._answer(nll, kl, agree)}
-        return made | {"kl_sums": [float(f"{value:.6g}") for value in by_document(self.text, kl)]}
+        return made | {"kl_sums": [float(f"{value:.6g}") for value in by_document(text.owner, kl, len(text.strata))]}
 
     def _served(self, path: Path, options: Sequence[str]) -> Tensor:
         """Log-probabilities [positions, V] that llama-server gives at every scored token."""

