@@ -12,6 +12,7 @@ import pytest
 from conftest import REPO
 
 import day_one
+import llama_cpp
 from console import UserError
 from day_one import FIGURES, PREREGISTERED, Day, DaySettings, Stage, expectations, run_stages, verdict
 from size_model import SHAPES
@@ -44,8 +45,10 @@ def test_expectations_are_those_of_the_document(tmp_path, monkeypatch):
     if day.wiki:
         assert said[rows["kl_q8"][3]] == ["[0.0450](kl/t_wiki.json#metrics.tool.mean)", "missed"]
         assert said[rows["ppl"][3]][1] == "refuted" and said[rows["kl_bf16"][3]] == ["", "not measured"]
+        (tmp_path / "kl/t_wiki.json").write_text(text.replace("5.2", '5.2, "ppl_reference": 4.9'))
+        assert dict(row[::4] for row in day.expected())[rows["ppl"][3]].startswith("not judged: another ruler")
     day.name = "razor-tiny"
-    assert {row[4] for row in day.expected()} == {"not judged: another model"}
+    assert {row[4] for row in day.expected()} == {"not judged: another model", "not measured"}
     with pytest.raises(UserError, match="differ in ppl"):
         expectations(TEXT.replace("| `ppl` |", "| ppl |"))
 
@@ -70,11 +73,15 @@ def test_a_stage_is_kept_goes_on_or_is_refused(tmp_path):
         stage.state(marks)
     product.write_text("a")
     source.write_text("c")
-    with pytest.raises(UserError, match="another .*source: .*remove"):
+    with pytest.raises(UserError, match="made of another .*source: .*remove"):
         stage.state(marks)
     source.write_text("a")
-    with pytest.raises(UserError, match="made with another command"):
+    with pytest.raises(UserError, match="made by another command"):
         copying(source, product, record, "more").state(marks)
+    for text in (b"[1, 2]", b"{not json", b"", b'{"a": 1}', b'{"command": 1, "inputs": 2, "made": 3}'):
+        (marks / "copy.json").write_bytes(text)
+        with pytest.raises(UserError, match="copy"):
+            stage.state(marks)
     (marks / "copy.json").unlink()
     with pytest.raises(UserError, match="product: exists, and was not made by stage copy"):
         stage.state(marks)
@@ -114,10 +121,10 @@ def test_a_rehearsal_from_a_hub_survives_a_kill(tmp_path):
     config = tmp_path / "q.env"
     config.write_text("MODEL=m\nOUT=o\nEXPERT_BITS=3\nLINEAR_BITS=4\nGROUP=128\nMETHOD=absmax\n")
     environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{port.read_text()}", "MOE_LOWBIT_CACHE": str(tmp_path / "c")}
-    environment |= {"LLAMA_CPP": str(tmp_path)}  # no tool of llama.cpp: its stages are left out
+    environment |= {"LLAMA_CPP": str(tmp_path), "LLAMA_CPP_SOURCE": str(llama_cpp.source())}  # no tool, only the converter
     line = [sys.executable, REPO / "src/eval/day_one.py", "--model", f"hf:me/razor-tiny@{ZEROS}", "--work", out, "--results"]
     line += [tmp_path / "results", "--quantize-config", config, "--benchmarks", "tiny_know,mathvision", "--data-dir", tmp_path]
-    line += ["--limit", "2", "--panel", "--positions 200"]
+    line += ["--limit", "2"]
     try:
         first = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
         for text in first.stdout:
@@ -132,4 +139,4 @@ def test_a_rehearsal_from_a_hub_survives_a_kill(tmp_path):
     assert "== packed: kept" in done.stdout and "0 faults" in done.stdout
     card = (out / "README.md").read_text()
     assert "razor_tiny_eval_tiny_know.json#metrics.tiny_know.acc)" in card and "not judged: another model" in card
-    assert "- `gguf`: " in card and "- `eval_mathvision`: " in card and "- `wiki`: " in card
+    assert "- `gguf`: " in card and "- `eval_mathvision`: " in card and "- `wiki`: " in card and "- `panel_gguf`: " in card

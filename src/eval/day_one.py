@@ -36,7 +36,7 @@ import jinja2
 from backend import choose_backend
 from calibration_text import HUB, CalibrationSettings, default_source, sources_of
 from checkpoint import Checkpoint, different_file, model_name, source_identity
-from console import UserError, atomic_path, file_sha256, read_json, read_text, run_cli, write_json
+from console import UserError, atomic_path, file_sha256, read_object, read_text, run_cli, write_json
 from eval_settings import eval_records, gate_axis, load_settings
 from families import Role, layer_count, roles_of, text_config
 from gguf_layout import read_patterns
@@ -102,7 +102,7 @@ def expectations(text: str) -> tuple[dict[str, tuple[float, float, float, str]],
     found = {name: (float(most), float(other), float(above), said) for name, most, other, above, said in rows}
     if wrong := sorted(found.keys() ^ FIGURES.keys()):
         raise UserError(f"{PREREGISTERED}: its expectations and FIGURES of day_one.py differ in {', '.join(wrong)}")
-    return found, dict(re.findall(r"^\| (model|text) \| `([^`]+)`", text, re.MULTILINE))
+    return found, dict(re.findall(r"^\| (model|text|ruler) \| `([^`]+)`", text, re.MULTILINE))
 
 
 def verdict(value: float, most: float, refuted: float) -> str:
@@ -136,23 +136,25 @@ class Stage:
         return [*self.products, *([self.log] if self.log else [])]
 
     def read(self) -> dict[str, Any]:
-        return {"command": {"line": shlex.join(self.command)}} | {str(path): source_identity(path) for path in self.inputs}
+        return {"command": shlex.join(self.command), "inputs": {str(path): source_identity(path) for path in self.inputs}}
 
     def state(self, marks: Path) -> str:
         """ "kept", "goes on" or "to do"; raises :class:`UserError` on products of something else."""
         mark, there = marks / f"{self.name}.json", [path for path in self.outputs if path.exists()]
-        held = read_json(mark) if mark.exists() else {}
+        held = read_object(mark, "command", "inputs") if mark.exists() else {}
         mend = f"remove {' '.join(map(str, [*there, *([mark] if held else [])]))}, or give another --work and --tag"
         if not held and there:
             raise UserError(f"{there[0]}: exists, and was not made by stage {self.name} of this run; {mend}")
-        if held and all(path.exists() for path in self.inputs):
-            for of, now in self.read().items():
-                if why := different_file(held.get(of), now):
-                    raise UserError(f"stage {self.name} was made with another {of}: {why}; {mend}")
-        if len(there) == len(self.outputs) and held:
-            for path, made in zip(there, held.get("made", ()), strict=False):
-                if why := different_file(made, source_identity(path)):
-                    raise UserError(f"{path}: is not what stage {self.name} made: {why}; {mend}")
+        if held and held["command"] != shlex.join(self.command):
+            raise UserError(f"stage {self.name} was made by another command, {held['command']}; {mend}")
+        inputs, made = (value if isinstance(value, dict) else {} for value in (held.get("inputs"), held.get("made", {})))
+        for path in self.inputs if held else ():
+            if path.exists() and (why := different_file(inputs.get(str(path)), source_identity(path))):
+                raise UserError(f"stage {self.name} was made of another {path}: {why}; {mend}")
+        for path in there if made else ():
+            if why := different_file(made.get(str(path)), source_identity(path)):
+                raise UserError(f"{path}: is not what stage {self.name} made: {why}; {mend}")
+        if held and len(there) == len(self.outputs):
             return "kept"
         return "goes on" if held else "to do"
 
@@ -175,7 +177,7 @@ class Stage:
                 temporary.write_text(done.stdout, encoding="utf-8")
         if missing := [path for path in self.outputs if not path.exists()]:
             raise UserError(f"stage {self.name} ended without {missing[0]}")
-        write_json(mark, now | {"made": [source_identity(path) for path in self.outputs]})
+        write_json(mark, now | {"made": {str(path): source_identity(path) for path in self.outputs}})
         return 0
 
 
@@ -213,7 +215,7 @@ def pipeline(name: object, *arguments: object) -> list[str]:
 
 
 def python(script: str, *arguments: object) -> list[str]:
-    return ["python", str(REPO / script), *map(str, arguments)]
+    return [sys.executable, str(REPO / script), *map(str, arguments)]
 
 
 # ---------------------------------------------------------------- the plan
@@ -284,7 +286,7 @@ class Day:
         self.work = (settings.work or Path(os.environ.get("SCRATCH", REPO / "work")) / self.tag).resolve()
         self.results, self.packed = settings.results.resolve(), self.work / f"{self.name}-packed"
         self.marks = self.work / "stages"
-        self.wiki = settings.wiki.resolve() if settings.wiki else None
+        self.wiki = settings.wiki.resolve() if settings.wiki and settings.wiki.is_file() else None
         self.speeds = read_records(RESULTS / "bench", "h100_122b")
 
     def record(self, kind: str, stage: str) -> Path:
@@ -321,9 +323,8 @@ class Day:
         pack, q8 = self.pack(read_part(TypeSettings, types)), self.pack(TypeSettings("Q8_0"))
         self.gguf, reference = self.work / "gguf" / pack.file_name, self.work / "q8" / q8.file_name
         calibrated = "gptq_s" if recipe.method in CALIBRATED else "data_free_s"
-        plain, no_text = ("--base-type", "Q8_0", "--tensor-types", "", "--method", "nearest"), ""
-        if not (wiki and wiki.is_file()):
-            no_text = f"the text ({wiki or '--wiki FILE'}) is not here"
+        plain = ("--base-type", "Q8_0", "--tensor-types", "", "--method", "nearest")
+        no_text = "" if wiki else f"the text ({self.settings.wiki or '--wiki FILE'}) is not here"
         for kind, name, config, product, size, key, options, why in (
             ("quantize", "packed", plan, self.packed, summary(jobs, container)["bytes"], calibrated, ("--packed",), ""),
             ("pack", "gguf", types, self.gguf, pack.data_bytes, "ldlq_s", (), missing_llama()),
@@ -338,7 +339,7 @@ class Day:
                 name, command, (self.model,), (product, record), force=True, gb=size / 1e9, seconds=seconds,
                 skipped=why or missing_text(text, self.model), note=f"{size / 2**30:.2f} GiB",
             )  # fmt: skip
-        tokens = 0 if no_text or not wiki else len(text_ids(load_tokenizer(self.model, chat=False), read_text(wiki)))
+        tokens = 0 if not wiki else len(text_ids(load_tokenizer(self.model, chat=False), read_text(wiki)))
         tokens = min(tokens, 512 * self.settings.chunks or tokens)
         # The reference's experts do not fit on the card; the GGUF, which does, is read twice.
         places = (("gguf_offload", "experts_on_cpu"), ("gguf", "all_on_gpu"), ("gguf", "all_on_gpu"))
@@ -355,15 +356,13 @@ class Day:
         """The panel, and the two products on it; each reads the weights once at least."""
         work, texts = self.work / "panel", ["--text", f"wikitext-2={self.wiki}"] if self.wiki else []
         of = ["panel", "--reference", self.uri, "--work", work, *texts, *shlex.split(self.settings.panel)]
-        script = "" if (REPO / "pipelines/panel.sh").exists() else "pipelines/panel.sh is not here"
-        panel, seconds = work / self.name / "panel.safetensors", self.seconds("data_free_s", 0)
-        yield Stage("panel_reference", pipeline(*of), (self.model,), (panel,), seconds=seconds, note="at least", skipped=script)
-        for product in (self.packed, self.gguf):
-            name = "panel_packed" if product is self.packed else "panel_gguf"
+        why = "" if texts or "--text" in self.settings.panel else "no text: --wiki FILE"
+        panel = work / self.name / "panel.safetensors"
+        more: dict[str, Any] = {"seconds": self.seconds("data_free_s", 0), "note": "at least", "skipped": why}
+        yield Stage("panel_reference", pipeline(*of), (self.model,), (panel,), **more)
+        for name, product in (("panel_packed", self.packed), ("panel_gguf", self.gguf)):
             command, record = pipeline(*of, "--judge", product, *self.recorded("panel", name)), self.record("panel", name)
-            yield Stage(
-                name, command, (self.model, panel, product), (record,), seconds=seconds, note="at least", skipped=script
-            )
+            yield Stage(name, command, (self.model, panel, product), (record,), **more)
 
     def evaluations(self) -> Iterator[Stage]:
         """Every benchmark of the packed checkpoint, then of the baseline."""
@@ -444,27 +443,31 @@ class Day:
 
     # ------------------------------------------------------------ what was found
 
-    def cite(self, kind: str, stage: str, path: str, decimals: int, unit: str = "") -> str:
-        """A figure of a stage's record with its link, as check_results reads it; nothing where there is none."""
-        file = self.record(kind, stage)
+    def figure(self, kind: str, stage: str, path: str) -> float | None:
+        """A figure of a stage's record; None where there is none."""
         try:
-            value = lookup(read_result(file), path)
+            return float(lookup(read_result(self.record(kind, stage)), path))
         except (UserError, KeyError):
-            return ""
-        return f"[{render(value, decimals, unit)}]({os.path.relpath(file, self.work)}#{path})"
+            return None
+
+    def cite(self, kind: str, stage: str, path: str, decimals: int, unit: str = "") -> str:
+        """The same with its link, as check_results reads it."""
+        value, file = self.figure(kind, stage, path), os.path.relpath(self.record(kind, stage), self.work)
+        return "" if value is None else f"[{render(value, decimals, unit)}]({file}#{path})"
 
     def expected(self) -> Iterator[list[object]]:
         """The rows of docs/PREREGISTERED.md with what was found."""
         rows, of = expectations(read_text(PREREGISTERED))
-        wiki = self.wiki if self.wiki and self.wiki.is_file() and not self.settings.chunks else None
-        whole = wiki and file_sha256(wiki) == of["text"]
+        whole = self.wiki and not self.settings.chunks and file_sha256(self.wiki) == of["text"]
         other = "another model" if of["model"] != self.name else "" if whole else "not the whole text"
+        base = self.figure("kl", "wiki", "metrics.tool.ppl_reference")
+        if not other and base and abs(base / float(of["ruler"]) - 1) > 0.01:
+            other = f"another ruler, its base has perplexity {base:.3f}"
         for name, (most, published, refuted, text) in rows.items():
             kind, stage, path, decimals = FIGURES[name]
-            found, said = self.cite(kind, stage, path, decimals), f"not judged: {other}" if other else "not measured"
-            if found and not other:
-                said = verdict(lookup(read_result(self.record(kind, stage)), path), most, refuted)
-            yield [text, most, published, found, said]
+            value = self.figure(kind, stage, path)
+            said = "not measured" if value is None else f"not judged: {other}" if other else verdict(value, most, refuted)
+            yield [text, most, published, self.cite(kind, stage, path, decimals), said]
 
     def accuracies(self) -> Iterator[dict[str, Any]]:
         """A row for each benchmark that was evaluated."""
