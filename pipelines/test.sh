@@ -67,7 +67,7 @@ sed -n 's/^# \([0-9a-f]\{64\}  \)/\1/p' configs/lock-*.txt | sha256sum --check -
 pip-licenses --from=mixed --partial-match --fail-on="GPL;General Public;EUPL;SSPL;CC-BY-NC;CC-BY-SA;UNKNOWN" >/dev/null
 python src/eval/check_results.py results/RESULTS.md docs/EVAL_PROTOCOL.md docs/LADDER_RESULTS.md
 python src/eval/check_results.py --citations-only README.md docs/MOE_FINDINGS.md docs/MOE_PIPELINE.md docs/MULTIMODAL.md \
-    docs/MULTI_GPU.md docs/OPD_INTEGRATION.md docs/PACKED.md docs/SHORTFALLS.md
+    docs/MULTI_GPU.md docs/OPD_INTEGRATION.md docs/PACKED.md docs/PREREGISTERED.md docs/SHORTFALLS.md
 browser
 LLAMA_CPP=$(bash pipelines/llama_cpp.sh | tail -n 1)
 workers=${TEST_WORKERS:-$(nproc)} # before OMP_NUM_THREADS, which nproc heeds

@@ -63,7 +63,7 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
         "engines": "backend eval_settings vllm_eval backend_openai llamacpp_eval8 llamacpp_logprobs",
         "evaluation": "runner",
         "commands": """vllm_eval8 mm_eval moe_eval gguf_kl text_judge panel compare_tags gate regrade fetch_gguf deploy
-            check_results smoke""",
+            check_results smoke day_one""",
         "measuring": "vllm_form vllm_tokens speed_eval speed_gguf study_spread study_text",
         "pages": "page_tables page_results page_report page_house",
     },

@@ -29,9 +29,21 @@ from gguf_layout import read_patterns
 from pack_plan import Pack, TypeSettings, plan_pack, report
 from plans import plan_jobs, summarize
 from recipe import Recipe
-from records import REPO, read_result
+from records import REPO
 from settings import read_part
-from size_model import SHAPES, Shape, config_of, fit, plan_of, predict, sizes_of, state_bytes, tensor_shapes, write_skeleton
+from size_model import (
+    SHAPES,
+    Shape,
+    config_of,
+    fit,
+    plan_of,
+    predict,
+    read_records,
+    sizes_of,
+    state_bytes,
+    tensor_shapes,
+    write_skeleton,
+)
 
 BEGIN, END = "<!-- written by src/quant/page_sizes.py -->", "<!-- end of what is written -->"
 # Bytes a second that each place reads weights at: what the vendors print, not what was measured.
@@ -168,12 +180,6 @@ def skeleton_of(config: Mapping[str, Any], directory: Path) -> Checkpoint:
 
 
 # ---------------------------------------------------------------- COST_MODEL.md: time and memory of several shapes
-
-
-def read_records(directory: Path, name: str) -> dict[str, dict[str, Any]]:
-    """The metrics of the records that are there, by the part of bench.sh h100 that made them."""
-    found = {part: directory / f"{name}_{part}.json" for part in ("disk", "gptq", "ldlq", "gguf")}
-    return {part: read_result(file, "bench")["metrics"] for part, file in found.items() if file.is_file()}
 
 
 def bytes_of(shape: Shape) -> tuple[int, int, int]:

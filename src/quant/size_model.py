@@ -293,6 +293,12 @@ def state_bytes(text: Mapping[str, Any]) -> tuple[int, int]:
     return a_token, (layers - full) * 4 * (values * width * depth + window)
 
 
+def read_records(directory: Path, name: str) -> dict[str, dict[str, Any]]:
+    """The metrics of the records that are there, by the part of bench.sh h100 that made them."""
+    found = {part: directory / f"{name}_{part}.json" for part in ("disk", "gptq", "ldlq", "gguf", "gguf_offload")}
+    return {part: read_result(file, "bench")["metrics"] for part, file in found.items() if file.is_file()}
+
+
 def calibrated_fit(records: Mapping[str, Any], method: str, at: Sizes) -> tuple[float, float] | None:
     """(a, b) of the module's head."""
     if method not in records:
