@@ -103,7 +103,7 @@ def test_nats_are_the_kl_of_a_whole_model_with_that_parameter_rounded(random_tin
     pieces = [p for p in pieces_of(checkpoint) if p.name in wanted]
     calibration = Calibration(ids, entry, device=torch.device("cpu"))
     probes = dict.fromkeys(wanted, "q2_K")
-    sensor = Sensor(checkpoint, calibration, pieces, plain)
+    sensor = Sensor(checkpoint, calibration, {p.parameter: [p] for p in pieces}, plain)
     losses, nats = sensor.losses(options_of(pieces, ["q8_0"]), probes)
     assert len(pieces) == len(nats) == 4
     model = AutoModelForCausalLM.from_pretrained(random_tiny, dtype=torch.float32)
@@ -126,7 +126,7 @@ def test_nats_are_the_kl_of_a_whole_model_with_that_parameter_rounded(random_tin
             assert nats[piece.parameter] == pytest.approx(kl([piece]), rel=0.01), piece.name
             assert 0 < losses[piece.name]["q8_0"] < 0.05 * nats[piece.parameter]
         choices = [dict.fromkeys(wanted, "q2_K"), dict.fromkeys(wanted, "q8_0")]
-        (low, high), gains = sensor.measure(choices, {name: [name] for name in nats})
+        (low, high), gains = sensor.measure(choices, True)
         assert low == pytest.approx(kl(pieces), rel=0.01) and 0 < high < 0.05 * low
         for piece in pieces:
             assert low - gains[piece.parameter] == pytest.approx(kl([p for p in pieces if p is not piece]), rel=0.01)

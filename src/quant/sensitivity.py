@@ -138,7 +138,7 @@ def probe(
 CANDIDATES = "iq2_xxs,iq2_xs,iq2_s,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
 PROBE, PROBE_BITS, PROBE_SEQUENCES = "q3_K", "3", 32
 ADDITIVE = 0.002  # predicted KL above which errors do not add up, and what is chosen is measured whole
-STEPS = 1_000_000  # of a file's budget in the dynamic program
+STEPS, SPAN = 1_000_000, 1 << 15  # of a file's budget in the dynamic program, and of them those that are worked on at once
 BITS = (2, 3, 4, 5, 6, 8)  # of a grid
 OPEN = ""  # the chosen type of a piece that no pattern names
 UNMEASURED = "q8_0"  # that of one whose inputs no calibrated pass sees
@@ -161,13 +161,17 @@ def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bud
     size = budget // unit + 1
     best = np.zeros(size)
     choices = np.zeros((len(costs), size), dtype=np.int8)
-    for index, (row, loss) in enumerate(zip(costs, losses, strict=True)):
-        table = np.full((len(row), size), np.inf)
-        for option, (cost, value) in enumerate(zip(row, loss, strict=True)):
-            step = cost // unit
-            if step < size:
-                table[option, step:] = best[: size - step] + value
-        choices[index], best = table.argmin(0), table.min(0)
+    for chosen, row, loss in zip(choices, costs, losses, strict=True):
+        least = np.full(size, np.inf)
+        for start in range(0, size, SPAN):  # what stays in a core's cache
+            for option, (cost, value) in enumerate(zip(row, loss, strict=True)):
+                part = slice(max(start, cost // unit), min(start + SPAN, size))
+                if part.start < part.stop:
+                    found = best[part.start - cost // unit : part.stop - cost // unit] + value
+                    better = found < least[part]
+                    np.copyto(least[part], found, where=better)
+                    np.copyto(chosen[part], option, where=better, casting="unsafe")
+        best = least
     picked, left = [0] * len(costs), int(best.argmin())
     for index in reversed(range(len(costs))):
         picked[index] = int(choices[index, left])
@@ -239,10 +243,11 @@ def rounded_ways(
 class Sensor:
     """What rounding costs the model of a checkpoint in KL. It is taken on the second halves of ``probed`` of the calibration
     sequences (None: all), and of no more than CARRIED_BYTES hold: sequences begin in mid-text, and before a model has read some
-    of it, errors of its first layers cost a thousand times what they cost later. ``pieces``: what is rounded."""
+    of it, errors of its first layers cost a thousand times what they cost later. ``units``: the pieces that are rounded, by
+    what is chosen for: a parameter, or all that must have the same bits."""
 
     def __init__(
-        self, checkpoint: Checkpoint, calibration: Calibration, pieces: Sequence[Piece], rounded: Rounded,
+        self, checkpoint: Checkpoint, calibration: Calibration, units: Mapping[str, Sequence[Piece]], rounded: Rounded,
         weights_file: Path | None = None, probed: int | None = None,
     ) -> None:  # fmt: skip
         self.checkpoint, self.calibration, self.rounded = checkpoint, calibration, rounded
@@ -252,9 +257,12 @@ class Sensor:
         self.parts = parts = calibration.batches()
         self.kwargs, self.embedded = self.stream.arguments(parts[0]), self.stream.embed(parts)
         self.parameters: dict[str, list[Piece]] = {}
-        for piece in pieces:
-            self.parameters.setdefault(piece.parameter, []).append(piece)
-        ends = {piece.role: piece.parameter for piece in pieces if piece.role in (Role.EMBEDDING, Role.LM_HEAD)}
+        self.unit_of: dict[str, str] = {}  # by parameter
+        for unit, pieces in units.items():
+            for piece in pieces:
+                self.parameters.setdefault(piece.parameter, []).append(piece)
+                self.unit_of[piece.parameter] = unit
+        ends = {own[0].role: key for key, own in self.parameters.items()}
         self.embedding, self.head = ends.get(Role.EMBEDDING), ends.get(Role.LM_HEAD)
         room = CARRIED_BYTES // (len(self.parameters) * self.embedded[0].nbytes)
         self.count = max(1, min(room, len(parts), len(parts) if probed is None else -(-probed // len(parts[0]))))  # batches
@@ -355,16 +363,19 @@ class Sensor:
         own = {piece.name: worth[key] for key, pieces in self.parameters.items() for piece in pieces}
         return {name: {kind: error * own[name] for kind, error in row.items()} for name, row in errors.items()}, nats
 
+    def units_in(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        """Parameters by their unit."""
+        found: dict[str, list[str]] = {}
+        for key in keys:
+            found.setdefault(self.unit_of[key], []).append(key)
+        return found
+
     @torch.no_grad()
-    def measure(
-        self, ways: Sequence[Mapping[str, str]], units: Mapping[str, Collection[str]] | None = None
-    ) -> tuple[list[float], dict[str, float]]:
+    def measure(self, ways: Sequence[Mapping[str, str]], around: bool = False) -> tuple[list[float], dict[str, float]]:
         """(KL over the last sequences of the model with all pieces as each of the ``ways`` says, with what the sum of
-        :meth:`losses` leaves out; how much of the first way's KL each of ``units`` of parameters costs: it is less by that
-        where they are left as they are)."""
-        part, units = slice(len(self.parts) - self.count, len(self.parts)), units or {}
+        :meth:`losses` leaves out; if asked, by how much that of the first is less where a unit is left as it is, by unit)."""
+        part = slice(len(self.parts) - self.count, len(self.parts))
         whole = [str(number) for number in range(len(ways))]
-        unit_of = {key: unit for unit, keys in units.items() for key in keys}
         start, heads = self.embedded[part], dict[str, Tensor]()
         carried = dict.fromkeys(whole, start)
         if self.embedding:
@@ -372,8 +383,8 @@ class Sensor:
             identity = torch.eye(original.shape[-1], device=original.device)[None]
             for way, (value, _) in zip(whole, self.ways_of(self.embedding, original, identity, ways)):
                 carried[way] = self.embed(part, value)
-            if self.embedding in unit_of:
-                carried[unit_of[self.embedding]] = start
+            if around:
+                carried[self.unit_of[self.embedding]] = start
 
         def change(layer: nn.Module, own: dict[str, nn.Parameter], hessians: dict[str, Hessians], index: int) -> None:
             originals = {key: parameter.detach().clone() for key, parameter in own.items()}
@@ -383,10 +394,9 @@ class Sensor:
                 for key, parameter in own.items():
                     parameter.copy_(made[key][number][0])
                 carried[whole[number]] = self.through(layer, index, carried[whole[number]])
-            for unit in carried.keys() - whole:
+            for unit in [key for key in carried if key not in whole]:
                 carried[unit] = self.through(layer, index, carried[unit])
-            for unit in dict.fromkeys(unit_of[key] for key in own if key in unit_of):
-                mine = [key for key in own if unit_of.get(key) == unit]
+            for unit, mine in self.units_in(own).items() if around else ():
                 for key in mine:
                     own[key].copy_(originals[key])
                 carried[unit] = self.through(layer, index, before)
@@ -398,12 +408,12 @@ class Sensor:
         if self.head:
             found = self.ways_of(self.head, self.read(self.head), self.head_moments(), ways)
             heads = {way: value for way, (value, _) in zip(whole, found)}
-            if self.head in unit_of:
-                carried[unit_of[self.head]] = carried["0"]
-        kept = unit_of.get(self.head or "")
+            if around:
+                carried[self.unit_of[self.head]] = carried["0"]
+        kept = self.unit_of.get(self.head or "")
         cases = {key: (hidden, None if key == kept else heads.get(key, heads.get("0"))) for key, hidden in carried.items()}
         kl = divergences(self.stream, self.hidden[part], cases)
-        return [kl[way] for way in whole], {unit: kl["0"] - kl[unit] for unit in units}
+        return [kl[way] for way in whole], {key: kl["0"] - own for key, own in kl.items() if key not in whole}
 
 
 def divergences(
@@ -439,16 +449,22 @@ def options_of(pieces: Sequence[Piece], candidates: Sequence[str]) -> dict[str, 
 Sizes = Mapping[str, Mapping[str, int]]  # bytes by what is chosen for, and its options
 
 
-def choose(sizes: Sizes, losses: Mapping[str, Mapping[str, float]], budget: int) -> dict[str, str]:
-    """The option of each: least summed loss within ``budget`` bytes, counted in steps of a millionth of it."""
+def check_room(sizes: Sizes, budget: int) -> int:
+    """Bytes of a step of the budget; :class:`UserError` where the smallest options need more than it has."""
     unit = max(1, budget // STEPS)
-    costs = [[-(-size // unit) for size in row.values()] for row in sizes.values()]
-    values = [[losses[name][option] for option in row] for name, row in sizes.items()]
-    floor = sum(min(row.values()) for row in sizes.values())
-    if unit * sum(min(row) for row in costs) > budget:
+    if unit * sum(-(-min(row.values()) // unit) for row in sizes.values()) > budget:
+        floor = sum(min(row.values()) for row in sizes.values())
         raise UserError(
             f"--target-gib leaves {budget / 2**30:.4f} GiB for the open tensors, the smallest need {floor / 2**30:.4f}"
         )
+    return unit
+
+
+def choose(sizes: Sizes, losses: Mapping[str, Mapping[str, float]], budget: int) -> dict[str, str]:
+    """The option of each: least summed loss within ``budget`` bytes, counted in steps of a millionth of it."""
+    unit = check_room(sizes, budget)
+    costs = [[-(-size // unit) for size in row.values()] for row in sizes.values()]
+    values = [[losses[name][option] for option in row] for name, row in sizes.items()]
     picked = solve(costs, values, budget // unit)
     return {name: list(row)[index] for (name, row), index in zip(sizes.items(), picked, strict=True)}
 
@@ -529,15 +545,15 @@ def allocate_types(
     taken = header + sum(padded(tensor_bytes(p.shape, fixed[p.name])) for p in pieces if p.name in fixed)
     budget = int(target_gib * 2**30) - taken
     sizes = {p.name: {kind: padded(tensor_bytes(p.shape, kind)) for kind in options[p.name]} for p in open_pieces}
-    choose(sizes, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now
+    check_room(sizes, budget)  # too small: said now
     probes = {p.name: fallback(probe, p.shape[-1]) for p in open_pieces}
-    sensor = Sensor(checkpoint, calibration, open_pieces, rounded, weights_file, probe_sequences)
+    together: dict[str, list[Piece]] = {}
+    for piece in open_pieces:
+        together.setdefault(piece.parameter, []).append(piece)
+    sensor = Sensor(checkpoint, calibration, together, rounded, weights_file, probe_sequences)
     losses, nats = sensor.losses(options, probes)
     units = {piece.name: piece.parameter for piece in open_pieces}
-    chosen, facts = outcome(
-        target_gib, taken, sizes, losses, by_hand, units,
-        lambda ways, around: sensor.measure(ways, {key: [key] for key in nats} if around else {}),
-    )  # fmt: skip
+    chosen, facts = outcome(target_gib, taken, sizes, losses, by_hand, units, sensor.measure)
     types = {piece.name: chosen.get(piece.name) or fixed[piece.name] for piece in pieces}
     metrics = facts | {
         "candidates": list(candidates),
@@ -669,7 +685,7 @@ def allocate_bits(
         units.setdefault(unit_of(piece.sources[0]), []).append(piece)
     units = {unit: units[unit] for unit in sizes}
     budget = int(target_gib * 2**30) - rest
-    choose(sizes, {unit: dict.fromkeys(row, 0.0) for unit, row in sizes.items()}, budget)  # too small: said now
+    check_room(sizes, budget)  # too small: said now
 
     def rounded(value: Tensor, kinds: Sequence[str], hessian: Tensor) -> Iterator[Tensor]:
         tokens = torch.ones(len(hessian), device=hessian.device)
@@ -682,7 +698,7 @@ def allocate_bits(
     open_pieces = [piece for own in units.values() for piece in own]
     options = {piece.name: [str(bits) for bits in BITS] for piece in open_pieces}
     probes = dict.fromkeys(options, PROBE_BITS)
-    sensor = Sensor(checkpoint, calibration, open_pieces, rounded, weights_file, PROBE_SEQUENCES)
+    sensor = Sensor(checkpoint, calibration, units, rounded, weights_file, PROBE_SEQUENCES)
     by_piece, nats = sensor.losses(options, probes)
     losses = {unit: {b: sum(by_piece[p.name][b] for p in own) for b in sizes[unit]} for unit, own in units.items()}
     by_hand = {unit: str(jobs[own[0].name].bits) for unit, own in units.items()}
@@ -691,7 +707,7 @@ def allocate_bits(
 
     def measure(ways: Sequence[Mapping[str, str]], around: bool) -> tuple[list[float], dict[str, float]]:
         each = [{name: way[unit] for unit, own in names.items() for name in own} for way in ways]
-        return sensor.measure(each, names if around else {})
+        return sensor.measure(each, around)
 
     chosen, found = outcome(target_gib, rest, sizes, losses, by_hand, dict(zip(names, names)), measure)
     overrides = {piece.name: int(chosen[unit]) for unit, own in units.items() for piece in own}
