@@ -2,12 +2,12 @@
 # The records of razor-tiny behind results/RESULTS.md, which names the part of each row:  bash pipelines/results.sh PART...
 # Parts, in this order; times are those of two CPU cores:
 #   tiny    the original and its data-free recipes: size, KL, accuracy        an hour (LIMIT=100: fewer items, minutes)
-#   study   every rounding method at the same grid, bits by measured KL and by signals     an hour; MODEL=DIR NAME=prefix: another model
+#   study   every rounding method at the same grid, bits by measured KL     an hour; MODEL=DIR NAME=prefix: another model
 #   gguf    for four types llama-quantize and ours, nearest and with error feedback, at the same types and calibration text; files
 #           of the same size with types by measured sensitivity; accuracy in llama-server; speed     an hour; TYPES="IQ3_XXS Q3_K"
 #   spread  how much of a GGUF's KL is luck: five calibration texts          half an hour a type; TYPES, TEXTS="tiny:0 tiny:1"
 #   vl      razor-tiny-vl: accuracy on drawn pictures, KL, a GGUF             five minutes
-#   size    what larger groups and fewer bits in whole layers, which make a packed file smaller, cost in KL     ten minutes
+#   size    what larger groups, which make a packed file smaller, cost in KL     five minutes
 #   packed  razor-tiny packed bit for bit, and in vLLM on a CPU (pipelines/vllm_cpu_env.sh)     four minutes; FORCE=1 replaces records
 #   panel   an int3 checkpoint and a GGUF on a panel of frozen tokens; WIKI=FILE: the test file of WikiText-2     ten minutes
 # A killed run goes on where it stopped. A record that is there is kept: remove those that you want to make again. Then the pages:
@@ -52,8 +52,13 @@ axes() { # the same arguments: accuracy too, in pairs with the original
     against "${name}_bf16" "$1"
 }
 
+packed_gib() { # tag: GiB of a checkpoint's codes and scales, rounded up
+    python -c 'import json, math, sys; m = json.load(open(sys.argv[1]))["metrics"]; print(math.ceil(m["packed_bytes"] / 1024) / 2**20)' \
+        "results/quantize/$1.json"
+}
+
 study() {
-    local model=${MODEL:-models/razor-tiny} name=${NAME:-razor_tiny} method bits strategy allocation weighted measured clip refit base
+    local model=${MODEL:-models/razor-tiny} name=${NAME:-razor_tiny} method bits weighted clip refit base
     clip=${name}_int3_int4_clip16 refit=${name}_int3_int4_gptq_refit
     for method in rtn_asym hqq wclip awq gptq gptq_refit; do
         axes "${name}_int3_int4_$method" "$clip" "$method" 3
@@ -71,26 +76,10 @@ study() {
         [ "$bits" = 2 ] && base=${name}_int2_int4_absmax
         rounded "${name}_int${bits}_int4_gptq_refit" "$base" gptq_refit "$bits"
     done
-    # Bits by measured KL: the sensitivities are measured once, for the first budget.
-    measured=results/probe/${name}_allocation3.json
-    [ -e "$measured" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits 3 \
-        --out "$SCRATCH/${name}_allocation3.json" --result "$measured" --tag "${name}_allocation3"
-    for bits in 3 2.5; do
-        allocation=$SCRATCH/${name}_allocation$bits.json
-        [ -e "$allocation" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits "$bits" --measured "$measured" \
-            --out "$allocation"
-        base=$refit
-        [ "$bits" = 3 ] || base="${name}_int${bits}_int4_gptq_refit $clip"
-        rounded "${name}_int${bits}mix_int4_gptq_refit" "$base" gptq_refit 3 --allocation "$allocation"
-    done
-    rounded "${name}_int3mix_int4_clip" "$clip" clip 3 --allocation "$SCRATCH/${name}_allocation3.json"
-    # Bits by the signals of the published study: a quarter of each layer's experts at 4 bits, a quarter at 2.
-    for strategy in random inverse frequency wmass asal wfro composite; do
-        allocation=$SCRATCH/${name}_$strategy.json
-        [ -e "$allocation" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits 3 --strategy "$strategy" \
-            --out "$allocation"
-        rounded "${name}_int3${strategy}_int4_clip" "$clip" clip 3 --allocation "$allocation"
-        rounded "${name}_int3${strategy}_int4_gptq_refit" "$refit" gptq_refit 3 --allocation "$allocation"
+    # Bits of all matrices by measured KL, at the bytes of the recipe by hand.
+    for bits in 2 3 4; do
+        base=${name}_int${bits}_int4_gptq_refit
+        rounded "${name}_budget${bits}_gptq_refit" "$base" gptq_refit "$bits" --target-gib "$(packed_gib "$base")"
     done
     judged
 }
@@ -176,15 +165,11 @@ vl() {
 
 size() {
     local model=models/razor-tiny name=razor_tiny base=razor_tiny_int3_int4_gptq_refit group
-    local allocation=$SCRATCH/razor_tiny_allocation2.75layers.json
     mkdir -p "$SCRATCH" # shared experts of 128 inputs have no group of 256: left alone in both
     echo '{"overrides": {"model.layers.*.mlp.shared_expert.down_proj.weight": 16}}' >"$SCRATCH/razor_tiny_shared.json"
     for group in 128 256; do
         rounded "razor_tiny_int3_int4_g${group}_gptq_refit" "$base" gptq_refit 3 --group "$group" --allocation "$SCRATCH/razor_tiny_shared.json"
     done
-    [ -e "$allocation" ] || python src/quant/moe_alloc.py --model "$model" --expert-bits 2.75 --whole-layers \
-        --measured results/probe/razor_tiny_allocation3.json --out "$allocation"
-    rounded razor_tiny_int2.75layers_int4_gptq_refit "$base" gptq_refit 3 --allocation "$allocation"
     judged
 }
 

@@ -41,7 +41,6 @@ def things(random_tiny, tmp_path_factory):
         record = json.loads((REPO / f"{RECORD}.json").read_text()) | {"samples": f"{tag}.samples.jsonl.gz"}
         (root / f"results/eval/{tag}.json").write_text(json.dumps(record))
         shutil.copy(REPO / f"{RECORD}.samples.jsonl.gz", root / f"results/eval/{tag}.samples.jsonl.gz")
-    shutil.copy(REPO / "results/probe/razor_tiny_allocation3.json", root / "measured.json")
     (root / "alloc.json").write_text('{"overrides": {"*": 3}}')
     for name in ("rollouts", "scores", "adapter", "o.ref", "work"):
         (root / name).mkdir()
@@ -62,7 +61,6 @@ TEXT = "--calib-sequences 2 --calib-length 32"
 QUANT = "src/quant/quant_save.py --model m --out o --expert-bits 3 --linear-bits 4 --clip-steps 1"
 PACK = f"src/quant/gguf_pack.py --model m --out o --base-type Q8_0 --method nearest {TEXT}"
 PROBE = f"src/quant/moe_probe.py --model m {TEXT}"
-ALLOC = f"src/quant/moe_alloc.py --model m --expert-bits 3 {TEXT}"
 KL = "src/eval/moe_eval.py --model m --tag t --items 1 --out"
 EVAL = "src/eval/vllm_eval8.py --model m --tag t --backend hf --benchmarks tiny_know --limit 1 --family none --out"
 GEN = "src/distill/opd_gen.py --model m --tasks tiny_know --limit 1 --max-tokens 4 --backend hf --out"
@@ -75,7 +73,7 @@ DISTILL = "src/distill/distill_run.py --teacher m --tasks tiny_know --steps 1 --
 
 OPEN = ("generation_config.json", "tokenizer_config.json")  # any object may be one
 JSON = {  # the file that is of another kind: the commands that read it
-    "m/config.json": [QUANT, PACK, PROBE, f"{ALLOC} --out a.json", f"{KL} r", f"{EVAL} r", f"{GEN} r"],
+    "m/config.json": [QUANT, PACK, PROBE, f"{KL} r", f"{EVAL} r", f"{GEN} r"],
     "m/generation_config.json": [f"{EVAL} r", f"{GEN} r"],
     "m/tokenizer_config.json": [f"{KL} r", f"{EVAL} r", PROBE],
     "m/tokenizer.json": [f"{KL} r", f"{EVAL} r", PROBE],
@@ -84,7 +82,6 @@ JSON = {  # the file that is of another kind: the commands that read it
     "p/packed.json": ["src/quant/packed_export.py --unpack p --out o", "src/quant/packed_export.py --check p --model q"],
     "p/recipe.json": ["src/quant/packed_export.py --unpack p --out o"],
     "alloc.json": [f"{QUANT} --allocation alloc.json"],
-    "measured.json": [f"{ALLOC} --out a.json --measured measured.json"],
     "o.ref/steps.json": [f"{PACK.replace('--out o', '--out o.ref')} --reference"],
     "results/eval/a.json": [
         "src/eval/compare_tags.py a b --results results", "src/eval/regrade.py a --results results",
@@ -152,9 +149,8 @@ OUTPUTS = {  # commands without the end of their last option, which says where t
     "gguf_dequant": "src/quant/gguf_dequant.py --gguf g/m-Q8_0.gguf --model m --out",
     "packed_export": "src/quant/packed_export.py --model q --out", "unpack": "src/quant/packed_export.py --unpack p --out",
     "moe_probe": f"{PROBE} --tag t --result", "moe_probe imatrix": f"{PROBE} --imatrix",
-    "moe_alloc": f"{ALLOC} --strategy random --out",
-    "moe_alloc record": f"{ALLOC} --strategy random --out a.json --tag t --result",
-    "moe_alloc types": f"{ALLOC.replace('--expert-bits 3', '--target-gib 0.004')} --tensor-types fixed.txt --out",
+    "quant_save budget": f"{QUANT} {TEXT} --target-gib 0.004 --out",
+    "gguf_pack budget": f"{PACK} --target-gib 0.004 --protected fixed.txt --out",
     "moe_eval": KL, "gguf_kl": "src/eval/gguf_kl.py --model g/m-Q8_0.gguf --reference m --items 1 --context 64 --tag t --out",
     "vllm_eval8": EVAL, "mm_eval": EVAL.replace("vllm_eval8", "mm_eval").replace("tiny_know", "tiny_count"),
     "text_judge": "src/eval/text_judge.py --text fixed.txt --reference m --tag t --result",
@@ -178,7 +174,7 @@ def test_an_output_that_cannot_be_made_is_said_before_the_work(place, command, n
 FULL = {  # commands that meet a full disk, and the output whose partial one is kept for them to go on with
     "quant_save": "made", "quant_save gptq": "made", "quant_save record": "o", "gguf_pack": "made", "gguf_pack weights": "o",
     "gguf_dequant": "made", "packed_export": "made", "unpack": "made", "moe_probe": None, "moe_probe imatrix": None,
-    "moe_alloc": None, "moe_eval": None, "vllm_eval8": None, "opd_gen": None,
+    "moe_eval": None, "vllm_eval8": None, "opd_gen": None,
 }  # fmt: skip
 
 
@@ -225,26 +221,13 @@ def test_the_way_to_replace_an_output_is_named_as_the_command_takes_it(place, co
         assert done.returncode == 2 and f"q: exists; use {word} to replace it" in done.stderr, done.stderr
 
 
-def test_measurements_and_token_weights_of_other_weights_are_refused(place, command, monkeypatch):
-    import moe_alloc
-
-    monkeypatch.setattr(
-        moe_alloc,
-        "grid_losses",
-        lambda *_: {f"model.layers.0.mlp.experts.{part}_proj": [3, 2, 1] for part in ("gate_up", "down")},
-    )
-    first = f"{ALLOC} --items 1 --out a.json --result made.json --tag t"
+def test_token_weights_of_other_weights_are_refused(place, command):
     weights = f"{PACK} --method ldlq --token-power 0.4 --token-weights w.st".replace("--method nearest ", "")
-    for line in (first, weights):
-        done = command(*line.split(), cwd=place)
-        assert done.returncode == 0, done.stderr
-    again, made = f"{ALLOC} --out b.json --measured made.json", place / "o"
-    assert command(*again.split(), cwd=place).returncode == 0
-    shutil.rmtree(made)
+    done = command(*weights.split(), cwd=place)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(place / "o")
     tensors = load_file(place / "m/model.safetensors")
     tensors["model.norm.weight"] += 1
     (place / "m/model.safetensors").unlink()
     save_file(tensors, place / "m/model.safetensors", {"format": "pt"})
-    for line, file in ((f"{again} --force", "made.json"), (weights, "w.st")):
-        fault = one_line(command(*line.split(), cwd=place), file, "model.safetensors differs")
-        assert not fault, fault
+    assert not (fault := one_line(command(*weights.split(), cwd=place), "w.st", "model.safetensors differs")), fault

@@ -382,9 +382,9 @@ def packed(model, out, *more, method="nearest"):
 def test_a_killed_pack_of_chosen_types_goes_on_and_only_with_its_own(random_tiny, tmp_path, command, monkeypatch):
     (tmp_path / "fixed.txt").write_text("token_embd|^output=q8_0\nattn|ssm|shexp=q8_0\n")
     monkeypatch.setattr(
-        sensitivity,
-        "type_losses",
-        lambda c, t, pieces, options, *_: ({n: dict.fromkeys(k, 0.0) for n, k in options.items()}, {}),
+        sensitivity.Sensor,
+        "losses",
+        lambda self, options, _: ({n: dict.fromkeys(k, 0.0) for n, k in options.items()}, {}),
     )
     sized = ["--target-gib", 0.004, "--protected", tmp_path / "fixed.txt"]
     with monkeypatch.context() as patch:

@@ -368,3 +368,70 @@ def test_a_config_that_no_model_can_have_is_named(random_tiny, tmp_path, command
     (tmp_path / "m/config.json").write_text(json.dumps(config | change))
     done = command("src/quant/quant_save.py", *arguments(tmp_path / "m", tmp_path / "q"))
     assert done.returncode == 2 and message in done.stderr and not (tmp_path / "q").exists(), done.stderr
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        ({"model.layers.9.mlp.experts.*": 2}, "no parameter of .* has such a name"),
+        ({"model.layers.0.mlp.gate.weight": 4}, "is a router, which is never quantized"),
+        ({"model.layers.0.mlp.experts.*": 9}, "bits 9 is outside 2..8"),
+    ],
+)
+def test_an_override_that_cannot_be_is_an_error(random_tiny, tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        quantize_checkpoint(random_tiny, tmp_path / "q", Recipe(3, 4, 128, 1, overrides=tuple(overrides.items())))
+    assert not list(tmp_path.iterdir())
+
+
+def levels_of(weight):
+    """The largest number of magnitudes that one group of 128 inputs holds."""
+    return max(len(group.unique()) for group in weight.float().abs().reshape(-1, 128))
+
+
+@pytest.mark.parametrize("method", ["clip", "wclip"])
+def test_every_expert_has_its_own_bits(random_tiny, tmp_path, method, command):
+    allocation = {f"model.layers.{layer}.mlp.experts": [2, 3, 3, 4, 2, 3, 3, 4] for layer in range(4)}
+    (out := tmp_path / "alloc.json").write_text(json.dumps({"experts": allocation}))
+    flags = ["--method", method, "--linear-bits", 4, "--expert-bits", 3, "--calib-sequences", 2, "--calib-length", 64]
+    done = command("src/quant/quant_save.py", "--model", random_tiny, "--allocation", out, "--out", tmp_path / "q", *flags)
+    assert done.returncode == 0, done.stderr
+    made = Checkpoint(tmp_path / "q")
+    for module, bits in allocation.items():
+        for expert, own in enumerate(bits):
+            levels = levels_of(made.read(f"{module}.{expert}.down_proj.weight"))
+            assert 2 ** (own - 2) < levels <= 2 ** (own - 1), (module, expert, own, levels)
+
+
+def test_bits_of_experts_in_a_fused_tensor(random_tiny, tmp_path):
+    fused = write_fused(random_tiny, tmp_path / "fused")
+    bits = {"model.layers.0.mlp.experts": (2, 3, 4, 5, 2, 3, 4, 5)}
+    recipe = Recipe(3, 4, 128, 1, experts=tuple(bits.items()))
+    report = quantize_checkpoint(fused, tmp_path / "q", recipe, chunk_bytes=300_000)  # several chunks a tensor
+    alone = quantize_checkpoint(random_tiny, tmp_path / "alone", recipe)
+    assert report.packed_bytes == alone.packed_bytes
+    down = Checkpoint(tmp_path / "q").read("model.layers.0.mlp.experts.down_proj")
+    for expert, own in enumerate(bits["model.layers.0.mlp.experts"]):
+        on_disk = Checkpoint(tmp_path / "alone").read(f"model.layers.0.mlp.experts.{expert}.down_proj.weight")
+        assert torch.equal(down[expert], on_disk) and levels_of(down[expert]) <= 2 ** (own - 1)
+    missing, short = {"model.layers.9.mlp.experts": (3,)}, {"model.layers.0.mlp.experts": (3, 3)}
+    for wrong, message in ((missing, "no such module"), (short, "2 bits, but")):
+        with pytest.raises(UserError, match=message):
+            quantize_checkpoint(fused, tmp_path / "bad", Recipe(3, 4, 128, 1, experts=tuple(wrong.items())))
+    assert not (tmp_path / "bad").exists()
+
+
+def write_fused(model, out):
+    """The same checkpoint with each layer's experts in two fused tensors, as some families store them."""
+    state, fused = load_file(model / "model.safetensors"), {}
+    for name, value in state.items():
+        if ".mlp.experts.0.down_proj" in name:
+            module, count = name.rpartition(".0.down_proj")[0], 8
+            each = [[state[f"{module}.{e}.{part}_proj.weight"] for e in range(count)] for part in ("gate", "up", "down")]
+            fused[f"{module}.gate_up_proj"] = torch.cat([torch.stack(each[0]), torch.stack(each[1])], 1)
+            fused[f"{module}.down_proj"] = torch.stack(each[2])
+        elif ".mlp.experts." not in name:
+            fused[name] = value
+    shutil.copytree(model, out)
+    save_file(fused, out / "model.safetensors", {"format": "pt"})
+    return out

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import queue
-import sys
 import threading
 import time
 import urllib.error
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from backend import Backend, Completion, Sampling, completion_of, seed_of
-from console import UserError, read_json
+from console import UserError, read_json, say
 from families import text_config
 from graders import THOUGHTS, opens_thinking
 from hf_model import CHAT, end_token_ids, ids_sha256, load_tokenizer, render_chat, tokenizer_files_sha256
@@ -211,8 +210,10 @@ class ServerBackend(Backend):
     def generate(self, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[int, Completion]]:
         self._limit(sampling)
         if self.served is not None and self.served < min(self.context, sampling.max_tokens):
-            print(f"{self.client.base_url}: its context is {self.served:,} tokens where {self.context:,} are asked for; an "
-                  "answer that it cuts short will end the run", file=sys.stderr, flush=True)  # fmt: skip
+            say(
+                f"{self.client.base_url}: its context is {self.served:,} tokens where {self.context:,} are asked for; an "
+                "answer that it cuts short will end the run"
+            )
         work = lambda index: self._answer(prompts[index], sampling)  # noqa: E731
         return in_parallel(work, len(prompts), self.parallel, self._silent)
 
@@ -220,8 +221,8 @@ class ServerBackend(Backend):
         self.client.limit = self.timeout or START + PER_TOKEN * sampling.max_tokens
 
     def _silent(self, seconds: float) -> None:
-        print(f"{self.client.base_url}: no answer for {seconds:,.0f} s; a request is given up after {self.client.limit:,.0f} s",
-              file=sys.stderr, flush=True)  # fmt: skip
+        limit = self.client.limit
+        say(f"{self.client.base_url}: no answer for {seconds:,.0f} s; a request is given up after {limit:,.0f} s")
 
     def _complete(self, prompt: str, sampling: Sampling) -> Completion:
         raise NotImplementedError
@@ -837,7 +838,3 @@ class OpenAIServers(Backend):
                     self.answers[url] += first
                 if first:
                     finished.put((index, done))
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

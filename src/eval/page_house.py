@@ -52,7 +52,7 @@ FLOORS = {  # by folder, from the lowest floor up; a module imports from its own
         "formats": "recipe run_dir packed_format gguf_format gguf_layout",
         "passes": """mtp calibration calibration_text token_weights calibrated_pass rounders size_model plans pack_plan
             pack_reference write_checkpoint sensitivity""",
-        "commands": "quant_save gguf_pack gguf_dequant packed_export moe_probe moe_alloc",
+        "commands": "quant_save gguf_pack gguf_dequant packed_export moe_probe",
         "measuring": "synthetic_moe speed_quant",
         "pages": "page_sizes",
     },

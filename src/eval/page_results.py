@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,6 @@ from page_tables import (
     sections,
 )  # fmt: skip
 from records import lookup
-from sensitivity import STRATEGIES
 
 HEADER = """# Results
 
@@ -50,7 +50,7 @@ RENAMED = {
     "gguf_bench": "speed_gguf", "gguf_sweep": "speed_gguf", "gguf_spread": "study_spread", "eval_bench": "speed_eval",
     "quant_bench": "speed_quant kernels", "size_bench": "speed_quant", "multi_gpu_run": "speed_multi_gpu",
     "recovery_study": "study_recovery", "tiny_vl_train": "tiny_train", "gguf_reference": "gguf_pack --reference",
-    "mm_kl": "moe_eval --pictures",
+    "mm_kl": "moe_eval --pictures", "moe_alloc": "quant_save --target-gib",
 }  # fmt: skip
 
 
@@ -127,8 +127,9 @@ def ladder(results: Path) -> str:
     )
     columns: list[Sequence[Any]] = [(bits, 2), ("metrics.overall_bits", 2), ("metrics.packed_bytes", 2, " MB")]
 
-    def uniform(r: Record) -> bool:  # allocations by signals are the study's, not the ladder's
-        return made_of(r) and "routed_expert" in r["metrics"]["roles"] and not any(name in r["tag"] for name in STRATEGIES)
+    def uniform(r: Record) -> bool:  # allocations by signals (results.sh study once made them) are no rungs of the ladder
+        signals = re.search("random|inverse|frequency|wmass|asal|wfro|composite", r["tag"])
+        return made_of(r) and "routed_expert" in r["metrics"]["roles"] and not signals
 
     integer = rungs(results, "quantize", lambda r: (), columns, lambda r: lookup(r, bits), uniform)
     head = ["model", "bits of the experts", "of the whole model", "packed", *judged]

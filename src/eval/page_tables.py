@@ -673,7 +673,9 @@ def sections(directory: Path, accuracy_of: Callable[[Found], Section] = accuracy
 
 # ---------------------------------------------------------------- what makes a record from nothing
 
-# By kind and tag; the first pattern that fits. tests/test_reproduce.py runs each without its computations.
+# By kind and tag; the first pattern that fits. tests/test_reproduce.py runs each without its computations, but for those that
+# only the tree of an earlier commit makes.
+BEFORE = "results.sh study size, at commit 287b028"  # sensitivities by clip search of the experts alone, and signals
 PIPELINES = (
     (
         "text/smollm2_*",
@@ -716,9 +718,12 @@ PIPELINES = (
     ("*/*razor_tiny_int3_int4_clip16", "results.sh tiny"),
     ("*/*razor_tiny_int[23]_int4_absmax", "results.sh tiny"),
     ("*/razor_tiny_int3_int4_g[12]*_gptq_refit", "results.sh size"),
-    ("*/razor_tiny_int2.75layers_*", "results.sh size"),
+    ("*/razor_tiny_int2.75layers_*", BEFORE),
+    ("*/razor_tiny_int*mix_*", BEFORE),
+    ("*/razor_tiny_int3[acfirw]*", BEFORE),
+    ("probe/razor_tiny_allocation*", BEFORE),
     ("*/*razor_tiny_int*", "results.sh study"),
-    ("probe/razor_tiny_allocation*", "results.sh study"),
+    ("*/*razor_tiny_budget*", "results.sh study"),
 )
 
 

@@ -170,7 +170,8 @@ class Study:
 
     def clean(self, row: Made) -> None:
         shutil.rmtree(self.work / row.name, ignore_errors=True)
-        for file in (self.work / "made.json", self.work / f"{row.name}.types.txt", *self.work.glob("llama-*/*Q[0-9]_*.gguf")):
+        patterns = (f"{row.name}.types.*", "llama-*/*Q[0-9]_*.gguf")
+        for file in (self.work / "made.json", *(file for pattern in patterns for file in self.work.glob(pattern))):
             file.unlink(missing_ok=True)
 
     def missing(self, name: str) -> list[str]:

@@ -1,6 +1,6 @@
 """The text that calibration reads: a local file, data sets of the hub at a pinned revision, or the tiny tasks' training split.
 
-Not a command; `--calib` of quant_save, moe_probe and moe_alloc takes one of these, or several joined by "+" and read in turn:
+Not a command; `--calib` of quant_save, gguf_pack and moe_probe takes one of these, or several joined by "+" and read in turn:
 
     notes.txt                                                      a UTF-8 file; empty lines separate documents
     hf:HuggingFaceH4/ultrachat_200k@8049631c405a...:train_sft      a data set: REPOSITORY@COMMIT:SPLIT[:CONFIG]

@@ -144,7 +144,7 @@ class Checkpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.exists():
-            more = "; quantize.sh, pack_gguf.sh, moe_probe and moe_alloc read from the hub" if spelled(path) else ""
+            more = "; quantize.sh, pack_gguf.sh and moe_probe read from the hub" if spelled(path) else ""
             raise UserError(f"{self.path}: no such model directory{more}")
         if not self.path.is_dir():
             raise UserError(f"{self.path}: not a directory; give the directory that holds config.json")

@@ -218,6 +218,11 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+def say(text: str) -> None:
+    """A line beside what a command answers."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def numbers(text: str) -> list[int]:
     """The type of an option that is a list, "1,2,4"; argparse turns a ValueError into its own message."""
     values = [int(part) for part in text.split(",")]

@@ -14,6 +14,7 @@ rounded to v has the output error  (w - v) H (w - v)^T, which depends on no othe
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -300,22 +301,32 @@ def ldlq(
     ``damping`` of the mean of diag(H) is added to it. ``passes``: of descent, within a block when the sweep is there, and over
     all blocks afterwards. A row whose plain rounding (:func:`ggml_codecs.encode` with diag(H)) has a lower error takes that.
     """
-    size, kind = row_bytes(name, weight.shape[-1]), codec(name)
+    return ldlq_each(weight, (name,), hessian, damping, passes, working_bytes)[name]
+
+
+def ldlq_each(
+    weight: Tensor, names: Sequence[str], hessian: Tensor, damping: float = 0.01, passes: int = 2,
+    working_bytes: float | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """:func:`ldlq` to several types, which share the factor of the second moments."""
     experts, outputs, inputs = weight.shape
     if hessian.shape != (experts, inputs, inputs):
         raise UserError(f"second moments {list(hessian.shape)} do not belong to a weight {list(weight.shape)}")
-    out = torch.empty(experts, outputs, size, dtype=torch.uint8, device=weight.device)
-    memory = working_bytes or WORKING_BYTES[weight.device.type]
-    passes, sizes = (0, (1.0,)) if name in PLAIN_SWEEP else (passes, SIZES)
-    for part, row in rounding_parts(weight.shape, memory, COPIES):
-        h = hessian[part].float()
-        w = weight[part, row].float()
-        found = encode(w, name, diagonals(h)[:, None])
-        if kind.type.block > 1:
-            with damped(h, damping) as moments:
-                data = _ldlq(w, kind, moments, inverse_factor(moments, 0.0), passes, sizes)
-            _keep_better(found, data, w, name, h)
-        out[part, row] = found
+    sizes = {name: row_bytes(name, inputs) for name in names}
+    out = {n: torch.empty(experts, outputs, size, dtype=torch.uint8, device=weight.device) for n, size in sizes.items()}
+    for part, row in rounding_parts(weight.shape, working_bytes or WORKING_BYTES[weight.device.type], COPIES):
+        h, w, data = hessian[part].float(), weight[part, row].float(), {}
+        kinds = {name: kind for name in names if (kind := codec(name)).type.block > 1}
+        with damped(h, damping) as moments:
+            factor = inverse_factor(moments, 0.0) if kinds else moments
+            for name, kind in kinds.items():
+                how = (0, (1.0,)) if name in PLAIN_SWEEP else (passes, SIZES)
+                data[name] = _ldlq(w, kind, moments, factor, *how)
+        for name, own in out.items():
+            found = encode(w, name, diagonals(h)[:, None])
+            if name in data:
+                _keep_better(found, data.pop(name), w, name, h)
+            own[part, row] = found
     return out
 
 

@@ -38,22 +38,22 @@ from pack_plan import (
     Pack,
     SizeSettings,
     TypeSettings,
-    fetched_bytes,
     left_out,
     pack_memory,
     pack_times,
     plan_pack,
+    reads,
     report,
     table,
     write_mmproj,
 )
 from pack_reference import check_loads, make_reference
-from plans import RecordSettings, dry_run_notes, hub_plan, sensed_bytes
+from plans import RecordSettings, dry_run_notes, fetched_bytes, hub_plan, sensed_bytes
 from recipe import RECIPE_FILE, quantized_note
-from records import DECODED_MARK, describe_model, sha256_json, write_result
+from records import DECODED_MARK, describe_model, write_result
 from rounders import GgmlRounder, RoundingSettings
 from run_dir import RUN, alone, check_output, check_resume, staged_directory
-from sensitivity import allocate_types
+from sensitivity import Chosen, allocate_types, chosen_once
 from settings import add_dry_run, parse_settings, part, same, setting
 from size_model import BASE_BYTES
 from token_weights import kept_bytes
@@ -97,6 +97,10 @@ class PackSettings:
         """What the file holds of multi-token prediction, as gguf_layout.traced says it."""
         return "file" if self.mtp else "none"
 
+    def beside(self, suffix: str) -> Path:
+        """A file beside the output."""
+        return Path(f"{str(self.out).rstrip('/')}.{suffix}")
+
     def calibration(self, method: str, dry_run: bool = False) -> Calibration:
         """What the method is calibrated on; a dry run needs its size alone."""
         ids, entry = self.text.size(self.model) if dry_run else self.text.ids(self.model)
@@ -118,32 +122,28 @@ def check_places(settings: PackSettings) -> None:
             check_output(settings.model, other, force, Checkpoint(settings.model).bytes, DECODED_MARK)
 
 
-def allocated_types(settings: PackSettings) -> PackSettings:
-    """The settings with types that fit --target-gib, chosen into a file beside the output. A killed run finds those that it
-    chose; one that is of other settings, or that a user wrote, is refused."""
-    types, checkpoint = Path(f"{str(settings.out).rstrip('/')}.types.txt"), Checkpoint(settings.model)
+def allocated_types(settings: PackSettings, calibration: Calibration) -> tuple[PackSettings, dict[str, Any]]:
+    """The settings with types that fit --target-gib, chosen into a file beside the output, and the metrics of the choice."""
+    types, checkpoint = settings.beside("types.txt"), Checkpoint(settings.model)
     rounding, patterns = settings.rounding, read_patterns(settings.protected) if settings.protected else []
-    calibration = settings.calibration(rounding.method)
     method, damping, hand = rounding.method, rounding.moments.damping, (settings.types.base, settings.types.patterns())
     made_of: dict[str, Any] = {"source": checkpoint.identity, "calibration": calibration.settings(), "fixed": patterns}
     made_of["hand"] = hand
     made_of |= {"method": method, "damping": damping, "gib": settings.target_gib} | ({} if settings.mtp else {"mtp": False})
-    mark = f"# made of {sha256_json(made_of)}"
-    with alone(settings.out.resolve()):
-        if types.exists() and mark in types.read_text(encoding="utf-8", errors="replace").splitlines()[:2]:
-            print(f"kept {types}", flush=True)
-        elif types.exists() and not settings.record.force:
-            raise UserError(f"{types}: made with other settings or for another model; use --force to replace it")
-        else:
-            allocate_types(
-                checkpoint, calibration, settings.target_gib, types, patterns, method=method, damping=damping,
-                weights_file=rounding.token_weights, mark=f"{mark}\n", mtp=settings.block, hand=hand,
-            )  # fmt: skip
-    return dataclasses.replace(settings, types=dataclasses.replace(settings.types, tensor_types=types), target_gib=0.0)
+
+    def choose() -> Chosen:
+        return allocate_types(
+            checkpoint, calibration, settings.target_gib, patterns, method=method, damping=damping,
+            weights_file=rounding.token_weights, mtp=settings.block, hand=hand,
+        )  # fmt: skip
+
+    metrics = chosen_once(settings.out, types, settings.record.force, made_of, choose)
+    return dataclasses.replace(settings, types=dataclasses.replace(settings.types, tensor_types=types), target_gib=0.0), metrics
 
 
-def prepare(settings: PackSettings, dry_run: bool) -> tuple[Pack, list[str]]:
-    """The pack that the settings describe, and notes on substituted types; a dry run reads no text."""
+def prepare(settings: PackSettings, dry_run: bool, calibration: Calibration | None = None) -> tuple[Pack, list[str]]:
+    """The pack that the settings describe, and notes on substituted types; a dry run reads no text. ``calibration``: what has
+    been read already."""
     types, method, checkpoint = settings.types, settings.rounding.method, Checkpoint(settings.model)
     importance = read_imatrix(settings.imatrix)[0] if settings.imatrix else None
     blocks = Blocks(settings.blocks) if settings.blocks else None
@@ -155,7 +155,7 @@ def prepare(settings: PackSettings, dry_run: bool) -> tuple[Pack, list[str]]:
     pack = pack.seen_whole() if settings.reference else pack
     if not (pack.is_calibrated or settings.reference):
         return pack, notes
-    calibration, moments = settings.calibration(method, dry_run), settings.rounding.moments
+    calibration, moments = calibration or settings.calibration(method, dry_run), settings.rounding.moments
     kept = settings.rounding.token_weights
     return dataclasses.replace(pack, calibration=calibration, damping=moments.damping, weights_file=kept), notes
 
@@ -181,7 +181,7 @@ def write_pack(
     if pack.split:
         print(f"split: {pack.split_text()}")
     if checkpoint.remote:
-        print(hub_plan(checkpoint, *fetched_bytes(pack)))
+        print(hub_plan(checkpoint, *fetched_bytes(checkpoint, pack.calibration, *reads(pack), pack.weights_file)))
     if pack.calibration:
         print("calibration: {:,} sequences of {:,} tokens".format(*pack.calibration.ids.shape))
     memory = pack_memory(pack, dry_run is not None)
@@ -231,7 +231,7 @@ def write_pack(
 def main() -> None:
     settings, args = parse_settings(PackSettings, __doc__, add_dry_run)
     result, started, force = settings.record.file("pack"), time.time(), settings.record.force
-    settings = opened(settings)
+    settings, calibration, kept, metrics = opened(settings), None, None, dict[str, Any]()
     if settings.reference and (remote := remote_of(settings.model)):
         raise UserError(f"REFERENCE=1: llama.cpp's own tools read weights from a disk; download {remote.uri} first")
     if not args.dry_run:
@@ -243,8 +243,12 @@ def main() -> None:
                 f"which fetches {sensed_bytes(checkpoint, settings.calibration(settings.rounding.method, True)) / 1e9:,.2f} GB"
             )
     elif settings.target_gib:
-        settings = allocated_types(settings)
-    pack, notes = prepare(settings, args.dry_run)
+        calibration = settings.calibration(settings.rounding.method)
+        if calibration.token_power and not settings.rounding.token_weights:  # weighed once, for both
+            kept = settings.beside("token-weights.st")
+            settings = dataclasses.replace(settings, rounding=dataclasses.replace(settings.rounding, token_weights=kept))
+        settings, metrics = allocated_types(settings, calibration)
+    pack, notes = prepare(settings, args.dry_run, calibration)
     print("".join(f"{note}\n" for note in notes + left_out(pack.checkpoint, pack.pieces)), end="", flush=True)
     source, recipe = describe_model(settings.model) if result else None, pack.recipe()
     if settings.reference:
@@ -258,6 +262,10 @@ def main() -> None:
             made = make_reference(pack, pack.calibration, settings.out, patterns, force)
     else:
         made = write_pack(pack, settings.out, force, settings.dequant_out)
+    if kept:
+        kept.unlink(missing_ok=True)
+    if metrics:
+        made["allocation"] = metrics
     if result:
         write_result(
             result, kind="pack", tag=settings.record.tag, started=started, model=source, recipe=recipe,

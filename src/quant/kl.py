@@ -1,7 +1,7 @@
 """KL divergence over the whole vocabulary, and the held-out text on which it is taken.
 
-Not a command. `divergence(reference_logits, logits)` is the primary signal of the project: moe_eval, moe_alloc, gguf_kl and the
-studies all call it. Text: transcripts of the tiny tasks (prompt and reference turn), or a file's, in documents or in windows.
+Not a command. `divergence(reference_logits, logits)` is the primary signal of the project: moe_eval, sensitivity, gguf_kl and
+the studies all call it. Text: transcripts of the tiny tasks (prompt and reference turn), or a file's, in documents or windows.
 """
 
 from __future__ import annotations

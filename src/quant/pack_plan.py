@@ -66,7 +66,6 @@ from gguf_layout import (
 )
 from hf_model import generation_ends, listed
 from hub import AHEAD_BYTES
-from plans import layers_fetched, stored_bytes
 from recipe import LINEAR_ROLES, Job
 from rounders import DAMPING, METHODS, Encoded, fed_pieces, is_quantized
 from settings import setting
@@ -541,23 +540,18 @@ def pack_memory(pack: Pack, dry_run: bool) -> MemoryPlan:
     return plan_memory(jobs, pack.calibration, dry_run=dry_run)
 
 
-def fetched_bytes(pack: Pack) -> tuple[int, int]:
-    """(bytes, bytes at a time) that :func:`write_pack` reads of the checkpoint: to run its layers, for every piece that is
-    not rounded there, and for the vision tower."""
-    tensors, ahead, rounded = pack.checkpoint.tensors, AHEAD_BYTES, dict[str, Role]()
-    total = stored_bytes(info for name, info in tensors.items() if VISION_PREFIX.match(name))
+def reads(pack: Pack) -> tuple[list[str], list[str], bool]:
+    """Of plans.fetched_bytes: what write_pack reads once (every piece that is not rounded where its layer runs, and the vision
+    tower), the head, and whether that is the embedding."""
+    rounded, once = dict[str, Role](), [name for name in pack.checkpoint.tensors if VISION_PREFIX.match(name)]
+    tied = not any(piece.role is Role.LM_HEAD for piece in pack.pieces)
+    head, plain = (Role.EMBEDDING, None) if tied else (Role.LM_HEAD, Role.EMBEDDING)
     if pack.calibration:
-        kept = bool(pack.weights_file and pack.weights_file.exists())
-        layers, ahead = layers_fetched(pack.checkpoint, pack.calibration, kept)
-        tied = not any(p.role is Role.LM_HEAD for p in pack.pieces)  # then the embedding is read to embed, and as the head
-        head, plain = (Role.EMBEDDING, None) if tied else (Role.LM_HEAD, Role.EMBEDDING)
         rounded = {p.parameter: p.role for p in pack.pieces if p.role is not plain and is_quantized(pack.types[p.name])}
-        heads = [name for parameter, role in rounded.items() if role is head for name in pack.checkpoint.sources[parameter]]
-        total += layers + (1 + tied) * stored_bytes(tensors[name] for name in heads)
     for piece in pack.pieces:
         if piece.parameter not in rounded and not (pack.blocks and piece.parameter in pack.blocks.shapes):
-            total += stored_bytes(tensors[name] for name in read_for(pack.checkpoint, piece))
-    return total, ahead
+            once += read_for(pack.checkpoint, piece)
+    return once, [n for key, role in rounded.items() if role is head for n in pack.checkpoint.sources[key]], tied
 
 
 def pack_times(pack: Pack, method: str) -> list[str]:

@@ -265,15 +265,24 @@ def sensed_bytes(checkpoint: Checkpoint, calibration: Calibration) -> int:
     return layers_fetched(checkpoint, calibration)[0] + ends_bytes(checkpoint)
 
 
-def fetched_bytes(checkpoint: Checkpoint, jobs: Sequence[Job], calibration: Calibration | None) -> tuple[int, int]:
-    """(bytes, bytes at a time) that quantize_checkpoint reads: with ``calibration`` what it rounds also for its error."""
-    total = stored_bytes(job.info for job in jobs)
+def fetched_bytes(
+    checkpoint: Checkpoint, calibration: Calibration | None, once: Iterable[str], heads: Iterable[str], tied: bool,
+    weights_file: Path | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """(bytes, bytes at a time) that a run reads: the tensors ``once`` as they are written; with ``calibration`` the layers that
+    it runs, and what of ``heads`` it rounds, a head that is ``tied`` to the embedding to embed as well."""
+    total = stored_bytes(checkpoint.tensors[name] for name in once)
     if not calibration:
         return total, AHEAD_BYTES
-    layers, ahead = layers_fetched(checkpoint, calibration)
-    head = {Role.LM_HEAD: 1} if any(job.role is Role.LM_HEAD for job in jobs) else {Role.EMBEDDING: 2}  # tied: to embed as well
-    again = sum(head.get(job.role, 0) * stored_bytes([job.info]) for job in jobs if job.bits)
-    return total + layers + again, ahead
+    layers, ahead = layers_fetched(checkpoint, calibration, bool(weights_file and weights_file.exists()))
+    return total + layers + (1 + tied) * stored_bytes(checkpoint.tensors[name] for name in heads), ahead
+
+
+def reads(jobs: Sequence[Job]) -> tuple[list[str], list[str], bool]:
+    """Of :func:`fetched_bytes`: what quantize_checkpoint reads once (what it rounds, for its error), its head, whether tied."""
+    tied = not any(job.role is Role.LM_HEAD for job in jobs)
+    head = Role.EMBEDDING if tied else Role.LM_HEAD
+    return [job.name for job in jobs], [job.name for job in jobs if job.bits and job.role is head], tied
 
 
 def hub_plan(checkpoint: Checkpoint, fetched: int, ahead: int, whole: bool = False) -> str:

@@ -7,7 +7,7 @@
 
 Routed experts get --expert-bits; every other linear, the embedding and the head --linear-bits; the matrices of multi-token
 prediction --mtp-bits; router, norms, ssm state, biases and vision are copied byte for byte. --target-gib chooses the bits of
-all but the copied ones and mtp, by the KL that each costs (moe_alloc). Methods that need no inputs (clip, absmax, ...) stream
+all but the copied ones and mtp, by the KL that each costs (sensitivity). Methods that need no inputs (clip, absmax, ...) stream
 tensor by tensor; the calibrated ones (gptq, ...) layer by layer, on --calib or, for razor-tiny, its tasks' training split.
 Several --devices round shards (or, calibrated, the experts of a layer) at the same time, to the same bytes.
 recipe.json is written beside the weights. --packed writes codes of the recipe's own bits, as vLLM reads them, and leaves what
@@ -29,7 +29,7 @@ from calibrated_pass import CalibratedPass, MomentSettings
 from calibration import Calibration, LayerStream, plan_memory
 from calibration_text import CalibrationSettings
 from checkpoint import CONSUMED, Checkpoint, SourceShards, is_synthetic, model_name
-from console import UserError, progress, read_json, run_cli, write_json
+from console import UserError, progress, run_cli, write_json
 from devices import default_device, device_peaks, lanes, parse_devices
 from hf_model import check_first
 from hub import HubSettings, opened, remote_of
@@ -49,15 +49,16 @@ from plans import (
     plan_jobs,
     preflight,
     quantize_times,
+    reads,
     sidecars,
     summarize,
     table,
 )  # fmt: skip
 from recipe import NOT_GIVEN, RECIPE_FILE, Job, Recipe, quantized_note, read_allocation
-from records import describe_model, sha256_json, write_result
+from records import describe_model, write_result
 from rounders import GridRounder, is_uncalibrated
-from run_dir import alone, check_output, check_resume, staged_directory
-from sensitivity import allocate_bits
+from run_dir import check_output, check_resume, staged_directory
+from sensitivity import Chosen, allocate_bits, chosen_once
 from settings import add_dry_run, parse_settings, part, same, setting
 from token_weights import kept_bytes
 from write_checkpoint import ErrorLog, LayerSink, Sink, in_layers, sample_seconds, stream
@@ -70,7 +71,7 @@ class QuantizeSettings:
     model: Path = setting(help="the checkpoint directory (config.json and safetensors)")
     out: Path = setting(help="the directory to make")
     recipe: Recipe = part(Recipe, expert_bits=NOT_GIVEN)
-    allocation: Path | None = setting(None, "JSON of moe_alloc: bits by parameter, in place of those of the experts")
+    allocation: Path | None = setting(None, "JSON of bits by parameter, as `TARGET_GIB` writes it, in place of the recipe's")
     target_gib: float = same(SizeSettings, "target_gib", 0.0)
     text: CalibrationSettings = part(CalibrationSettings)
     moments: MomentSettings = part(MomentSettings)
@@ -109,52 +110,51 @@ class QuantizeSettings:
     def consume(self) -> bool:
         return self.consume_source or self.consume_real_source
 
+    def beside(self, suffix: str) -> Path:
+        """A file beside the output."""
+        return Path(f"{str(self.out).rstrip('/')}.{suffix}")
+
     def workers(self) -> tuple[torch.device, ...]:
         """The devices at work, one of them as often as shards should be on it."""
         devices = parse_devices(self.devices)
         alone = self.devices or self.calibrated or self.consume or remote_of(self.model)  # a network is no faster for more
         return devices if alone else lanes(devices[0])
 
-    def calibration(self, device: torch.device, dry_run: bool) -> Calibration | None:
-        """What the method is calibrated on; a dry run needs its size alone."""
-        return self.read(device, dry_run) if self.calibrated else None
-
-    def read(self, device: torch.device, dry_run: bool = False) -> Calibration:
-        """The text and how it counts."""
+    def read(self, device: torch.device, dry_run: bool) -> Calibration | None:
+        """The text and how it counts, where the method or the choice of bits needs it; a dry run needs its size alone."""
+        if not self.calibrated and (dry_run or not self.target_gib):
+            return None
         Checkpoint(self.model)  # its errors first: they are clearer than a tokenizer's
         ids, entry = self.text.size(self.model) if dry_run else self.text.ids(self.model)
         how = dataclasses.asdict(self.moments) | {"propagate": self.propagate}
         return Calibration(ids, entry, **how, device=device)
 
 
-def allocated_bits(settings: QuantizeSettings, device: torch.device) -> Path:
-    """The file beside the output of bits that fit --target-gib. A killed run finds those that it chose; one that is of other
-    settings, or that a user wrote, is refused."""
-    path, checkpoint = Path(f"{str(settings.out).rstrip('/')}.bits.json"), Checkpoint(settings.model)
-    calibration, recipe = settings.read(device), settings.recipe
+def allocated_bits(settings: QuantizeSettings, calibration: Calibration, kept: Path) -> tuple[Path, dict[str, Any]]:
+    """The file beside the output of bits that fit --target-gib, and the metrics of the choice. ``kept``: for the tokens'
+    weights."""
+    path, checkpoint = settings.beside("bits.json"), Checkpoint(settings.model)
+    recipe, gib = settings.recipe, settings.target_gib
     packed_bits = settings.packing.packed_bits if settings.packed else None
     made_of: dict[str, Any] = {"source": checkpoint.identity, "calibration": calibration.settings(), "recipe": recipe.to_json()}
-    mark = sha256_json(made_of | {"gib": settings.target_gib, "packed": packed_bits})
-    with alone(settings.out.resolve()):
-        if path.exists() and read_json(path).get("made_of") == mark:
-            print(f"kept {path}", flush=True)
-        elif path.exists() and not settings.record.force:
-            raise UserError(f"{path}: made with other settings or for another model; use --force to replace it")
-        else:
-            allocate_bits(checkpoint, calibration, recipe, settings.target_gib, path, packed_bits, mark)
-    return path
+    made_of |= {"gib": gib, "packed": packed_bits}
+
+    def choose() -> Chosen:
+        return allocate_bits(checkpoint, calibration, recipe, gib, packed_bits, kept)
+
+    return path, chosen_once(settings.out, path, settings.record.force, made_of, choose)
 
 
 def write_calibrated(
     checkpoint: Checkpoint, jobs: list[Job], recipe: Recipe, calibration: Calibration, out: Path, shard_bytes: int,
     chunk_bytes: int, source: SourceShards | None, devices: Sequence[torch.device], container: Container | None,
-    working_bytes: float | None,
+    working_bytes: float | None, weights_file: Path | None,
 ) -> tuple[dict[str, float], dict[str, Any]]:  # fmt: skip
     """Write every tensor to ``out``, layer by layer, each layer shards of its own; several ``devices`` share the experts of a
     layer. Returns the relative squared error of each quantized role and the facts of the calibration."""
     layers = LayerStream(checkpoint, calibration.device, calibration.dtype)
     rounder = GridRounder(layers, jobs, recipe, devices, working_bytes)
-    work = CalibratedPass(layers, calibration, rounder, out)
+    work = CalibratedPass(layers, calibration, rounder, out, weights_file)
     last = checkpoint.sources[layers.tied] if layers.tied in rounder.targets else ()
     parts = in_layers(jobs, len(layers.layers), last)
     plan = [(job.name, job.info.dtype, job.info.shape) for part in parts for job in part]
@@ -172,7 +172,7 @@ def write_calibrated(
 def quantize_checkpoint(
     model: str | Path, out: str | Path, recipe: Recipe, force: bool = False, shard_bytes: int = 4 << 30,
     chunk_bytes: int = CHUNK_BYTES, calibration: Calibration | None = None, devices: Sequence[torch.device] = (),
-    consume: bool = False, packed: bool = False, dry_run: bool = False, packed_bits: int = 2,
+    consume: bool = False, packed: bool = False, dry_run: bool = False, packed_bits: int = 2, weights_file: Path | None = None,
 ) -> QuantizeReport:  # fmt: skip
     """Quantize the checkpoint in directory ``model`` into ``out`` and return what was done, printing the plan first.
 
@@ -181,7 +181,8 @@ def quantize_checkpoint(
     one kind there are (default: one). Everything that can be checked is checked before ``out`` is touched; bad input is a
     :class:`UserError`. A killed run resumes to the same bytes, on as many devices as you like.
     ``consume`` gives the disk of each shard of ``model`` back once ``out`` has it, and deletes the weights at the end.
-    ``packed`` stores the result as codes of ``packed_bits`` or more. ``dry_run`` ends after the plan.
+    ``packed`` stores the result as codes of ``packed_bits`` or more. ``dry_run`` ends after the plan. ``weights_file``: of the
+    tokens' weights, kept for other runs.
     """
     devices = tuple(devices) or (calibration.device if calibration else default_device(),)
     if (recipe.method in CALIBRATED) != (calibration is not None):
@@ -231,7 +232,9 @@ def quantize_checkpoint(
     if checkpoint.remote:
         print(
             hub_plan(
-                checkpoint, *fetched_bytes(checkpoint, jobs, calibration), len(devices) == 1 and not calibration and not resumed
+                checkpoint,
+                *fetched_bytes(checkpoint, calibration, *reads(jobs), weights_file),
+                len(devices) == 1 and not calibration and not resumed,
             )
         )
     print(preflight(jobs, out, needed, chunk_bytes, memory, len(devices)))
@@ -251,7 +254,7 @@ def quantize_checkpoint(
         if calibration and memory:
             errors, facts = write_calibrated(
                 checkpoint, jobs, recipe, calibration, partial, shard_bytes, chunk_bytes, source, devices, container,
-                memory.working_bytes,
+                memory.working_bytes, weights_file,
             )  # fmt: skip
             report = dataclasses.replace(report, calibration=facts)
         else:
@@ -271,32 +274,36 @@ def quantize_checkpoint(
 def main() -> None:
     settings, args = parse_settings(QuantizeSettings, __doc__, add_dry_run)
     result, settings = settings.record.file("quantize"), opened(settings)
-    devices, chosen = settings.workers(), settings.allocation
+    devices, chosen, metrics = settings.workers(), settings.allocation, dict[str, Any]()
+    calibration, kept = None, settings.beside("token-weights.st") if settings.target_gib else None
     if settings.target_gib and args.dry_run:
         print(f"TARGET_GIB={settings.target_gib:g}: the bits below are the recipe's, the run measures and chooses its own")
     elif settings.target_gib:
         check_output(settings.model, settings.out.resolve(), settings.record.force, 0)
-        chosen = allocated_bits(settings, devices[0])
+    calibration = settings.read(devices[0], args.dry_run)
+    if settings.target_gib and calibration and kept and not args.dry_run:
+        chosen, metrics = allocated_bits(settings, calibration, kept)
     allocation: dict[str, Any] = read_allocation(chosen) if chosen else {}
     recipe = dataclasses.replace(settings.recipe, **allocation)
     if settings.probe and not args.dry_run:
-        probe_model(settings.model, Calibration(*settings.text.ids(settings.model)))
+        probe_model(settings.model, calibration or Calibration(*settings.text.ids(settings.model)))
     started = time.time()
     described = describe_model(settings.model) if result else None
-    calibration = settings.calibration(devices[0], args.dry_run)
     report = quantize_checkpoint(
-        settings.model, settings.out, recipe, settings.record.force, settings.shards.bytes, calibration=calibration,
-        devices=devices, consume=settings.consume, packed=settings.packed, dry_run=args.dry_run,
-        packed_bits=settings.packing.packed_bits,
+        settings.model, settings.out, recipe, settings.record.force, settings.shards.bytes,
+        calibration=calibration if settings.calibrated else None, devices=devices, consume=settings.consume,
+        packed=settings.packed, dry_run=args.dry_run, packed_bits=settings.packing.packed_bits, weights_file=kept,
     )  # fmt: skip
     if args.dry_run:
         return
+    if kept:
+        kept.unlink(missing_ok=True)
     seconds = time.time() - started
     if result:
         write_result(
             result, kind="quantize", tag=settings.record.tag, started=started, model=described,
             recipe=recipe.fitting(report.roles).to_json(), data=[calibration.record] if calibration else [],
-            metrics=report.to_json(),
+            metrics=report.to_json() | ({"allocation": metrics} if metrics else {}),
             extra={"output": describe_model(settings.out), "devices": [str(device) for device in devices],
                    "device_peak_mib": device_peaks(devices)},
         )  # fmt: skip

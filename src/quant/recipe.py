@@ -139,11 +139,11 @@ def from_json(value: Any, where: str = "recipe") -> Recipe:
 
 def read_allocation(path: str | Path) -> dict[str, tuple[tuple[str, Any], ...]]:
     """The fields ``overrides`` ({pattern: bits}) and ``experts`` ({module: bits of each expert}) of a JSON file, as
-    moe_alloc writes it; one of the two may be missing."""
+    TARGET_GIB writes it; one of the two may be missing."""
     value = read_json(path)
     found = {key: value[key] for key in ("overrides", "experts") if key in value} if isinstance(value, dict) else {}
     if not found or not all(isinstance(part, dict) and part for part in found.values()):
-        raise UserError(f'{path}: has no object "overrides" or "experts"; python src/quant/moe_alloc.py writes one')
+        raise UserError(f'{path}: has no object "overrides" or "experts"; TARGET_GIB of quantize.sh writes one')
     return {key: tuple(part.items()) for key, part in found.items()}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from checkpoint import Checkpoint
 from console import UserError, check_writable, explained
 from families import MTP_PREFIX, Role
 from ggml_codecs import decode_rows, encode
-from ggml_round import COPIES, ldlq
+from ggml_round import COPIES, ldlq, ldlq_each
 from ggml_types import TYPES
 from gguf_layout import Piece, into_parameter, ordered_hessian, to_gguf
 from hf_model import model_config
@@ -157,6 +157,14 @@ def encoded(
     if method == "ldlq" and is_quantized(kind):
         return ldlq(value, kind, hessian, damping, working_bytes=working_bytes)
     return encode(value.float(), kind, hessian.diagonal(dim1=1, dim2=2)[:, None])
+
+
+def decoded(value: Tensor, kinds: Sequence[str], method: str, hessian: Tensor, damping: float = DAMPING) -> Iterator[Tensor]:
+    """``value`` [E, O, I] as each of the types gives it back, in order; what error feedback needs is made once for all."""
+    own = [kind for kind in kinds if method == "ldlq" and is_quantized(kind)]
+    found = ldlq_each(value, own, hessian, damping) if own else {}
+    for kind in kinds:
+        yield decode_rows(found[kind] if kind in found else encoded(value, kind, method, hessian, damping), kind)
 
 
 def squared_error(difference: Tensor, hessian: Tensor, total: float = 0.0) -> float:

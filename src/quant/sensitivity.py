@@ -1,13 +1,12 @@
 """What rounding a matrix costs in KL, to each number of bits or to each ggml type, and the choice of least cost in a budget.
 
-Not a command; moe_alloc drives it.
+Not a command; quant_save and gguf_pack drive it.
 
-`grid_losses` rounds the experts' gate_up or down matrices of one layer alone (clip search), all else stays as it is, and takes
-the mean KL to the model on text. `type_losses` streams the checkpoint once, for types of ggml and for bits of a grid alike.
-There the cost of an option for a matrix is the error tr(D H D^T) of its output (on a sample of its rows) times nats per error,
-which is measured for every parameter: it is rounded to one option, the activations that this changes are carried to the end
-beside the true ones, and the KL of the predictions taken. Nats per error differ a hundredfold between the matrices of a layer
-(an input of the delta rule, its output), so no two share them.
+`Sensor` streams the checkpoint once, for types of ggml and for bits of a grid alike. The cost of an option for a matrix is the
+error tr(D H D^T) of its output (on a sample of its rows) times nats per error, which is measured for every parameter: it is
+rounded to one option, the activations that this changes are carried to the end beside the true ones, and the KL of the
+predictions taken. Nats per error differ a hundredfold between the matrices of a layer (an input of the delta rule, its output),
+so no two share them.
 """
 
 from __future__ import annotations
@@ -15,23 +14,20 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import random
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
-from torch import Tensor
+from torch import Tensor, nn
 
 from calibration import Calibration, Collector, LayerStream, Moments, calibrated_shapes
 from checkpoint import Checkpoint
-from console import UserError, atomic_path, progress, scratch_folder, write_json
+from console import UserError, atomic_path, progress, read_object, scratch_folder, write_json
 from families import LAYER_PREFIX, Role
-from ggml_codecs import decode_rows
 from ggml_round import COPIES
 from ggml_types import fallback
 from gguf_format import Entry, make_header, padded, tensor_bytes
@@ -50,18 +46,16 @@ from gguf_layout import (
     to_gguf,
     types_of,
 )
-from hf_model import finite_logits, generation_ends
-from kl import Batch, divergence
-from moe_ptq import WORKING_BYTES, Grid, Statistics, damped, round_weight, rounding_parts
-from moe_quant import fake_quant
+from hf_model import generation_ends
+from kl import divergence
+from moe_ptq import WORKING_BYTES, Grid, Hessians, Statistics, damped, round_weight, rounding_parts
 from packed_format import bytes_of, plan_container, unit_of
 from plans import plan_jobs
 from recipe import Recipe
-from rounders import DAMPING, encoded, fed_pieces, is_quantized, squared_error
+from records import sha256_json
+from rounders import DAMPING, decoded, fed_pieces, is_quantized, squared_error
+from run_dir import alone
 from token_weights import token_weights
-
-SIGNALS = ("frequency", "wmass", "asal", "wfro")
-STRATEGIES = ("blind", "random", "inverse", *SIGNALS, "composite")
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
@@ -141,100 +135,17 @@ def probe(
     return reports, importance
 
 
-def expert_norms(checkpoint: Checkpoint) -> dict[str, list[float]]:
-    """Frobenius norm of each expert's matrices together, by module of experts; one tensor in memory at a time."""
-    squares: dict[str, torch.Tensor] = {}
-    for name, info in checkpoint.tensors.items():
-        place = checkpoint.places[name]
-        module = place.parameter.rpartition(".")[0]
-        if place.expert is None and not (module.endswith(".experts") and len(info.shape) == 3):
-            continue
-        own = torch.linalg.vector_norm(checkpoint.read(name).float().flatten(-2), dim=-1).double() ** 2
-        row = squares.setdefault(module, torch.zeros(0, dtype=torch.float64))
-        if place.expert is None:
-            squares[module] = own + (row if len(row) else 0)
-            continue
-        if len(row) <= place.expert:
-            row = squares[module] = torch.nn.functional.pad(row, (0, place.expert + 1 - len(row)))
-        row[place.expert] += own
-    return {module: row.sqrt().tolist() for module, row in squares.items()}
-
-
-def signals_of(checkpoint: Checkpoint, calibration: Calibration) -> dict[str, dict[str, list[float]]]:
-    """What orders the experts (allocation.SIGNALS), by module of experts."""
-    reports, _ = probe(checkpoint, calibration)
-    if not reports:
-        raise UserError(f"{checkpoint.path}: has no routed experts to allocate bits to")
-    signals = {}
-    for module, norms in expert_norms(checkpoint).items():
-        own = reports[module.split(".")[2]]
-        signals[module] = {"frequency": own["frequency"], "wmass": own["mass"], "asal": own["salience"], "wfro": norms}
-    return signals
-
-
-def scores(strategy: str, signals: Mapping[str, Sequence[float]], seed: int = 0) -> list[float]:
-    """A score for each expert of one layer from its ``signals`` (those of :data:`SIGNALS`); more is more important."""
-    count = len(signals[SIGNALS[0]])
-    if strategy == "random":
-        return random.Random(seed).sample([float(i) for i in range(count)], count)
-    if strategy in SIGNALS:
-        return list(signals[strategy])
-    ranks = [rankdata(signals[name]) - 1 for name in SIGNALS]  # equal ones share the mean of their ranks
-    together = [float(sum(each)) for each in zip(*ranks)]
-    if strategy == "composite":
-        return together
-    if strategy == "inverse":
-        return [-value for value in together]
-    raise UserError(f"strategy {strategy!r} is unknown; known: {', '.join(STRATEGIES)}")
-
-
-def bits_by_score(values: Sequence[float], mean: float, options: Sequence[int], share: float) -> list[int]:
-    """Whole bits for experts with these scores, whose mean is exactly ``mean``.
-
-    Two ``options`` (low, high): the best get high, as many as the mean allows. Three (low, middle, high) with the mean in
-    the middle: the best ``share`` of the experts get high, as many of the worst low. Ties go to the lower index.
-    """
-    count = len(values)
-    best = sorted(range(count), key=lambda e: (-values[e], e))
-    low, high = options[0], options[-1]
-    if len(options) == 2:
-        raised, lowered, middle = (mean - low) / (high - low) * count, 0.0, low
-    elif len(options) == 3 and options[1] == mean and 2 * mean == low + high:
-        raised, lowered, middle = share * count, share * count, options[1]
-    else:
-        raise UserError(f"options {list(options)} at a mean of {mean:g} bits: give two, or three with the mean in the middle")
-    if not 0 <= raised <= count or raised != int(raised) or raised + lowered > count:
-        raise UserError(f"{raised:g} of {count} experts cannot have {high} bits; choose another share or other options")
-    bits = [middle] * count
-    for place in best[: int(raised)]:
-        bits[place] = high
-    for place in best[count - int(lowered) :]:
-        bits[place] = low
-    return bits
-
-
-def bits_by_signal(
-    strategy: str, signals: Mapping[str, Mapping[str, Sequence[float]]], mean: float, options: Sequence[int],
-    share: float = 0.25, seed: int = 0,
-) -> dict[str, list[int]]:  # fmt: skip
-    """The bits of each expert, by module of experts, from the ``signals`` of every module."""
-    if strategy == "blind":
-        if mean != int(mean):
-            raise UserError(f"strategy blind: {mean:g} bits must be a whole number")
-        return {module: [int(mean)] * len(own[SIGNALS[0]]) for module, own in signals.items()}
-    return {module: bits_by_score(scores(strategy, own, seed), mean, options, share) for module, own in signals.items()}
-
-
 CANDIDATES = "iq2_xxs,iq2_xs,iq2_s,iq3_xxs,iq3_s,iq4_xs,q4_K,q5_K,q6_K,q8_0"
 PROBE, PROBE_BITS, PROBE_SEQUENCES = "q3_K", "3", 32
-ADDITIVE = 0.002  # predicted KL above which errors do not add up, and the choice is compared with the recipe by hand
-STEPS = 1_000_000  # of a file's budget in the dynamic program
+ADDITIVE = 0.002  # predicted KL above which errors do not add up, and what is chosen is measured whole
+STEPS, SPAN = 1_000_000, 1 << 15  # of a file's budget in the dynamic program, and of them those that are worked on at once
 BITS = (2, 3, 4, 5, 6, 8)  # of a grid
 OPEN = ""  # the chosen type of a piece that no pattern names
 UNMEASURED = "q8_0"  # that of one whose inputs no calibrated pass sees
 SAMPLE_EXPERTS, SAMPLE_ROWS = 8, 32
 CARRIED_BYTES = 24 << 30  # of the host's memory: the changed activations
-Rounded = Callable[[Tensor, str, Tensor], Tensor]  # a value [E, O, I] as a type gives it back, second moments [E, I, I] given
+# a value [E, O, I] as each of several types gives it back, in their order, second moments [E, I, I] given
+Rounded = Callable[[Tensor, Sequence[str], Tensor], Iterable[Tensor]]
 
 
 def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
@@ -245,18 +156,22 @@ def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bud
     """
     floor = sum(min(row) for row in costs)
     if floor > budget:
-        raise UserError(f"the budget of {budget} is below the {floor} of the cheapest choice; raise --expert-bits")
+        raise UserError(f"the budget of {budget} is below the {floor} of the cheapest choice; raise it")
     unit = int(np.gcd.reduce([cost for row in costs for cost in row]))
     size = budget // unit + 1
     best = np.zeros(size)
     choices = np.zeros((len(costs), size), dtype=np.int8)
-    for index, (row, loss) in enumerate(zip(costs, losses, strict=True)):
-        table = np.full((len(row), size), np.inf)
-        for option, (cost, value) in enumerate(zip(row, loss, strict=True)):
-            step = cost // unit
-            if step < size:
-                table[option, step:] = best[: size - step] + value
-        choices[index], best = table.argmin(0), table.min(0)
+    for chosen, row, loss in zip(choices, costs, losses, strict=True):
+        least = np.full(size, np.inf)
+        for start in range(0, size, SPAN):  # what stays in a core's cache
+            for option, (cost, value) in enumerate(zip(row, loss, strict=True)):
+                part = slice(max(start, cost // unit), min(start + SPAN, size))
+                if part.start < part.stop:
+                    found = best[part.start - cost // unit : part.stop - cost // unit] + value
+                    better = found < least[part]
+                    np.copyto(least[part], found, where=better)
+                    np.copyto(chosen[part], option, where=better, casting="unsafe")
+        best = least
     picked, left = [0] * len(costs), int(best.argmin())
     for index in reversed(range(len(costs))):
         picked[index] = int(choices[index, left])
@@ -264,34 +179,7 @@ def solve(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bud
     return picked
 
 
-@torch.no_grad()
-def grid_losses(
-    model: torch.nn.Module, data: Sequence[Batch], options: Sequence[int], group: int, clip_steps: int
-) -> dict[str, list[float]]:
-    """The KL of ``model`` to itself on the batches of ``data`` (kl.batches) with each parameter of routed experts alone rounded
-    to each number of bits of ``options``, by the parameter's name."""
-
-    def logits(batch: Batch) -> Tensor:
-        inputs = {"input_ids": batch.ids.to(model.device), "attention_mask": batch.real.to(model.device)}
-        return finite_logits(model, **inputs)[:, :-1][batch.scored[:, 1:]]
-
-    names = [name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3]
-    expected = [logits(batch) for batch in data]
-    losses: dict[str, list[float]] = {name: [] for name in names}
-    with progress(len(names) * len(options), "sensitivity", "rounding") as bar:
-        for name in names:
-            parameter = model.get_parameter(name)
-            original = parameter.detach().clone()
-            for bits in options:
-                parameter.copy_(fake_quant(original.bfloat16(), bits, group, clip_steps))
-                kl = [divergence(old, logits(batch))[0] for old, batch in zip(expected, data, strict=True)]
-                losses[name].append(torch.cat(kl).double().mean().item())
-                bar.update()
-            parameter.copy_(original)
-    return losses
-
-
-def sampled(value: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, float]:
+def sampled(value: Tensor, hessian: Hessians) -> tuple[Tensor, Tensor, float]:
     """Some rows of some matrices of [E, O, I], their second moments, and how many times more rows there are."""
     experts = torch.linspace(0, len(value) - 1, min(SAMPLE_EXPERTS, len(value))).round().long().to(value.device)
     rows = torch.linspace(0, value.shape[1] - 1, min(SAMPLE_ROWS, value.shape[1])).round().long().to(value.device)
@@ -299,154 +187,244 @@ def sampled(value: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, float]:
     return part, hessian[experts], value.shape[0] * value.shape[1] / (part.shape[0] * part.shape[1])
 
 
-def errors_of(
-    value: Tensor, hessian: Tensor, kinds: Sequence[str], probe: str, rounded: Rounded
-) -> tuple[dict[str, float], float, Tensor]:
-    """(output error of ``value`` [E, O, I] in each type, judged by a sample; that of the probe; the value it gives back)."""
-    part, own, share = sampled(value, hessian)
-    errors = {kind: share * squared_error(part - rounded(part, kind, own), own) for kind in kinds}
-    decoded, total = torch.empty_like(value), 0.0
-    for experts, rows in rounding_parts(value.shape, WORKING_BYTES[value.device.type], COPIES):
-        given, moments = value[experts, rows].float(), hessian[experts]
-        found = rounded(given, probe, moments)
-        total, decoded[experts, rows] = squared_error(given - found, moments, total), found.to(decoded.dtype)
-    return errors, total, decoded
+def matrices(piece: Piece, parameter: Tensor, hessian: Hessians) -> tuple[Tensor, Hessians]:
+    """A piece of a parameter [E, O, I] in ggml's order, and the second moments of its inputs."""
+    own, value = ordered_hessian(piece, hessian), to_gguf(piece, parameter)
+    return value.reshape(own.shape[0], -1, value.shape[-1]), own
 
 
-def put_rounded(
-    piece: Piece, original: Tensor, hessian: Tensor, kinds: Sequence[str], kind: str, rounded: Rounded, into: Tensor
-) -> tuple[dict[str, float], float]:
-    """Round a piece of the parameter ``original`` to ``kind`` within ``into``, a tensor of that shape; ``hessian``: of the
-    parameter. Returns (output error of the piece in each of ``kinds``, that of ``kind``)."""
-    own, value = ordered_hessian(piece, hessian), to_gguf(piece, original)
-    errors, error, decoded = errors_of(value.reshape(own.shape[0], -1, value.shape[-1]), own, kinds, kind, rounded)
-    into_parameter(piece, decoded.view(piece.shape), into)
-    return errors, error
+def sampled_errors(
+    sources: Iterable[tuple[Piece, Tensor, Hessians]], options: Mapping[str, Sequence[str]], rounded: Rounded
+) -> dict[str, dict[str, float]]:
+    """Output error of each piece, of (piece, its parameter, second moments of the parameter), in each of its options, judged
+    by a sample. Samples of one shape are rounded as one: each of their steps takes about as long for one as for all."""
+    samples = {piece.name: sampled(*matrices(piece, parameter, hessian)) for piece, parameter, hessian in sources}
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, (part, _, _) in samples.items():
+        alike.setdefault((*part.shape[1:], *options[name]), []).append(name)
+    errors: dict[str, dict[str, float]] = {name: {} for name in samples}
+    for names in alike.values():
+        parts, moments = (torch.cat(each) for each in list(zip(*(samples[name] for name in names)))[:2])
+        for kind, found in zip(options[names[0]], rounded(parts, options[names[0]], moments), strict=True):
+            place = 0
+            for name in names:
+                part, own, share = samples[name]
+                errors[name][kind] = share * squared_error(part - found[place : place + len(part)], own)
+                place += len(part)
+    return errors
 
 
-@torch.no_grad()
-def type_losses(
-    checkpoint: Checkpoint, calibration: Calibration, pieces: Sequence[Piece], options: Mapping[str, Sequence[str]],
-    probes: Mapping[str, str], rounded: Rounded, weights_file: Path | None = None, probed: int | None = None,
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:  # fmt: skip
-    """(predicted KL by piece and each of its ``options``; by parameter, the KL that rounding it to its ``probes`` costs on the
-    first ``probed`` sequences, None: all, and no more than CARRIED_BYTES hold). KL is taken on the second half of each:
-    sequences begin in mid-text, and before a model has read some of it, errors of its first layers cost a thousand times what
-    they cost later."""
-    stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
-    with scratch_folder() as work:
-        weights = token_weights(stream, calibration, work, weights_file)
-    parts = calibration.batches()
-    kwargs, hidden = stream.arguments(parts[0]), stream.embed(parts)
-    room = CARRIED_BYTES // (len({piece.parameter for piece in pieces}) * hidden[0].nbytes)
-    count = max(1, min(room, len(parts) if probed is None else -(-probed // len(parts[0]))))  # batches
-    print(f"sensitivity: KL on {count * parts[0].numel() // 2:,} positions of {count * len(parts[0]):,} sequences", flush=True)
-    changed: dict[str, list[Tensor]] = {}  # the activations behind a rounded parameter
-    errors: dict[str, dict[str, float]] = {}
-    probe_errors: dict[str, float] = {}
-    layers = len(stream.layers)
-
-    def probed_value(key: str, original: Tensor, moments: Moments, into: Tensor) -> None:
-        """Measure the errors of the pieces of a parameter, and put what their probes give into a tensor of its shape."""
-        statistics = moments.statistics(calibration.floor * moments.shape[-1], 0.0, calibration.shrinkage)
-        probe_errors[key] = 0.0
-        for piece in pieces:
-            if piece.parameter == key:
-                kinds, kind = options[piece.name], probes[piece.name]
-                errors[piece.name], error = put_rounded(piece, original, statistics.hessian, kinds, kind, rounded, into)
-                probe_errors[key] += error
-
+def rounded_ways(
+    pieces: Sequence[Piece], original: Tensor, hessian: Hessians, ways: Sequence[Mapping[str, str]], rounded: Rounded
+) -> list[tuple[Tensor, float]]:
+    """(a parameter with its ``pieces`` as a way says, their output error) for each of the ``ways``; ``hessian``: of the
+    parameter. Pieces that go the same ways are rounded as one, as gguf_pack does it, and to several types at once."""
+    made, errors = [original.clone() for _ in ways], [0.0 for _ in ways]
+    alike: dict[tuple[Any, ...], list[Piece]] = {}
     for piece in pieces:
-        if piece.role is Role.EMBEDDING:  # its inputs are single tokens: the error of a row counts as it is
-            (source,) = piece.sources
-            original = checkpoint.read(source).to(stream.device, stream.dtype)
-            identity = Moments(1, original.shape[-1], stream.device)
-            identity.total += torch.eye(original.shape[-1], device=stream.device)
-            identity.weight += 1
-            identity.square += 1
-            value = original.clone()
-            probed_value(piece.parameter, original, identity, value)
-            changed[piece.parameter] = stream.embed(parts[:count], {source: value.cpu()})
-    with progress(layers * (layers + 1) // 2, "sensitivity", "pass") as bar:  # each layer carries the changes before
+        key = (*(way[piece.name] for way in ways), piece.name if piece.columns is not None else "")
+        alike.setdefault(key, []).append(piece)
+    for (*kinds, _), members in alike.items():
+        values, moments = zip(*(matrices(piece, original, hessian) for piece in members))
+        value, once = torch.cat(values, 1) if len(values) > 1 else values[0], list(dict.fromkeys(kinds))
+        decoded = {kind: torch.empty_like(value) for kind in once}
+        for experts, rows in rounding_parts(value.shape, WORKING_BYTES[value.device.type], COPIES):
+            given, own = value[experts, rows].float().contiguous(), moments[0][experts]
+            for kind, found in zip(once, rounded(given, once, own), strict=True):
+                decoded[kind][experts, rows] = found.to(value.dtype)
+                error = squared_error(given - found, own)
+                errors = [sum_ + error * (kind == other) for sum_, other in zip(errors, kinds)]
+        for whole, kind in zip(made, kinds):
+            for piece, part in zip(members, decoded[kind].split([each.shape[1] for each in values], 1)):
+                into_parameter(piece, part.reshape(piece.shape), whole)
+    return list(zip(made, errors))
+
+
+class Sensor:
+    """What rounding costs the model of a checkpoint in KL. It is taken on the second halves of ``probed`` of the calibration
+    sequences (None: all), and of no more than CARRIED_BYTES hold: sequences begin in mid-text, and before a model has read some
+    of it, errors of its first layers cost a thousand times what they cost later. ``units``: the pieces that are rounded, by
+    what is chosen for: a parameter, or all that must have the same bits."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, calibration: Calibration, units: Mapping[str, Sequence[Piece]], rounded: Rounded,
+        weights_file: Path | None = None, probed: int | None = None,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.calibration, self.rounded = checkpoint, calibration, rounded
+        self.stream = LayerStream(checkpoint, calibration.device, calibration.dtype)
+        with scratch_folder() as work:
+            self.weights = token_weights(self.stream, calibration, work, weights_file)
+        self.parts = parts = calibration.batches()
+        self.kwargs, self.embedded = self.stream.arguments(parts[0]), self.stream.embed(parts)
+        self.parameters: dict[str, list[Piece]] = {}
+        self.unit_of: dict[str, str] = {}  # by parameter
+        for unit, pieces in units.items():
+            for piece in pieces:
+                self.parameters.setdefault(piece.parameter, []).append(piece)
+                self.unit_of[piece.parameter] = unit
+        ends = {own[0].role: key for key, own in self.parameters.items()}
+        self.embedding, self.head = ends.get(Role.EMBEDDING), ends.get(Role.LM_HEAD)
+        room = CARRIED_BYTES // (len(self.parameters) * self.embedded[0].nbytes)
+        self.count = max(1, min(room, len(parts), len(parts) if probed is None else -(-probed // len(parts[0]))))  # batches
+
+    def read(self, key: str) -> Tensor:
+        """An end of the model."""
+        (source,) = self.checkpoint.sources[key]
+        return self.checkpoint.read(source).to(self.stream.device, self.stream.dtype)
+
+    def embed(self, part: slice, value: Tensor) -> list[Tensor]:
+        """What the first layer reads where the embedding is ``value``."""
+        (source,) = self.checkpoint.sources[self.embedding or ""]
+        return self.stream.embed(self.parts[part], {source: value.cpu()})
+
+    def statistics(self, moments: Moments) -> Hessians:
+        return moments.statistics(self.calibration.floor * moments.shape[-1], 0.0, self.calibration.shrinkage).hessian
+
+    def ways_of(
+        self, key: str, original: Tensor, hessian: Hessians, ways: Sequence[Mapping[str, str]]
+    ) -> list[tuple[Tensor, float]]:
+        return rounded_ways(self.parameters[key], original, hessian, ways, self.rounded)
+
+    def layers(self, bar: Any, change: Callable[[nn.Module, dict[str, nn.Parameter], dict[str, Hessians], int], None]) -> None:
+        """Fill each layer in turn, and hand it to ``change`` with the parameters in question, the second moments of their
+        inputs and its number, while ``self.hidden`` is what it reads; afterwards what the last one makes."""
+        stream, self.hidden = self.stream, self.embedded
         for index, layer in enumerate(stream.layers):
             prefix = f"model.layers.{index}."
             stream.fill(layer, prefix)
-            wanted = dict.fromkeys(piece.parameter for piece in pieces if piece.layer == index)
-            names = {key.removeprefix(prefix) for key in wanted}
-            collector = Collector(layer, names, None if weights is None else weights[index])
-            after = [out.cpu() for out in stream.run(layer, hidden, kwargs[index])]
+            names = [key.removeprefix(prefix) for key in self.parameters if key.startswith(prefix)]
+            collector = Collector(layer, set(names), None if self.weights is None else self.weights[index])
+            after = [out.cpu() for out in stream.run(layer, self.hidden, self.kwargs[index])]
             collector.remove()
-            for key, carried in changed.items():
-                changed[key] = [out.cpu() for out in stream.run(layer, carried, kwargs[index])]
-            for key in wanted:
-                name = key.removeprefix(prefix)
-                if name not in collector.moments:
-                    raise UserError(f"{key}: no calibration activation reached it; give more calibration text")
-                parameter = layer.get_parameter(name)
-                original = parameter.detach().clone()
-                probed_value(key, original, collector.moments.pop(name), parameter)
-                changed[key] = [out.cpu() for out in stream.run(layer, hidden[:count], kwargs[index])]
-                parameter.copy_(original)
-            hidden = after
-            stream.empty(layer)
-            bar.update(index + 1)
-    head = next((piece.parameter for piece in pieces if piece.role is Role.LM_HEAD), "")
-    if head:
-        moments = Moments(1, stream.model.lm_head.in_features, stream.device)
-        with stream.ending() as inputs_of:
-            for own in hidden:
-                moments.add(0, inputs_of(own.to(stream.device)).flatten(0, 1))
-        original = checkpoint.read(checkpoint.sources[head][0]).to(stream.device, stream.dtype)
-        value = original.clone()
-        probed_value(head, original, moments, value)
-    nats = divergences(stream, hidden[:count], changed, {head: value} if head else {})
-    worth = {key: found / max(probe_errors[key], 1e-30) for key, found in nats.items()}  # nats per error
-    losses = {p.name: {kind: error * worth[p.parameter] for kind, error in errors[p.name].items()} for p in pieces}
-    return losses, nats
-
-
-@torch.no_grad()
-def kl_of_choices(
-    checkpoint: Checkpoint, calibration: Calibration, pieces: Sequence[Piece], choices: Sequence[Mapping[str, str]],
-    rounded: Rounded, probed: int,
-) -> list[float]:  # fmt: skip
-    """The KL, over the second halves of the last ``probed`` sequences, of the model with all ``pieces`` of its layers rounded
-    as each of ``choices`` says: with what the sum of :func:`type_losses` leaves out. Ends stay as they are."""
-    stream, parts = LayerStream(checkpoint, calibration.device, calibration.dtype), calibration.batches()
-    kwargs, hidden = stream.arguments(parts[0]), stream.embed(parts)
-    count = -(-probed // len(parts[0]))
-    changed = {str(number): hidden[-count:] for number in range(len(choices))}
-    with progress(len(stream.layers), "check", "layer") as bar:
-        for index, layer in enumerate(stream.layers):
-            prefix = f"model.layers.{index}."
-            stream.fill(layer, prefix)
-            wanted = dict.fromkeys(piece.parameter for piece in pieces if piece.layer == index)
-            collector = Collector(layer, {key.removeprefix(prefix) for key in wanted})
-            hidden = [out.cpu() for out in stream.run(layer, hidden, kwargs[index])]
-            collector.remove()
-            originals = {key: layer.get_parameter(key.removeprefix(prefix)).detach().clone() for key in wanted}
-            for number, chosen in enumerate(choices):
-                for piece in pieces:
-                    if piece.parameter in wanted:
-                        name = piece.parameter.removeprefix(prefix)
-                        moments = collector.moments[name]
-                        statistics = moments.statistics(calibration.floor * moments.shape[-1], 0.0, calibration.shrinkage)
-                        original, kind = originals[piece.parameter], chosen[piece.name]
-                        put_rounded(piece, original, statistics.hessian, (), kind, rounded, layer.get_parameter(name))
-                changed[str(number)] = [out.cpu() for out in stream.run(layer, changed[str(number)], kwargs[index])]
+            if lost := next((name for name in names if name not in collector.moments), ""):
+                raise UserError(f"{prefix}{lost}: no calibration activation reached it; give more calibration text")
+            hessians = {prefix + name: self.statistics(collector.moments[name]) for name in names}
+            change(layer, {prefix + name: layer.get_parameter(name) for name in names}, hessians, index)
+            self.hidden = after
             stream.empty(layer)
             bar.update()
-    return list(divergences(stream, hidden[-count:], changed, {}).values())
+
+    def head_moments(self) -> Hessians:
+        """Second moments of what the head reads, behind all layers."""
+        moments = Moments(1, self.stream.model.lm_head.in_features, self.stream.device)
+        with self.stream.ending() as inputs_of:
+            for own in self.hidden:
+                moments.add(0, inputs_of(own.to(self.stream.device)).flatten(0, 1))
+        return self.statistics(moments)
+
+    def through(self, layer: nn.Module, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
+        return [out.cpu() for out in self.stream.run(layer, hidden, self.kwargs[index])]
+
+    @torch.no_grad()
+    def losses(
+        self, options: Mapping[str, Sequence[str]], probes: Mapping[str, str]
+    ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """(predicted KL by piece and each of its ``options``; by parameter, the KL that rounding it to its ``probes`` costs on
+        the first sequences). The checkpoint is streamed once."""
+        sequences = self.count * len(self.parts[0])
+        print(f"sensitivity: KL on {sequences * self.parts[0].shape[1] // 2:,} positions of {sequences} sequences", flush=True)
+        carried: dict[str, tuple[list[Tensor], Tensor | None]] = {}  # the activations behind a rounded parameter, the head
+        errors: dict[str, dict[str, float]] = {}
+        probe_errors: dict[str, float] = {}
+
+        def probed(key: str, original: Tensor, hessian: Hessians) -> Tensor:
+            ((value, probe_errors[key]),) = self.ways_of(key, original, hessian, [probes])
+            return value
+
+        def sample(found: Mapping[str, tuple[Tensor, Hessians]]) -> None:
+            given = ((piece, *own) for key, own in found.items() for piece in self.parameters[key])
+            errors.update(sampled_errors(given, options, self.rounded))
+
+        if self.embedding:  # its inputs are single tokens: the error of a row counts as it is
+            original = self.read(self.embedding)
+            identity = torch.eye(original.shape[-1], device=original.device)[None]
+            sample({self.embedding: (original, identity)})
+            value = probed(self.embedding, original, identity)
+            carried[self.embedding] = self.embed(slice(self.count), value), None
+
+        def change(layer: nn.Module, own: dict[str, nn.Parameter], hessians: dict[str, Hessians], index: int) -> None:
+            for key, (hidden, _) in carried.items():
+                carried[key] = self.through(layer, index, hidden), None
+            sample({key: (parameter, hessians[key]) for key, parameter in own.items()})
+            for key, parameter in own.items():
+                original = parameter.detach().clone()
+                parameter.copy_(probed(key, original, hessians[key]))
+                carried[key] = self.through(layer, index, self.hidden[: self.count]), None
+                parameter.copy_(original)
+
+        with progress(len(self.stream.layers), "sensitivity", "layer") as bar:
+            self.layers(bar, change)
+        if self.head:
+            original, hessian = self.read(self.head), self.head_moments()
+            sample({self.head: (original, hessian)})
+            carried[self.head] = self.hidden[: self.count], probed(self.head, original, hessian)
+        nats = divergences(self.stream, self.hidden[: self.count], carried)
+        worth = {key: found / max(probe_errors[key], 1e-30) for key, found in nats.items()}  # nats per error
+        own = {piece.name: worth[key] for key, pieces in self.parameters.items() for piece in pieces}
+        return {name: {kind: error * own[name] for kind, error in row.items()} for name, row in errors.items()}, nats
+
+    def units_in(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        """Parameters by their unit."""
+        found: dict[str, list[str]] = {}
+        for key in keys:
+            found.setdefault(self.unit_of[key], []).append(key)
+        return found
+
+    @torch.no_grad()
+    def measure(self, ways: Sequence[Mapping[str, str]], around: bool = False) -> tuple[list[float], dict[str, float]]:
+        """(KL over the last sequences of the model with all pieces as each of the ``ways`` says, with what the sum of
+        :meth:`losses` leaves out; if asked, by how much that of the first is less where a unit is left as it is, by unit)."""
+        part = slice(len(self.parts) - self.count, len(self.parts))
+        whole = [str(number) for number in range(len(ways))]
+        start, heads = self.embedded[part], dict[str, Tensor]()
+        carried = dict.fromkeys(whole, start)
+        if self.embedding:
+            original = self.read(self.embedding)
+            identity = torch.eye(original.shape[-1], device=original.device)[None]
+            for way, (value, _) in zip(whole, self.ways_of(self.embedding, original, identity, ways)):
+                carried[way] = self.embed(part, value)
+            if around:
+                carried[self.unit_of[self.embedding]] = start
+
+        def change(layer: nn.Module, own: dict[str, nn.Parameter], hessians: dict[str, Hessians], index: int) -> None:
+            originals = {key: parameter.detach().clone() for key, parameter in own.items()}
+            made = {key: self.ways_of(key, originals[key], hessians[key], ways) for key in own}
+            before = carried["0"]
+            for number in reversed(range(len(ways))):
+                for key, parameter in own.items():
+                    parameter.copy_(made[key][number][0])
+                carried[whole[number]] = self.through(layer, index, carried[whole[number]])
+            for unit in [key for key in carried if key not in whole]:
+                carried[unit] = self.through(layer, index, carried[unit])
+            for unit, mine in self.units_in(own).items() if around else ():
+                for key in mine:
+                    own[key].copy_(originals[key])
+                carried[unit] = self.through(layer, index, before)
+                for key in mine:
+                    own[key].copy_(made[key][0][0])
+
+        with progress(len(self.stream.layers), "check", "layer") as bar:
+            self.layers(bar, change)
+        if self.head:
+            found = self.ways_of(self.head, self.read(self.head), self.head_moments(), ways)
+            heads = {way: value for way, (value, _) in zip(whole, found)}
+            if around:
+                carried[self.unit_of[self.head]] = carried["0"]
+        kept = self.unit_of.get(self.head or "")
+        cases = {key: (hidden, None if key == kept else heads.get(key, heads.get("0"))) for key, hidden in carried.items()}
+        kl = divergences(self.stream, self.hidden[part], cases)
+        return [kl[way] for way in whole], {key: kl["0"] - own for key, own in kl.items() if key not in whole}
 
 
 def divergences(
-    stream: LayerStream, hidden: Sequence[Tensor], changed: Mapping[str, Sequence[Tensor]], heads: Mapping[str, Tensor]
+    stream: LayerStream, hidden: Sequence[Tensor], cases: Mapping[str, tuple[Sequence[Tensor], Tensor | None]]
 ) -> dict[str, float]:
-    """The mean KL, to the predictions behind ``hidden``, of those behind each of the ``changed`` activations and of those of
-    each other head: over the second half of each sequence."""
-    sums, count = dict.fromkeys([*changed, *heads], 0.0), 0
+    """The mean KL, to the predictions behind ``hidden``, of those behind the activations and with the head (None: its own) of
+    each of ``cases``: over the second half of each sequence."""
+    sums, count = dict.fromkeys(cases, 0.0), 0
     with stream.predictions() as logits:
         head = stream.model.lm_head.weight
+        true = head.clone()
 
         def predicted(value: Tensor) -> Tensor:
             return logits(value[:, value.shape[1] // 2 :].to(stream.device)).flatten(0, 1)
@@ -454,13 +432,12 @@ def divergences(
         for place, own in enumerate(hidden):
             expected = predicted(own)
             count += len(expected)
-            for key, carried in changed.items():
+            for key, (carried, weight) in cases.items():
+                if weight is not None:
+                    head.copy_(weight)
                 sums[key] += divergence(expected, predicted(carried[place]))[0].double().sum().item()
-            for key, weight in heads.items():
-                true = head.clone()
-                head.copy_(weight)
-                sums[key] += divergence(expected, predicted(own))[0].double().sum().item()
-                head.copy_(true)
+                if weight is not None:
+                    head.copy_(true)
     return {key: total / count for key, total in sums.items()}
 
 
@@ -472,16 +449,22 @@ def options_of(pieces: Sequence[Piece], candidates: Sequence[str]) -> dict[str, 
 Sizes = Mapping[str, Mapping[str, int]]  # bytes by what is chosen for, and its options
 
 
-def choose(sizes: Sizes, losses: Mapping[str, Mapping[str, float]], budget: int) -> dict[str, str]:
-    """The option of each: least summed loss within ``budget`` bytes, counted in steps of a millionth of it."""
+def check_room(sizes: Sizes, budget: int) -> int:
+    """Bytes of a step of the budget; :class:`UserError` where the smallest options need more than it has."""
     unit = max(1, budget // STEPS)
-    costs = [[-(-size // unit) for size in row.values()] for row in sizes.values()]
-    values = [[losses[name][option] for option in row] for name, row in sizes.items()]
-    floor = sum(min(row.values()) for row in sizes.values())
-    if unit * sum(min(row) for row in costs) > budget:
+    if unit * sum(-(-min(row.values()) // unit) for row in sizes.values()) > budget:
+        floor = sum(min(row.values()) for row in sizes.values())
         raise UserError(
             f"--target-gib leaves {budget / 2**30:.4f} GiB for the open tensors, the smallest need {floor / 2**30:.4f}"
         )
+    return unit
+
+
+def choose(sizes: Sizes, losses: Mapping[str, Mapping[str, float]], budget: int) -> dict[str, str]:
+    """The option of each: least summed loss within ``budget`` bytes, counted in steps of a millionth of it."""
+    unit = check_room(sizes, budget)
+    costs = [[-(-size // unit) for size in row.values()] for row in sizes.values()]
+    values = [[losses[name][option] for option in row] for name, row in sizes.items()]
     picked = solve(costs, values, budget // unit)
     return {name: list(row)[index] for (name, row), index in zip(sizes.items(), picked, strict=True)}
 
@@ -498,20 +481,51 @@ def fixed_types(pieces: Sequence[Piece], patterns: Sequence[tuple[str, str]], fe
     return {p.name: fallback(wanted[p.name], p.shape[-1]) for p in pieces if wanted[p.name]}
 
 
+Chosen = tuple[str | dict[str, Any], dict[str, Any]]  # the file of types, or the JSON of bits; metrics
+
+
+def chosen_once(out: Path, file: Path, force: bool, made_of: Mapping[str, Any], choose: Callable[[], Chosen]) -> dict[str, Any]:
+    """The metrics of what ``choose`` has found for the output ``out``. It lies in ``file``, they in a JSON of that name: a
+    killed run finds both; what is of other settings, or a user's, is refused, unless by ``force``."""
+    facts, mark = file.with_suffix(".json"), sha256_json(made_of)
+    with alone(out.resolve()):
+        known = facts.exists() and read_object(facts).get("made_of") == mark
+        if known and file.exists():
+            print(f"kept {file}", flush=True)
+            return read_object(facts)["metrics"]
+        if (file.exists() or facts.exists()) and not known and not force:
+            raise UserError(f"{file}: made with other settings or for another model; use --force to replace it")
+        found, metrics = choose()
+        write_json(facts, {"made_of": mark, "metrics": metrics} | (found if isinstance(found, dict) else {}))
+        if isinstance(found, str):
+            with atomic_path(file) as temporary:
+                temporary.write_text(found, encoding="utf-8")
+        print(f"wrote {file}", flush=True)
+        return metrics
+
+
 def allocate_types(
-    checkpoint: Checkpoint, calibration: Calibration, target_gib: float, out: Path, patterns: Sequence[tuple[str, str]] = (),
-    *, method: str = "ldlq", damping: float = DAMPING, weights_file: Path | None = None,
-    candidates: Sequence[str] = tuple(CANDIDATES.split(",")), probe: str = PROBE, probe_sequences: int = PROBE_SEQUENCES,
-    mark: str = "", mtp: str = "file", hand: tuple[str, Sequence[tuple[str, str]]] | None = None,
-) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
-    """Write the file of types ``out`` for a GGUF of at most ``target_gib``, rounded by ``method``; returns (the type of every
-    tensor of the file by its name, metrics). ``patterns``: (pattern, type) of the tensors whose types are fixed; ``mark``:
-    lines for the head of the file; ``mtp``: of gguf_layout.traced. The block of multi-token prediction changes no prediction
-    of the model: its types are those of ``patterns``, or MTP_TYPE. ``hand``: (base type, patterns) of a recipe, whose types are
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    target_gib: float,
+    patterns: Sequence[tuple[str, str]] = (),
+    *,
+    method: str = "ldlq",
+    damping: float = DAMPING,
+    weights_file: Path | None = None,
+    candidates: Sequence[str] = tuple(CANDIDATES.split(",")),
+    probe: str = PROBE,
+    probe_sequences: int = PROBE_SEQUENCES,
+    mtp: str = "file",
+    hand: tuple[str, Sequence[tuple[str, str]]] | None = None,
+) -> Chosen:
+    """The file of types for a GGUF of at most ``target_gib``, rounded by ``method``. ``patterns``: (pattern, type) of the
+    tensors whose types are fixed; ``mtp``: of gguf_layout.traced. The block of multi-token prediction changes no prediction of
+    the model: its types are those of ``patterns``, or MTP_TYPE. ``hand``: (base type, patterns) of a recipe, whose types are
     candidates too, so that what is chosen is predicted to be no worse at the same bytes."""
 
-    def rounded(value: Tensor, kind: str, hessian: Tensor) -> Tensor:
-        return decode_rows(encoded(value.contiguous(), kind, method, hessian, damping), kind)
+    def rounded(value: Tensor, kinds: Sequence[str], hessian: Tensor) -> Iterable[Tensor]:
+        return decoded(value.contiguous(), kinds, method, hessian, damping)
 
     started, pieces = time.time(), pieces_of(checkpoint, mtp)
     mtp = mtp if any(piece.role is Role.MTP for piece in pieces) else "none"
@@ -531,57 +545,88 @@ def allocate_types(
     taken = header + sum(padded(tensor_bytes(p.shape, fixed[p.name])) for p in pieces if p.name in fixed)
     budget = int(target_gib * 2**30) - taken
     sizes = {p.name: {kind: padded(tensor_bytes(p.shape, kind)) for kind in options[p.name]} for p in open_pieces}
-    choose(sizes, {n: dict.fromkeys(kinds, 0.0) for n, kinds in options.items()}, budget)  # too small: said now
+    check_room(sizes, budget)  # too small: said now
     probes = {p.name: fallback(probe, p.shape[-1]) for p in open_pieces}
-    losses, nats = type_losses(
-        checkpoint, calibration, open_pieces, options, probes, rounded, weights_file, probe_sequences
-    )  # fmt: skip
-
-    def measure(ways: Sequence[Mapping[str, str]]) -> list[float]:
-        return kl_of_choices(checkpoint, calibration, open_pieces, ways, rounded, probe_sequences)
-
-    chosen, facts = outcome(target_gib, taken, sizes, losses, choose(sizes, losses, budget), by_hand, measure)
+    together: dict[str, list[Piece]] = {}
+    for piece in open_pieces:
+        together.setdefault(piece.parameter, []).append(piece)
+    sensor = Sensor(checkpoint, calibration, together, rounded, weights_file, probe_sequences)
+    losses, nats = sensor.losses(options, probes)
+    units = {piece.name: piece.parameter for piece in open_pieces}
+    chosen, facts = outcome(target_gib, taken, sizes, losses, by_hand, units, sensor.measure)
     types = {piece.name: chosen.get(piece.name) or fixed[piece.name] for piece in pieces}
     metrics = facts | {
+        "candidates": list(candidates),
         "types": dict(collections.Counter(types[piece.name] for piece in open_pieces)),
         "chosen": {piece.name: types[piece.name] for piece in open_pieces if is_quantized(types[piece.name])},
         "nats": nats,
         "losses": losses,
     }
     print("\n".join(f"{count:>6} {kind}" for kind, count in metrics["types"].items()))
-    with atomic_path(out) as temporary:
-        text = f"# {facts['bytes'] / 2**30:.6f} GiB of at most {target_gib}\n{mark}" + exact_patterns(types)
-        temporary.write_text(text, encoding="utf-8")
-    print(f"wrote {out} in {time.time() - started:.1f} s", flush=True)
-    return types, metrics
+    print(f"chosen in {time.time() - started:.1f} s", flush=True)
+    return f"# {facts['bytes'] / 2**30:.6f} GiB of at most {target_gib}\n" + exact_patterns(types), metrics
+
+
+# Sensor.measure of ways, and, if asked, what each unit costs among the others of the first
+Measure = Callable[[Sequence[Mapping[str, str]], bool], tuple[list[float], dict[str, float]]]
+
+
+def among_others(
+    losses: Mapping[str, Mapping[str, float]], chosen: Mapping[str, str], units: Mapping[str, str], gains: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """Losses around a choice, from what its KL falls by where each of ``units`` (by what is chosen for) is left unrounded.
+
+    The ratio of that to what rounding the unit alone costs is what a smaller error of it is worth. It holds how the error
+    happens to meet those of others, of either sign, which hides what small units cost: so each ratio is drawn to that of all
+    together, as far as the median deviation from it is larger than what the unit costs. A larger error meets the others anew:
+    it costs no less than that of all."""
+    alone = dict.fromkeys(gains, 0.0)
+    for key, unit in units.items():
+        alone[unit] += losses[key][chosen[key]]
+    mean = max(sum(gains.values()), 0.0) / max(sum(alone.values()), 1e-30)
+    noise = float(np.median([abs(gains[unit] - mean * own) for unit, own in alone.items()])) + 1e-30
+    ratio = {unit: max(gains[unit] + noise * mean, 0.0) / (own + noise) for unit, own in alone.items()}
+    found: dict[str, dict[str, float]] = {}
+    for key, row in losses.items():
+        now, own = row[chosen[key]], ratio[units[key]]
+        found[key] = {kind: (loss - now) * (own if loss < now else max(own, mean)) for kind, loss in row.items()}
+    return found
 
 
 def outcome(
-    target_gib: float, rest: int, sizes: Sizes, losses: Mapping[str, Mapping[str, float]], chosen: dict[str, str],
-    by_hand: Mapping[str, str], measure: Callable[[Sequence[Mapping[str, str]]], list[float]],
+    target_gib: float, rest: int, sizes: Sizes, losses: Mapping[str, Mapping[str, float]], by_hand: Mapping[str, str],
+    units: Mapping[str, str], measure: Measure,
 ) -> tuple[dict[str, str], dict[str, Any]]:  # fmt: skip
     """(what is taken; its bytes and predicted KL, printed, and those of a recipe ``by_hand``). ``rest``: bytes of all else.
-    Where the predictions are so large that errors do not add up, ``measure`` tells the KL of both, and the better one is taken
-    if both fit."""
 
-    def told(name: str, options: Mapping[str, str]) -> dict[str, Any]:
-        size = rest + sum(row[options[key]] for key, row in sizes.items())
-        predicted, share = sum(losses[key][options[key]] for key in sizes), 100 * size / (target_gib * 2**30)
+    Where the prediction is so large that errors do not add up, the choice and the recipe, if it fits, are measured whole. What
+    each of ``units`` (of what is chosen for) costs among the errors of all others then takes the place of what it costs alone,
+    the choice is made anew, and measured as well: what loses least is taken."""
+    budget = int(target_gib * 2**30) - rest
+
+    def told(name: str, way: Mapping[str, str]) -> dict[str, Any]:
+        size = rest + sum(row[way[key]] for key, row in sizes.items())
+        predicted, share = sum(losses[key][way[key]] for key in sizes), 100 * size / (target_gib * 2**30)
         print(f"{name}: {size / 2**30:.6f} GiB ({share:.3f} % of the budget), predicted KL {predicted:.5f}", flush=True)
         return {"bytes": size, "predicted_kl": predicted}
 
-    found = told("chosen", chosen) | {"target_gib": target_gib}
-    if not by_hand:
-        return chosen, found
-    hand = told("by hand", by_hand)
-    found["by_hand"] = dict(hand)
-    if hand["bytes"] <= target_gib * 2**30 and hand["predicted_kl"] > ADDITIVE:
-        found["measured_kl"], found["by_hand"]["measured_kl"] = own, other = measure([chosen, by_hand])
-        print(f"measured KL of the layers: chosen {own:.5f}, by hand {other:.5f}", flush=True)
-        if other < own:
-            print("what the recipe says is kept", flush=True)
-            return {name: by_hand[name] for name in sizes}, found | hand | {"measured_kl": other}
-    return chosen, found
+    ways = {"chosen": choose(sizes, losses, budget)} | ({"by hand": {key: by_hand[key] for key in sizes}} if by_hand else {})
+    facts = {name: told(name, way) for name, way in ways.items()}
+    taken = "chosen"
+    if facts["chosen"]["predicted_kl"] > ADDITIVE:
+        fit = [name for name, own in facts.items() if own["bytes"] <= target_gib * 2**30]
+        kl, gains = measure([ways[name] for name in fit], True)
+        own = among_others(losses, ways["chosen"], units, gains)
+        ways["second round"] = choose(sizes, own, budget)
+        facts["second round"] = told("second round", ways["second round"])
+        kl += measure([ways["second round"]], False)[0]
+        for name, value in zip([*fit, "second round"], kl, strict=True):
+            facts[name]["measured_kl"] = value
+            print(f"measured KL, {name}: {value:.5f}", flush=True)
+        taken = min([*fit, "second round"], key=lambda name: facts[name]["measured_kl"])
+    print(f"taken: {taken}", flush=True)
+    rounds = {name.replace(" ", "_"): own for name, own in facts.items()}
+    return ways[taken], facts[taken] | {"target_gib": target_gib, "taken": taken, "ways": rounds}
 
 
 def bits_sizes(
@@ -615,11 +660,11 @@ def bits_sizes(
 
 
 def allocate_bits(
-    checkpoint: Checkpoint, calibration: Calibration, recipe: Recipe, target_gib: float, out: Path,
-    packed_bits: int | None = None, made_of: str = "",
-) -> dict[str, Any]:  # fmt: skip
-    """Write the bits ``out`` of a checkpoint of at most ``target_gib``: of codes and scales, or with ``packed_bits`` of the
-    container. What vLLM makes one matrix of has the same bits. Returns metrics; the rest keeps the bits of ``recipe``."""
+    checkpoint: Checkpoint, calibration: Calibration, recipe: Recipe, target_gib: float, packed_bits: int | None = None,
+    weights_file: Path | None = None,
+) -> Chosen:  # fmt: skip
+    """The bits of a checkpoint of at most ``target_gib``: of codes and scales, or with ``packed_bits`` of the container. What
+    vLLM makes one matrix of has the same bits; the rest keeps the bits of ``recipe``."""
     started = time.time()
     pieces = {}
     shapes, places = calibrated_shapes(checkpoint), checkpoint.places
@@ -640,30 +685,32 @@ def allocate_bits(
         units.setdefault(unit_of(piece.sources[0]), []).append(piece)
     units = {unit: units[unit] for unit in sizes}
     budget = int(target_gib * 2**30) - rest
-    choose(sizes, {unit: dict.fromkeys(row, 0.0) for unit, row in sizes.items()}, budget)  # too small: said now
+    check_room(sizes, budget)  # too small: said now
 
-    def rounded(value: Tensor, bits: str, hessian: Tensor) -> Tensor:
-        grid = Grid(int(bits), recipe.group, recipe.clip_steps, recipe.clip_low)
-        with damped(hessian, calibration.damping):
-            tokens = torch.ones(len(hessian), device=hessian.device)
-            return round_weight(value.contiguous(), grid, Statistics(hessian, tokens), recipe.method)
+    def rounded(value: Tensor, kinds: Sequence[str], hessian: Tensor) -> Iterator[Tensor]:
+        tokens = torch.ones(len(hessian), device=hessian.device)
+        for bits in kinds:
+            grid = Grid(int(bits), recipe.group, recipe.clip_steps, recipe.clip_low)
+            with damped(hessian, calibration.damping):
+                found = round_weight(value.contiguous(), grid, Statistics(hessian, tokens), recipe.method)
+            yield found
 
     open_pieces = [piece for own in units.values() for piece in own]
     options = {piece.name: [str(bits) for bits in BITS] for piece in open_pieces}
     probes = dict.fromkeys(options, PROBE_BITS)
-    by_piece, nats = type_losses(checkpoint, calibration, open_pieces, options, probes, rounded, None, PROBE_SEQUENCES)
+    sensor = Sensor(checkpoint, calibration, units, rounded, weights_file, PROBE_SEQUENCES)
+    by_piece, nats = sensor.losses(options, probes)
     losses = {unit: {b: sum(by_piece[p.name][b] for p in own) for b in sizes[unit]} for unit, own in units.items()}
-    chosen = choose(sizes, losses, budget)
     by_hand = {unit: str(jobs[own[0].name].bits) for unit, own in units.items()}
     by_hand = by_hand if all(bits in sizes[unit] for unit, bits in by_hand.items()) else {}  # 2.5 bits are no option
+    names = {unit: [piece.name for piece in own] for unit, own in units.items()}
 
-    def measure(ways: Sequence[Mapping[str, str]]) -> list[float]:
-        each = [{piece.name: way[unit] for unit, own in units.items() for piece in own} for way in ways]
-        return kl_of_choices(checkpoint, calibration, open_pieces, each, rounded, PROBE_SEQUENCES)
+    def measure(ways: Sequence[Mapping[str, str]], around: bool) -> tuple[list[float], dict[str, float]]:
+        each = [{name: way[unit] for unit, own in names.items() for name in own} for way in ways]
+        return sensor.measure(each, around)
 
-    chosen, found = outcome(target_gib, rest, sizes, losses, chosen, by_hand, measure)
+    chosen, found = outcome(target_gib, rest, sizes, losses, by_hand, dict(zip(names, names)), measure)
     overrides = {piece.name: int(chosen[unit]) for unit, own in units.items() for piece in own}
     print("\n".join(f"{bits} bits  {unit}" for unit, bits in chosen.items()))
-    write_json(out, {"made_of": made_of, "overrides": overrides})
-    print(f"wrote {out} in {time.time() - started:.1f} s", flush=True)
-    return found | {"chosen": chosen, "nats": nats, "losses": losses}
+    print(f"chosen in {time.time() - started:.1f} s", flush=True)
+    return {"overrides": overrides}, found | {"candidates": list(BITS), "chosen": chosen, "nats": nats, "losses": losses}
