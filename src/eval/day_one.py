@@ -54,7 +54,7 @@ from runner import BUDGETS, OF_TEXT, counted, get_benchmarks, token_rates, usual
 from settings import parse_settings, read_part, setting
 from size_model import RESULTS, SHAPES, Sizes, duration, fit, predict, read_records, sizes_of
 from task import Benchmark, HubBenchmark, Source, reachable
-from tau2_runner import USER_MODEL, require_tau2
+from tau2_runner import require_tau2
 
 PREREGISTERED, CARD = REPO / "docs/PREREGISTERED.md", Path(__file__).with_name("day_card.md")
 PORT = 8391  # of the server that tau2 talks to
@@ -89,7 +89,7 @@ class DaySettings:
     limit: int | None = setting(None, "N items of each benchmark")
     data_dir: Path | None = setting(None, "the benchmarks' rows, instead of the hub's")
     user_endpoint: str = setting("", "tau2: URL of the simulated user's model (default: OpenAI's, with OPENAI_API_KEY)")
-    user_model: str = setting(USER_MODEL, "tau2: the simulated user")
+    user_model: str = setting("", "tau2: the simulated user (default: as tau2_runner has it)")
 
 
 # ---------------------------------------------------------------- what was expected
@@ -417,7 +417,8 @@ class Day:
             why = refused(require_tau2)
             if not (why or settings.user_endpoint or os.environ.get("OPENAI_API_KEY")):
                 why = "nobody plays the user: --user-endpoint, or OPENAI_API_KEY"
-            more = ["--user-model", settings.user_model, *(["--tasks", settings.limit] if settings.limit else [])]
+            more: list[object] = ["--tasks", settings.limit] if settings.limit else []
+            more += ["--user-model", settings.user_model] if settings.user_model else []
             more += ["--user-endpoint", settings.user_endpoint] if settings.user_endpoint else []
             who = ("--endpoint", "{url}", "--model", "{name}", *self.recorded("eval", "tau2"))
             command, record = python("src/eval/tau2_runner.py", *who, *more), self.record("eval", "tau2")
