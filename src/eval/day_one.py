@@ -383,7 +383,7 @@ class Day:
             models.append(("baseline", Checkpoint(baseline).path.resolve(), ()))
         for kind, model, more in models:
             for name, own in loaded.items():
-                stage = self.evaluation(f"{kind}_{name}", model, name, own)
+                stage = self.evaluation(f"{kind}_{name}", model, name, own if not missing[name] else ())
                 yield dataclasses.replace(stage, inputs=(model, *more), skipped=missing[name])
 
     def evaluation(self, stage: str, model: Path, name: str, benchmarks: Sequence[Benchmark]) -> Stage:
@@ -403,7 +403,7 @@ class Day:
             bound = bound if tokens else f"at most: every answer of {BUDGETS[budget]:,} tokens; "
             seconds += math.nan if count is None else samples * count * (tokens or BUDGETS[budget]) / rate
         note = f"{bound}at {rate:,.0f} tokens/s, {at}"
-        known = None if math.isnan(seconds) else seconds
+        known = None if math.isnan(seconds) or not benchmarks else seconds
         return Stage(stage, command, (model,), (self.record("eval", stage),), seconds=known, note=note)
 
     def servers(self) -> Iterator[Stage]:
