@@ -138,5 +138,5 @@ def test_a_rehearsal_from_a_hub_survives_a_kill(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "== packed: kept" in done.stdout and "0 faults" in done.stdout
     card = (out / "README.md").read_text()
-    assert "razor_tiny_eval_tiny_know.json#metrics.tiny_know.acc)" in card and "not judged: another model" in card
+    assert "razor_tiny_eval_tiny_know.json#metrics.tiny_know.acc)" in card and "not measured" in card
     assert "- `gguf`: " in card and "- `eval_mathvision`: " in card and "- `wiki`: " in card and "- `panel_gguf`: " in card

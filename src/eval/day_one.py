@@ -384,7 +384,7 @@ class Day:
             models.append(("baseline", Checkpoint(baseline).path.resolve(), ()))
         for kind, model, more in models:
             for name, own in loaded.items():
-                stage = self.evaluation(f"{kind}_{name}", model, name, own)
+                stage = self.evaluation(f"{kind}_{name}", model, name, own if not missing[name] else ())
                 yield dataclasses.replace(stage, inputs=(model, *more), skipped=missing[name])
 
     def evaluation(self, stage: str, model: Path, name: str, benchmarks: Sequence[Benchmark]) -> Stage:
@@ -404,7 +404,7 @@ class Day:
             bound = bound if tokens else f"at most: every answer of {BUDGETS[budget]:,} tokens; "
             seconds += math.nan if count is None else samples * count * (tokens or BUDGETS[budget]) / rate
         note = f"{bound}at {rate:,.0f} tokens/s, {at}"
-        known = None if math.isnan(seconds) else seconds
+        known = None if math.isnan(seconds) or not benchmarks else seconds
         return Stage(stage, command, (model,), (self.record("eval", stage),), seconds=known, note=note)
 
     def servers(self) -> Iterator[Stage]:
@@ -418,7 +418,7 @@ class Day:
             why = refused(lambda: data_folder(settings.tau2_python))
             if not (why or settings.user_endpoint or os.environ.get("OPENAI_API_KEY")):
                 why = "nobody plays the user: --user-endpoint, or OPENAI_API_KEY"
-            more = ["--python", settings.tau2_python, *(["--tasks", settings.limit] if settings.limit else [])]
+            more: list[object] = ["--python", settings.tau2_python, *(["--tasks", settings.limit] if settings.limit else [])]
             more += ["--user-model", settings.user_model] if settings.user_model else []
             more += ["--user-endpoint", settings.user_endpoint] if settings.user_endpoint else []
             who = ("--endpoint", "{url}", "--model", "{name}", *self.recorded("eval", "tau2"))
