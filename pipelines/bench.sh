@@ -17,7 +17,8 @@
 # `bash pipelines/bench.sh h100 headers DIR` made where llama.cpp's converter is: the head of each GGUF file.
 # PYTHON=python3 uses that interpreter as it is, without env.sh. The lines that begin with "bench:" are the summary; ends with 1 where a
 # part failed, whose log says why.
-# `bash pipelines/bench.sh memory`: the calibrated pass under caps on the GPU's memory (SHAPES, SECONDS_EACH, HEADERS, TINY=1);
+# `bash pipelines/bench.sh memory [METHOD] [CARD]`: the calibrated pass, of all its methods or one, under caps on the GPU's memory
+# (SHAPES, SECONDS_EACH, HEADERS, TINY=1; CARD begins the records' names, default h100);
 # `memory headers DIR` makes the heads of its GGUF files.
 # PYTHON may be several words; the lanes run in subshells of their own.
 # shellcheck disable=SC2086,SC2015,SC2030,SC2031
@@ -63,13 +64,14 @@ if [ "$mode" = memory ]; then # HEADERS: a directory of headers/SHAPE.bin, made 
     results=${RESULTS:-results}/bench scratch=${SCRATCH}/bench_memory code=0
     mkdir -p "$results"
     for shape in ${SHAPES:-122b 35b}; do
-        record=$results/${NAME:-h100}_${shape}_memory.json
+        record=$results/${2:-${NAME:-h100}}_${shape}_memory${1:+_$1}.json
         [ ! -e "$record" ] || [ "${1:-}" = headers ] || { echo "bench: $record is there"; continue; }
         rm -rf "$scratch"
         # one layer of each kind of attention: on a hybrid model that lacks one of them llama.cpp aborts in its cache
         source=(--shape "$shape" --layers 2 --interval 2) run=(--seconds "${SECONDS_EACH:-3600}") more=()
         [ "$shape" != 122b ] || run+=(--caps "23,80,46,11")
         [ "$shape" != 35b ] || { run+=(--caps "11,80,23,46"); }
+        [ -z "${1:-}" ] || run+=(--methods "$1")
         [ -z "${TINY:-}" ] || { source=(--shape tiny --layers 2 --interval 2 --experts 2) && run+=(--sequences 2 --length 32 --caps "1,2"); }
         [ ! -e "${HEADERS:-}/$shape.bin" ] || more=(--header "$HEADERS/$shape.bin")
         if [ "${1:-}" = headers ]; then

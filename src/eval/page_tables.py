@@ -690,8 +690,12 @@ PIPELINES = (
     *((f"train/text_{name}", f"make_tiny.sh text {name}") for name in ("35m", "e64", "e128", "e256", "dense")),
     ("distill/opd_tiny", "distill.sh"),
     ("bench/*_memory", "bench.sh memory"),
+    ("bench/h200_*_memory_ldlq", "bench.sh memory ldlq h200"),
     ("bench/razor_tiny_mtp_*", "bench.sh mtp"),
-    ("bench/h100_122b_decoding", "bench_decode.sh results/bench/h100_122b_decoding.json"),
+    *(
+        (f"bench/{name}", f"bench_decode.sh results/bench/{name}.json")
+        for name in ("h100_122b_decoding", "h200_122b_decoding_settings")
+    ),
     ("bench/h100_122b_*", "bench.sh h100"),
     ("bench/multi_gpu_fit122b", "multi_gpu.sh fit122b"),
     ("bench/multi_gpu_eval35b", "multi_gpu.sh eval35b"),
