@@ -87,7 +87,9 @@ study() {
 pack() { # tag directory settings...: a GGUF in $work, recorded
     if [ ! -e "results/pack/$1.json" ] || [ ! -d "$work/$2" ]; then
         rm -f "results/pack/$1.json"
-        env MODEL="$model" TOKEN_WEIGHTS="$work/token-weights.st" TAG="$1" OUT="$work/$2" FORCE=1 "${@:3}" bash pipelines/pack_gguf.sh
+        local weights=("TOKEN_WEIGHTS=$work/token-weights.st")
+        case " ${*:3} " in *" METHOD=nearest "*) weights=() ;; esac # which counts all tokens alike
+        env MODEL="$model" ${weights[@]+"${weights[@]}"} TAG="$1" OUT="$work/$2" FORCE=1 "${@:3}" bash pipelines/pack_gguf.sh
     fi
 }
 

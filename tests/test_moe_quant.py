@@ -8,7 +8,7 @@ import torch
 
 import moe_quant
 from console import UserError
-from moe_quant import average_bits, dequantize, effective_bits, fake_quant, quantize_group, straight_through, ternary
+from moe_quant import average_bits, dequantize, effective_bits, fake_quant, quantize_group, ternary
 
 
 def f32(value: float) -> float:
@@ -135,15 +135,6 @@ def test_ternary_is_absmean():
     scale = groups.abs().mean(-1, keepdim=True).bfloat16().float()
     assert torch.equal(q.scale.view(-1, 1), scale)
     assert torch.equal(q.codes.view(-1, 64).float(), (groups / scale).round().clamp(-1, 1))
-
-
-def test_straight_through_gives_the_exact_value_and_the_identity_gradient():
-    weight = heavy_tailed((4, 64), seed=3, dtype=torch.float32).requires_grad_()
-    out = straight_through(weight, lambda w: fake_quant(w, 3, 32, 16))
-    assert torch.equal(out, fake_quant(weight, 3, 32, 16)) and not torch.equal(out, weight)
-    factor = torch.randn(4, 64)
-    (out * factor).sum().backward()
-    assert torch.equal(weight.grad, factor)
 
 
 def test_bits_of_the_seed_recipe():

@@ -248,8 +248,11 @@ class Run:
         if not (self.recovered / RECIPE_FILE).exists():
             self.bake(self.adapter, self.recovered)
         again = self.work / "packed"
-        if self.packed and not self.config.ggml and not (again / RECIPE_FILE).exists():
-            self.step(PACK, "--model", self.recovered, "--out", again, *packing(self.config.student))
+        if self.packed and not self.config.ggml:
+            if not (again / RECIPE_FILE).exists():
+                self.step(PACK, "--model", self.recovered, "--out", again, *packing(self.config.student))
+            if read_json(again / RECIPE_FILE).get("recovery") != read_json(self.recovered / RECIPE_FILE).get("recovery"):
+                raise UserError(f"{again}: not made of {self.recovered} as it is now; remove it, and run again")
 
     def bake(self, adapter: Path, out: Path) -> None:
         paths = ["--student", self.student, "--teacher", self.teacher, "--adapter", adapter]

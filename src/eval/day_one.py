@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
 import os
 import re
@@ -26,7 +25,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from typing import Any
 import jinja2
 
 from backend import choose_backend
+from backend_openai import Client
 from calibration_text import HUB, CalibrationSettings, default_source, sources_of
 from checkpoint import Checkpoint, different_file, model_name, source_identity
 from console import UserError, atomic_path, file_sha256, read_object, read_text, run_cli, write_json
@@ -43,12 +42,13 @@ from gguf_layout import read_patterns
 from hf_model import load_tokenizer, text_ids
 from hub import make_directory, spelled
 from llama_cpp import at_hand
+from llamacpp_eval8 import die_with_parent
 from moe_ptq import CALIBRATED
 from pack_plan import Pack, TypeSettings, plan_pack
 from packed_format import PackingSettings, plan_container, summary
 from plans import plan_jobs
 from recipe import Recipe
-from records import REPO, lookup, read_result, render
+from records import REPO, lookup, read_result, render, sha256_json
 from run_dir import alone
 from runner import BUDGETS, OF_TEXT, counted, get_benchmarks, token_rates, usual_tokens
 from settings import parse_settings, read_part, setting
@@ -155,7 +155,7 @@ class Stage:
         for path in there if made else ():
             if why := different_file(made.get(str(path)), source_identity(path)):
                 raise UserError(f"{path}: is not what stage {self.name} made: {why}; {mend}")
-        if held and len(there) == len(self.outputs):
+        if made and len(there) == len(self.outputs):
             return "kept"
         return "goes on" if held else "to do"
 
@@ -197,18 +197,27 @@ def serving(model: Path | None) -> Iterator[dict[str, str]]:
         yield {}
         return
     line = pipeline("deploy", "--model", model, "--serve", "--port", PORT)
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+
+    def heard() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # in a shell's background it is ignored, and children inherit that
+        die_with_parent(parent)()
+
+    parent = os.getpid()
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         try:
             for text in process.stdout or ():
                 print(text, end="", flush=True)
                 if found := re.match(r"serving (\S+) until", text):
-                    with urllib.request.urlopen(f"{found[1]}/models") as answer:
-                        place = {"url": found[1], "name": json.load(answer)["data"][0]["id"]}
-                    yield place
+                    name = Client(found[1]).call("/models")["data"][0]["id"]
+                    yield {"url": found[1], "name": name, "weights": sha256_json(source_identity(model))[:16]}
                     return
             raise UserError(f"{model}: is not served; its message stands above")
         finally:
             process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def pipeline(name: object, *arguments: object) -> list[str]:
@@ -314,6 +323,11 @@ class Day:
             missing |= dict.fromkeys(stage.outputs, stage.name) if stage.skipped else {}
         return found
 
+    def given(self, config: Path) -> list[Path]:
+        """A file of settings, and the files of types that it names."""
+        types = read_part(TypeSettings, config).tensor_types if config == self.settings.pack_config else None
+        return [config.resolve(), *([(REPO / types).resolve()] if types else [])]
+
     def files(self) -> Iterator[Stage]:
         """The packed checkpoint, the GGUF, that of Q8_0, and the text that everybody quotes."""
         plan, types, wiki = self.settings.quantize_config, self.settings.pack_config, self.wiki
@@ -337,7 +351,7 @@ class Day:
             command = pipeline("pack_gguf" if kind == "pack" else kind, *where, "--result", record, "--tag", record.stem)
             seconds = self.seconds(key, text.calib_sequences * text.calib_length)
             yield Stage(
-                name, command, (self.model,), (product, record), force=True, gb=size / 1e9, seconds=seconds,
+                name, command, (self.model, *self.given(config)), (product, record), force=True, gb=size / 1e9, seconds=seconds,
                 skipped=why or missing_text(text, self.model), note=f"{size / 2**30:.2f} GiB",
             )  # fmt: skip
         tokens = 0 if not wiki else len(text_ids(load_tokenizer(self.model, chat=False), read_text(wiki)))
@@ -360,7 +374,8 @@ class Day:
         why = "" if texts or "--text" in self.settings.panel else "no text: --wiki FILE"
         panel = work / self.name / "panel.safetensors"
         more: dict[str, Any] = {"seconds": self.seconds("data_free_s", 0), "note": "at least", "skipped": why}
-        yield Stage("panel_reference", pipeline(*of), (self.model,), (panel,), **more)
+        wiki = [self.wiki] if self.wiki else []
+        yield Stage("panel_reference", pipeline(*of), (self.model, *wiki), (panel,), **more)
         for name, product in (("panel_packed", self.packed), ("panel_gguf", self.gguf)):
             command, record = pipeline(*of, "--judge", product, *self.recorded("panel", name)), self.record("panel", name)
             yield Stage(name, command, (self.model, panel, product), (record,), **more)
@@ -421,7 +436,7 @@ class Day:
             more: list[object] = ["--python", settings.tau2_python, *(["--tasks", settings.limit] if settings.limit else [])]
             more += ["--user-model", settings.user_model] if settings.user_model else []
             more += ["--user-endpoint", settings.user_endpoint] if settings.user_endpoint else []
-            who = ("--endpoint", "{url}", "--model", "{name}", *self.recorded("eval", "tau2"))
+            who = ("--endpoint", "{url}", "--model", "{name}", "--weights", "{weights}", *self.recorded("eval", "tau2"))
             command, record = python("src/eval/tau2_runner.py", *who, *more), self.record("eval", "tau2")
             yield Stage("tau2", command, (self.gguf,), (record,), served=self.gguf, skipped=why)
 

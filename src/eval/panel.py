@@ -57,7 +57,7 @@ from kl import EXACT, compared, compared_top, split_documents
 from llamacpp_logprobs import DEPTH, decode_rows, dump_logprobs, first_scored, with_parsed_control_tokens
 from recipe import recipe_record
 from records import REPO, data_entry, describe_model, tagged_record, write_result
-from run_dir import RUN, staged_directory
+from run_dir import RUN, check_output, staged_directory
 from runner import recorded_benchmarks
 from safetensors_file import save_tensors
 from sample_log import read_samples
@@ -75,6 +75,8 @@ NOISE = 2.0**-8  # relative, even: the distance of two neighbours in BF16
 SEED, PROMPTS = 29, 64  # prompts that are answered together
 SAVE_SECONDS = 60.0  # of work that a kill may lose
 ROWS_BYTES = 8 << 30  # of llama-perplexity's file at once
+POSITIONS, MAX_TOKENS = 20_000, 1024  # of each stratum, that every judge sees; of an answer made here
+FEWEST = 8  # windows of a stratum, below which an interval by bootstrap says nothing
 WANTED = 0.03  # standard error of a mean KL, as a share of it, below which a ruler is long enough
 
 
@@ -150,6 +152,7 @@ def joined(old: Panel, new: Panel) -> Panel:
     more["starts"] = more["starts"][1:] + mine["starts"][-1]
     more["stratum"] = more["stratum"] + len(old.facts["strata"])
     facts = new.facts | {key: old.facts[key] + new.facts[key] for key in ("strata", "data")}
+    facts |= {"texts": old.facts["texts"] | new.facts["texts"]}
     left = old.facts["left_out"] | new.facts["left_out"]
     facts["left_out"] = {name: why for name, why in left.items() if name not in facts["strata"]}
     return Panel(facts, {name: torch.cat([own, more[name]]) for name, own in mine.items()})
@@ -225,7 +228,8 @@ class Source:
 
     def names(self, known: Sequence[str]) -> list[str]:
         """The strata to make: all, or those of --text that a panel with the ``known`` ones lacks."""
-        asked = [pair.partition("=")[0] for pair in self.args.text] if known else (*STRATA, *self.files)
+        answers = ["answers"] if self.args.answers else []
+        asked = [*(pair.partition("=")[0] for pair in self.args.text), *answers] if known else (*STRATA, *self.files)
         return [name for name in dict.fromkeys(asked) if name not in known]
 
     def stratum(self, name: str) -> list[Window] | str:
@@ -246,7 +250,7 @@ class Source:
             texts = (text_ids(self.tokenizer, row["text"]) for row in own)
             rows = list(itertools.islice(packed(texts, self.head, self.end, size), count))
         else:
-            made = f", or make {self.corpus} (make_text.sh)" if name in CORPUS else ""
+            made = f", or make {self.corpus} (make_text.sh) and the panel again (--force)" if name in CORPUS else ""
             return f"no text; give --text {shlex.quote(name)}=FILE{made}"
         if len(rows) < count:
             print(f"{name}: {len(rows):,} windows, not {count:,}: the text has no more", flush=True)
@@ -268,11 +272,11 @@ class Source:
                 ids = [*prompt, *answer][:most]
                 if positions >= self.args.positions:
                     break
-                if len(ids) > len(prompt):
-                    size = max(LEAST, 1 << (len(ids) - 1).bit_length())
+                size = max(LEAST, 1 << (len(ids) - 1).bit_length())
+                if (seen := len(ids) - max(len(prompt), first_scored(size) + 1)) > 0:  # by every judge
                     made.append(Window(ids + [self.end] * (size - len(ids)), len(prompt), len(ids)))
-                    positions += len(ids) - len(prompt)
-                    bar.update(len(ids) - len(prompt))
+                    positions += seen
+                    bar.update(seen)
         if positions < self.args.positions:
             print(f"answers: {positions:,} positions, not {self.args.positions:,}: there are no more prompts", flush=True)
         return made or "no prompt was answered"
@@ -471,7 +475,9 @@ def told_by_vllm(panel: Panel, path: Path, top: int, parallel: int) -> Iterator[
     rows = [panel.of("ids", window)[:end].tolist() for window, end in enumerate(ends)]
     for window, (ids, likely) in enumerate(prompt_logprobs(path, rows, top, parallel)):
         counts = panel.of("scored", window)[1 : ends[window]] > 0
-        yield torch.arange(*panel.first_places[window : window + 2].tolist()), (ids[counts], likely[counts])
+        places = torch.arange(*panel.first_places[window : window + 2].tolist())
+        for place, own, told in zip(*(each.split(256) for each in (places, ids[counts], likely[counts])), strict=True):
+            yield place, (own, told)
 
 
 # ---------------------------------------------------------------- the panel and its judgements
@@ -494,11 +500,23 @@ def make_panel(args: argparse.Namespace, model: Path, out: Path) -> Panel:
         if old.facts["version"] != VERSION:
             raise UserError(f"{out / FILE}: a panel of version {old.facts['version']}; give another --work, or remove it")
     names = source.names(old.facts["strata"] if old else ())
-    if old and not names:
-        return identified(old, out)
     files = {**source.files, "corpus": source.corpus, "prompts": args.prompts, "answers": args.answers}
     texts = {name: file_sha256(file) for name, file in files.items() if file and file.exists()}
-    job = made_of | {"positions": args.positions, "texts": texts, "strata": names, "panel": old and old.facts["strata"]}
+    sizes = {"positions": args.positions or POSITIONS, "max_tokens": args.max_tokens or MAX_TOKENS}
+    if old:  # what is given must be what the panel has; what is not given is as it was
+        given = {key: value for key, value in sizes.items() if getattr(args, key)}
+        given |= {
+            name: texts[name] for name in {**source.files, "prompts": 0, "answers": 0} if name in texts and name not in names
+        }
+        had = old.facts["sizes"] | old.facts["texts"]
+        if differing := sorted(key for key, value in given.items() if had.get(key, value) != value):
+            raise UserError(f"{out / FILE}: made with another {', '.join(differing)}; --force without --judge makes it again")
+        sizes = old.facts["sizes"] | given
+    if old and not names:
+        return identified(old, out)
+    args.positions, args.max_tokens = sizes["positions"], sizes["max_tokens"]
+    job = made_of | {"sizes": sizes, "texts": texts, "strata": names, "panel": old and old.facts["strata"]}
+    check_place(model, out, FILE)
     gpu = default_device().type == "cuda"
     dtype = torch.bfloat16 if gpu and checkpoint.bytes > EXACT else torch.float32
     if old:
@@ -516,6 +534,7 @@ def make_panel(args: argparse.Namespace, model: Path, out: Path) -> Panel:
             data = [data_entry(name, str(source.files.get(name, source.corpus).name), [w.ids for w in own])
                     for name, own in strata.items()]  # fmt: skip
             facts = made_of | {"strata": list(strata), "left_out": left, "data": data, "reference": describe_model(model)}
+            facts |= {"sizes": sizes, "texts": texts}
             panel = Panel(facts | {"dtype": str(dtype).removeprefix("torch.")}, frozen(strata))
             save(windows, panel.tensors, panel.facts)
         stream = opened_stream(model, dtype)
@@ -534,6 +553,11 @@ def identified(panel: Panel, out: Path) -> Panel:
     return Panel(panel.facts | {"sha256": file_sha256(out / FILE)}, panel.tensors)
 
 
+def check_place(model: Path, out: Path, mark: str) -> None:
+    """Raise :class:`UserError` where a panel or judgement would take the place of a directory of anything else."""
+    check_output(model, out.resolve(), (out / mark).exists(), 0, mark)
+
+
 def engine_of(args: argparse.Namespace, panel: Panel, path: Path) -> str:
     """What judges, in words."""
     if is_gguf(path):
@@ -544,10 +568,12 @@ def engine_of(args: argparse.Namespace, panel: Panel, path: Path) -> str:
 def judged(args: argparse.Namespace, panel: Panel, model: Path, path: Path, out: Path) -> dict[str, np.ndarray]:
     """What a model says of the panel, [positions]: kept in ``out``, and read there when it was judged before."""
     made_of = {"source": source_identity(path), "panel": panel.facts["sha256"], "judge": engine_of(args, panel, path)}
+    made_of |= {"options": args.tool_args} if is_gguf(path) else {}
     if (out / VALUES).exists() and not args.force:
         facts, found = load(out / VALUES)
         if facts == made_of:
             return {name: value.numpy() for name, value in found.items()}
+    check_place(path, out, VALUES)
     with staged_directory(out, True, made_of) as folder:
         stream, kept = opened_stream(model, getattr(torch, panel.facts["dtype"])), folder / RUN / VALUES
         head, states = head_of(stream), panel.tensors["states"]
@@ -561,7 +587,7 @@ def judged(args: argparse.Namespace, panel: Panel, model: Path, path: Path, out:
             made = told_by_llama(panel, load_tokenizer(model, chat=False), path, done, shlex.split(args.tool_args))
             positions(panel, states, head, made, found, DEPTH, keep)
         elif args.engine == "vllm":
-            positions(panel, states, head, told_by_vllm(panel, path, args.top_k, args.tensor_parallel), found)
+            positions(panel, states, head, told_by_vllm(panel, path, args.top_k, args.tensor_parallel), found, keep=keep)
         else:
             own = opened_stream(path, stream.dtype)
             if (known := own.model.config.vocab_size) <= (largest := int(panel.tensors["ids"].max())):
@@ -591,7 +617,7 @@ def metrics_of(panel: Panel, found: Mapping[str, np.ndarray], floor: np.ndarray)
             kl, found["agree"][mask], more,
         )  # fmt: skip
         for entry in made.values():
-            entry["claimed"] = entry["above_floor_low"] > 0
+            entry["claimed"] = entry["documents"] >= FEWEST and entry["above_floor_low"] > 0
         return made, windows, by_document(owner, kl, len(windows))
 
     if not (seen & late).any():
@@ -610,7 +636,8 @@ def table(strata: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         mean = f"{m['mean']:.6f} ({m['low']:.6f} to {m['high']:.6f})"
         line = f"{name:<16}{m['positions']:>10,}{m['documents']:>8,}  {mean:<29}{m['median']:>9.6f}{m['p99']:>9.5f}"
         line += f"{m['p99_9']:>9.5f}{100 * m['top1']:>7.2f}%{100 * m['flips']:>7.2f}%  {m['floor']:.6f}"
-        yield line + ("" if m["claimed"] else "  not above the floor: nothing is claimed")
+        why = "not above the floor" if m["documents"] >= FEWEST else f"fewer than {FEWEST} windows"
+        yield line + ("" if m["claimed"] else f"  {why}: nothing is claimed")
 
 
 def error_bar(m: Mapping[str, Any]) -> str:
@@ -632,9 +659,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="text of a stratum; again for more")
     parser.add_argument("--corpus", type=Path, default=scratch / "text", help="directory of make_text.sh")
     parser.add_argument("--prompts", type=Path, help="prompts, between empty lines (default: the tiny tasks' questions)")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="of an answer made here (default 1,024)")
+    parser.add_argument("--max-tokens", type=int, help="of an answer made here (default 1,024)")
     parser.add_argument("--answers", type=Path, help="a log of samples of the original, instead of answers made here")
-    parser.add_argument("--positions", type=int, default=20_000, help="of each stratum, that every judge sees (20,000)")
+    parser.add_argument("--positions", type=int, help="of each stratum, that every judge sees (default 20,000)")
     parser.add_argument("--floor", metavar="TAG", help="the floor is the KL of this judgement (an unquantized copy)")
     parser.add_argument("--engine", choices=("auto", "vllm"), default="auto", help="what judges a checkpoint")
     parser.add_argument("--top-k", type=int, default=20, help="tokens whose log-probability vLLM tells (default 20)")
@@ -645,7 +672,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args, started = parse_args(), time.time()
-    if min(args.positions, args.top_k, args.max_tokens) < 1:
+    if min(args.top_k, *(1 if given is None else given for given in (args.positions, args.max_tokens))) < 1:
         raise UserError("--positions, --top-k and --max-tokens must be at least 1")
     if bool(args.judge) != bool(args.tag):
         raise UserError("--judge and --tag go together")
@@ -665,9 +692,14 @@ def main() -> None:
         return
     floor = panel.tensors["floor_kl"].double().numpy()
     if args.floor:
-        facts, values = load(out.with_name(f"{out.name}.{args.floor}") / VALUES)
+        place = out.with_name(f"{out.name}.{args.floor}") / VALUES
+        if not place.exists():
+            raise UserError(f"--floor {args.floor}: no judgement of that tag ({place}); judge an unquantized copy first")
+        facts, values = load(place)
         if facts["panel"] != panel.facts["sha256"]:
             raise UserError(f"--floor {args.floor}: was judged on another panel; judge it again")
+        if facts["judge"] != engine_of(args, panel, path):
+            raise UserError(f"--floor {args.floor}: judged by {facts['judge']}, this by {engine_of(args, panel, path)}")
         floor = values["kl"].numpy()
     found = judged(args, panel, model, path, out.with_name(f"{out.name}.{args.tag}"))
     metrics = metrics_of(panel, found, floor)
@@ -677,7 +709,7 @@ def main() -> None:
         result, kind="panel", tag=args.tag, started=started, model=described, data=panel.facts["data"], metrics=metrics,
         recipe=None if is_gguf(path) else recipe_record(path),
         extra={
-            "judge": engine_of(args, panel, path), "reference": panel.facts["reference"],
+            "judge": engine_of(args, panel, path), "options": args.tool_args, "reference": panel.facts["reference"],
             "floor": args.floor or "the original with noise of BF16's size behind every layer",
             "panel": {key: value for key, value in panel.facts.items() if key not in ("data", "reference", "source")},
         },

@@ -93,7 +93,7 @@ def command(args: argparse.Namespace, domain: str, name: str) -> list[str]:
 def run_domain(args: argparse.Namespace, data: Path, domain: str) -> dict[str, Any]:
     """One domain, run by tau2 and read from its log. tau2 itself goes on with a log of the same name, whatever the settings
     that it was begun with: the name tells them."""
-    settings = [args.model, args.agent_args, args.user_model, args.trials, args.tasks]
+    settings = [args.model, args.weights, args.agent_args, args.user_endpoint, args.user_model, args.trials, args.tasks]
     log = data / "simulations" / f"{args.tag}_{domain}_{sha256_json(settings)[:8]}"
     if args.force:
         shutil.rmtree(log, ignore_errors=True)
@@ -108,6 +108,7 @@ def parse_args() -> argparse.Namespace:
     endpoint = "OpenAI-compatible URL of the model, such as http://localhost:8000/v1"
     parser.add_argument("--endpoint", required=True, help=endpoint)
     parser.add_argument("--model", required=True, help="its name there")
+    parser.add_argument("--weights", default="", help="what tells its weights from others of that name, such as a digest")
     add_tag_arguments(parser, "eval")
     parser.add_argument("--user-endpoint", help="URL of the simulated user's model (default: OpenAI's)")
     parser.add_argument("--user-model", default=USER_MODEL, help="the simulated user")
@@ -122,9 +123,11 @@ def parse_args() -> argparse.Namespace:
     if unknown := set(args.domains.split(",")) - {*DOMAINS, TRIAL}:
         raise UserError(f"--domains: unknown {', '.join(sorted(unknown))}; known: {', '.join((*DOMAINS, TRIAL))}")
     try:
-        json.loads(args.agent_args)
+        given = json.loads(args.agent_args)
     except json.JSONDecodeError as error:
         raise UserError(f"--agent-args: not JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise UserError('--agent-args: expected a JSON object such as {"temperature": 0.6}')
     return args
 
 
@@ -134,7 +137,13 @@ def main() -> None:
     data = data_folder(args.python)
     started = time.time()
     metrics = {f"tau2_{domain}": run_domain(args, data, domain) for domain in args.domains.split(",")}
-    settings = {"model": args.model, "user_model": args.user_model, "trials": args.trials, "tasks": args.tasks}
+    settings = {
+        "model": args.model,
+        "weights": args.weights,
+        "user_model": args.user_model,
+        "trials": args.trials,
+        "tasks": args.tasks,
+    }
     write_result(
         result, kind="eval", tag=args.tag, started=started, metrics=metrics, sampling=json.loads(args.agent_args),
         extra={"settings": settings},

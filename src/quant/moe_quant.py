@@ -15,7 +15,7 @@ code * scale has at most 15 significant bits, so it is exact in float32. Ties in
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -177,21 +177,6 @@ def fake_quant(
                 raise UserError("the weight contains NaN, infinity or values beyond bfloat16")
             return out
     return dequantize(quantize_group(weight, bits, group, clip_steps, clip_low), group, dtype)
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, quantize_fn: Callable[[Tensor], Tensor]) -> Tensor:
-        return quantize_fn(weight.detach())
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-def straight_through(weight: Tensor, quantize_fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """``quantize_fn(weight)`` exactly, with the gradient of the identity (Bengio et al. 2013, arXiv 1308.3432)."""
-    return _StraightThrough.apply(weight, quantize_fn)
 
 
 def effective_bits(bits: float, group: int | None, scale_bits: int = 16) -> tuple[float, float]:
