@@ -60,7 +60,7 @@ def test_the_choice_is_the_best_of_all_within_the_budget():
         fits = [way for way in ways if sum(sizes[name][kind] for name, kind in way.items()) <= budget]
         best = min(fits, key=lambda way: sum(losses[name][kind] for name, kind in way.items()))
         assert chosen == best
-    with pytest.raises(UserError, match="the smallest need"):
+    with pytest.raises(UserError, match="too small: what is chosen needs"):
         choose(sizes, losses, least - 1)
 
 

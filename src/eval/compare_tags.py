@@ -73,7 +73,10 @@ def check_comparable(a: Evaluation, b: Evaluation) -> bool:
     by_vendor = drawn_a != drawn_b and a.vendor and b.vendor and same_budget
     changed += ["sampling"] if drawn_a != drawn_b and not by_vendor else []
     if changed:
-        raise UserError(f"{a.tag} and {b.tag} differ in {', '.join(changed)}; evaluate both with the same settings")
+        mend = "evaluate both with the same settings"
+        if changed == ["grader"]:
+            mend = "grade the older one again: bash pipelines/eval.sh --regrade TAG"
+        raise UserError(f"{a.tag} and {b.tag} differ in {', '.join(changed)}; {mend}")
     if a.rows.keys() != b.rows.keys():
         names = f"{', '.join(sorted(a.rows))} and {', '.join(sorted(b.rows))}"
         raise UserError(f"{a.tag} and {b.tag} were asked {names}; evaluate both with the same --benchmarks")

@@ -296,7 +296,11 @@ class Day:
         self.work = (settings.work or Path(os.environ.get("SCRATCH", REPO / "work")) / self.tag).resolve()
         self.results, self.packed = settings.results.resolve(), self.work / f"{self.name}-packed"
         self.marks = self.work / "stages"
-        self.wiki = settings.wiki.resolve() if settings.wiki and settings.wiki.is_file() else None
+        if settings.limit is not None and settings.limit < 1:
+            raise UserError(f"--limit {settings.limit}: must be at least 1")
+        if settings.wiki and not settings.wiki.is_file():
+            raise UserError(f"--wiki {settings.wiki}: no such file")
+        self.wiki = settings.wiki.resolve() if settings.wiki else None
         self.speeds = read_records(RESULTS / "bench", "h100_122b")
 
     def record(self, kind: str, stage: str) -> Path:
@@ -339,7 +343,7 @@ class Day:
         self.gguf, reference = self.work / "gguf" / pack.file_name, self.work / "q8" / q8.file_name
         calibrated = "gptq_s" if recipe.method in CALIBRATED else "data_free_s"
         plain = ("--base-type", "Q8_0", "--tensor-types", "", "--method", "nearest")
-        no_text = "" if wiki else f"the text ({self.settings.wiki or '--wiki FILE'}) is not here"
+        no_text = "" if wiki else "the text (--wiki FILE) is not here"
         for kind, name, config, product, size, key, options, why in (
             ("quantize", "packed", plan, self.packed, summary(jobs, container)["bytes"], calibrated, ("--packed",), ""),
             ("pack", "gguf", types, self.gguf, pack.data_bytes, "ldlq_s", (), missing_llama()),

@@ -229,7 +229,7 @@ def differences(found: Found) -> Section:
 
     note = (
         "Change in accuracy from the first model to the second on the same items. A verdict is given only when the paired "
-        "interval, which the record has beside McNemar's exact p, excludes zero."
+        "interval excludes zero and McNemar's exact p is below `0.05`."
     )
     return by_benchmark("Differences", note, found, {"models": models}, cell)
 

@@ -44,7 +44,7 @@ def data_folder(python: str) -> Path:
     if done.returncode:
         raise UserError(
             "tau2: the tau2-bench package is not installed; clone github.com/sierra-research/tau2-bench, pip install it "
-            "into an environment of its own and name that by --python ENVIRONMENT/bin/python (PyPI's tau2 is another program)"
+            "into an environment of its own, whose interpreter --python (of day_one --tau2-python) names (PyPI's is another)"
         )
     return Path(done.stdout.splitlines()[-1])
 

@@ -454,9 +454,8 @@ def check_room(sizes: Sizes, budget: int) -> int:
     unit = max(1, budget // STEPS)
     if unit * sum(-(-min(row.values()) // unit) for row in sizes.values()) > budget:
         floor = sum(min(row.values()) for row in sizes.values())
-        raise UserError(
-            f"--target-gib leaves {budget / 2**30:.4f} GiB for the open tensors, the smallest need {floor / 2**30:.4f}"
-        )
+        lack, least = (floor - budget) / 2**30, floor / 2**30
+        raise UserError(f"TARGET_GIB is {lack:.4f} too small: what is chosen needs {least:.4f} GiB at least")
     return unit
 
 
