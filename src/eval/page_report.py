@@ -90,7 +90,7 @@ def scatter(points: Points, name: str, y_label: str, *, lines: bool = False, bar
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
     plain(axes)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    figure.legend(loc="outside lower center", ncols=3 if max(map(len, points)) < 20 else 2, frameon=False, fontsize=8.5)
     return svg(figure, titles)
 
 
@@ -117,6 +117,8 @@ def forest(series: Mapping[str, Sequence[Bar]], name: str, **axis: Any) -> str:
             if ends:
                 axes.plot(ends, [place] * 2, lw=1.4, alpha=0.6, color=color)
     axes.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - 0.5, -0.5), **axis)
+    if axes.get_xscale() == "linear":
+        axes.locator_params("x", nbins=4)
     plain(axes)
     figure.legend(loc="outside lower center", ncols=2 if max(map(len, series)) < 25 else 1, frameon=False, fontsize=8.5)
     return svg(figure, titles)
@@ -133,15 +135,15 @@ def size_of(record: Record, packed: Mapping[str, tuple[float, str]]) -> tuple[fl
 
 
 def kl_plots(kls: Found, packed: Mapping[str, tuple[float, str]]) -> Iterator[dict[str, str]]:
-    """Mean KL against megabytes, one colour a method; a plot of its own for every text on which KL was taken."""
+    """Mean KL against megabytes, one colour a method; a plot for every text on which KL was taken, most models first."""
     texts: dict[str, Points] = {}
     for _, r in kls:
         size, mean = size_of(r, packed), r["metrics"].get("kl", {}).get("mean", 0)
         if size and mean > 0 and size[1] != "original":
             points = texts.setdefault(f"{r['data'][0]['name']}, {r['metrics']['tokens']:,} tokens" if r["data"] else "", {})
             points.setdefault(size[1], []).append((size[0], mean, f"{r['tag']}: {size[0]:.2f} MB, KL {mean:.5f}"))
-    for number, (text, points) in enumerate(texts.items()):
-        plot = scatter(points, f"kl{number}", "mean KL to the original, nats", lines=True, yscale="log")
+    for number, (text, own) in enumerate(sorted(texts.items(), key=lambda text: -sum(map(len, text[1].values())))):
+        plot = scatter(own, f"kl{number}", "mean KL to the original, nats", lines=True, yscale="log")
         yield {"title": f"KL against bytes ({text})", "svg": plot}
 
 
