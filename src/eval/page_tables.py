@@ -636,7 +636,7 @@ TABLES = (
         ("model", "stratum"), (
             ("positions", "{at}.positions"), ("KL", "{at}.mean", 6), ("low", "{at}.low", 6), ("high", "{at}.high", 6),
             ("median", "{at}.median", 7), ("`99` %", "{at}.p99", 4), ("`99.9` %", "{at}.p99_9", 4),
-            ("top-1", "{at}.top1", 2, " %"), ("flips", "{at}.flips", 2, " %"), ("floor", "{at}.floor", 7),
+            ("top-`1`", "{at}.top1", 2, " %"), ("flips", "{at}.flips", 2, " %"), ("floor", "{at}.floor", 7),
         ), panel_rows,
     ),
     Table(
@@ -710,12 +710,12 @@ PIPELINES = (
     ("*/razor_tiny_vllm_*", "results.sh packed"),
     ("quantize/razor_tiny_*_packed", "results.sh packed"),
     ("spread/razor_tiny_gguf_*", "results.sh spread"),
+    ("panel/razor_tiny_*", "results.sh panel"),
     ("*/*razor_tiny_gguf_*", "results.sh gguf"),
     ("*/*recovery_gguf_iq2_xs_*", "recovery.sh gguf"),
     ("eval/recovery_iq2_xs_*", "recovery.sh gguf"),
     ("compare/recovery_iq2_xs_*", "recovery.sh gguf"),
     ("*/recovery_*", "recovery.sh"),
-    ("panel/razor_tiny_*", "results.sh panel"),
     ("kl/razor_tiny_pairs", "results.sh tiny study gguf size"),
     ("*/razor_tiny_bf16", "results.sh tiny"),
     ("*/*razor_tiny_int4", "results.sh tiny"),

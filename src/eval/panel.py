@@ -250,7 +250,7 @@ class Source:
             texts = (text_ids(self.tokenizer, row["text"]) for row in own)
             rows = list(itertools.islice(packed(texts, self.head, self.end, size), count))
         else:
-            made = f", or make {self.corpus} (make_text.sh) and the panel again (--force)" if name in CORPUS else ""
+            made = ", or make_text.sh's corpus (--corpus) and make the panel again (--force)" if name in CORPUS else ""
             return f"no text; give --text {shlex.quote(name)}=FILE{made}"
         if len(rows) < count:
             print(f"{name}: {len(rows):,} windows, not {count:,}: the text has no more", flush=True)

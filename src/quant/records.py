@@ -49,7 +49,7 @@ def public_path(text: str) -> str:
 
 def public_command() -> list[str]:
     """This process's command line, fit to be typed in the repository's top directory."""
-    arguments = [f"{key}={public_path(value)}" if eq and key.startswith("--") else public_path(argument)
+    arguments = [f"{key}={public_path(value)}" if eq and value[:1] == "/" else public_path(argument)
                  for argument in sys.argv for key, eq, value in [argument.partition("=")]]  # fmt: skip
     return ["python", *arguments]
 
