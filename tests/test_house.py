@@ -104,5 +104,5 @@ def test_a_key_of_a_recipe_or_plan_is_declared_once(folder, plans):
 
 def test_the_house_does_not_grow_unseen():
     """Wanted are 100 modules and 22,000 lines; whoever adds says so here, whoever deletes lowers the figures."""
-    assert len(FILES) <= 116 and sum(len(file.read_text().splitlines()) for file in FILES.values()) <= 38_360
+    assert len(FILES) <= 116 and sum(len(file.read_text().splitlines()) for file in FILES.values()) <= 38_350
     assert len(list((REPO / "pipelines").glob("*.sh"))) <= 23

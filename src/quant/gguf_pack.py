@@ -52,7 +52,7 @@ from plans import RecordSettings, dry_run_notes, fetched_bytes, hub_plan, sensed
 from recipe import RECIPE_FILE, quantized_note
 from records import DECODED_MARK, describe_model, write_result
 from rounders import GgmlRounder, RoundingSettings
-from run_dir import RUN, alone, check_output, check_resume, staged_directory
+from run_dir import RUN, alone, beside, check_output, check_resume, staged_directory
 from sensitivity import Chosen, allocate_types, chosen_once
 from settings import add_dry_run, parse_settings, part, same, setting
 from size_model import BASE_BYTES
@@ -97,10 +97,6 @@ class PackSettings:
         """What the file holds of multi-token prediction, as gguf_layout.traced says it."""
         return "file" if self.mtp else "none"
 
-    def beside(self, suffix: str) -> Path:
-        """A file beside the output."""
-        return Path(f"{str(self.out).rstrip('/')}.{suffix}")
-
     def calibration(self, method: str, dry_run: bool = False) -> Calibration:
         """What the method is calibrated on; a dry run needs its size alone."""
         ids, entry = self.text.size(self.model) if dry_run else self.text.ids(self.model)
@@ -124,7 +120,7 @@ def check_places(settings: PackSettings) -> None:
 
 def allocated_types(settings: PackSettings, calibration: Calibration) -> tuple[PackSettings, dict[str, Any]]:
     """The settings with types that fit --target-gib, chosen into a file beside the output, and the metrics of the choice."""
-    types, checkpoint = settings.beside("types.txt"), Checkpoint(settings.model)
+    types, checkpoint = beside(settings.out, "types.txt"), Checkpoint(settings.model)
     rounding, patterns = settings.rounding, read_patterns(settings.protected) if settings.protected else []
     method, damping, hand = rounding.method, rounding.moments.damping, (settings.types.base, settings.types.patterns())
     made_of: dict[str, Any] = {"source": checkpoint.identity, "calibration": calibration.settings(), "fixed": patterns}
@@ -245,7 +241,7 @@ def main() -> None:
     elif settings.target_gib:
         calibration = settings.calibration(settings.rounding.method)
         if calibration.token_power and not settings.rounding.token_weights:  # weighed once, for both
-            kept = settings.beside("token-weights.st")
+            kept = beside(settings.out, "token-weights.st")
             settings = dataclasses.replace(settings, rounding=dataclasses.replace(settings.rounding, token_weights=kept))
         settings, metrics = allocated_types(settings, calibration)
     pack, notes = prepare(settings, args.dry_run, calibration)

@@ -57,7 +57,7 @@ from plans import (
 from recipe import NOT_GIVEN, RECIPE_FILE, Job, Recipe, quantized_note, read_allocation
 from records import describe_model, write_result
 from rounders import GridRounder, is_uncalibrated
-from run_dir import check_output, check_resume, staged_directory
+from run_dir import beside, check_output, check_resume, staged_directory
 from sensitivity import Chosen, allocate_bits, chosen_once
 from settings import add_dry_run, parse_settings, part, same, setting
 from token_weights import kept_bytes
@@ -110,10 +110,6 @@ class QuantizeSettings:
     def consume(self) -> bool:
         return self.consume_source or self.consume_real_source
 
-    def beside(self, suffix: str) -> Path:
-        """A file beside the output."""
-        return Path(f"{str(self.out).rstrip('/')}.{suffix}")
-
     def workers(self) -> tuple[torch.device, ...]:
         """The devices at work, one of them as often as shards should be on it."""
         devices = parse_devices(self.devices)
@@ -133,7 +129,7 @@ class QuantizeSettings:
 def allocated_bits(settings: QuantizeSettings, calibration: Calibration, kept: Path) -> tuple[Path, dict[str, Any]]:
     """The file beside the output of bits that fit --target-gib, and the metrics of the choice. ``kept``: for the tokens'
     weights."""
-    path, checkpoint = settings.beside("bits.json"), Checkpoint(settings.model)
+    path, checkpoint = beside(settings.out, "bits.json"), Checkpoint(settings.model)
     recipe, gib = settings.recipe, settings.target_gib
     packed_bits = settings.packing.packed_bits if settings.packed else None
     made_of: dict[str, Any] = {"source": checkpoint.identity, "calibration": calibration.settings(), "recipe": recipe.to_json()}
@@ -275,7 +271,7 @@ def main() -> None:
     settings, args = parse_settings(QuantizeSettings, __doc__, add_dry_run)
     result, settings = settings.record.file("quantize"), opened(settings)
     devices, chosen, metrics = settings.workers(), settings.allocation, dict[str, Any]()
-    calibration, kept = None, settings.beside("token-weights.st") if settings.target_gib else None
+    kept = beside(settings.out, "token-weights.st") if settings.target_gib else None
     if settings.target_gib and args.dry_run:
         print(f"TARGET_GIB={settings.target_gib:g}: the bits below are the recipe's, the run measures and chooses its own")
     elif settings.target_gib:

@@ -27,6 +27,11 @@ JOB, LOCK, RUN = "job.json", "lock", "run"
 INPUTS = ("source", "gguf")  # keys of a job that hold a checkpoint.source_identity
 
 
+def beside(out: Path, suffix: str) -> Path:
+    """A file beside an output."""
+    return Path(f"{str(out).rstrip('/')}.{suffix}")
+
+
 def partial_of(out: Path) -> Path:
     """Where the output ``out`` lies while it is being made."""
     return out.parent / f".{out.name}.partial"

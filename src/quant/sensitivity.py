@@ -512,9 +512,6 @@ def allocate_types(
     method: str = "ldlq",
     damping: float = DAMPING,
     weights_file: Path | None = None,
-    candidates: Sequence[str] = tuple(CANDIDATES.split(",")),
-    probe: str = PROBE,
-    probe_sequences: int = PROBE_SEQUENCES,
     mtp: str = "file",
     hand: tuple[str, Sequence[tuple[str, str]]] | None = None,
 ) -> Chosen:
@@ -533,6 +530,7 @@ def allocate_types(
     open_pieces = [piece for piece in pieces if piece.name not in fixed]
     if not open_pieces:
         raise UserError(f"{checkpoint.path}: no tensor's inputs are known, so no types can be measured; give TENSOR_TYPES")
+    candidates = CANDIDATES.split(",")
     options, by_hand = options_of(open_pieces, candidates), {}
     if hand:
         by_hand = fixed | types_of({p.name: p.shape for p in open_pieces}, hand[0], patterns_of(hand[1], pieces))[0]
@@ -545,17 +543,17 @@ def allocate_types(
     budget = int(target_gib * 2**30) - taken
     sizes = {p.name: {kind: padded(tensor_bytes(p.shape, kind)) for kind in options[p.name]} for p in open_pieces}
     check_room(sizes, budget)  # too small: said now
-    probes = {p.name: fallback(probe, p.shape[-1]) for p in open_pieces}
+    probes = {p.name: fallback(PROBE, p.shape[-1]) for p in open_pieces}
     together: dict[str, list[Piece]] = {}
     for piece in open_pieces:
         together.setdefault(piece.parameter, []).append(piece)
-    sensor = Sensor(checkpoint, calibration, together, rounded, weights_file, probe_sequences)
+    sensor = Sensor(checkpoint, calibration, together, rounded, weights_file, PROBE_SEQUENCES)
     losses, nats = sensor.losses(options, probes)
     units = {piece.name: piece.parameter for piece in open_pieces}
     chosen, facts = outcome(target_gib, taken, sizes, losses, by_hand, units, sensor.measure)
     types = {piece.name: chosen.get(piece.name) or fixed[piece.name] for piece in pieces}
     metrics = facts | {
-        "candidates": list(candidates),
+        "candidates": candidates,
         "types": dict(collections.Counter(types[piece.name] for piece in open_pieces)),
         "chosen": {piece.name: types[piece.name] for piece in open_pieces if is_quantized(types[piece.name])},
         "nats": nats,
